@@ -1,0 +1,98 @@
+"""The errors of the project, each with the exit code that a command ends with.
+
+ChexfoundError            1
+├── ConfigError           2   a recipe, an option or a folder was given wrongly
+├── DataError             3   images, manifests or stores that cannot be used
+├── CheckpointError       4   weights or saved state that do not fit or are damaged
+├── ProtocolError         5   a message that is not what the two ends agreed on
+├── PolicyError           6   what a site's policy forbids to leave (or to run)
+├── SiteError             7   a site, or the process that plays it, failed in a round
+└── StorageError          8   the disk is full or refuses to be written
+
+130 is Ctrl-C, as everywhere.  A message says what was wrong, where, and what to do; an offending
+value is shown with !r.  The text stays where it was raised: what leaves a site is only `code`.
+"""
+
+from __future__ import annotations
+
+
+class ChexfoundError(Exception):
+    """Base of every error that we raise on purpose."""
+
+    exit_code = 1
+    code = "internal"
+
+
+class ConfigError(ChexfoundError):
+    """A recipe, an option or a folder was given wrongly."""
+
+    exit_code = 2
+    code = "config"
+
+
+class DataError(ChexfoundError):
+    """Images, manifests or stores that cannot be used."""
+
+    exit_code = 3
+    code = "data"
+
+
+class CheckpointError(ChexfoundError):
+    """Weights or saved state that do not fit or are damaged."""
+
+    exit_code = 4
+    code = "checkpoint"
+
+
+class ProtocolError(ChexfoundError):
+    """A message that is not what the two ends agreed on."""
+
+    exit_code = 5
+    code = "protocol"
+
+
+class PolicyError(ChexfoundError):
+    """What a site's policy forbids to leave, or to run."""
+
+    exit_code = 6
+    code = "policy"
+
+
+class SiteError(ChexfoundError):
+    """A site, or the process that plays it, failed in a round."""
+
+    exit_code = 7
+    code = "site"
+
+
+class StorageError(ChexfoundError):
+    """The disk is full or refuses to be written."""
+
+    exit_code = 8
+    code = "storage"
+
+
+CODES: dict[str, type[ChexfoundError]] = {
+    cls.code: cls
+    for cls in (ChexfoundError, ConfigError, DataError, CheckpointError, ProtocolError, PolicyError, SiteError, StorageError)
+}
+
+
+class Problems:
+    """Collects what is wrong with a config or a folder, so that all of it is told at once."""
+
+    def __init__(self, error: type[ChexfoundError], where: str) -> None:
+        self.error = error
+        self.where = where
+        self.found: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Note one problem."""
+        self.found.append(text)
+
+    def check(self) -> None:
+        """Raise everything that was noted, if anything was."""
+        if len(self.found) == 1:
+            raise self.error(f"{self.where}: {self.found[0]}")
+        if self.found:
+            raise self.error(f"{self.where}: {len(self.found)} problems:\n" + "\n".join(f"  - {text}" for text in self.found))

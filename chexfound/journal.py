@@ -1,0 +1,190 @@
+"""The only state that must survive: an append-only, hash-chained log, and files replaced atomically.
+
+Guarantee: after `append` or `replace_file` returns, the record or the file survives a crash of the
+process and of the machine (fsync of the file and of its folder).  A crash inside leaves the old
+state.  The chain finds an accidental or partial change of earlier records; it does not stop someone
+who may rewrite the whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chexfound.errors import CheckpointError, ConfigError, StorageError
+
+GENESIS = "0" * 64
+
+
+@contextlib.contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn the operating system's word for 'cannot write' into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageError(
+                f"{path}: no space left to write ({os.strerror(error.errno)}); nothing was half-written. "
+                "Free some space or choose another folder, then run again with --resume"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{path}: may not be written ({os.strerror(error.errno)}); check the folder's owner and mode") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, that file takes its place.
+
+    Raises: StorageError if the disk is full or not writable; `path` is then as it was.
+    """
+    path = Path(path)
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, atomically and durably."""
+    with replace_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8), atomically and durably."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON without NaN, atomically and durably."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value that digests are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Journal:
+    """An append-only JSON-lines file in which each record holds the hash of the one before.
+
+    A record is `{"seq": n, "prev": hash, "data": {...}, "sha256": hash}`.  A last line without its
+    newline was being written when the process died: it is cut off at opening.  Anything else that
+    does not verify raises CheckpointError, naming the line.  One process at a time: a second one
+    raises ConfigError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        with storage(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")  # noqa: SIM115 (held open, with its lock, for the journal's life)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ConfigError(f"{self.path}: another process is writing this journal; stop it, or choose another folder") from error
+        try:
+            self.records, good = _read(self.path)
+            self._file.truncate(good)
+        except BaseException:
+            self._file.close()
+            raise
+        self._head = self.records[-1]["sha256"] if self.records else GENESIS
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file and its lock."""
+        self._file.close()
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What was appended, oldest first."""
+        return [record["data"] for record in self.records]
+
+    def append(self, data: dict[str, Any]) -> str:
+        """Add a record and return its hash once it is on the disk."""
+        record = {"seq": len(self.records), "prev": self._head, "data": data}
+        record["sha256"] = hashlib.sha256(canonical(record)).hexdigest()
+        size = os.fstat(self._file.fileno()).st_size
+        with storage(self.path):
+            try:
+                self._file.write(canonical(record) + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(size)
+                raise
+        self.records.append(record)
+        self._head = record["sha256"]
+        return self._head
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The verified records of a journal, and the length of the file that they fill."""
+    data = path.read_bytes()
+    good = data.rfind(b"\n") + 1
+    records: list[dict[str, Any]] = []
+    head = GENESIS
+    for number, line in enumerate(data[:good].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            stated = record.pop("sha256")
+            valid = (
+                set(record) == {"seq", "prev", "data"}
+                and isinstance(record["data"], dict)
+                and record["seq"] == len(records)
+                and record["prev"] == head
+                and hashlib.sha256(canonical(record)).hexdigest() == stated
+            )
+        except (ValueError, KeyError, AttributeError, TypeError):
+            valid = False
+        if not valid:
+            raise CheckpointError(f"{path}: line {number} does not continue the chain before it: the journal was changed or damaged")
+        head = record["sha256"] = stated
+        records.append(record)
+    return records, good
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The entries of a journal that another process may be writing (a torn last line is left out)."""
+    return [record["data"] for record in _read(Path(path))[0]]
