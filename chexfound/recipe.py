@@ -52,6 +52,7 @@ class Student:
     num_register_tokens: Count = 4
     ffn_layer: Literal["mlp", "swiglu"] = "swiglu"
     layerscale: Weight = 0.1
+    init: Literal["xavier", "trunc_normal"] = "xavier"  # of linear layers; trunc_normal: 0.02, as DINOv2
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -162,12 +163,10 @@ class Adapt:
     warmup_steps: Count = 20
     clip_grad: Weight = 3.0
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.97
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     glori_dim: Positive = 96
     glori_heads: Positive = 4
     glori_ffn_dim: Positive = 192
-    glori_queries: Positive = 1  # per finding
     glori_cls: bool = True  # concatenate the CLS tokens of the last blocks
     glori_stats: bool = True  # concatenate mean, deviation and maximum over the patch tokens
     glori_positions: bool = True  # add position embeddings to the memory
