@@ -24,7 +24,7 @@ Groups = dict[str, list[str]]
 
 
 class Partition(NamedTuple):
-    """Site -> its patients ("source/patient", sorted), sites sorted by name; and what the user should be told."""
+    """Site -> its patients ("source/patient", sorted), sites by name; and what the user should be told."""
 
     sites: Groups
     notes: list[str]
@@ -85,7 +85,7 @@ def _shards(by: str, text: str, patients: list[str]) -> int:
         raise ConfigError(f"--by {by!r}: there must be at least 1 site (got {n!r})")
     if n > len(patients):
         raise ConfigError(
-            f"--by {by!r}: {len(patients)} patients cannot fill {n} sites: some would be empty; ask for fewer sites"
+            f"--by {by!r}: {len(patients)} patients cannot fill {n} sites: some would be empty; ask for fewer"
         )
     return n
 

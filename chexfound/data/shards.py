@@ -19,6 +19,7 @@ SHARD_IMAGES = 4096
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
     return folder / f"shard-{number:05d}.npy"
 
 
@@ -32,6 +33,7 @@ def npy_header(rows: int, px: int) -> bytes:
 
 
 def shard_bytes(rows: int, px: int) -> int:
+    """The length of a shard's file, header included."""
     return len(npy_header(rows, px)) + rows * px * px
 
 

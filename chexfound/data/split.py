@@ -47,7 +47,7 @@ class View:
         wanted = set(patients)
         if absent := sorted(wanted.difference(store.keys)):
             raise DataError(
-                f"site {name!r}: {len(absent)} patients are not in the store {store.path}, {absent[0]!r} the first"
+                f"site {name!r}: {len(absent)} patients are not in the store {store.path}, such as {absent[0]!r}"
             )
         if not wanted:
             raise DataError(f"site {name!r}: no patients")
@@ -60,7 +60,7 @@ class View:
 
     @property
     def patients(self) -> list[str]:
-        """ "source/patient" of each image, aligned with `ids`."""
+        """The key "source/patient" of each image, aligned with `ids`."""
         return [self.store.keys[image] for image in self.ids]
 
     def split(self, seed: int, fractions: Split, which: Part) -> np.ndarray:

@@ -107,9 +107,8 @@ class Store:
         self.ids.flags.writeable = False
         self.sources = [image.source for image in images]
         self.patients = [image.patient for image in images]
-        self.keys = [
-            f"{image.source}/{image.patient}" for image in images
-        ]  # a patient, unique over all sources
+        # A patient's name that is unique over all sources.
+        self.keys = [f"{image.source}/{image.patient}" for image in images]
         self.sites = [image.site for image in images]
         self.views = [image.view for image in images]
         self.sexes = [image.sex for image in images]
@@ -168,7 +167,10 @@ class Store:
         ids = self._checked(ids)
         shard, row = self._shard[ids], self._row[ids]
         result = np.empty((len(ids), self.px, self.px), np.uint8)
-        for number in np.unique(shard):
+        numbers = np.unique(shard)
+        if len(numbers) == 1:  # straight into the result ("clip": no buffer between)
+            return np.take(self._shards[numbers[0]], row, axis=0, out=result, mode="clip")
+        for number in numbers:
             here = np.flatnonzero(shard == number)
             result[here] = self._shards[number][row[here]]
         return result
@@ -273,7 +275,7 @@ class Writer:
         (then nothing was added).
         """
         sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
-        # The same file with the same pixels: touched, or moved with its root.  Its pixels stay where they are.
+        # The same file with the same pixels: touched, or moved with its root.  Its pixels stay put.
         same = self._index.execute(
             "SELECT root, shard, row FROM images WHERE source = ? AND file = ? AND sha256 = ?",
             (image.source, image.file, sha256),
