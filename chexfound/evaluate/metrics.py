@@ -12,7 +12,7 @@ draws, and the difference of two arms is paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -206,20 +206,24 @@ def _absence(labels: np.ndarray) -> str | None:
     return None
 
 
-def _labelled(patients: Sequence[str], labels: np.ndarray) -> set[str]:
-    """The patients with a labelled image; of a single one every draw is the same."""
-    return {str(name) for name, label in zip(patients, labels, strict=True) if label >= 0}
+def _lone(patients: Iterable[str], labels: Iterable[int]) -> str | None:
+    """Which class is one patient's, if one is: its scatter is not seen, an interval would be too narrow."""
+    pairs = {(str(patient), int(label)) for patient, label in zip(patients, labels, strict=True)}
+    for value, name in ((1, "positives"), (0, "negatives")):
+        if sum(label == value for _, label in pairs) < 2:
+            return f"no interval: all {name} are of one patient"
+    return None
 
 
-def _bounded(values: np.ndarray, confidence: float, lone: bool) -> tuple[list[float] | None, str | None]:
+def _bounded(
+    values: np.ndarray, confidence: float, lone: str | None
+) -> tuple[list[float] | None, str | None]:
     """The interval, or None with the reason why there is none."""
-    if lone:
-        return None, "no interval: all labelled held-out images are of one patient"
-    limits = interval(values, confidence)
-    if limits is None:
-        usable = int((~np.isnan(values)).sum())
-        return None, f"no interval: only {usable} of {len(values)} bootstrap draws have both classes"
-    return limits, None
+    limits = None if lone else interval(values, confidence)
+    if limits is not None or lone:
+        return limits, lone
+    usable = int((~np.isnan(values)).sum())
+    return None, f"no interval: only {usable} of {len(values)} bootstrap draws have both classes"
 
 
 def result_rows(
@@ -228,7 +232,8 @@ def result_rows(
     """One row of `results` in metrics.json for each finding: what `arm` reaches at the site `tested_on`.
 
     `n` and `positives` count images with a known label.  A figure that cannot be given is None, and
-    `reason` says why; where only the interval cannot be given, the figure stays.
+    `reason` says why; where only the interval cannot be given, the figure stays.  There is none where a
+    class is of one patient, or under half of the draws have both classes.
     """
     weights = bootstrap_weights(scores.patients, samples, seed, "bootstrap", tested_on)
     rows = []
@@ -240,7 +245,7 @@ def result_rows(
         row["reason"] = _absence(labels) or scores.unscored.get(finding)
         if row["reason"] is None:
             point, draws = _areas(labels, values, None), _areas(labels, values, weights)
-            lone = len(_labelled(scores.patients, labels)) < 2
+            lone = _lone(scores.patients, labels)
             for name, value, drawn in zip(("auroc", "auprc"), point, draws, strict=True):
                 row[name] = float(value[0])
                 row[f"{name}_ci"], row["reason"] = _bounded(drawn, confidence, lone)
@@ -279,7 +284,8 @@ def _gap(pair: tuple[Scores, Scores], column: int, weights: np.ndarray | None) -
     labels = pair[0].labels[:, column]
     first, _ = _areas(labels, pair[0].scores[:, column], weights)
     second, _ = _areas(labels, pair[1].scores[:, column], weights)
-    return first - second
+    gap: np.ndarray = first - second
+    return gap
 
 
 def difference_rows(
@@ -308,7 +314,7 @@ def difference_rows(
         row["reason"] = _unpaired(pair, column, names)
         if row["reason"] is None:
             row[key] = float(_gap(pair, column, None)[0])
-            lone = len(_labelled(federated.patients, federated.labels[:, column])) < 2
+            lone = _lone(federated.patients, federated.labels[:, column])
             row["ci"], row["reason"] = _bounded(_gap(pair, column, weights), confidence, lone)
         rows.append(row)
     return rows
@@ -367,7 +373,8 @@ def _mean_row(
     names: tuple[str, str],
 ) -> Row:
     points, draws, seeds, reasons = [], [], [], []
-    labelled: set[str] = set()
+    patients: list[str] = []
+    labels: list[int] = []
     for (seed, *two), weight in zip(replicates, weights, strict=True):
         pair = (two[0], two[1])
         absent = _unpaired(pair, column, names)
@@ -377,11 +384,12 @@ def _mean_row(
         seeds.append(seed)
         points.append(_gap(pair, column, None)[0])
         draws.append(_gap(pair, column, weight))
-        labelled |= _labelled(two[0].patients, two[0].labels[:, column])
+        patients += two[0].patients
+        labels += two[0].labels[:, column].tolist()
     value, limits = None, None
     if seeds:
         value = float(np.mean(points))
-        limits, reason = _bounded(np.mean(draws, axis=0), confidence, len(labelled) < 2)
+        limits, reason = _bounded(np.mean(draws, axis=0), confidence, _lone(patients, labels))
         reasons += [reason] if reason else []
     mean = f"mean_{'_minus_'.join(names)}"
     return {"seeds": seeds, mean: value, "ci": limits, "reason": "; ".join(reasons) or None}

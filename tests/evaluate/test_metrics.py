@@ -232,15 +232,37 @@ def test_a_figure_that_cannot_be_given_is_null_with_its_reason(scores, n, reason
     assert row["reason"] == reason
 
 
-def test_an_interval_that_cannot_be_given_leaves_the_figure():
-    # one positive and one negative among 20 patients: both are drawn in 41 % of the draws
-    (row,) = result_rows("federated", "all", "A", one_finding([0] + [-1] * 18 + [1]), 500, 0.95, 0)
-    assert (row["auroc"], row["auroc_ci"], row["auprc"], row["auprc_ci"]) == (1.0, None, 1.0, None)
-    usable = int(row["reason"].removeprefix("no interval: only ").split(" of 500 ")[0])
-    assert 150 < usable < 250
-    (row,) = result_rows("federated", "all", "A", one_finding([0, 1, 1], ["p"] * 3), 50, 0.95, 0)
-    assert (row["auroc"], row["auroc_ci"]) == (1.0, None)
-    assert row["reason"] == "no interval: all labelled held-out images are of one patient"
+@pytest.mark.parametrize(
+    ("labels", "patients", "lone"),
+    [
+        ([0, 0, 0, 1], "abcd", "positives"),
+        ([0, 0, 1, 1], "aabc", "negatives"),
+        ([0, 0, 1, 1], "aaaa", "positives"),
+    ],
+)
+def test_a_class_of_one_patient_has_a_figure_but_no_interval(labels, patients, lone):
+    scores = one_finding(labels, list(patients))
+    (row,) = result_rows("federated", "all", "A", scores, 200, 0.95, 0)
+    assert [row[key] for key in ("auroc", "auroc_ci", "auprc", "auprc_ci")] == [1.0, None, 1.0, None]
+    assert row["reason"] == f"no interval: all {lone} are of one patient"
+    (row,) = difference_rows(scores, one_like(scores), "A", 200, 0.95, 0)
+    assert (row["federated_minus_centralized"], row["ci"]) == (0.5, None)
+    assert row["reason"] == f"no interval: all {lone} are of one patient"
+    (row,) = across_seeds([(0, scores, one_like(scores)), (1, scores, one_like(scores))], "A", 200, 0.95)
+    assert (row["mean_federated_minus_centralized"], row["ci"]) == (0.5, None)
+    assert row["reason"] == f"no interval: all {lone} are of one patient"
+
+
+def test_too_few_draws_with_both_classes_leave_the_figure(monkeypatch):
+    def one_in_three(patients, samples, *_):
+        weights = np.ones((samples, len(patients)), np.int32)
+        weights[samples // 3 :, 2:] = 0
+        return weights
+
+    monkeypatch.setattr(metrics, "bootstrap_weights", one_in_three)
+    (row,) = result_rows("federated", "all", "A", one_finding([0, 0, 1, 1]), 300, 0.95, 0)
+    assert [row[key] for key in ("auroc", "auroc_ci", "auprc", "auprc_ci")] == [1.0, None, 1.0, None]
+    assert row["reason"] == "no interval: only 100 of 300 bootstrap draws have both classes"
 
 
 @pytest.mark.parametrize(
