@@ -72,7 +72,8 @@ def open_data(folder: Path, scratch: Path) -> Store:
     if not (folder / "index.sqlite").is_file():
         from chexfound.data.sources import ingest
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("reading images", total=None)
             ingest(
                 folder,
@@ -124,7 +125,8 @@ def hog_features(images: np.ndarray) -> np.ndarray:
     from skimage.feature import hog
 
     console = Console(stderr=True)
-    return np.array([hog(image, **HOG) for image in track(images, "HOG", console=console, transient=True)])
+    shown = track(images, "HOG", console=console, transient=True, disable=not console.is_terminal)
+    return np.array([hog(image, **HOG) for image in shown])
 
 
 def _measure_seed(

@@ -24,7 +24,7 @@ def stripes(tmp_path: Path) -> Path:
     rows = ["file,source,patient_id,findings"]
     for source in ("a", "b", "mute"):
         (tmp_path / source).mkdir()
-        for number in range(50):
+        for number in range(120):
             image = 90 + 60 * (np.indices((64, 64))[number % 2] // 4 % 2) + generator.normal(0, 10, (64, 64))
             Image.fromarray(image.astype(np.uint8)).save(tmp_path / source / f"{number}.png")
             finding = "" if source == "mute" else ("No Finding", "Pneumonia")[number % 2]
