@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import line
 from rich.console import Console
 from rich.progress import Progress, track
 
@@ -28,6 +27,7 @@ from chexfound.data.store import Store
 from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.evaluate.floors import fit_scores
 from chexfound.evaluate.metrics import Scores, auroc, result_rows
+from chexfound.machine import benchmark_line
 from chexfound.recipe import Evaluate, Split
 
 PX = 128
@@ -56,7 +56,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     for row in rows:
-        print(line("hog_floor", PACKAGES, **row) if options.json else _told(row))
+        print(benchmark_line("hog_floor", PACKAGES, **row) if options.json else _told(row))
     return 0
 
 

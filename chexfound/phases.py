@@ -25,7 +25,7 @@ from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, build_head, predict, trainable_findings
 from chexfound.data.split import View
 from chexfound.errors import DataError, ProtocolError
-from chexfound.evaluate.metrics import Scores, result_rows
+from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.model import checkpoint, vit
 from chexfound.pretrain.train import Pretrainer, load_tensors
 from chexfound.recipe import Recipe
@@ -216,7 +216,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
         scores=probabilities.reshape(len(ids), len(request.findings)),
         findings=list(request.findings),
     )
-    scores.save(site.home / "scores.npz")
+    save_scores(site.home / "scores.npz", scores)
     rows = result_rows(
         "federated", "federated", site.name, scores, recipe.evaluate.bootstrap_samples, recipe.evaluate.confidence, recipe.seed
     )

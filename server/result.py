@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from chexfound.evaluate.environment import machine, versions
+from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.journal import read_journal, write_json
 from chexfound.recipe import Recipe
 from server.run import Outcome
@@ -80,7 +80,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
             "void": None,
             "notes": ["A deployed run: the federated arm only. Centralized and single-site models would need the pooled images."],
             "machine": machine(),
-            "versions": versions(),
+            "versions": versions(*RUN_PACKAGES),
             "date": datetime.date.today().isoformat(),
         },
     )

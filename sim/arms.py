@@ -17,7 +17,7 @@ from chexfound import recipe as recipes
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError
-from chexfound.evaluate.metrics import Scores
+from chexfound.evaluate.metrics import Scores, load_scores
 from chexfound.journal import read_journal, write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Request, Site
@@ -56,7 +56,7 @@ class Plan:
     def scores(self, arm: str) -> dict[str, Scores]:
         """An arm's scores on each site's held-out images; what it could not train is marked unscored."""
         unscored = finished(self, arm)["unscored"]
-        return {site: replace(Scores.load(self.site_home(arm, site) / "scores.npz"), unscored=unscored) for site in self.sites}
+        return {site: load_scores(self.site_home(arm, site) / "scores.npz", unscored) for site in self.sites}
 
 
 def finished(plan: Plan, arm: str) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from chexfound.errors import DataError, Problems
+from chexfound.journal import replace_file
 from chexfound.rng import numpy_generator
 
 Row = dict[str, Any]
@@ -66,6 +68,25 @@ class Scores:
                     f"{bad} of {shape[0]} for {name!r} are NaN: the model diverged; lower its learning rate"
                 )
         problems.check()
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Keep scores on the disk (npz without pickles); `unscored` is not kept: it belongs to the model."""
+    with replace_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            patients=np.array(scores.patients, dtype=str),
+            labels=scores.labels,
+            scores=scores.scores,
+            findings=np.array(scores.findings, dtype=str),
+        )
+
+
+def load_scores(path: Path, unscored: Mapping[str, str]) -> Scores:
+    """The inverse of `save_scores`, with what the model could not train."""
+    with np.load(path, allow_pickle=False) as kept:
+        patients, findings = [str(name) for name in kept["patients"]], [str(name) for name in kept["findings"]]
+        return Scores(patients, kept["labels"], kept["scores"], findings, unscored)
 
 
 @overload

@@ -1,4 +1,4 @@
-"""What every benchmark tells beside its figure: the machine, the versions, the day.
+"""What stands beside every figure: the machine, the versions, the day.
 
 No host name, no path, no user: a line can be published as it is.
 """
@@ -13,6 +13,10 @@ import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+
+# What a run's bits and figures may depend on.
+RUN_PACKAGES = ("federated-chexfound", "flwr", "torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 
 
 def machine() -> dict[str, Any]:
@@ -49,7 +53,7 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def line(name: str, packages: tuple[str, ...], **values: Any) -> str:
+def benchmark_line(name: str, packages: tuple[str, ...], **values: Any) -> str:
     """One JSON line: `name`, the values, then machine, versions and date (ISO 8601, local day)."""
     day = datetime.date.today().isoformat()
     record = {"name": name, **values, "machine": machine(), "versions": versions(*packages), "date": day}

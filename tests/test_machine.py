@@ -1,25 +1,17 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import platform
 from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def common():
-    path = Path(__file__).parents[2] / "benchmarks" / "common.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_common", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from chexfound.machine import benchmark_line
 
 
-def test_a_line_says_what_where_and_when(common):
-    record = json.loads(common.line("x", ("numpy", "no-such-distribution"), ours=1.5))
+def test_a_line_says_what_where_and_when():
+    record = json.loads(benchmark_line("x", ("numpy", "no-such-distribution"), ours=1.5))
     assert list(record) == ["name", "ours", "machine", "versions", "date"]
     assert record["machine"]["cores"] >= 1
     assert record["machine"]["cpu"]
@@ -29,12 +21,12 @@ def test_a_line_says_what_where_and_when(common):
     age = datetime.date.today() - datetime.date.fromisoformat(record["date"])
     assert age in (datetime.timedelta(0), datetime.timedelta(days=1))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        common.line("x", (), ours=float("nan"))
+        benchmark_line("x", (), ours=float("nan"))
 
 
-def test_a_line_names_no_host_and_no_path(common, monkeypatch):
+def test_a_line_names_no_host_and_no_path(monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "ward-7-pc")
-    text = common.line("x", ("numpy",))
+    text = benchmark_line("x", ("numpy",))
     assert "ward-7-pc" not in text
     assert str(Path.home()) not in text
     assert str(Path.cwd()) not in text
