@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chexfound.errors import DataError
@@ -145,6 +145,7 @@ def cohorts(draw: st.DrawFn) -> tuple[np.ndarray, list[str]]:
     return np.array(labels, np.int8).reshape(-1, 2), patients
 
 
+@settings(deadline=None)
 @given(cohorts(), st.integers(0, 1000))
 def test_each_patient_gets_one_patients_rows_in_their_order(cohort, seed):
     _, patients = cohort
@@ -160,6 +161,7 @@ def test_each_patient_gets_one_patients_rows_in_their_order(cohort, seed):
     assert sorted(donors) == sorted(set(patients))
 
 
+@settings(deadline=None)
 @given(cohorts(), st.integers(0, 1000))
 def test_shuffling_is_deterministic_and_leaves_its_input(cohort, seed):
     labels, patients = cohort

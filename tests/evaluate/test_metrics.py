@@ -79,6 +79,7 @@ def test_values_worked_by_hand():
     assert auroc(np.array([1, 0, 1, 0, -1]), np.array([0.9, 0.6, 0.4, 0.1, 0.5])) == 0.75
 
 
+@settings(deadline=None)
 @given(problems())
 def test_equal_to_sklearn(problem):
     labels, scores = problem
@@ -89,6 +90,7 @@ def test_equal_to_sklearn(problem):
     )
 
 
+@settings(deadline=None)
 @given(problems(), st.integers(0, 2**32 - 1), st.booleans())
 def test_weighted_rows_equal_to_sklearn(problem, seed, whole):
     labels, scores = problem
@@ -105,6 +107,7 @@ def test_weighted_rows_equal_to_sklearn(problem, seed, whole):
             )
 
 
+@settings(deadline=None)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_a_weight_is_a_repetition(problem, seed):
     labels, scores = problem
@@ -117,6 +120,7 @@ def test_a_weight_is_a_repetition(problem, seed):
     )
 
 
+@settings(deadline=None)
 @given(problems())
 def test_only_the_order_counts(problem):
     labels, scores = problem
@@ -158,6 +162,7 @@ def test_what_has_no_area_is_refused(labels, scores, weights, message):
         auroc(np.array(labels), np.array(scores), weights if weights is None else np.array(weights))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30), st.integers(0, 1000), st.randoms())
 def test_a_draw_is_of_whole_patients(patients, seed, random):
     weights = bootstrap_weights(patients, 20, seed, "bootstrap", "A")
@@ -406,7 +411,7 @@ def test_findings_are_those_of_every_seed():
         across_seeds([(0, data, data), (1, other, other)], "A", 10, 0.95)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_rows_are_plain_values_for_any_labels(seed):
     generator = np.random.default_rng(seed)
