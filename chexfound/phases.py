@@ -83,15 +83,15 @@ class Site:
         """Key of the patient of each image."""
         return [self.view.store.keys[place] for place in ids]
 
-    def labels(self, recipe: Recipe, ids: np.ndarray, findings: tuple[str, ...]) -> np.ndarray:
-        """Labels int8 (N, F) of the findings asked; one that the store does not know is −1."""
-        result = self.view.store.labels(ids, findings)
+    def training_labels(self, recipe: Recipe, findings: tuple[str, ...]) -> np.ndarray:
+        """Labels int8 (N, F) of the training images; a finding that the store does not know is −1."""
+        ids = self.training_ids(recipe)
+        labels = self.view.store.labels(ids, findings)
         if self.shuffle_labels:
             from chexfound.evaluate.floors import permute_by_patient
 
-            patients = self.patients(ids)
-            result = permute_by_patient(result, patients, recipe.seed, "shuffled", self.name)
-        return result
+            labels = permute_by_patient(labels, self.patients(ids), recipe.seed, "shuffled", self.name)
+        return labels
 
     def report(self, phase: str, before: int = 0, of: int | None = None) -> Callable[[int, int], None] | None:
         """The progress callback of a phase, of which `before` steps (of `of`) were done in earlier rounds."""
@@ -162,8 +162,8 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     """Take the backbone, compute the training images' features, and give their moments."""
     backbone = _backbone(recipe, request.tensors)
     checkpoint.save(site.home / "backbone.safetensors", request.tensors)
+    labels = site.training_labels(recipe, request.findings)
     ids = site.training_ids(recipe)
-    labels = site.labels(recipe, ids, request.findings)
     ids = ids[(labels >= 0).any(1)]
     folder = site.home / "features"
     if not len(ids):
@@ -183,8 +183,7 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
 
 def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     """K local steps of the head on the frozen features; per finding, by how many labelled images."""
-    ids = site.training_ids(recipe)
-    labels = site.labels(recipe, ids, request.findings)
+    labels = site.training_labels(recipe, request.findings)
     labels = labels[(labels >= 0).any(1)]
     trainable = trainable_findings(labels) if len(labels) else np.zeros(len(request.findings), bool)
     labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
@@ -208,7 +207,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     head = build_head(recipe, len(request.findings))
     load_tensors(head, checkpoint.with_prefix(request.tensors, "head."), list(head.state_dict()))
     ids = site.view.split(recipe.seed, recipe.split, "test")
-    labels = site.labels(recipe, ids, request.findings)
+    labels = site.view.store.labels(ids, request.findings)
     probabilities = predict(backbone, head, site.view.store.pixels(ids), recipe.adapt.n_last_blocks)
     scores = Scores(
         patients=site.patients(ids),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def run_alone(plan: Plan, arm: str) -> None:
 
     patients = None if arm == "centralized" else plan.sites[arm.removeprefix("local:")]
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
-    own = Site(view=View.of(store, arm, patients), home=folder / "own", progress=progress)
+    own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
     batches = Batches(
         pretrain=recipes.pooled_batch_size(recipe.train, n_sites), adapt=recipes.pooled_batch_size(recipe.adapt, n_sites)
     )
@@ -140,6 +141,21 @@ def run_alone(plan: Plan, arm: str) -> None:
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))
         request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)
         phases.run(tested, recipe, request)
+
+
+def trained_on(arm: str) -> str:
+    """What an arm learned from, in words."""
+    if arm.startswith("local:"):
+        return arm.removeprefix("local:")
+    return {"federated": "all sites, federated", "centralized": "all sites, pooled"}.get(arm, "all sites")
+
+
+def discard(plan: Plan, arm: str) -> None:
+    """Drop what an arm needed only while it trained: cached features and optimizer states."""
+    homes = [plan.site_home(arm, site) for site in plan.sites] + [plan.arm_folder(arm) / "own"]
+    for home in homes:
+        for part in ("features", "state"):
+            shutil.rmtree(home / part, ignore_errors=True)
 
 
 def trainable(plan: Plan, site: str) -> bool:

@@ -11,17 +11,10 @@ from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.evaluate import floors
 from chexfound.evaluate.metrics import Scores, across_seeds, difference_rows, result_rows
-from sim.arms import FITTED_ARMS, Plan
+from sim.arms import Plan, trained_on
 
 Row = dict[str, Any]
 BothScores = dict[str, dict[str, Scores]]  # arm -> site -> scores
-
-
-def trained_on(arm: str) -> str:
-    """What an arm learned from, in words."""
-    if arm.startswith("local:"):
-        return arm.removeprefix("local:")
-    return {"federated": "all sites, federated", "centralized": "all sites, pooled"}.get(arm, "all sites")
 
 
 def fitted_floors(plan: Plan, arms: Sequence[str]) -> BothScores:

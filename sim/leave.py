@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def _write_history(out: Path, plan: Plan, arms: Sequence[str]) -> None:
         for phase, rows in result.history(plan.arm_folder(arm)).items():
             curves[phase][arm] = rows
     write_json(out / "history.json", curves)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
     for phase, by_arm in curves.items():
         for arm, rows in by_arm.items():
             for site in sorted({row["site"] for row in rows}):

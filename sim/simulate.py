@@ -44,7 +44,7 @@ class Options:
         Raises: ConfigError if `out` holds no run.
         """
         path = out / "simulation.json"
-        if not path.is_file():
+        if not path.isfile():
             raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
         values = arms.load_json(path)
         return Options(
@@ -108,12 +108,12 @@ class Simulation:
                 summary = ingest(data, path, self.recipe.image_px, progress=lambda done, total: self.display.update("images", "taken in", done, total))
                 self.journal.append({"event": "timed", "what": "ingest", "seconds": round(time.monotonic() - started, 1)})
                 self.display.clear()
-                self.display.say(f"{summary.images} images of {summary.patients} patients taken in, {summary.refused} files refused")
+                self.display.say(f"{summary.images} images of {summary.patients} patients taken in, {len(summary.refused)} files refused")
         store = Store.open(path)
         if store.px != self.recipe.image_px:
             raise DataError(f"{path}: the store holds images of {store.px} px, the recipe asks for image_px {self.recipe.image_px}")
-        for _file, reason in store.refused[:5]:
-            self.display.say(f"[yellow]refused[/yellow] {escape(_file)}: {escape(reason)}")
+        for file, reason in store.refused[:5]:
+            self.display.say(f"[yellow]refused[/yellow] {escape(file)}: {escape(reason)}")
         if len(store.refused) > 5:
             self.display.say(f"… and {len(store.refused) - 5} more; all are listed in the store's index")
         dealt = partition(store, self.options.by, self.options.seeds[0])
@@ -185,6 +185,7 @@ class Simulation:
 
     def _done(self, plan: Plan, arm: str, seconds: float) -> None:
         self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
+        arms.discard(plan, arm)
         self.display.clear()
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s")
 
