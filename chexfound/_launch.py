@@ -19,7 +19,10 @@ def application_root() -> Path:
     """The folder that holds our four packages: the checkout's root, else chexfound/_app."""
     package = Path(__file__).resolve().parent
     checkout = package.parent
-    if all((checkout / name / "__init__.py").is_file() for name in PACKAGES) and (checkout / "pyproject.toml").is_file():
+    if (
+        all((checkout / name / "__init__.py").is_file() for name in PACKAGES)
+        and (checkout / "pyproject.toml").is_file()
+    ):
         return checkout
     return package / "_app"
 
@@ -31,7 +34,10 @@ def _enter(module: str) -> int:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None or Path(found.origin).resolve().parent.parent != root:
             where = found.origin if found else "nowhere"
-            print(f"error: the package {name!r} comes from {where}, not from {root}; install into a fresh environment", file=sys.stderr)
+            print(
+                f"error: the package {name!r} comes from {where}, not from {root}; install into a fresh environment",
+                file=sys.stderr,
+            )
             return 2
     return importlib.import_module(module).main()
 

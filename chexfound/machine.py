@@ -14,9 +14,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
 # What a run's bits and figures may depend on.
-RUN_PACKAGES = ("federated-chexfound", "flwr", "torch", "torchvision", "timm", "numpy", "opencv-python-headless")
+RUN_PACKAGES = (
+    "federated-chexfound",
+    "flwr",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "opencv-python-headless",
+)
 
 
 def machine() -> dict[str, Any]:

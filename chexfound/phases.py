@@ -68,7 +68,9 @@ class Site:
     home: Path
     shuffle_labels: bool = False
     progress: Progress | None = None
-    _warm: dict[str, Any] = field(default_factory=dict)  # what the disk holds too, kept in memory between rounds
+    _warm: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the disk holds too, kept in memory between rounds
 
     @property
     def name(self) -> str:
@@ -123,17 +125,28 @@ def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     ids = site.training_ids(recipe)
     labels = store.labels(ids, store.findings)
     findings = {
-        name: {"positives": int((labels[:, column] == 1).sum()), "negatives": int((labels[:, column] == 0).sum())}
+        name: {
+            "positives": int((labels[:, column] == 1).sum()),
+            "negatives": int((labels[:, column] == 0).sum()),
+        }
         for column, name in enumerate(store.findings)
     }
-    splits = {which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")}
+    splits = {
+        which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")
+    }
     values = {
         "site": site.name,
         "images": len(site.view.ids),
         "patients": len(set(site.patients(site.view.ids))),
         **splits,
-        "findings": {name: counts for name, counts in findings.items() if counts["positives"] or counts["negatives"]},
-        "versions": {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "findings": {
+            name: counts for name, counts in findings.items() if counts["positives"] or counts["negatives"]
+        },
+        "versions": {
+            "chexfound": chexfound.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "store_sha256": store.digest(),
     }
     return Reply(values=values)
@@ -150,7 +163,12 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     trainer.load_global(request.tensors)
     if not kept and not any(name.startswith("teacher.") for name in request.tensors):
         trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
-    rows = trainer.run(request.step, request.steps, request.batch_size, site.report("pretrain", request.step, recipe.train.total_steps))
+    rows = trainer.run(
+        request.step,
+        request.steps,
+        request.batch_size,
+        site.report("pretrain", request.step, recipe.train.total_steps),
+    )
     _carry(site, recipe, request, trainer.state())
     return Reply(
         tensors=trainer.global_tensors(teacher=recipe.teacher.policy == "average"),
@@ -188,14 +206,22 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     trainable = trainable_findings(labels) if len(labels) else np.zeros(len(request.findings), bool)
     labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
     counts = (labels >= 0).sum(0)
-    values = {"images": int((labels >= 0).any(1).sum()) if len(labels) else 0, "labelled": [int(n) for n in counts]}
+    values = {
+        "images": int((labels >= 0).any(1).sum()) if len(labels) else 0,
+        "labelled": [int(n) for n in counts],
+    }
     if not trainable.any():
         return Reply(values={**values, "history": []})
     trainer = HeadTrainer(recipe, features.load(site.home / "features"), labels, request.roster_index)
     trainer.load_global(request.tensors)
     kept = _carried(site, recipe, request)
     trainer.load_state(kept)
-    rows = trainer.run(request.step, request.steps, request.batch_size, site.report("adapt", request.step, recipe.adapt.total_steps))
+    rows = trainer.run(
+        request.step,
+        request.steps,
+        request.batch_size,
+        site.report("adapt", request.step, recipe.adapt.total_steps),
+    )
     _carry(site, recipe, request, trainer.state())
     return Reply(tensors=trainer.global_tensors(), values={**values, "history": rows})
 
@@ -217,7 +243,13 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     )
     save_scores(site.home / "scores.npz", scores)
     rows = result_rows(
-        "federated", "federated", site.name, scores, recipe.evaluate.bootstrap_samples, recipe.evaluate.confidence, recipe.seed
+        "federated",
+        "federated",
+        site.name,
+        scores,
+        recipe.evaluate.bootstrap_samples,
+        recipe.evaluate.confidence,
+        recipe.seed,
     )
     return Reply(values={"results": rows})
 

@@ -36,7 +36,9 @@ Range = tuple[Fraction, Fraction]
 class Input:
     """What the model does to a uint8 image before its stem; travels with the weights."""
 
-    normalization: Literal["zscore", "mean_std"] = "zscore"  # zscore: each image by its own mean and deviation
+    normalization: Literal["zscore", "mean_std"] = (
+        "zscore"  # zscore: each image by its own mean and deviation
+    )
     mean: Fraction = 0.5  # of pixels scaled to [0, 1]; for mean_std
     std: Rate = 0.25
 
@@ -65,7 +67,9 @@ class Dino:
     head_bottleneck_dim: Positive = 64
     head_nlayers: Positive = 3
     head_hidden_dim: Positive = 256
-    head_centered: bool = True  # subtract the batch's mean in the bottleneck: keeps a homogeneous batch off the log K plateau
+    head_centered: bool = (
+        True  # subtract the batch's mean in the bottleneck: keeps a homogeneous batch off the log K plateau
+    )
     koleo_loss_weight: Weight = 0.1
 
 
@@ -90,7 +94,9 @@ class Train:
     rounds: Positive = 5
     local_steps: Positive = 20
     batch_size: Positive | None = None  # images a step at each site …
-    pooled_batch_size: Positive | None = 32  # … or over all sites together; the centralized arm takes the pooled number
+    pooled_batch_size: Positive | None = (
+        32  # … or over all sites together; the centralized arm takes the pooled number
+    )
     OFFICIAL_EPOCH_LENGTH: Positive = 10
     centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
 
@@ -150,7 +156,9 @@ class Adapt:
     """A head on the frozen backbone."""
 
     head: Literal["glori", "linear"] = "glori"
-    findings: tuple[str, ...] | None = None  # None: all with min_positives and min_negatives at the sites together
+    findings: tuple[str, ...] | None = (
+        None  # None: all with min_positives and min_negatives at the sites together
+    )
     min_positives: Positive = 20
     rounds: Positive = 5
     local_steps: Positive = 40
@@ -232,7 +240,11 @@ _adapter = TypeAdapter(Recipe)
 
 def presets() -> list[str]:
     """The names of the presets that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files("chexfound").joinpath("presets").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("chexfound").joinpath("presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -255,12 +267,16 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
 
 def _read(name: str) -> tuple[str, str]:
     if name in presets():
-        return resources.files("chexfound").joinpath("presets", f"{name}.yaml").read_text(), f"preset {name!r}"
+        return resources.files("chexfound").joinpath(
+            "presets", f"{name}.yaml"
+        ).read_text(), f"preset {name!r}"
     path = Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, presets(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no recipe {name!r}: {hint}give a YAML file, or one of the presets {', '.join(presets())}")
+        raise ConfigError(
+            f"no recipe {name!r}: {hint}give a YAML file, or one of the presets {', '.join(presets())}"
+        )
     try:
         return path.read_text(), str(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -315,7 +331,9 @@ def _explain(entry: Any) -> str:
         for part in path[:-1]:
             section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
         near = difflib.get_close_matches(path[-1], [field.name for field in dataclasses.fields(section)], n=1)
-        return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else "")
+        return f"unknown key {key!r}" + (
+            f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else ""
+        )
     return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {entry['input']!r})"
 
 
@@ -323,7 +341,9 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
     found = []
     for name, phase in (("train", recipe.train), ("adapt", recipe.adapt)):
         if (phase.batch_size is None) == (phase.pooled_batch_size is None):
-            found.append(f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), and set the other to null")
+            found.append(
+                f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), and set the other to null"
+            )
     for key, low_high in (
         ("crops.global_crops_scale", recipe.crops.global_crops_scale),
         ("crops.local_crops_scale", recipe.crops.local_crops_scale),
@@ -337,15 +357,21 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         ("crops.local_crops_size", recipe.crops.local_crops_size),
     ):
         if size % recipe.student.patch_size:
-            found.append(f"{key}: must be a multiple of student.patch_size {recipe.student.patch_size} (got {size})")
+            found.append(
+                f"{key}: must be a multiple of student.patch_size {recipe.student.patch_size} (got {size})"
+            )
     if recipe.student.stem == "conv" and recipe.student.patch_size != 16:
-        found.append(f"student.patch_size: the conv stem halves four times, so it must be 16 (got {recipe.student.patch_size})")
+        found.append(
+            f"student.patch_size: the conv stem halves four times, so it must be 16 (got {recipe.student.patch_size})"
+        )
     if recipe.split.train + recipe.split.val >= 1:
         found.append("split: train + val must leave patients for the test (their sum must be below 1)")
     if not recipe.phases:
         found.append("phases: name at least one of pretrain, adapt, evaluate")
     if recipe.adapt.glori_dim % recipe.adapt.glori_heads:
-        found.append(f"adapt.glori_dim: must be a multiple of adapt.glori_heads (got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})")
+        found.append(
+            f"adapt.glori_dim: must be a multiple of adapt.glori_heads (got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})"
+        )
     if len(set(recipe.adapt.findings or ())) != len(recipe.adapt.findings or ()):
         found.append("adapt.findings: a finding is named twice")
     return found

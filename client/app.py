@@ -30,7 +30,14 @@ def handle(message: Message, context: Context) -> Message:
         run_recipe = recipe.from_json(str(context.run_config.get("recipe") or "{}"))
         site = site_of(context.node_config, run_recipe.image_px, enrolling=phase == "enrol")
         outcome = phases.run(site, run_recipe, request)
-        log.info("phase=%s round=%d step=%d steps=%d site=%s", phase, request.round, request.step, request.steps, site.name)
+        log.info(
+            "phase=%s round=%d step=%d steps=%d site=%s",
+            phase,
+            request.round,
+            request.step,
+            request.steps,
+            site.name,
+        )
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
         outcome = error
     return egress.release(message, phase, outcome)

@@ -44,7 +44,12 @@ def checked_roster(replies: Sequence[Reply]) -> list[Member]:
         name, train = reply.values.get("site"), reply.values.get("train")
         if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
             raise ProtocolError("a site enrolled without a usable name")
-        if isinstance(train, bool) or not isinstance(train, int) or train < 0 or not isinstance(reply.values.get("findings"), dict):
+        if (
+            isinstance(train, bool)
+            or not isinstance(train, int)
+            or train < 0
+            or not isinstance(reply.values.get("findings"), dict)
+        ):
             raise ProtocolError(f"site {name!r} enrolled without its counts")
         members.append(Member(name=name, values=reply.values))
     members.sort(key=lambda member: member.name)
@@ -119,7 +124,9 @@ class GridExchange:
         del messages
         deadline = time.monotonic() + self._timeout_s
         if len(ids) != len(requests):
-            raise SiteError(f"{requests[0].phase}: a site is no longer connected; start it again and resume the run")
+            raise SiteError(
+                f"{requests[0].phase}: a site is no longer connected; start it again and resume the run"
+            )
         for message_id, name, request in zip(ids, self._names, requests, strict=True):
             message = self._pull(message_id, deadline)
             where = f"site {name!r} in {request.phase}, round {request.round + 1}"
@@ -127,7 +134,9 @@ class GridExchange:
                 raise SiteError(f"{where}: no reply within federation.round_timeout_s {self._timeout_s:g} s")
             if message.has_error():
                 kind = wire.unpack_error(message)
-                raise SiteError(f"{where}: replied with error {kind.code!r} (exit code {kind.exit_code}); that site's own log says why")
+                raise SiteError(
+                    f"{where}: replied with error {kind.code!r} (exit code {kind.exit_code}); that site's own log says why"
+                )
             yield wire.unpack_reply(message.content)
 
     def _pull(self, message_id: str, deadline: float) -> Message | None:

@@ -6,8 +6,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.journal import read_journal, write_json
+from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.recipe import Recipe
 from server.run import Outcome
 
@@ -35,7 +35,9 @@ def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for entry in read_journal(folder / "journal.jsonl"):
         if entry["event"] == "round":
             for site in entry["sites"]:
-                rows.setdefault(entry["phase"], []).extend({**row, "site": site["site"]} for row in site["history"])
+                rows.setdefault(entry["phase"], []).extend(
+                    {**row, "site": site["site"]} for row in site["history"]
+                )
     return rows
 
 
@@ -59,7 +61,9 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
     """Write metrics.json, history.json and sites.json into the run's folder, as the report reads them."""
     seconds, moved = costs(folder)
     entries = read_journal(folder / "journal.jsonl")
-    write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
+    write_json(
+        folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()}
+    )
     batch = recipe.train.batch_size or (recipe.train.pooled_batch_size or 0) // len(outcome.roster)
     write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"], batch))
     write_json(
@@ -78,7 +82,9 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
             "across_seeds": [],
             "not_trained": [],
             "void": None,
-            "notes": ["A deployed run: the federated arm only. Centralized and single-site models would need the pooled images."],
+            "notes": [
+                "A deployed run: the federated arm only. Centralized and single-site models would need the pooled images."
+            ],
             "machine": machine(),
             "versions": versions(*RUN_PACKAGES),
             "date": datetime.date.today().isoformat(),

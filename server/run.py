@@ -30,7 +30,19 @@ from server.exchange import Exchange, Member
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
-RESULT_KEYS = ("arm", "trained_on", "tested_on", "finding", "n", "positives", "auroc", "auroc_ci", "auprc", "auprc_ci", "reason")
+RESULT_KEYS = (
+    "arm",
+    "trained_on",
+    "tested_on",
+    "finding",
+    "n",
+    "positives",
+    "auroc",
+    "auroc_ci",
+    "auprc",
+    "auprc_ci",
+    "reason",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,9 @@ class Batches:
     def of(recipe: Recipe, n_sites: int) -> Batches:
         """Each site's share of the recipe's work."""
         return Batches(
-            pretrain=recipes.site_batch_size(recipe.train, n_sites, "train") if "pretrain" in recipe.phases else 0,
+            pretrain=recipes.site_batch_size(recipe.train, n_sites, "train")
+            if "pretrain" in recipe.phases
+            else 0,
             adapt=recipes.site_batch_size(recipe.adapt, n_sites, "adapt") if "adapt" in recipe.phases else 0,
         )
 
@@ -101,7 +115,9 @@ class Run:
             weights = self._pretrain() if "pretrain" in self.recipe.phases else None
             model = checkpoint.add_prefix(self._take_backbone(weights), "backbone.")
             if "adapt" in self.recipe.phases:
-                model |= checkpoint.add_prefix(self._adapt(checkpoint.with_prefix(model, "backbone.")), "head.")
+                model |= checkpoint.add_prefix(
+                    self._adapt(checkpoint.with_prefix(model, "backbone.")), "head."
+                )
             checkpoint.save(self.folder / "model.safetensors", model)
             sha256 = checkpoint.digest(model)
             unscored = self._unscored()
@@ -109,7 +125,9 @@ class Run:
             if "evaluate" in self.recipe.phases and "adapt" in self.recipe.phases:
                 results = [_without_figures(row, unscored) for row in self._evaluate(model)]
             self._record({"event": "done", "model_sha256": sha256, "unscored": unscored, "results": results})
-        return Outcome(roster=self.roster, findings=self.findings, tensors=model, model_sha256=sha256, results=results)
+        return Outcome(
+            roster=self.roster, findings=self.findings, tensors=model, model_sha256=sha256, results=results
+        )
 
     # -- the journal
 
@@ -125,11 +143,15 @@ class Run:
         if empty:
             raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
         if "adapt" in self.recipe.phases:
-            self.findings = choose_findings(self.recipe, [member.values["findings"] for member in self.roster])
+            self.findings = choose_findings(
+                self.recipe, [member.values["findings"] for member in self.roster]
+            )
         event = {
             "event": "start",
             "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
-            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest() if self.backbone else None,
+            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest()
+            if self.backbone
+            else None,
             "roster": [{"site": member.name, **member.values} for member in self.roster],
             "findings": list(self.findings),
         }
@@ -145,9 +167,19 @@ class Run:
             )
 
     def _rounds(self, phase: str) -> list[Event]:
-        return [entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase]
+        return [
+            entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase
+        ]
 
-    def _commit(self, phase: str, number: int, weights: dict[str, Tensor], started: float, replies: list[Event], sent: int) -> None:
+    def _commit(
+        self,
+        phase: str,
+        number: int,
+        weights: dict[str, Tensor],
+        started: float,
+        replies: list[Event],
+        sent: int,
+    ) -> None:
         """Put a round's weights on the disk, then the round into the journal, then drop the round before."""
         path = self.folder / "rounds" / f"{phase}-{number:06d}.safetensors"
         checkpoint.save(path, weights)
@@ -176,12 +208,16 @@ class Run:
         path = self.folder / "rounds" / done[-1]["file"]
         weights = checkpoint.load(path)
         if checkpoint.digest(weights) != done[-1]["sha256"]:
-            raise CheckpointError(f"{path}: is not what the journal says it should be; the file was changed or damaged")
+            raise CheckpointError(
+                f"{path}: is not what the journal says it should be; the file was changed or damaged"
+            )
         return len(done), weights
 
     # -- the phases
 
-    def _requests(self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0) -> list[Request]:
+    def _requests(
+        self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0
+    ) -> list[Request]:
         return [
             Request(
                 phase=phase,
@@ -203,10 +239,14 @@ class Run:
             weights = initial_weights(self.recipe)
             if self.backbone is not None:
                 _load_backbone(weights, self.backbone)
-            weights = {name: tensor for name, tensor in weights.items() if teacher or name.startswith("student.")}
+            weights = {
+                name: tensor for name, tensor in weights.items() if teacher or name.startswith("student.")
+            }
         assert self.batches is not None
         for number in range(done, config.rounds):
-            weights = self._train_round("pretrain", FedAvg("pretrain"), weights, number, config.local_steps, self.batches.pretrain)
+            weights = self._train_round(
+                "pretrain", FedAvg("pretrain"), weights, number, config.local_steps, self.batches.pretrain
+            )
         return weights
 
     def _train_round(
@@ -226,7 +266,9 @@ class Run:
                 }
             )
         weights = strategy.result(weights)
-        self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
+        self._commit(
+            phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors)
+        )
         return weights
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -246,7 +288,9 @@ class Run:
         requests = self._requests("features", backbone)
         sums = [reply.tensors for reply in self.exchange.ask(requests) if reply.tensors]
         if not sums:
-            raise DataError("no site has a labelled training image; choose other findings, or leave adapt out of phases")
+            raise DataError(
+                "no site has a labelled training image; choose other findings, or leave adapt out of phases"
+            )
         if head is None:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
             head |= features.standardization(_checked_moments(sums))
@@ -271,7 +315,9 @@ class Run:
         rounds = self._rounds("adapt")
         if not rounds:
             return {}
-        totals = [sum(counts) for counts in zip(*(site["labelled"] for site in rounds[-1]["sites"]), strict=True)]
+        totals = [
+            sum(counts) for counts in zip(*(site["labelled"] for site in rounds[-1]["sites"]), strict=True)
+        ]
         reason = "not trained: no site has both classes among its training images"
         if len(self.roster) == 1:
             reason = f"not trained: {self.roster[0].name} has not both classes among its training images"
@@ -280,7 +326,9 @@ class Run:
     def _evaluate(self, model: dict[str, Tensor]) -> list[dict[str, Any]]:
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
         results = []
-        for member, reply in zip(self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True):
+        for member, reply in zip(
+            self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True
+        ):
             results += _checked_results(reply, member.name, self.findings)
         return results
 
@@ -302,7 +350,11 @@ def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[s
     chosen = tuple(sorted(name for name, both in totals.items() if min(both) >= minimum))
     if not chosen:
         best = max(totals, key=lambda name: min(totals[name]), default=None)
-        closest = f"; the closest is {best!r} with {totals[best][0]} and {totals[best][1]}" if best else "; no image is labelled"
+        closest = (
+            f"; the closest is {best!r} with {totals[best][0]} and {totals[best][1]}"
+            if best
+            else "; no image is labelled"
+        )
         raise ConfigError(
             f"no finding has adapt.min_positives {minimum} positive and as many negative training images over all sites{closest}. "
             "Lower adapt.min_positives, name adapt.findings, or leave out the head with --set phases=[pretrain]"
@@ -318,7 +370,11 @@ def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
     given = checkpoint.load(path)
     given = checkpoint.with_prefix(given, "backbone.") or given
     expected = checkpoint.with_prefix(weights, "student.backbone.")
-    odd = sorted(name for name in set(given) | set(expected) if name not in given or name not in expected or given[name].shape != expected[name].shape)
+    odd = sorted(
+        name
+        for name in set(given) | set(expected)
+        if name not in given or name not in expected or given[name].shape != expected[name].shape
+    )
     if odd:
         raise CheckpointError(f"{path}: is not the recipe's backbone: {len(odd)} tensors differ, {odd[:3]}")
     for whose in ("student", "teacher"):
@@ -329,13 +385,19 @@ def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
 def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:
     if row["finding"] not in unscored:
         return row
-    return row | dict.fromkeys(("auroc", "auroc_ci", "auprc", "auprc_ci")) | {"reason": row["reason"] or unscored[row["finding"]]}
+    return (
+        row
+        | dict.fromkeys(("auroc", "auroc_ci", "auprc", "auprc_ci"))
+        | {"reason": row["reason"] or unscored[row["finding"]]}
+    )
 
 
 def _checked_history(reply: Reply) -> list[dict[str, float]]:
     rows = reply.values.get("history")
     if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and all(isinstance(key, str) and wire.finite(value) for key, value in row.items()) for row in rows
+        isinstance(row, dict)
+        and all(isinstance(key, str) and wire.finite(value) for key, value in row.items())
+        for row in rows
     ):
         raise ProtocolError("a reply's history must be rows of finite numbers")
     return rows
@@ -352,12 +414,21 @@ def _checked_moments(sums: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def _checked_results(reply: Reply, site: str, findings: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = reply.values.get("results")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows
+    ):
         raise ProtocolError(f"site {site!r}: its results are not rows of {', '.join(RESULT_KEYS)}")
     if [row["finding"] for row in rows] != list(findings) or any(row["tested_on"] != site for row in rows):
         raise ProtocolError(f"site {site!r}: its results are not for the findings asked, or not its own")
     for row in rows:
-        numbers = [row["n"], row["positives"], row["auroc"], row["auprc"], *(row["auroc_ci"] or []), *(row["auprc_ci"] or [])]
+        numbers = [
+            row["n"],
+            row["positives"],
+            row["auroc"],
+            row["auprc"],
+            *(row["auroc_ci"] or []),
+            *(row["auprc_ci"] or []),
+        ]
         if any(number is not None and not wire.finite(number) for number in numbers):
             raise ProtocolError(f"site {site!r}: a figure is not a finite number")
     return rows

@@ -89,7 +89,11 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
         recipe = replace(recipe, phases=tuple(phase for phase in recipe.phases if phase != "pretrain"))
     if arm == "shuffled":
         backbone = str(_backbone_file(plan))
-    run_config = {"recipe": recipes.to_json(recipe), "run-dir": str(plan.arm_folder(arm)), "backbone": backbone}
+    run_config = {
+        "recipe": recipes.to_json(recipe),
+        "run-dir": str(plan.arm_folder(arm)),
+        "backbone": backbone,
+    }
     nodes = [node_config(plan, arm, site) for site in plan.sites]
     context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
     app(InProcessGrid(pool, nodes, run_config), context)
@@ -131,7 +135,8 @@ def run_alone(plan: Plan, arm: str) -> None:
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
     own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
     batches = Batches(
-        pretrain=recipes.pooled_batch_size(recipe.train, n_sites), adapt=recipes.pooled_batch_size(recipe.adapt, n_sites)
+        pretrain=recipes.pooled_batch_size(recipe.train, n_sites),
+        adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
     )
     training = replace(recipe, phases=tuple(phase for phase in recipe.phases if phase != "evaluate"))
     outcome = Run(training, DirectExchange(own), folder, batches=batches).run()

@@ -33,15 +33,24 @@ def fitted_floors(plan: Plan, arms: Sequence[str]) -> BothScores:
     fitted = {}
     if "site-view" in arms:
         fitted["site-view"] = floors.site_view_floor(
-            site_names(train), _views(store, train_ids), labels, site_names(test), _views(store, test_ids), findings
+            site_names(train),
+            _views(store, train_ids),
+            labels,
+            site_names(test),
+            _views(store, test_ids),
+            findings,
         )
     if "histogram" in arms:
-        fitted["histogram"] = floors.histogram_floor(store.pixels(train_ids), labels, store.pixels(test_ids), findings)
+        fitted["histogram"] = floors.histogram_floor(
+            store.pixels(train_ids), labels, store.pixels(test_ids), findings
+        )
     result: BothScores = {}
     for arm, (scores, unscored) in fitted.items():
         parts = np.split(scores, np.cumsum([len(ids) for ids in test.values()])[:-1])
         result[arm] = {
-            site: Scores([store.keys[place] for place in ids], store.labels(ids, findings), part, findings, unscored)
+            site: Scores(
+                [store.keys[place] for place in ids], store.labels(ids, findings), part, findings, unscored
+            )
             for (site, ids), part in zip(test.items(), parts, strict=True)
         }
     return result
@@ -72,10 +81,14 @@ def figures(plan: Plan, scores: BothScores) -> tuple[list[Row], list[Row], list[
     federated = scores.get("federated", {})
     for site, one in federated.items():
         if "centralized" in scores:
-            differences += difference_rows(one, scores["centralized"][site], site, samples, confidence, recipe.seed)
+            differences += difference_rows(
+                one, scores["centralized"][site], site, samples, confidence, recipe.seed
+            )
         for arm, by_site in scores.items():
             if arm == "random" or arm.startswith("local:"):
-                for row in difference_rows(one, by_site[site], site, samples, confidence, recipe.seed, ("federated", "other")):
+                for row in difference_rows(
+                    one, by_site[site], site, samples, confidence, recipe.seed, ("federated", "other")
+                ):
                     difference = row.pop("federated_minus_other")
                     comparisons.append({"first": "federated", "second": arm, "difference": difference, **row})
     return results, differences, comparisons
@@ -88,6 +101,9 @@ def over_seeds(plans: Sequence[Plan], scores: Sequence[BothScores]) -> list[Row]
     recipe = plans[0].recipe
     rows = []
     for site in plans[0].sites:
-        pairs = [(plan.recipe.seed, one["federated"][site], one["centralized"][site]) for plan, one in zip(plans, scores, strict=True)]
+        pairs = [
+            (plan.recipe.seed, one["federated"][site], one["centralized"][site])
+            for plan, one in zip(plans, scores, strict=True)
+        ]
         rows += across_seeds(pairs, site, recipe.evaluate.bootstrap_samples, recipe.evaluate.confidence)
     return rows

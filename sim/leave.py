@@ -56,7 +56,13 @@ def write(
         "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
         "comparisons": comparisons,
         "replicates": [
-            {"seed": one.recipe.seed, "results": rows[0], "differences": rows[1], "comparisons": rows[2], "model_sha256": sha}
+            {
+                "seed": one.recipe.seed,
+                "results": rows[0],
+                "differences": rows[1],
+                "comparisons": rows[2],
+                "model_sha256": sha,
+            }
             for one, rows, sha in list(zip(plans, figures, hashes, strict=True))[1:]
         ],
         "across_seeds": compare.over_seeds(plans, scores),
@@ -94,7 +100,9 @@ def _write_history(out: Path, plan: Plan, arms: Sequence[str]) -> None:
     for phase, by_arm in curves.items():
         for arm, rows in by_arm.items():
             for site in sorted({row["site"] for row in rows}):
-                with SummaryWriter(out / "tensorboard" / plan.arm_folder(arm).name / f"site-{plan_index(plan, site):02d}") as writer:
+                with SummaryWriter(
+                    out / "tensorboard" / plan.arm_folder(arm).name / f"site-{plan_index(plan, site):02d}"
+                ) as writer:
                     for row in (row for row in rows if row["site"] == site):
                         for name, value in row.items():
                             if name not in ("step", "site", "log_k"):
@@ -110,8 +118,14 @@ def _write_sites(out: Path, plan: Plan) -> None:
     recipe, store = plan.recipe, Store.open(plan.store)
     n_sites = len(plan.sites)
     steps = recipe.train.total_steps if "pretrain" in recipe.phases else 0
-    total_train = sum(len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items())
-    batch, pooled = recipes.site_batch_size(recipe.train, n_sites, "train"), recipes.pooled_batch_size(recipe.train, n_sites)
+    total_train = sum(
+        len(View.of(store, name, p).split(recipe.seed, recipe.split, "train"))
+        for name, p in plan.sites.items()
+    )
+    batch, pooled = (
+        recipes.site_batch_size(recipe.train, n_sites, "train"),
+        recipes.pooled_batch_size(recipe.train, n_sites),
+    )
     refused = [Path(file).parts[0] for file, _ in store.refused]
     rows = []
     for name, patients in plan.sites.items():
@@ -157,8 +171,13 @@ def _write_samples(out: Path, plan: Plan) -> None:
     for name, patients in plan.sites.items():
         ids = View.of(store, name, patients).ids
         arrays[name] = store.pixels(ids[np.linspace(0, len(ids) - 1, min(SAMPLES, len(ids))).astype(int)])
-    _save_arrays(out / "artifacts" / "samples.npz", {f"site {number}": array for number, array in enumerate(arrays.values())})
-    write_json(out / "artifacts" / "samples.json", {f"site {number}": name for number, name in enumerate(arrays)})
+    _save_arrays(
+        out / "artifacts" / "samples.npz",
+        {f"site {number}": array for number, array in enumerate(arrays.values())},
+    )
+    write_json(
+        out / "artifacts" / "samples.json", {f"site {number}": name for number, name in enumerate(arrays)}
+    )
 
 
 def _write_attention(out: Path, plan: Plan) -> None:
@@ -181,8 +200,12 @@ def _write_attention(out: Path, plan: Plan) -> None:
         return
     images = store.pixels(np.array(chosen))
     with torch.inference_mode():
-        layers = backbone.get_intermediate_layers(torch.from_numpy(images), recipe.adapt.n_last_blocks, return_class_token=True)
-        logits, attention = head([layer[0] for layer in layers], [layer[1] for layer in layers], return_attention=True)
+        layers = backbone.get_intermediate_layers(
+            torch.from_numpy(images), recipe.adapt.n_last_blocks, return_class_token=True
+        )
+        logits, attention = head(
+            [layer[0] for layer in layers], [layer[1] for layer in layers], return_attention=True
+        )
     side = recipe.image_px // recipe.student.patch_size
     maps = attention.mean(1).reshape(len(chosen), len(findings), side, side).numpy().astype(np.float32)
     _save_arrays(
@@ -194,13 +217,20 @@ def _write_attention(out: Path, plan: Plan) -> None:
             "labels": store.labels(np.array(chosen), list(findings)),
         },
     )
-    captions = [f"{name}, {store.views[place] or 'view unknown'}" for name, place in zip(sites, chosen, strict=True)]
-    write_json(out / "artifacts" / "attention.json", {"findings": list(findings), "sites": sites, "captions": captions})
+    captions = [
+        f"{name}, {store.views[place] or 'view unknown'}" for name, place in zip(sites, chosen, strict=True)
+    ]
+    write_json(
+        out / "artifacts" / "attention.json",
+        {"findings": list(findings), "sites": sites, "captions": captions},
+    )
 
 
 def _write_model(out: Path, plan: Plan, arm: str, metrics: dict[str, Any]) -> None:
     tensors = checkpoint.load(plan.arm_folder(arm) / "model.safetensors")
-    card = _card(plan, arm, metrics, sum(t.numel() for name, t in tensors.items() if name.startswith("backbone.")))
+    card = _card(
+        plan, arm, metrics, sum(t.numel() for name, t in tensors.items() if name.startswith("backbone."))
+    )
     release.save(out / "model", plan.recipe, plan.recipe.adapt.findings or (), tensors, card)
 
 

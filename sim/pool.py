@@ -148,10 +148,16 @@ class Pool:
     def _died(self, worker: _Worker) -> None:
         worker.process.join(5)
         code = worker.process.exitcode
-        how = f"killed by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"exit code {code}"
+        how = (
+            f"killed by signal {-code} ({signal.Signals(-code).name})"
+            if code is not None and code < 0
+            else f"exit code {code}"
+        )
         doing = worker.current[1] if worker.current else "nothing"
         hint = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
-        raise SiteError(f"the process that worked on {doing} died ({how}{hint}); finished rounds are kept: run again with --resume")
+        raise SiteError(
+            f"the process that worked on {doing} died ({how}{hint}); finished rounds are kept: run again with --resume"
+        )
 
 
 def _call(task: Task, on_progress: OnProgress | None) -> Any:
@@ -166,7 +172,9 @@ def _call(task: Task, on_progress: OnProgress | None) -> Any:
 def _work(pipe: Connection, path: list[str], parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: two runs must never share a site's disk
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: two runs must never share a site's disk
         if os.getppid() != parent:
             return
     sys.path[:] = path

@@ -45,10 +45,16 @@ class Options:
         """
         path = out / "simulation.json"
         if not path.isfile():
-            raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
+            raise ConfigError(
+                f"{out}: no simulation to resume here (no simulation.json); start one without --resume"
+            )
         values = arms.load_json(path)
         return Options(
-            data=values["data"], by=values["by"], seeds=tuple(values["seeds"]), arms=tuple(values["arms"]), recipe=values["recipe"]
+            data=values["data"],
+            by=values["by"],
+            seeds=tuple(values["seeds"]),
+            arms=tuple(values["arms"]),
+            recipe=values["recipe"],
         )
 
 
@@ -105,13 +111,24 @@ class Simulation:
         else:
             path = self.out / "store"
             if not path.exists():
-                summary = ingest(data, path, self.recipe.image_px, progress=lambda done, total: self.display.update("images", "taken in", done, total))
-                self.journal.append({"event": "timed", "what": "ingest", "seconds": round(time.monotonic() - started, 1)})
+                summary = ingest(
+                    data,
+                    path,
+                    self.recipe.image_px,
+                    progress=lambda done, total: self.display.update("images", "taken in", done, total),
+                )
+                self.journal.append(
+                    {"event": "timed", "what": "ingest", "seconds": round(time.monotonic() - started, 1)}
+                )
                 self.display.clear()
-                self.display.say(f"{summary.images} images of {summary.patients} patients taken in, {len(summary.refused)} files refused")
+                self.display.say(
+                    f"{summary.images} images of {summary.patients} patients taken in, {len(summary.refused)} files refused"
+                )
         store = Store.open(path)
         if store.px != self.recipe.image_px:
-            raise DataError(f"{path}: the store holds images of {store.px} px, the recipe asks for image_px {self.recipe.image_px}")
+            raise DataError(
+                f"{path}: the store holds images of {store.px} px, the recipe asks for image_px {self.recipe.image_px}"
+            )
         for file, reason in store.refused[:5]:
             self.display.say(f"[yellow]refused[/yellow] {escape(file)}: {escape(reason)}")
         if len(store.refused) > 5:
@@ -128,17 +145,35 @@ class Simulation:
             recipes.site_batch_size(phase, len(sites), section)
         for name, patients in sites.items():
             view = View.of(store, name, patients)
-            counts = {which: len(view.split(self.options.seeds[0], self.recipe.split, which)) for which in ("train", "val", "test")}
+            counts = {
+                which: len(view.split(self.options.seeds[0], self.recipe.split, which))
+                for which in ("train", "val", "test")
+            }
             if not counts["train"]:
-                raise DataError(f"site {name!r} has no training image (its {len(view)} images fell to validation and test); give it more patients")
-            self.display.say(f"site [bold]{escape(name)}[/bold]: {len(patients)} patients, {len(view)} images: " + ", ".join(f"{n} {w}" for w, n in counts.items()))
+                raise DataError(
+                    f"site {name!r} has no training image (its {len(view)} images fell to validation and test); give it more patients"
+                )
+            self.display.say(
+                f"site [bold]{escape(name)}[/bold]: {len(patients)} patients, {len(view)} images: "
+                + ", ".join(f"{n} {w}" for w, n in counts.items())
+            )
 
     def _plan(self, store_path: Path, sites: dict[str, list[str]], seed: int) -> Plan:
         recipe = replace(self.recipe, seed=seed)
         if "adapt" in recipe.phases:
             first = replace(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
-            recipe = replace(recipe, adapt=replace(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))))
-        plan = Plan(recipe=recipe, store=store_path.resolve(), sites=sites, folder=self.out.resolve() / "work" / f"seed-{seed}")
+            recipe = replace(
+                recipe,
+                adapt=replace(
+                    recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))
+                ),
+            )
+        plan = Plan(
+            recipe=recipe,
+            store=store_path.resolve(),
+            sites=sites,
+            folder=self.out.resolve() / "work" / f"seed-{seed}",
+        )
         plan.write_shards()
         return plan
 
@@ -147,12 +182,20 @@ class Simulation:
         for arm in ARMS:
             if arm not in self.options.arms:
                 continue
-            names += [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)] if arm == "local" else [arm]
+            names += (
+                [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)]
+                if arm == "local"
+                else [arm]
+            )
         if "shuffled" in names and "federated" not in names:
             names.remove("shuffled")
-            self.notes.append("The shuffled-labels floor stands on the federated backbone; without the federated arm it is left out.")
+            self.notes.append(
+                "The shuffled-labels floor stands on the federated backbone; without the federated arm it is left out."
+            )
         if "adapt" not in plan.recipe.phases:
-            names = [arm for arm in names if arm == "federated" or arm == "centralized" or arm.startswith("local:")]
+            names = [
+                arm for arm in names if arm == "federated" or arm == "centralized" or arm.startswith("local:")
+            ]
         return names
 
     def _not_trained(self, plan: Plan) -> list[dict[str, str]]:
@@ -184,7 +227,9 @@ class Simulation:
                 started[waiting.pop(0)] = time.monotonic()
 
     def _done(self, plan: Plan, arm: str, seconds: float) -> None:
-        self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
+        self.journal.append(
+            {"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)}
+        )
         arms.discard(plan, arm)
         self.display.clear()
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s")
@@ -194,7 +239,11 @@ class Simulation:
         seconds: dict[str, float] = {}
         for entry in self.journal.entries:
             if entry["event"] == "timed":
-                suffix = f"@{entry['seed']}" if entry.get("seed", self.options.seeds[0]) != self.options.seeds[0] else ""
+                suffix = (
+                    f"@{entry['seed']}"
+                    if entry.get("seed", self.options.seeds[0]) != self.options.seeds[0]
+                    else ""
+                )
                 name = entry["what"] + suffix
                 seconds[name] = round(seconds.get(name, 0.0) + entry["seconds"], 1)
             else:
@@ -207,10 +256,15 @@ def label_counts(store_path: Path, sites: dict[str, list[str]], recipe: Recipe) 
     store = Store.open(store_path)
     counts = []
     for name, patients in sites.items():
-        labels = store.labels(View.of(store, name, patients).split(recipe.seed, recipe.split, "train"), store.findings)
+        labels = store.labels(
+            View.of(store, name, patients).split(recipe.seed, recipe.split, "train"), store.findings
+        )
         counts.append(
             {
-                finding: {"positives": int((labels[:, column] == 1).sum()), "negatives": int((labels[:, column] == 0).sum())}
+                finding: {
+                    "positives": int((labels[:, column] == 1).sum()),
+                    "negatives": int((labels[:, column] == 0).sum()),
+                }
                 for column, finding in enumerate(store.findings)
             }
         )

@@ -41,7 +41,9 @@ def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
         )
 
 
-def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None) -> Tensor:
+def masked_bce(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None
+) -> Tensor:
     """Binary cross entropy over the known labels: logits (B, F), labels (B, F) in {1, 0, −1 = unknown}.
 
     The mean over the known labels, or their sum over `divisor`: masked means do not add up over
@@ -73,7 +75,10 @@ class HeadTrainer:
         decayed = [p for n, p in self.head.named_parameters() if p.requires_grad and _decayed(n)]
         plain = [p for n, p in self.head.named_parameters() if p.requires_grad and not _decayed(n)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe.adapt.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": recipe.adapt.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
             lr=0.0,
             fused=True,
         )
@@ -97,7 +102,9 @@ class HeadTrainer:
         """The inverse of `state`."""
         load_optimizer(self.optimizer, self.head, tensors)
 
-    def run(self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None) -> list[dict[str, Any]]:
+    def run(
+        self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
         """Take global steps first_step … first_step + steps − 1; one row (step, loss) a step.
 
         Raises: DataError if no image is labelled, or the loss is not finite.
@@ -111,8 +118,12 @@ class HeadTrainer:
         rows = []
         for step in range(first_step, first_step + steps):
             images = self.labelled[sampler.batch(step)]
-            views = rng.numpy_generator(recipe.seed, "adapt", step, self.roster_index, "view").integers(n_views, size=len(images))
-            lr = cosine(step, config.lr, 0.0, config.total_steps, warmup=min(config.warmup_steps, config.total_steps))
+            views = rng.numpy_generator(recipe.seed, "adapt", step, self.roster_index, "view").integers(
+                n_views, size=len(images)
+            )
+            lr = cosine(
+                step, config.lr, 0.0, config.total_steps, warmup=min(config.warmup_steps, config.total_steps)
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             with rng.torch_stream(recipe.seed, "adapt", step, self.roster_index, "torch"):

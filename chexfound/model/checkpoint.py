@@ -51,7 +51,9 @@ def load(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); it is absent, truncated or of another kind") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it is absent, truncated or of another kind"
+        ) from error
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -36,7 +36,13 @@ class DINOHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, nlayers: int, centered: bool = False
+        self,
+        dim: int,
+        n_prototypes: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        nlayers: int,
+        centered: bool = False,
     ) -> None:
         super().__init__()
         self.centered = centered

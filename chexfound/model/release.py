@@ -20,7 +20,9 @@ from chexfound.recipe import Recipe
 FORMAT = 1
 
 
-def save(folder: Path, recipe: Recipe, findings: Sequence[str], tensors: Mapping[str, Tensor], card: str) -> None:
+def save(
+    folder: Path, recipe: Recipe, findings: Sequence[str], tensors: Mapping[str, Tensor], card: str
+) -> None:
     """Write model.safetensors (`backbone.…`, `head.…`), config.json and README.md."""
     config: dict[str, Any] = {
         "format": FORMAT,
@@ -43,7 +45,9 @@ def load(folder: Path) -> tuple[Recipe, tuple[str, ...], vit.VisionTransformer, 
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: a model directory of format {config['format']!r}; this release reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder}: a model directory of format {config['format']!r}; this release reads {FORMAT}"
+            )
         recipe = recipes.validate(config["recipe"], f"{folder}/config.json")
         findings = tuple(str(name) for name in config["findings"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:

@@ -49,7 +49,9 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
             config.head_centered,
         )
 
-    return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
+    return nn.ModuleDict(
+        {"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)}
+    )
 
 
 class SSLMetaArch(nn.Module):
@@ -78,7 +80,9 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← m · teacher + (1 − m) · student."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum)
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
+        )
 
     @torch.no_grad()
     def _targets(self, logits: Tensor, center: Tensor, temp: float) -> Tensor:
@@ -122,7 +126,9 @@ class SSLMetaArch(nn.Module):
         parts = {"dino": dino}
         total = recipe.dino.loss_weight * dino
         if recipe.dino.koleo_loss_weight:
-            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
+            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(
+                global_cls[batch.size :]
+            )
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
         if recipe.ibot.loss_weight and len(ibot_targets):
             patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])

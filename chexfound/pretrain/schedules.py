@@ -52,6 +52,11 @@ def at(recipe: Recipe, step: int) -> Schedule:
         weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, total),
         momentum=cosine(step, teacher.momentum_teacher, teacher.final_momentum_teacher, total),
         teacher_temp=cosine(
-            step, teacher.teacher_temp, teacher.teacher_temp, temp_steps, warmup=temp_steps, start=teacher.warmup_teacher_temp
+            step,
+            teacher.teacher_temp,
+            teacher.teacher_temp,
+            temp_steps,
+            warmup=temp_steps,
+            start=teacher.warmup_teacher_temp,
         ),
     )

@@ -59,12 +59,16 @@ class Pretrainer:
         roster_index: the site's place among the sites sorted by name; names its random streams.
     """
 
-    def __init__(self, recipe: Recipe, pixels: Callable[[np.ndarray], np.ndarray], n_images: int, roster_index: int) -> None:
+    def __init__(
+        self, recipe: Recipe, pixels: Callable[[np.ndarray], np.ndarray], n_images: int, roster_index: int
+    ) -> None:
         if n_images < 1:
             raise DataError("no training image: pretraining needs at least one")
         self.recipe, self.pixels, self.n_images, self.roster_index = recipe, pixels, n_images, roster_index
         self.model = _fresh(recipe)
-        self.optimizer = optimizer.build(self.model.student, self.model.student["backbone"].depth, recipe.optim)
+        self.optimizer = optimizer.build(
+            self.model.student, self.model.student["backbone"].depth, recipe.optim
+        )
 
     def load_global(self, tensors: dict[str, Tensor]) -> None:
         """Start a round from the coordinator's weights; without teacher tensors the teacher stays.
@@ -94,11 +98,17 @@ class Pretrainer:
 
         Raises: CheckpointError.
         """
-        model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        model = {
+            name.removeprefix("model."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("model.")
+        }
         load_tensors(self.model, model, list(self.model.state_dict()))
         load_optimizer(self.optimizer, self.model.student, tensors)
 
-    def run(self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None) -> list[dict[str, Any]]:
+    def run(
+        self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
         """Take global steps first_step … first_step + steps − 1.
 
         Returns:
@@ -126,11 +136,15 @@ class Pretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, parts = self.model(batch, values.teacher_temp)
         if not torch.isfinite(loss):
-            raise DataError(f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp")
+            raise DataError(
+                f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
+            )
         loss.backward()
         if self.recipe.optim.clip_grad:
             for name in SUBMODULES:
-                torch.nn.utils.clip_grad_norm_(self.model.student[name].parameters(), self.recipe.optim.clip_grad)
+                torch.nn.utils.clip_grad_norm_(
+                    self.model.student[name].parameters(), self.recipe.optim.clip_grad
+                )
         self.optimizer.step()
         self.model.update_teacher(values.momentum)
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
@@ -145,7 +159,9 @@ def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], expected: 
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(set(tensors) - set(expected))
     if missing or unexpected:
-        raise CheckpointError(f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}")
+        raise CheckpointError(
+            f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
     for name in expected:
         if tensors[name].shape != state[name].shape or tensors[name].dtype != state[name].dtype:
             raise CheckpointError(
@@ -174,6 +190,10 @@ def load_optimizer(optim: torch.optim.Optimizer, module: torch.nn.Module, tensor
     optim.state.clear()
     for name, parameter in module.named_parameters():
         prefix = f"optimizer.{name}."
-        found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+        found = {
+            key.removeprefix(prefix): value.clone()
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
         if found:
             optim.state[parameter] = found
