@@ -105,6 +105,5 @@ class Problems:
             raise self.error(f"{self.where}: {self.found[0]}")
         if self.found:
             raise self.error(
-                f"{self.where}: {len(self.found)} problems:\n"
-                + "\n".join(f"  - {text}" for text in self.found)
+                f"{self.where}: {len(self.found)} problems:\n" + "\n".join(f"  - {text}" for text in self.found)
             )

@@ -68,9 +68,7 @@ class Site:
     home: Path
     shuffle_labels: bool = False
     progress: Progress | None = None
-    _warm: dict[str, Any] = field(
-        default_factory=dict
-    )  # what the disk holds too, kept in memory between rounds
+    _warm: dict[str, Any] = field(default_factory=dict)  # what the disk holds too, kept in memory between rounds
 
     @property
     def name(self) -> str:
@@ -131,17 +129,13 @@ def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
         }
         for column, name in enumerate(store.findings)
     }
-    splits = {
-        which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")
-    }
+    splits = {which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")}
     values = {
         "site": site.name,
         "images": len(site.view.ids),
         "patients": len(set(site.patients(site.view.ids))),
         **splits,
-        "findings": {
-            name: counts for name, counts in findings.items() if counts["positives"] or counts["negatives"]
-        },
+        "findings": {name: counts for name, counts in findings.items() if counts["positives"] or counts["negatives"]},
         "versions": {
             "chexfound": chexfound.__version__,
             "torch": torch.__version__,

@@ -36,9 +36,7 @@ Range = tuple[Fraction, Fraction]
 class Input:
     """What the model does to a uint8 image before its stem; travels with the weights."""
 
-    normalization: Literal["zscore", "mean_std"] = (
-        "zscore"  # zscore: each image by its own mean and deviation
-    )
+    normalization: Literal["zscore", "mean_std"] = "zscore"  # zscore: each image by its own mean and deviation
     mean: Fraction = 0.5  # of pixels scaled to [0, 1]; for mean_std
     std: Rate = 0.25
 
@@ -94,9 +92,7 @@ class Train:
     rounds: Positive = 5
     local_steps: Positive = 20
     batch_size: Positive | None = None  # images a step at each site …
-    pooled_batch_size: Positive | None = (
-        32  # … or over all sites together; the centralized arm takes the pooled number
-    )
+    pooled_batch_size: Positive | None = 32  # … or over all sites together; the centralized arm takes the pooled number
     OFFICIAL_EPOCH_LENGTH: Positive = 10
     centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
 
@@ -156,9 +152,7 @@ class Adapt:
     """A head on the frozen backbone."""
 
     head: Literal["glori", "linear"] = "glori"
-    findings: tuple[str, ...] | None = (
-        None  # None: all with min_positives and min_negatives at the sites together
-    )
+    findings: tuple[str, ...] | None = None  # None: all with min_positives and min_negatives at the sites together
     min_positives: Positive = 20
     rounds: Positive = 5
     local_steps: Positive = 40
@@ -267,16 +261,12 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
 
 def _read(name: str) -> tuple[str, str]:
     if name in presets():
-        return resources.files("chexfound").joinpath(
-            "presets", f"{name}.yaml"
-        ).read_text(), f"preset {name!r}"
+        return resources.files("chexfound").joinpath("presets", f"{name}.yaml").read_text(), f"preset {name!r}"
     path = Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, presets(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"no recipe {name!r}: {hint}give a YAML file, or one of the presets {', '.join(presets())}"
-        )
+        raise ConfigError(f"no recipe {name!r}: {hint}give a YAML file, or one of the presets {', '.join(presets())}")
     try:
         return path.read_text(), str(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -331,9 +321,7 @@ def _explain(entry: Any) -> str:
         for part in path[:-1]:
             section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
         near = difflib.get_close_matches(path[-1], [field.name for field in dataclasses.fields(section)], n=1)
-        return f"unknown key {key!r}" + (
-            f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else ""
-        )
+        return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else "")
     return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {entry['input']!r})"
 
 
@@ -357,9 +345,7 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         ("crops.local_crops_size", recipe.crops.local_crops_size),
     ):
         if size % recipe.student.patch_size:
-            found.append(
-                f"{key}: must be a multiple of student.patch_size {recipe.student.patch_size} (got {size})"
-            )
+            found.append(f"{key}: must be a multiple of student.patch_size {recipe.student.patch_size} (got {size})")
     if recipe.student.stem == "conv" and recipe.student.patch_size != 16:
         found.append(
             f"student.patch_size: the conv stem halves four times, so it must be 16 (got {recipe.student.patch_size})"

@@ -83,9 +83,7 @@ def _json(content: RecordDict, key: str) -> dict[str, Any]:
 def pack_request(request: Request) -> RecordDict:
     """A request as a message's content."""
     fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-    return RecordDict(
-        {"request": ConfigRecord({"json": json.dumps(fields)}), "arrays": _arrays(request.tensors)}
-    )
+    return RecordDict({"request": ConfigRecord({"json": json.dumps(fields)}), "arrays": _arrays(request.tensors)})
 
 
 def unpack_request(content: RecordDict) -> Request:

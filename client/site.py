@@ -17,9 +17,7 @@ from chexfound.phases import Site
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
 )
-_open: dict[
-    tuple[tuple[str, Any], ...], Site
-] = {}  # sites of this process, so that state stays warm between messages
+_open: dict[tuple[tuple[str, Any], ...], Site] = {}  # sites of this process, so that state stays warm between messages
 
 
 def home() -> Path:
@@ -47,11 +45,7 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
 
 def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Site:
-    missing = [
-        name
-        for name in ("site", "data")
-        if not isinstance(node_config.get(name), str) or not node_config[name]
-    ]
+    missing = [name for name in ("site", "data") if not isinstance(node_config.get(name), str) or not node_config[name]]
     if missing:
         raise ConfigError(
             f'the node\'s configuration lacks {" and ".join(missing)}; start it with --node-config \'site="NAME" data="DIR"\''

@@ -19,9 +19,7 @@ log = logging.getLogger("chexfound.server")
 logging.getLogger("chexfound").setLevel(logging.INFO)
 
 app = ServerApp()
-observers: list[
-    Callable[[Event], None]
-] = []  # told each journal record; the simulation draws its progress from them
+observers: list[Callable[[Event], None]] = []  # told each journal record; the simulation draws its progress from them
 
 
 def run_folder(context: Context) -> Path:
@@ -37,9 +35,7 @@ def log_event(event: Event) -> None:
     """One line a round."""
     if event["event"] == "start":
         names = ",".join(member["site"] for member in event["roster"])
-        log.info(
-            "event=start sites=%d names=%s findings=%d", len(event["roster"]), names, len(event["findings"])
-        )
+        log.info("event=start sites=%d names=%s findings=%d", len(event["roster"]), names, len(event["findings"]))
     elif event["event"] == "round":
         last = [site["history"][-1]["loss"] for site in event["sites"] if site["history"]]
         loss = sum(last) / len(last) if last else float("nan")

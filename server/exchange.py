@@ -124,9 +124,7 @@ class GridExchange:
         del messages
         deadline = time.monotonic() + self._timeout_s
         if len(ids) != len(requests):
-            raise SiteError(
-                f"{requests[0].phase}: a site is no longer connected; start it again and resume the run"
-            )
+            raise SiteError(f"{requests[0].phase}: a site is no longer connected; start it again and resume the run")
         for message_id, name, request in zip(ids, self._names, requests, strict=True):
             message = self._pull(message_id, deadline)
             where = f"site {name!r} in {request.phase}, round {request.round + 1}"

@@ -38,9 +38,7 @@ class LocalGrid(Grid):
         ttl: float | None = None,
     ) -> Message:
         """Make a message."""
-        return Message(
-            content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl
-        )
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes."""

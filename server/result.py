@@ -35,9 +35,7 @@ def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for entry in read_journal(folder / "journal.jsonl"):
         if entry["event"] == "round":
             for site in entry["sites"]:
-                rows.setdefault(entry["phase"], []).extend(
-                    {**row, "site": site["site"]} for row in site["history"]
-                )
+                rows.setdefault(entry["phase"], []).extend({**row, "site": site["site"]} for row in site["history"])
     return rows
 
 
@@ -61,9 +59,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
     """Write metrics.json, history.json and sites.json into the run's folder, as the report reads them."""
     seconds, moved = costs(folder)
     entries = read_journal(folder / "journal.jsonl")
-    write_json(
-        folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()}
-    )
+    write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
     batch = recipe.train.batch_size or (recipe.train.pooled_batch_size or 0) // len(outcome.roster)
     write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"], batch))
     write_json(

@@ -56,9 +56,7 @@ class Batches:
     def of(recipe: Recipe, n_sites: int) -> Batches:
         """Each site's share of the recipe's work."""
         return Batches(
-            pretrain=recipes.site_batch_size(recipe.train, n_sites, "train")
-            if "pretrain" in recipe.phases
-            else 0,
+            pretrain=recipes.site_batch_size(recipe.train, n_sites, "train") if "pretrain" in recipe.phases else 0,
             adapt=recipes.site_batch_size(recipe.adapt, n_sites, "adapt") if "adapt" in recipe.phases else 0,
         )
 
@@ -115,9 +113,7 @@ class Run:
             weights = self._pretrain() if "pretrain" in self.recipe.phases else None
             model = checkpoint.add_prefix(self._take_backbone(weights), "backbone.")
             if "adapt" in self.recipe.phases:
-                model |= checkpoint.add_prefix(
-                    self._adapt(checkpoint.with_prefix(model, "backbone.")), "head."
-                )
+                model |= checkpoint.add_prefix(self._adapt(checkpoint.with_prefix(model, "backbone.")), "head.")
             checkpoint.save(self.folder / "model.safetensors", model)
             sha256 = checkpoint.digest(model)
             unscored = self._unscored()
@@ -125,9 +121,7 @@ class Run:
             if "evaluate" in self.recipe.phases and "adapt" in self.recipe.phases:
                 results = [_without_figures(row, unscored) for row in self._evaluate(model)]
             self._record({"event": "done", "model_sha256": sha256, "unscored": unscored, "results": results})
-        return Outcome(
-            roster=self.roster, findings=self.findings, tensors=model, model_sha256=sha256, results=results
-        )
+        return Outcome(roster=self.roster, findings=self.findings, tensors=model, model_sha256=sha256, results=results)
 
     # -- the journal
 
@@ -143,15 +137,11 @@ class Run:
         if empty:
             raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
         if "adapt" in self.recipe.phases:
-            self.findings = choose_findings(
-                self.recipe, [member.values["findings"] for member in self.roster]
-            )
+            self.findings = choose_findings(self.recipe, [member.values["findings"] for member in self.roster])
         event = {
             "event": "start",
             "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
-            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest()
-            if self.backbone
-            else None,
+            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest() if self.backbone else None,
             "roster": [{"site": member.name, **member.values} for member in self.roster],
             "findings": list(self.findings),
         }
@@ -167,9 +157,7 @@ class Run:
             )
 
     def _rounds(self, phase: str) -> list[Event]:
-        return [
-            entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase
-        ]
+        return [entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase]
 
     def _commit(
         self,
@@ -208,9 +196,7 @@ class Run:
         path = self.folder / "rounds" / done[-1]["file"]
         weights = checkpoint.load(path)
         if checkpoint.digest(weights) != done[-1]["sha256"]:
-            raise CheckpointError(
-                f"{path}: is not what the journal says it should be; the file was changed or damaged"
-            )
+            raise CheckpointError(f"{path}: is not what the journal says it should be; the file was changed or damaged")
         return len(done), weights
 
     # -- the phases
@@ -239,9 +225,7 @@ class Run:
             weights = initial_weights(self.recipe)
             if self.backbone is not None:
                 _load_backbone(weights, self.backbone)
-            weights = {
-                name: tensor for name, tensor in weights.items() if teacher or name.startswith("student.")
-            }
+            weights = {name: tensor for name, tensor in weights.items() if teacher or name.startswith("student.")}
         assert self.batches is not None
         for number in range(done, config.rounds):
             weights = self._train_round(
@@ -266,9 +250,7 @@ class Run:
                 }
             )
         weights = strategy.result(weights)
-        self._commit(
-            phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors)
-        )
+        self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
         return weights
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -315,9 +297,7 @@ class Run:
         rounds = self._rounds("adapt")
         if not rounds:
             return {}
-        totals = [
-            sum(counts) for counts in zip(*(site["labelled"] for site in rounds[-1]["sites"]), strict=True)
-        ]
+        totals = [sum(counts) for counts in zip(*(site["labelled"] for site in rounds[-1]["sites"]), strict=True)]
         reason = "not trained: no site has both classes among its training images"
         if len(self.roster) == 1:
             reason = f"not trained: {self.roster[0].name} has not both classes among its training images"
@@ -326,9 +306,7 @@ class Run:
     def _evaluate(self, model: dict[str, Tensor]) -> list[dict[str, Any]]:
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
         results = []
-        for member, reply in zip(
-            self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True
-        ):
+        for member, reply in zip(self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True):
             results += _checked_results(reply, member.name, self.findings)
         return results
 
@@ -395,8 +373,7 @@ def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str,
 def _checked_history(reply: Reply) -> list[dict[str, float]]:
     rows = reply.values.get("history")
     if not isinstance(rows, list) or not all(
-        isinstance(row, dict)
-        and all(isinstance(key, str) and wire.finite(value) for key, value in row.items())
+        isinstance(row, dict) and all(isinstance(key, str) and wire.finite(value) for key, value in row.items())
         for row in rows
     ):
         raise ProtocolError("a reply's history must be rows of finite numbers")
@@ -414,9 +391,7 @@ def _checked_moments(sums: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def _checked_results(reply: Reply, site: str, findings: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = reply.values.get("results")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows
-    ):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows):
         raise ProtocolError(f"site {site!r}: its results are not rows of {', '.join(RESULT_KEYS)}")
     if [row["finding"] for row in rows] != list(findings) or any(row["tested_on"] != site for row in rows):
         raise ProtocolError(f"site {site!r}: its results are not for the findings asked, or not its own")

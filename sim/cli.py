@@ -32,12 +32,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument(
-        "--data", metavar="DIR", help="images: DICOM folder, folder with manifest.csv, or store"
-    )
-    result.add_argument(
-        "--out", metavar="DIR", default="out/sim", help="where everything goes (default: %(default)s)"
-    )
+    result.add_argument("--data", metavar="DIR", help="images: DICOM folder, folder with manifest.csv, or store")
+    result.add_argument("--out", metavar="DIR", default="out/sim", help="where everything goes (default: %(default)s)")
     result.add_argument(
         "--by", metavar="RULE", help="sites: source, site, iid:N or dirichlet:N:ALPHA (default: source)"
     )
@@ -102,13 +98,9 @@ def _simulate(given: argparse.Namespace) -> Path:
     from sim.simulate import Options, Simulation, start
 
     if given.resume:
-        clashing = [
-            f"--{name}" for name in ("data", "by", "recipe", "set", "seeds", "arms") if getattr(given, name)
-        ]
+        clashing = [f"--{name}" for name in ("data", "by", "recipe", "set", "seeds", "arms") if getattr(given, name)]
         if clashing:
-            raise ConfigError(
-                f"--resume goes on with what the run was started with; leave out {', '.join(clashing)}"
-            )
+            raise ConfigError(f"--resume goes on with what the run was started with; leave out {', '.join(clashing)}")
         options = Options.read(out)
     else:
         options = _options(given)
@@ -123,9 +115,7 @@ def _options(given: argparse.Namespace):  # noqa: ANN202 (imported late)
     from sim.simulate import Options
 
     if not given.data:
-        raise ConfigError(
-            "--data is missing: name a folder of images, for example one made by `chexfound phantom`"
-        )
+        raise ConfigError("--data is missing: name a folder of images, for example one made by `chexfound phantom`")
     data = Path(given.data)
     if not data.is_dir():
         raise ConfigError(f"--data {given.data!r}: no such folder")
@@ -133,9 +123,7 @@ def _options(given: argparse.Namespace):  # noqa: ANN202 (imported late)
     try:
         seeds = tuple(int(part) for part in given.seeds.split(",")) if given.seeds else (recipe.seed,)
     except ValueError as error:
-        raise ConfigError(
-            f"--seeds {given.seeds!r}: whole numbers with commas between, such as 0,1,2"
-        ) from error
+        raise ConfigError(f"--seeds {given.seeds!r}: whole numbers with commas between, such as 0,1,2") from error
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds {given.seeds!r}: each seed once, none negative")
     arms = tuple(part.strip() for part in (given.arms or ARMS).split(","))

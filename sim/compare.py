@@ -11,7 +11,7 @@ from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.evaluate import floors
 from chexfound.evaluate.metrics import Scores, across_seeds, difference_rows, result_rows
-from sim.arms import Plan, trained_on
+from sim.arms import FITTED_ARMS, Plan, trained_on
 
 Row = dict[str, Any]
 BothScores = dict[str, dict[str, Scores]]  # arm -> site -> scores
@@ -41,16 +41,12 @@ def fitted_floors(plan: Plan, arms: Sequence[str]) -> BothScores:
             findings,
         )
     if "histogram" in arms:
-        fitted["histogram"] = floors.histogram_floor(
-            store.pixels(train_ids), labels, store.pixels(test_ids), findings
-        )
+        fitted["histogram"] = floors.histogram_floor(store.pixels(train_ids), labels, store.pixels(test_ids), findings)
     result: BothScores = {}
     for arm, (scores, unscored) in fitted.items():
         parts = np.split(scores, np.cumsum([len(ids) for ids in test.values()])[:-1])
         result[arm] = {
-            site: Scores(
-                [store.keys[place] for place in ids], store.labels(ids, findings), part, findings, unscored
-            )
+            site: Scores([store.keys[place] for place in ids], store.labels(ids, findings), part, findings, unscored)
             for (site, ids), part in zip(test.items(), parts, strict=True)
         }
     return result
@@ -81,9 +77,7 @@ def figures(plan: Plan, scores: BothScores) -> tuple[list[Row], list[Row], list[
     federated = scores.get("federated", {})
     for site, one in federated.items():
         if "centralized" in scores:
-            differences += difference_rows(
-                one, scores["centralized"][site], site, samples, confidence, recipe.seed
-            )
+            differences += difference_rows(one, scores["centralized"][site], site, samples, confidence, recipe.seed)
         for arm, by_site in scores.items():
             if arm == "random" or arm.startswith("local:"):
                 for row in difference_rows(

@@ -47,9 +47,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays, with the time since the start before it."""
         elapsed = int(time.monotonic() - self._started)
-        self.console.print(
-            f"[dim]{elapsed // 60:3d}:{elapsed % 60:02d}[/dim]  {text}", highlight=False, soft_wrap=True
-        )
+        self.console.print(f"[dim]{elapsed // 60:3d}:{elapsed % 60:02d}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def clear(self) -> None:
         """Take all bars away."""

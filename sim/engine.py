@@ -47,9 +47,7 @@ class InProcessGrid(LocalGrid):
         """
         return [self.pool.result(int(message_id)) for message_id in message_ids]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push, then pull all."""
         return self.pull_messages(self.push_messages(messages))
 
@@ -58,7 +56,5 @@ def answer(message: Message, node: int, node_config: dict[str, Any], run_config:
     """Hand a message to the ClientApp, as Flower would at a node."""
     from client.app import app
 
-    context = Context(
-        run_id=RUN_ID, node_id=node, node_config=node_config, state=RecordDict(), run_config=run_config
-    )
+    context = Context(run_id=RUN_ID, node_id=node, node_config=node_config, state=RecordDict(), run_config=run_config)
     return app(message, context)

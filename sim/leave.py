@@ -119,8 +119,7 @@ def _write_sites(out: Path, plan: Plan) -> None:
     n_sites = len(plan.sites)
     steps = recipe.train.total_steps if "pretrain" in recipe.phases else 0
     total_train = sum(
-        len(View.of(store, name, p).split(recipe.seed, recipe.split, "train"))
-        for name, p in plan.sites.items()
+        len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items()
     )
     batch, pooled = (
         recipes.site_batch_size(recipe.train, n_sites, "train"),
@@ -175,9 +174,7 @@ def _write_samples(out: Path, plan: Plan) -> None:
         out / "artifacts" / "samples.npz",
         {f"site {number}": array for number, array in enumerate(arrays.values())},
     )
-    write_json(
-        out / "artifacts" / "samples.json", {f"site {number}": name for number, name in enumerate(arrays)}
-    )
+    write_json(out / "artifacts" / "samples.json", {f"site {number}": name for number, name in enumerate(arrays)})
 
 
 def _write_attention(out: Path, plan: Plan) -> None:
@@ -203,9 +200,7 @@ def _write_attention(out: Path, plan: Plan) -> None:
         layers = backbone.get_intermediate_layers(
             torch.from_numpy(images), recipe.adapt.n_last_blocks, return_class_token=True
         )
-        logits, attention = head(
-            [layer[0] for layer in layers], [layer[1] for layer in layers], return_attention=True
-        )
+        logits, attention = head([layer[0] for layer in layers], [layer[1] for layer in layers], return_attention=True)
     side = recipe.image_px // recipe.student.patch_size
     maps = attention.mean(1).reshape(len(chosen), len(findings), side, side).numpy().astype(np.float32)
     _save_arrays(
@@ -217,9 +212,7 @@ def _write_attention(out: Path, plan: Plan) -> None:
             "labels": store.labels(np.array(chosen), list(findings)),
         },
     )
-    captions = [
-        f"{name}, {store.views[place] or 'view unknown'}" for name, place in zip(sites, chosen, strict=True)
-    ]
+    captions = [f"{name}, {store.views[place] or 'view unknown'}" for name, place in zip(sites, chosen, strict=True)]
     write_json(
         out / "artifacts" / "attention.json",
         {"findings": list(findings), "sites": sites, "captions": captions},
@@ -228,9 +221,7 @@ def _write_attention(out: Path, plan: Plan) -> None:
 
 def _write_model(out: Path, plan: Plan, arm: str, metrics: dict[str, Any]) -> None:
     tensors = checkpoint.load(plan.arm_folder(arm) / "model.safetensors")
-    card = _card(
-        plan, arm, metrics, sum(t.numel() for name, t in tensors.items() if name.startswith("backbone."))
-    )
+    card = _card(plan, arm, metrics, sum(t.numel() for name, t in tensors.items() if name.startswith("backbone.")))
     release.save(out / "model", plan.recipe, plan.recipe.adapt.findings or (), tensors, card)
 
 

@@ -61,9 +61,7 @@ def partition(store: Store, by: str, seed: int) -> Partition:
     elif form == "dirichlet" and len(numbers) == 2:
         n, alpha = _shards(by, numbers[0], patients), _alpha(by, numbers[1])
         groups = _named(
-            _dirichlet(
-                _classes(store), n, alpha, numpy_generator(seed, "partition", "dirichlet", n, numbers[1])
-            )
+            _dirichlet(_classes(store), n, alpha, numpy_generator(seed, "partition", "dirichlet", n, numbers[1]))
         )
     else:
         raise ConfigError(_unknown(by, form))
@@ -129,9 +127,7 @@ def _classes(store: Store) -> dict[str, list[str]]:
     return result
 
 
-def _dirichlet(
-    classes: Mapping[str, list[str]], n: int, alpha: float, lots: np.random.Generator
-) -> list[list[str]]:
+def _dirichlet(classes: Mapping[str, list[str]], n: int, alpha: float, lots: np.random.Generator) -> list[list[str]]:
     """Equal shards, filled patient by patient from class k with probability q_k while k has any left."""
     left = [list(lots.permutation(np.array(patients, object))) for patients in classes.values()]
     total = sum(map(len, left))

@@ -172,9 +172,7 @@ def _call(task: Task, on_progress: OnProgress | None) -> Any:
 def _work(pipe: Connection, path: list[str], parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: two runs must never share a site's disk
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: two runs must never share a site's disk
         if os.getppid() != parent:
             return
     sys.path[:] = path

@@ -45,9 +45,7 @@ class Options:
         """
         path = out / "simulation.json"
         if not path.isfile():
-            raise ConfigError(
-                f"{out}: no simulation to resume here (no simulation.json); start one without --resume"
-            )
+            raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
         values = arms.load_json(path)
         return Options(
             data=values["data"],
@@ -164,9 +162,7 @@ class Simulation:
             first = replace(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
             recipe = replace(
                 recipe,
-                adapt=replace(
-                    recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))
-                ),
+                adapt=replace(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))),
             )
         plan = Plan(
             recipe=recipe,
@@ -182,20 +178,14 @@ class Simulation:
         for arm in ARMS:
             if arm not in self.options.arms:
                 continue
-            names += (
-                [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)]
-                if arm == "local"
-                else [arm]
-            )
+            names += [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)] if arm == "local" else [arm]
         if "shuffled" in names and "federated" not in names:
             names.remove("shuffled")
             self.notes.append(
                 "The shuffled-labels floor stands on the federated backbone; without the federated arm it is left out."
             )
         if "adapt" not in plan.recipe.phases:
-            names = [
-                arm for arm in names if arm == "federated" or arm == "centralized" or arm.startswith("local:")
-            ]
+            names = [arm for arm in names if arm == "federated" or arm == "centralized" or arm.startswith("local:")]
         return names
 
     def _not_trained(self, plan: Plan) -> list[dict[str, str]]:
@@ -227,9 +217,7 @@ class Simulation:
                 started[waiting.pop(0)] = time.monotonic()
 
     def _done(self, plan: Plan, arm: str, seconds: float) -> None:
-        self.journal.append(
-            {"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)}
-        )
+        self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
         arms.discard(plan, arm)
         self.display.clear()
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s")
@@ -240,9 +228,7 @@ class Simulation:
         for entry in self.journal.entries:
             if entry["event"] == "timed":
                 suffix = (
-                    f"@{entry['seed']}"
-                    if entry.get("seed", self.options.seeds[0]) != self.options.seeds[0]
-                    else ""
+                    f"@{entry['seed']}" if entry.get("seed", self.options.seeds[0]) != self.options.seeds[0] else ""
                 )
                 name = entry["what"] + suffix
                 seconds[name] = round(seconds.get(name, 0.0) + entry["seconds"], 1)
@@ -256,9 +242,7 @@ def label_counts(store_path: Path, sites: dict[str, list[str]], recipe: Recipe) 
     store = Store.open(store_path)
     counts = []
     for name, patients in sites.items():
-        labels = store.labels(
-            View.of(store, name, patients).split(recipe.seed, recipe.split, "train"), store.findings
-        )
+        labels = store.labels(View.of(store, name, patients).split(recipe.seed, recipe.split, "train"), store.findings)
         counts.append(
             {
                 finding: {

@@ -28,9 +28,7 @@ class Fold:
         self._row_weights: Tensor | None = None
         self._dtypes: dict[str, torch.dtype] = {}
 
-    def add(
-        self, update: Mapping[str, Tensor], weight: float, row_weights: Sequence[float] | None = None
-    ) -> None:
+    def add(self, update: Mapping[str, Tensor], weight: float, row_weights: Sequence[float] | None = None) -> None:
         """Add one site's update.
 
         Args:
@@ -43,9 +41,7 @@ class Fold:
         rows = None if row_weights is None else torch.tensor(list(row_weights), dtype=torch.float64)
         self._check(update, weight, rows)
         if not self._sums:
-            self._sums = {
-                name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in update.items()
-            }
+            self._sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in update.items()}
             self._dtypes = {name: tensor.dtype for name, tensor in update.items()}
         for name, tensor in update.items():
             if name in self.rows and rows is not None:
@@ -69,9 +65,7 @@ class Fold:
             if self._sums and (tensor.shape != self._sums[name].shape or tensor.dtype != self._dtypes[name]):
                 raise ProtocolError(f"an update's {name!r} has another shape or dtype than the one before")
             if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
-                raise ProtocolError(
-                    f"an update's {name!r} has {tensor.shape[0]} rows, its weights {len(rows)}"
-                )
+                raise ProtocolError(f"an update's {name!r} has {tensor.shape[0]} rows, its weights {len(rows)}")
 
     def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean; what no site gave any weight stays as in `previous` (rows one by one).

@@ -83,9 +83,7 @@ def extract(
 
 def load(folder: Path) -> Features:
     """The features that `extract` left in a folder."""
-    return Features(
-        np.load(folder / "patches.npy", mmap_mode="r"), np.load(folder / "cls.npy", mmap_mode="r")
-    )
+    return Features(np.load(folder / "patches.npy", mmap_mode="r"), np.load(folder / "cls.npy", mmap_mode="r"))
 
 
 def moments(features: Features) -> dict[str, Tensor]:

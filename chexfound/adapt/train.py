@@ -41,9 +41,7 @@ def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
         )
 
 
-def masked_bce(
-    logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None
-) -> Tensor:
+def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None) -> Tensor:
     """Binary cross entropy over the known labels: logits (B, F), labels (B, F) in {1, 0, −1 = unknown}.
 
     The mean over the known labels, or their sum over `divisor`: masked means do not add up over
@@ -121,9 +119,7 @@ class HeadTrainer:
             views = rng.numpy_generator(recipe.seed, "adapt", step, self.roster_index, "view").integers(
                 n_views, size=len(images)
             )
-            lr = cosine(
-                step, config.lr, 0.0, config.total_steps, warmup=min(config.warmup_steps, config.total_steps)
-            )
+            lr = cosine(step, config.lr, 0.0, config.total_steps, warmup=min(config.warmup_steps, config.total_steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             with rng.torch_stream(recipe.seed, "adapt", step, self.roster_index, "torch"):

@@ -81,9 +81,7 @@ class GLoRI(nn.Module):
         self.duplicate_pooling_bias = nn.Parameter(torch.zeros(n_findings))
         nn.init.xavier_normal_(self.duplicate_pooling)
 
-    def forward(
-        self, patches: Sequence[Tensor], cls: Sequence[Tensor], return_attention: bool = False
-    ) -> Any:
+    def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor], return_attention: bool = False) -> Any:
         """Patch tokens n × (B, P, D) and CLS n × (B, D) of the last blocks to logits (B, F).
 
         With return_attention, a pair (logits, attention (B, h, F, P)).

@@ -20,9 +20,7 @@ from chexfound.recipe import Recipe
 FORMAT = 1
 
 
-def save(
-    folder: Path, recipe: Recipe, findings: Sequence[str], tensors: Mapping[str, Tensor], card: str
-) -> None:
+def save(folder: Path, recipe: Recipe, findings: Sequence[str], tensors: Mapping[str, Tensor], card: str) -> None:
     """Write model.safetensors (`backbone.…`, `head.…`), config.json and README.md."""
     config: dict[str, Any] = {
         "format": FORMAT,

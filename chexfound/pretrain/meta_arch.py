@@ -49,9 +49,7 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
             config.head_centered,
         )
 
-    return nn.ModuleDict(
-        {"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)}
-    )
+    return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
 
 
 class SSLMetaArch(nn.Module):
@@ -126,9 +124,7 @@ class SSLMetaArch(nn.Module):
         parts = {"dino": dino}
         total = recipe.dino.loss_weight * dino
         if recipe.dino.koleo_loss_weight:
-            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(
-                global_cls[batch.size :]
-            )
+            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
         if recipe.ibot.loss_weight and len(ibot_targets):
             patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])

@@ -19,10 +19,7 @@ def multipliers(name: str, depth: int, config: Optim) -> tuple[float, float, boo
     """
     layer = depth + 1
     if name.startswith("backbone."):
-        if any(
-            part in name
-            for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")
-        ):
+        if any(part in name for part in ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")):
             layer = 0
         elif ".blocks." in name:
             layer = int(name.split(".blocks.")[1].split(".")[0]) + 1

@@ -66,9 +66,7 @@ class Pretrainer:
             raise DataError("no training image: pretraining needs at least one")
         self.recipe, self.pixels, self.n_images, self.roster_index = recipe, pixels, n_images, roster_index
         self.model = _fresh(recipe)
-        self.optimizer = optimizer.build(
-            self.model.student, self.model.student["backbone"].depth, recipe.optim
-        )
+        self.optimizer = optimizer.build(self.model.student, self.model.student["backbone"].depth, recipe.optim)
 
     def load_global(self, tensors: dict[str, Tensor]) -> None:
         """Start a round from the coordinator's weights; without teacher tensors the teacher stays.
@@ -98,11 +96,7 @@ class Pretrainer:
 
         Raises: CheckpointError.
         """
-        model = {
-            name.removeprefix("model."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("model.")
-        }
+        model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         load_tensors(self.model, model, list(self.model.state_dict()))
         load_optimizer(self.optimizer, self.model.student, tensors)
 
@@ -142,9 +136,7 @@ class Pretrainer:
         loss.backward()
         if self.recipe.optim.clip_grad:
             for name in SUBMODULES:
-                torch.nn.utils.clip_grad_norm_(
-                    self.model.student[name].parameters(), self.recipe.optim.clip_grad
-                )
+                torch.nn.utils.clip_grad_norm_(self.model.student[name].parameters(), self.recipe.optim.clip_grad)
         self.optimizer.step()
         self.model.update_teacher(values.momentum)
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
@@ -190,10 +182,6 @@ def load_optimizer(optim: torch.optim.Optimizer, module: torch.nn.Module, tensor
     optim.state.clear()
     for name, parameter in module.named_parameters():
         prefix = f"optimizer.{name}."
-        found = {
-            key.removeprefix(prefix): value.clone()
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
+        found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
         if found:
             optim.state[parameter] = found
