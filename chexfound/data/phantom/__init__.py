@@ -8,11 +8,11 @@ anatomy.py     soft parts; skeleton.py: bones; findings.py: disease
 projection.py  the sum along the beam
 scanner.py     from the beam to stored values
 write.py       DICOM headers
-generate.py    folders, manifests
+hospitals.py   folders, manifests
 """
 
 from __future__ import annotations
 
-from chexfound.data.phantom.generate import Summary, generate
+from chexfound.data.phantom.hospitals import Summary, generate
 
 __all__ = ["Summary", "generate"]

@@ -37,7 +37,9 @@ def torso(frame: Frame) -> Plane:
     armpit = APEX + 0.42 * frame.height
     heights = np.array([-9, -5.5, -4.2, -3.2, -2.4, -1.6, -0.6, 1.0, 3.5]) + APEX
     halves = np.array([6.2, 6.3, 7.4, 9.2, 11.8, 14.6, 17.4, 20.0, 21.0]) * trunk / 18
-    heights = np.append(heights, [armpit, armpit + 3, armpit + 8, APEX + frame.height, APEX + 1.5 * frame.height])
+    heights = np.append(
+        heights, [armpit, armpit + 3, armpit + 8, APEX + frame.height, APEX + 1.5 * frame.height]
+    )
     halves = np.append(halves, [trunk + 1.6, trunk + 0.3, trunk, trunk - 0.3, trunk - 0.6])
     half = np.interp(y, heights, halves).astype(np.float32)
     deep = body.half_depth + 1.2 + 0.6 * body.wall
@@ -45,12 +47,12 @@ def torso(frame: Frame) -> Plane:
         y, [APEX - 6, APEX - 1, APEX + 4, APEX + 9, frame.angle - 4, frame.angle + 2],
         [5.8, 7.0, deep * 0.86, deep, deep, deep + 0.5],
     ).astype(np.float32)  # fmt: skip
-    half, depth = cv2.blur(half, (1, 25)), cv2.blur(depth, (1, 41))
+    half, depth = np.asarray(cv2.blur(half, (1, 25))), np.asarray(cv2.blur(depth, (1, 41)))
     square = np.interp(y, [APEX, armpit], [0.95, 0.25]).astype(np.float32)
     across = (x / half) ** 2
     across *= 1 + square * (across - 1)  # from an ellipse to a flatter oval at the shoulders
     thickness = 2 * depth * np.sqrt(np.maximum(1 - across, 0))
-    return np.maximum(thickness, _arms(frame, trunk)) + _breasts(frame)
+    return np.asarray(np.maximum(thickness, _arms(frame, trunk)) + _breasts(frame))
 
 
 def _arms(frame: Frame, trunk: float) -> Plane:
@@ -58,7 +60,7 @@ def _arms(frame: Frame, trunk: float) -> Plane:
     x, y = grid()
     away = np.abs(x) - (trunk + 3.2 + 0.16 * np.maximum(y - APEX - 3, 0))
     radius = 3.6 + 0.4 * frame.case.body.wall
-    return 2 * np.sqrt(np.maximum(radius**2 - away**2, 0)) * np.clip((y - APEX - 1) / 3, 0, 1)
+    return np.sqrt(np.maximum(radius**2 - away * away, 0)) * (2 * np.clip((y - APEX - 1) / 3, 0, 1))
 
 
 def _breasts(frame: Frame) -> Plane | float:
@@ -76,7 +78,7 @@ def _breasts(frame: Frame) -> Plane | float:
             low = APEX + 0.40 * frame.height
             shape = ellipsoid(side * 0.68 * frame.half_width, low, 6.6, 5.0, side * -0.35)
             thick = 0.9
-        total = total + thick * shape * np.clip((y - low + 6) / 8, 0, 1)
+        total = total + shape * (thick * np.clip((y - low + 6) / 8, 0, 1))
     return total
 
 
@@ -86,7 +88,11 @@ def lungs(frame: Frame) -> Plane:
     middle = 0.33 * frame.half_width * np.clip(1 - (y - APEX) / 8, 0, 1)
     reach = along_y(np.maximum(frame.cage_soft(y) - middle, 0.1))
     across = np.clip((frame.away - middle) / reach, -1, 1)
-    deep = 2 * frame.case.body.half_depth * np.interp(y, APEX + np.array([0, 1.0, 3, 8, 14]), [0.06, 0.28, 0.54, 0.84, 1])
+    deep = (
+        2
+        * frame.case.body.half_depth
+        * np.interp(y, APEX + np.array([0, 1.0, 3, 8, 14]), [0.06, 0.28, 0.54, 0.84, 1])
+    )
     depth = along_y(deep) * np.sqrt(1 - across * across)
     behind = np.clip(1 - frame.below * 0.25, 0, 1)  # lung in the sulcus behind the diaphragm's dome
     return depth * frame.cavity * np.maximum(frame.above, 0.2 * behind * behind)
@@ -101,7 +107,7 @@ def _silhouette(frame: Frame) -> np.ndarray:
     wide = 1.0 if frame.case.view == "PA" else 1.12
     outline = [
         (-2.0, 0.0), (-2.1 * wide, APEX + 2), (-2.5 * wide, top - 3), (-2.75 * wide, top + 0.5),
-        (-0.70 * right, top + 0.30 * heart), (-0.93 * right, top + 0.47 * heart), (-right, top + 0.66 * heart),
+        (-0.7 * right, top + 0.3 * heart), (-0.93 * right, top + 0.47 * heart), (-right, top + 0.66 * heart),
         (-0.95 * right, low - 0.16 * heart), (-0.72 * right, low - 0.02 * heart), (0.0, low + 1.4),
         (0.45 * left, low + 1.2), (0.80 * left, low + 0.2), (0.965 * left, low - 0.09 * heart),
         (left, low - 0.2 * heart), (0.93 * left, low - 0.36 * heart), (0.76 * left, low - 0.53 * heart),
@@ -116,10 +122,14 @@ def mediastinum(frame: Frame) -> Plane:
     """Heart and great vessels: what takes the place of lung in the middle."""
     drawing = blank()
     fill(drawing, _silhouette(frame))
-    inside = cv2.distanceTransform((drawing > 127).astype(np.uint8), cv2.DIST_L2, 5) * (WIDTH / drawing.shape[1])
+    inside = cv2.distanceTransform((drawing > 127).astype(np.uint8), cv2.DIST_L2, 5) * (
+        WIDTH / drawing.shape[1]
+    )
     _, y = grid()
-    reach = along_y(np.interp(y, [frame.carina - 2, frame.carina + 7], [2.4, 5.2]))
-    deep = along_y(np.interp(y, [frame.carina - 2, frame.carina + 7], [1.44, 1.84]) * frame.case.body.half_depth)
+    reach = along_y(np.interp(y, [frame.carina - 2, frame.carina + 7], [2.2, 4.0]))
+    deep = along_y(
+        np.interp(y, [frame.carina - 2, frame.carina + 7], [1.55, 1.97]) * frame.case.body.half_depth
+    )
     near = np.clip(1 - inside / reach, 0, 1)
     thickness = soften(deep * np.sqrt(1 - near * near), 0.5)
     return np.maximum(thickness, 2.2) * as_plane(drawing)
@@ -141,9 +151,11 @@ def airways(frame: Frame) -> Plane:
     trachea = curve([(0.1, 0.0), (0.05, APEX), (-0.25, y - 2.5), (-0.15, y)])
     fill(drawing, band(trachea, np.linspace(1.75, 1.6, len(trachea))), 190)
     for side, reach, drop in ((-1, 2.6, 2.4), (1, 3.9, 2.3)):
-        bronchus = curve([(-0.15 + 0.3 * side, y - 0.3), (side * 0.55 * reach, y + 0.5 * drop), (side * reach, y + drop)])
+        bronchus = curve(
+            [(-0.15 + 0.3 * side, y - 0.3), (side * 0.55 * reach, y + 0.5 * drop), (side * reach, y + drop)]
+        )
         fill(drawing, band(bronchus, np.linspace(1.25, 0.9, len(bronchus))), 150)
-    return as_plane(cv2.GaussianBlur(drawing, (0, 0), 1.5), 3.4)
+    return as_plane(cv2.GaussianBlur(drawing, (0, 0), 1.5), 2.8)
 
 
 def stomach(frame: Frame) -> Plane | float:
@@ -176,7 +188,7 @@ def vessels(frame: Frame) -> tuple[Plane, Plane]:
         fill(arteries, band(_interlobar(x, y, side), np.linspace(1.5, 0.8, 17)), 255)
     both = cv2.GaussianBlur(arteries, (0, 0), 0.8).astype(np.float32) + cv2.GaussianBlur(veins, (0, 0), 0.9)
     bronchi = np.roll(bronchi, (5, 4), (0, 1))  # a bronchus runs beside each artery
-    return both * np.float32(1.0 / 255) + cv2.GaussianBlur(roots, (0, 0), 4.0), as_plane(bronchi)
+    return both * np.float32(1.0 / 255) + soften(roots, 0.35), as_plane(bronchi)
 
 
 def _interlobar(x: float, y: float, side: int) -> np.ndarray:
@@ -185,7 +197,13 @@ def _interlobar(x: float, y: float, side: int) -> np.ndarray:
 
 
 def _tree(
-    drawing: np.ndarray, rng: np.random.Generator, side: int, start: np.ndarray, angle: np.ndarray, width: np.ndarray, depth: int
+    drawing: np.ndarray,
+    rng: np.random.Generator,
+    side: int,
+    start: np.ndarray,
+    angle: np.ndarray,
+    width: np.ndarray,
+    depth: int,
 ) -> None:
     """Grow a tree, two branches from each, and draw it thin twigs first (brightness is thickness)."""
     generations = []

@@ -17,7 +17,7 @@ WIDTH = 42.0
 SCALE = SIDE / WIDTH
 """Pixels per cm."""
 
-Plane = np.ndarray[Any, np.dtype[np.float32]]
+Plane = np.ndarray[Any, Any]
 _SHIFT = 4
 """OpenCV takes positions in 1/16 pixel."""
 
@@ -43,7 +43,7 @@ def curve(points: Any, steps: int = 8, closed: bool = False) -> np.ndarray:
 
 def _fixed(points: np.ndarray) -> np.ndarray:
     pixels = (points + np.array([WIDTH / 2, 0.0])) * SCALE - 0.5
-    return np.round(pixels * (1 << _SHIFT)).astype(np.int32)
+    return np.asarray(np.round(pixels * (1 << _SHIFT)), np.int32)
 
 
 def blank() -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -54,17 +54,17 @@ def blank() -> np.ndarray[Any, np.dtype[np.uint8]]:
 def fill(drawing: np.ndarray, points: np.ndarray, value: int = 255) -> None:
     """Fill a polygon given in cm, (n, 2), or several that do not overlap, (k, n, 2), with smooth edges."""
     shapes = _fixed(points)
-    cv2.fillPoly(drawing, [shapes] if shapes.ndim == 2 else list(shapes), int(value), cv2.LINE_AA, _SHIFT)
+    shapes = shapes if shapes.ndim == 3 else shapes[None]
+    cv2.fillPoly(drawing, list(shapes), int(value), cv2.LINE_AA, _SHIFT)
 
 
 def lines(drawing: np.ndarray, paths: np.ndarray, width: float, value: int = 255) -> None:
     """Draw open lines given in cm, (n, 2) or (k, n, 2); one thinner than a pixel is drawn fainter instead."""
     pixels = width * SCALE
     shapes = _fixed(paths)
-    cv2.polylines(
-        drawing, [shapes] if shapes.ndim == 2 else list(shapes), False, int(value * min(pixels, 1.0)), max(int(round(pixels)), 1),
-        cv2.LINE_AA, _SHIFT,
-    )  # fmt: skip
+    shapes = shapes if shapes.ndim == 3 else shapes[None]
+    value, thick = int(value * min(pixels, 1.0)), max(int(round(pixels)), 1)
+    cv2.polylines(drawing, list(shapes), False, value, thick, cv2.LINE_AA, _SHIFT)
 
 
 def band(path: np.ndarray, width: np.ndarray | float) -> np.ndarray:
@@ -96,7 +96,9 @@ def as_plane(drawing: np.ndarray, value: float = 1.0) -> Plane:
 def noise(rng: np.random.Generator, size: float) -> Plane:
     """Smooth noise of unit variance at the knots, its grains about `size` cm wide."""
     knots = max(int(WIDTH / size), 2)
-    return cv2.resize(rng.standard_normal((knots, knots), dtype=np.float32), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(
+        rng.standard_normal((knots, knots), dtype=np.float32), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC
+    )
 
 
 def ellipsoid(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Plane:

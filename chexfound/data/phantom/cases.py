@@ -19,8 +19,8 @@ CHRONIC = ("Cardiomegaly", "Nodule")
 """Findings that a patient keeps from one visit to the next; the others come and go."""
 
 FAMILY = (
-    "Abara Aydin Bakker Brandt Castell Dvorak Eriksen Falk Garnier Haddad Ibarra Jansen Kaya Lindqvist Moreau "
-    "Nakai Okafor Petrov Quispe Rossi Santos Tanaka Ueda Varga Weber Xu Yilmaz Zielinski"
+    "Abara Aydin Bakker Brandt Castell Dvorak Eriksen Falk Garnier Haddad Ibarra Jansen Kaya Lindqvist "
+    "Moreau Nakai Okafor Petrov Quispe Rossi Santos Tanaka Ueda Varga Weber Xu Yilmaz Zielinski"
 ).split()
 GIVEN = {
     "F": "Ada Bianca Clara Dilek Elif Freya Grace Hana Ines Julia Karin Leila Mina Nora Olga Priya".split(),
@@ -120,7 +120,11 @@ def _body(rng: np.random.Generator, sex: str, age: float, large_heart: bool) -> 
     man = sex == "M"
     old = (age - 20) / 70
     half_width = rng.normal(14.3 if man else 12.9, 0.6)
-    ratio = rng.uniform(0.565, 0.66) if large_heart else np.clip(rng.normal(0.435 + 0.03 * old, 0.022), 0.38, 0.485)
+    ratio = (
+        rng.uniform(0.53, 0.65)
+        if large_heart
+        else np.clip(rng.normal(0.435 + 0.03 * old, 0.022), 0.38, 0.485)
+    )
     return Body(
         sex=sex,
         half_width=float(half_width),
@@ -130,7 +134,7 @@ def _body(rng: np.random.Generator, sex: str, age: float, large_heart: bool) -> 
         heart_ratio=float(ratio),
         bone=float((1.0 if man else 0.88) * (1 - 0.3 * max(old - 0.3, 0)) * rng.normal(1, 0.05)),
         aorta=float(0.92 + 0.24 * old + rng.normal(0, 0.04)),
-        breast=0.0 if man else float(np.clip(rng.gamma(3.0, 0.9), 0.6, 5.0)),
+        breast=0.0 if man else float(np.clip(rng.gamma(3.0, 0.8), 0.6, 4.0)),
         gas=float(rng.uniform(1.6, 3.3)) if rng.random() < 0.75 else 0.0,
     )
 
@@ -140,11 +144,20 @@ def _chronic(rng: np.random.Generator, site: Site) -> tuple[Finding, ...]:
     for name in CHRONIC:
         draws = rng.random(4)
         if draws[0] < site.prevalence[name]:
-            found.append(Finding(name, -1 if draws[1] < 0.55 else 1, float(rng.random()), (float(draws[2]), float(draws[3]))))
+            found.append(
+                Finding(
+                    name,
+                    -1 if draws[1] < 0.55 else 1,
+                    float(rng.random()),
+                    (float(draws[2]), float(draws[3])),
+                )
+            )
     return tuple(found)
 
 
-def _visit(stream: tuple[int | str, ...], image: int, site: Site, body: Body, chronic: tuple[Finding, ...]) -> Case:
+def _visit(
+    stream: tuple[int | str, ...], image: int, site: Site, body: Body, chronic: tuple[Finding, ...]
+) -> Case:
     rng = numpy_generator(*stream, "visit", image)
     acute = []
     for name in FINDINGS:
@@ -155,10 +168,14 @@ def _visit(stream: tuple[int | str, ...], image: int, site: Site, body: Body, ch
         kind = ("endotracheal", "central")[int(draws[3] > 0.5)] if name == "Tube" else ""
         acute.append(Finding(name, side, size, (float(draws[2]), float(draws[3])), kind))
         if name == "Effusion" and draws[2] < 0.25:
-            acute.append(Finding(name, -side, size * float(draws[3]), (float(draws[2]), float(draws[3])), kind))
+            acute.append(
+                Finding(name, -side, size * float(draws[3]), (float(draws[2]), float(draws[3])), kind)
+            )
     sick = sum(finding.name in ("Tube", "Effusion", "Consolidation") for finding in acute)
     portable = rng.random() < min(site.portable + 0.12 * sick, 0.95)
     breath = rng.normal(0.93, 0.03) if portable else rng.normal(0.985, 0.02)
     order = {name: place for place, name in enumerate(FINDINGS)}
     found = sorted((*chronic, *acute), key=lambda finding: (order[finding.name], finding.side))
-    return Case(stream, image, body, "AP" if portable else "PA", float(np.clip(breath, 0.86, 1.02)), tuple(found))
+    return Case(
+        stream, image, body, "AP" if portable else "PA", float(np.clip(breath, 0.86, 1.02)), tuple(found)
+    )

@@ -47,7 +47,9 @@ def _effusion(frame: Frame, layers: Layers, finding: Finding) -> None:
     side = finding.side
     x, y = grid()
     u = np.clip(x * side / (0.97 * frame.half_width), 0, 1)
-    level = float(frame.diaphragm(side, np.array([0.985 * frame.half_width]))[0]) - 2.6 - 10.5 * finding.size**1.3
+    level = (
+        float(frame.diaphragm(side, np.array([0.985 * frame.half_width]))[0]) - 2.6 - 10.5 * finding.size**1.3
+    )
     rise = 2.2 + 2.4 * finding.size
     surface = level + rise * 0.55 - rise * u * u**4 - 0.5 * rise * np.clip(0.3 - u, 0, 1)
     depth = np.asarray(y - surface, np.float32)
@@ -71,12 +73,14 @@ def _pneumothorax(frame: Frame, layers: Layers, finding: Finding) -> None:
     layers.extra = layers.extra + (0.24 * line).astype(np.float32)
 
 
-def _place(frame: Frame, side: int, place: tuple[float, float], low: float = 0.2, high: float = 0.82) -> tuple[float, float]:
+def _place(
+    frame: Frame, side: int, place: tuple[float, float], low: float = 0.2, high: float = 0.82
+) -> tuple[float, float]:
     """A point in a lung, clear of the heart and of the chest wall."""
     y = APEX + frame.height * (low + (high - low) * place[1])
     wall = float(frame.cage_soft(np.array([y]))[0]) * 0.97 - 2.0
     right, left, bottom = frame.heart
-    down = np.clip((y - frame.carina) / (bottom - frame.carina), 0, 1)
+    down = min(max((y - frame.carina) / (bottom - frame.carina), 0.0), 1.0)
     inner = 3.6 + ((left if side > 0 else right) - 2.6) * down
     return side * (inner + (wall - inner) * place[0]), min(y, frame.dome(side) - 1.6)
 
@@ -84,12 +88,12 @@ def _place(frame: Frame, side: int, place: tuple[float, float], low: float = 0.2
 def _nodule(frame: Frame, layers: Layers, finding: Finding) -> None:
     """A round shadow of 1.2 to 3 cm with an uneven rim."""
     x, y = _place(frame, finding.side, finding.place)
-    radius = 0.75 + 0.85 * finding.size
+    radius = 0.8 + 0.8 * finding.size
     rng = numpy_generator(*frame.case.stream, "nodule")
-    thickness = 2 * radius * ellipsoid(x, y, radius, radius * 0.92, finding.place[0] * 3)
-    rim = cv2.GaussianBlur(thickness, (0, 0), 1.4) * (1 + 0.12 * noise(rng, 0.6))
+    thickness = 2 * radius * np.sqrt(ellipsoid(x, y, radius, radius * 0.92, finding.place[0] * 3))
+    rim = cv2.GaussianBlur(thickness, (0, 0), 1.1) * (1 + 0.07 * noise(rng, 0.8))
     calcified = 0.17 if finding.place[1] > 0.75 else 0.0
-    layers.extra = layers.extra + (0.165 + calcified) * rim.astype(np.float32)
+    layers.extra = layers.extra + (0.19 + calcified) * rim.astype(np.float32)
 
 
 def _consolidation(frame: Frame, layers: Layers, finding: Finding) -> None:
@@ -102,7 +106,9 @@ def _consolidation(frame: Frame, layers: Layers, finding: Finding) -> None:
     near = ((gx - x) / (1.05 * size)) ** 2 + ((gy - y) / (0.95 * size)) ** 2
     cloud = 1.1 - near + 0.5 * noise(rng, 2.2) + 0.26 * noise(rng, 0.9) + 0.1 * noise(rng, 0.45)
     if finding.side < 0 and finding.place[1] < 0.35:
-        cloud = np.minimum(cloud, (frame.carina + 3.4 + 0.06 * gx - gy) * 2.5)  # the upper lobe ends at the minor fissure
+        cloud = np.minimum(
+            cloud, (frame.carina + 3.4 + 0.06 * gx - gy) * 2.5
+        )  # the upper lobe ends at the minor fissure
     patch = np.clip(0.7 * cloud, 0, 1) * (0.55 + 0.2 * finding.size) * (gx * finding.side > 0)
     layers.filled = np.maximum(layers.filled, patch.astype(np.float32))
     layers.show = np.maximum(layers.show, np.clip(1.6 * patch - 0.2, 0, 1).astype(np.float32))

@@ -42,16 +42,16 @@ class Frame:
 
     @cached_property
     def angle(self) -> float:
-        """y of the right costophrenic angle."""
+        """Height y of the right costophrenic angle."""
         return APEX + self.height
 
     @cached_property
     def carina(self) -> float:
-        """y of the carina."""
+        """Height y of the carina."""
         return APEX + 0.345 * self.case.body.lung_height
 
     def dome(self, side: int) -> float:
-        """y of the top of a diaphragm; the left one stands lower."""
+        """Height y of the top of a diaphragm; the left one stands lower."""
         return APEX + (0.845 if side < 0 else 0.89) * self.height
 
     def hilum(self, side: int) -> tuple[float, float]:
@@ -67,12 +67,13 @@ class Frame:
 
     def cage(self, y: np.ndarray) -> np.ndarray:
         """Inner half width of the rib cage at heights y."""
-        return self.half_width * np.interp((y - APEX) / self.height, _LATERAL[:, 0], _LATERAL[:, 1])
+        part = (y - APEX) / self.height
+        return np.asarray(self.half_width * np.interp(part, _LATERAL[:, 0], _LATERAL[:, 1]))
 
     def cage_soft(self, y: np.ndarray) -> np.ndarray:
         """The same without corners between the knots: a mean over 1.2 cm."""
         heights, smooth = self._smooth_cage
-        return np.interp(y, heights, smooth)
+        return np.asarray(np.interp(y, heights, smooth))
 
     @cached_property
     def _smooth_cage(self) -> tuple[np.ndarray, np.ndarray]:
@@ -81,10 +82,10 @@ class Frame:
 
     def medial(self, y: np.ndarray) -> np.ndarray:
         """The lung's distance from the midline beside the spine, at heights y."""
-        return self.half_width * np.interp((y - APEX) / self.height, _MEDIAL[:, 0], _MEDIAL[:, 1])
+        return np.asarray(self.half_width * np.interp((y - APEX) / self.height, _MEDIAL[:, 0], _MEDIAL[:, 1]))
 
     def diaphragm(self, side: int, u: np.ndarray) -> np.ndarray:
-        """y of the diaphragm's edge at distances u from the midline."""
+        """Height y of the diaphragm's edge at distances u from the midline."""
         a = self.half_width
         top, peak = self.dome(side), 0.52 * a
         outward = np.clip((u - peak) / (0.985 * a - peak), 0, 1.2)
@@ -112,10 +113,10 @@ class Frame:
 
     @cached_property
     def cavity(self) -> Plane:
-        """The pleural cavities between spine and ribs without their floor: 1 inside, 0 outside, (SIDE, SIDE)."""
+        """The pleural cavities between spine and ribs, without a floor: 1 inside, 0 outside."""
         _, y = grid()
         t = np.clip((self.away - along_y(self.medial(y))) * np.float32(1 / 2.6) + 0.5, 0, 1)
-        return np.clip(0.5 - SCALE * self.outside(), 0, 1) * (t * t * (3 - 2 * t))
+        return np.asarray(np.clip(0.5 - SCALE * self.outside(), 0, 1) * (t * t * (3 - 2 * t)))
 
     @cached_property
     def below(self) -> Plane:
@@ -130,6 +131,6 @@ class Frame:
         return np.clip(0.5 - SCALE * 0.8 * self.below, 0, 1)
 
     def vertebra(self, number: Any) -> Any:
-        """y of the centre of a thoracic vertebra (1 to 12; 0 and below are cervical), or of an array of them."""
+        """Height y of the middle of thoracic vertebra 1 to 12 (0 and below: cervical), or of several."""
         step = 0.0905 * self.case.body.lung_height
         return APEX + 0.9 + step * (number - 1) * (1 + 0.008 * (number - 6))

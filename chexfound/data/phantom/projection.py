@@ -40,4 +40,4 @@ def attenuation(case: Case) -> Plane:
     soft = soft + 0.25 * anatomy.aorta(frame) * (share > 0)
     soft = soft + 1.9 * layers.vessels * share - 1.1 * layers.bronchi * layers.show
     total = SOFT * np.maximum(soft, 0) + BONE * skeleton.bones(frame) * inside + layers.extra * inside
-    return total.astype(np.float32)
+    return np.asarray(total, np.float32)

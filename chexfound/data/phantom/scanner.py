@@ -49,7 +49,9 @@ def expose(attenuation: Plane, case: Case, site: Site, size_px: int) -> Exposure
     return Exposure(_coded(_film(log, site, rng), site, rng), spacing * 10, _window(site))
 
 
-def _posed(attenuation: Plane, case: Case, site: Site, rng: np.random.Generator, size: tuple[int, int]) -> Plane:
+def _posed(
+    attenuation: Plane, case: Case, site: Site, rng: np.random.Generator, size: tuple[int, int]
+) -> Plane:
     """The field of the detector, placed over the patient with a little turn and shift: (rows, columns)."""
     loose = 1.0 if case.view == "PA" else 2.2
     columns, rows = size
@@ -61,7 +63,12 @@ def _posed(attenuation: Plane, case: Case, site: Site, rng: np.random.Generator,
     turn = np.deg2rad(rng.normal(0, 1.0 * loose))
     cos, sin = step * np.cos(turn), step * np.sin(turn)
     x, y = (WIDTH / 2 + rng.normal(0, 0.35 * loose)) * SCALE, middle * SCALE
-    matrix = np.array([[cos, -sin, x - cos * columns / 2 + sin * rows / 2], [sin, cos, y - sin * columns / 2 - cos * rows / 2]])
+    matrix = np.array(
+        [
+            [cos, -sin, x - cos * columns / 2 + sin * rows / 2],
+            [sin, cos, y - sin * columns / 2 - cos * rows / 2],
+        ]
+    )
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(attenuation, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
@@ -74,16 +81,22 @@ def _marker(beam: Plane, site: Site, rng: np.random.Generator) -> Plane:
     y = rows * (0.12 + abs(rng.normal(0, 0.015)))
     drawing = np.zeros(beam.shape, np.uint8)
     thick = max(int(round(rows / 150)), 1)
-    cv2.putText(drawing, site.marker, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, size / 22, 255, thick, cv2.LINE_AA)
-    return beam + drawing.astype(np.float32) * np.float32(8.0 / 255)
+    cv2.putText(
+        drawing, site.marker, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, size / 22, 255, thick, cv2.LINE_AA
+    )
+    return np.asarray(beam + drawing.astype(np.float32) * np.float32(8.0 / 255))
 
 
 def _scattered(primary: Plane, site: Site) -> Plane:
     """Light from elsewhere, which greys what is dense: a wide blur of the beam and a constant."""
     rows, columns = primary.shape
-    small = cv2.resize(np.minimum(primary, 0.25), (columns // 16 + 1, rows // 16 + 1), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(
+        np.minimum(primary, 0.25), (columns // 16 + 1, rows // 16 + 1), interpolation=cv2.INTER_AREA
+    )
     small = cv2.GaussianBlur(small, (0, 0), rows / 16 / 14)
-    return cv2.resize(small, (columns, rows), interpolation=cv2.INTER_LINEAR) * np.float32(site.scatter) + np.float32(0.006)
+    return cv2.resize(small, (columns, rows), interpolation=cv2.INTER_LINEAR) * np.float32(
+        site.scatter
+    ) + np.float32(0.006)
 
 
 def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
@@ -91,7 +104,9 @@ def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
     rows, columns = log.shape
     if site.edges:
         small = cv2.resize(log, (columns // 8, rows // 8), interpolation=cv2.INTER_AREA)
-        smooth = cv2.resize(cv2.GaussianBlur(small, (0, 0), rows / 8 / 28), (columns, rows), interpolation=cv2.INTER_LINEAR)
+        smooth = cv2.resize(
+            cv2.GaussianBlur(small, (0, 0), rows / 8 / 28), (columns, rows), interpolation=cv2.INTER_LINEAR
+        )
         log = log + np.float32(site.edges) * (log - smooth)
     centre = log[rows // 6 : -rows // 8 : 7, columns // 8 : -columns // 8 : 7]
     low, high = np.percentile(centre, (1.0, 99.0))
@@ -100,7 +115,7 @@ def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
     steep, middle = site.contrast * rng.uniform(0.9, 1.1), site.brightness + rng.normal(0, 0.02)
     bottom, top = (1 / (1 + np.exp(-steep * (end - middle))) for end in (0.0, 1.0))
     value = 1 / (1 + np.exp(np.float32(-steep) * (value - np.float32(middle))))
-    return np.clip((value - np.float32(bottom)) * np.float32(1 / (top - bottom)), 0, 1)
+    return np.asarray(np.clip((value - np.float32(bottom)) * np.float32(1 / (top - bottom)), 0, 1))
 
 
 def _coded(grey: Plane, site: Site, rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -108,11 +123,13 @@ def _coded(grey: Plane, site: Site, rng: np.random.Generator) -> np.ndarray[Any,
     rows, columns = grey.shape
     widest, shade = site.border
     if widest:
-        left, right, top, bottom = (int(side) for side in rng.uniform(0, widest, 4) * (columns, columns, rows, rows))
+        left, right, top, bottom = (
+            int(side) for side in rng.uniform(0, widest, 4) * (columns, columns, rows, rows)
+        )
         mask = np.zeros(grey.shape, np.float32)
         mask[top : rows - bottom, left : columns - right] = 1
-        mask = cv2.GaussianBlur(mask, (0, 0), 0.8)
-        grey = grey * mask + np.float32(shade) * (1 - mask)
+        soft = cv2.GaussianBlur(mask, (0, 0), 0.8)
+        grey = grey * soft + np.float32(shade) * (1 - soft)
     scale = 2**site.bits - 1
     if site.inverted:
         grey = 1 - grey

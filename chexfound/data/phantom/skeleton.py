@@ -18,10 +18,13 @@ _END = (2.50, 2.52, 2.52, 2.50, 2.46, 2.40, 2.32, 2.22, 2.10, 1.95, 1.6)
 
 
 _BODY = np.array(
-    [(-0.5, -0.5), (0, -0.43), (0.5, -0.5), (0.45, 0), (0.5, 0.5), (0, 0.43), (-0.5, 0.5), (-0.45, 0), (-0.5, -0.5)]
-)  # fmt: skip
+    [(-0.5, -0.5), (0, -0.43), (0.5, -0.5), (0.45, 0), (0.5, 0.5)]
+    + [(0, 0.43), (-0.5, 0.5), (-0.45, 0), (-0.5, -0.5)]
+)
 """A vertebral body of unit size: endplates a little hollow, sides waisted."""
-_PROCESS = np.array([(0.35, -0.42), (0.55, -0.40), (0.76, -0.48), (0.74, -0.30), (0.55, -0.16), (0.35, -0.10)])
+_PROCESS = np.array(
+    [(0.35, -0.42), (0.55, -0.40), (0.76, -0.48), (0.74, -0.30), (0.55, -0.16), (0.35, -0.10)]
+)
 """A transverse process in the same units."""
 
 
@@ -47,7 +50,9 @@ def _ribs(frame: Frame) -> Plane:
     for number in range(1, 12):
         end = _END[number - 1]
         phi = np.linspace(0.13, min(1.68, end), 28)
-        outline = band(_rib(frame, number, phi), np.interp(phi, [0.1, 0.5, 1.2, 1.7], [0.72, 0.92, 1.05, 0.95]))
+        outline = band(
+            _rib(frame, number, phi), np.interp(phi, [0.1, 0.5, 1.2, 1.7], [0.72, 0.92, 1.05, 0.95])
+        )
         fill(behind, _both(outline), 105)
         lines(edges, _both(outline[28:]), 0.13, 255)
         lines(edges, _both(outline[:28]), 0.10, 170)
@@ -60,7 +65,7 @@ def _ribs(frame: Frame) -> Plane:
 
 def _both(points: np.ndarray) -> np.ndarray:
     """The same on the patient's right and left: (n, 2) to (2, n, 2)."""
-    return points * np.array([[[-1.0, 1.0]], [[LEFT, 1.0]]])
+    return np.asarray(points * np.array([[[-1.0, 1.0]], [[LEFT, 1.0]]]))
 
 
 def _tube(drawing: np.ndarray, outlines: np.ndarray, value: int) -> None:
@@ -85,7 +90,7 @@ def _spine(frame: Frame) -> Plane:
     for side in (-1, 1):
         lines(detail, middle + size * (side * 0.34, -0.16) + _oval(0, 0, 0.24, 0.36), 0.12, 210)
     fill(detail, middle + size * (0.0, 0.42) + _oval(0, 0, 0.20, 0.42), 150)
-    return as_plane(drawing, 0.35) + as_plane(detail, 0.42)
+    return as_plane(drawing, 0.28) + as_plane(detail, 0.26)
 
 
 def _oval(x: float, y: float, rx: float, ry: float) -> np.ndarray:
@@ -109,9 +114,9 @@ def _shoulders(frame: Frame) -> Plane:
         _tube(flat, band(collar, width)[None], 135)
         away = 0.0 if portable else 3.0
         blade = s * np.array(
-            [(9.4 + away, APEX + 0.6), (8.6 + away, APEX + 3.0), (9.6 + 1.05 * away, APEX + 8.5),
-             (11.4 + 1.15 * away, APEX + 13.2), (12.6 + 1.1 * away, APEX + 11.8), (13.7 + 0.9 * away, APEX + 7.0),
-             (15.0 + 0.6 * away, APEX + 3.8), (13.6 + 0.6 * away, APEX + 1.4)]
+            [(9.4 + away, APEX + 0.6), (8.6 + away, APEX + 3), (9.6 + 1.05 * away, APEX + 8.5),
+             (11.4 + 1.15 * away, APEX + 13.2), (12.6 + 1.1 * away, APEX + 11.8),
+             (13.7 + 0.9 * away, APEX + 7.0), (15.0 + 0.6 * away, APEX + 3.8), (13.6 + 0.6 * away, APEX + 1.4)]
         )  # fmt: skip
         sheet = blank()
         fill(sheet, curve(blade, closed=True), 30)
@@ -119,7 +124,10 @@ def _shoulders(frame: Frame) -> Plane:
         border = curve(blade[1:7])
         lines(edges, border, 0.28, 110)
         lines(edges, curve(blade[3:7]), 0.5, 120)
-        crest = curve(s * np.array([(9.4 + away, APEX + 3.4), (12.2 + away, APEX + 1.6), (15.6 + 0.5 * away, APEX + 0.3)]))
+        crest = curve(
+            s
+            * np.array([(9.4 + away, APEX + 3.4), (12.2 + away, APEX + 1.6), (15.6 + 0.5 * away, APEX + 0.3)])
+        )
         lines(edges, crest, 0.35, 80)
         fill(flat, _oval(side * (17.6 * size + 0.2 * away), APEX + 3.4, 2.3, 2.5), 110)
     return as_plane(flat, 1.25) + as_plane(edges, 1.0)

@@ -34,9 +34,13 @@ def uid(*name: int | str) -> UID:
     return UID(f"2.25.{derive(*name, 'high') << 63 | derive(*name, 'low')}")
 
 
-def write(path: Path, site: Site, person: Patient, date: datetime.date, case: Case, exposure: Exposure) -> None:
+def write(
+    path: Path, site: Site, person: Patient, date: datetime.date, case: Case, exposure: Exposure
+) -> None:
     """Write one radiograph. The caller makes the folder."""
-    kind = DigitalXRayImageStorageForPresentation if site.modality == "DX" else ComputedRadiographyImageStorage
+    kind = (
+        DigitalXRayImageStorageForPresentation if site.modality == "DX" else ComputedRadiographyImageStorage
+    )
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = kind
     meta.MediaStorageSOPInstanceUID = uid(*case.stream, "instance", case.image)
@@ -51,8 +55,8 @@ def write(path: Path, site: Site, person: Patient, date: datetime.date, case: Ca
     _equipment(image, site)
     _pixels(image, site, exposure)
     if site.modality == "DX":
-        _digital(image, site, case, exposure)
-    if site.compressed:
+        _digital(image, site, case)
+    if site.compressed and not derive(*case.stream, "compressed", case.image) % 6:
         image.compress(RLELossless, generate_instance_uid=False)
     image.save_as(path, enforce_file_format=True)
 
@@ -81,7 +85,7 @@ def _study(image: Dataset, site: Site, date: datetime.date, case: Case) -> None:
     image.StudyDescription, image.SeriesDescription = "Chest", f"Chest {case.view}"
     image.SeriesNumber, image.InstanceNumber = 1, 1
     image.Modality, image.BodyPartExamined, image.ViewPosition = site.modality, "CHEST", case.view
-    image.PatientOrientation, image.Laterality = ["L", "F"], ""
+    image.PatientOrientation = ["L", "F"]
     image.ImageComments = "Computed phantom, not a patient"
 
 
@@ -94,6 +98,7 @@ def _equipment(image: Dataset, site: Site) -> None:
     image.SoftwareVersions = "1.0"
     image.KVP = 120
     if site.modality == "CR":
+        image.Laterality = ""
         image.CassetteID, image.PlateType = "35X43", "Storage phosphor"
 
 
@@ -119,7 +124,7 @@ def _code(value: str, scheme: str, meaning: str) -> Dataset:
     return code
 
 
-def _digital(image: Dataset, site: Site, case: Case, exposure: Exposure) -> None:
+def _digital(image: Dataset, site: Site, case: Case) -> None:
     """What the DX object asks for beyond CR (PS3.3 A.26)."""
     values: dict[str, Any] = {
         "PresentationIntentType": "FOR PRESENTATION",
@@ -131,7 +136,6 @@ def _digital(image: Dataset, site: Site, case: Case, exposure: Exposure) -> None
         "PresentationLUTShape": "INVERSE" if site.inverted else "IDENTITY",
         "DetectorType": "DIRECT",
         "ImageLaterality": "U",
-        "PatientOrientation": ["L", "F"],
     }
     for name, value in values.items():
         setattr(image, name, value)
