@@ -128,7 +128,7 @@ def mediastinum(frame: Frame) -> Plane:
     _, y = grid()
     reach = along_y(np.interp(y, [frame.carina - 2, frame.carina + 7], [2.2, 4.0]))
     deep = along_y(
-        np.interp(y, [frame.carina - 2, frame.carina + 7], [1.55, 1.97]) * frame.case.body.half_depth
+        np.interp(y, [frame.carina - 2, frame.carina + 7], [1.55, 1.90]) * frame.case.body.half_depth
     )
     near = np.clip(1 - inside / reach, 0, 1)
     thickness = soften(deep * np.sqrt(1 - near * near), 0.5)

@@ -110,7 +110,7 @@ def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
         log = log + np.float32(site.edges) * (log - smooth)
     centre = log[rows // 6 : -rows // 8 : 7, columns // 8 : -columns // 8 : 7]
     low, high = np.percentile(centre, (1.0, 99.0))
-    low, high = low - 0.12 * (high - low), high + 0.03 * (high - low)
+    low, high = low - 0.17 * (high - low), high + 0.10 * (high - low)
     value = (log - np.float32(low)) * np.float32(1 / (high - low))
     steep, middle = site.contrast * rng.uniform(0.9, 1.1), site.brightness + rng.normal(0, 0.02)
     bottom, top = (1 / (1 + np.exp(-steep * (end - middle))) for end in (0.0, 1.0))

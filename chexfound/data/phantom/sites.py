@@ -90,7 +90,7 @@ BASE = (
     Site(
         name="westgate", prefix="WG", institution="Westgate Chest Centre", modality="CR",
         maker="Example Radiography", model="Plate 43", bits=8, inverted=False, field=(36.0, 38.0),
-        noise=0.008, blur=0.060, scatter=0.16, contrast=4.2, brightness=0.48, edges=0.0,
+        noise=0.008, blur=0.060, scatter=0.16, contrast=3.6, brightness=0.48, edges=0.0,
         code=(0.0, 1.0), border=(0.0, 0.0),
         compressed=False, marker="R", age=49, portable=0.05,
         prevalence=_prevalence(0.18, 0.20, 0.18, 0.28, 0.16, 0.06), labelled=ALL,

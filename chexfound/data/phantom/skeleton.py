@@ -116,7 +116,8 @@ def _shoulders(frame: Frame) -> Plane:
         blade = s * np.array(
             [(9.4 + away, APEX + 0.6), (8.6 + away, APEX + 3), (9.6 + 1.05 * away, APEX + 8.5),
              (11.4 + 1.15 * away, APEX + 13.2), (12.6 + 1.1 * away, APEX + 11.8),
-             (13.7 + 0.9 * away, APEX + 7.0), (15.0 + 0.6 * away, APEX + 3.8), (13.6 + 0.6 * away, APEX + 1.4)]
+             (13.7 + 0.9 * away, APEX + 7.0), (15.0 + 0.6 * away, APEX + 3.8),
+             (13.6 + 0.6 * away, APEX + 1.4)]
         )  # fmt: skip
         sheet = blank()
         fill(sheet, curve(blade, closed=True), 30)
