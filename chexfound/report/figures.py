@@ -14,17 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import escape
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from markupsafe import escape
 from PIL import Image
 
 from chexfound.report.run import Interval, Point
 
 # Role -> stand-in colour, replaced in the SVG by var(--role).  The values are the page's (Okabe and Ito's hues).
-ROLES = {role: f"#0000{index:02x}" for index, role in enumerate(
-    ("ink", "muted", "rule", "federated", "centralized", "local", "other", "floor", "paper"), start=1)}  # fmt: skip
+ROLES = {
+    role: f"#0000{index:02x}"
+    for index, role in enumerate(
+        ("ink", "muted", "rule", "federated", "centralized", "local", "other", "floor", "paper"), start=1
+    )
+}
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -69,7 +73,9 @@ def axis_floor(dots: Sequence[Dot]) -> float:
 
 def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
     """AUROC with interval of each arm at one site, a row an arm, the figures written beside it."""
-    rows = [float(index) + (0.5 if dot.floor else 0.0) for index, dot in enumerate(dots)]  # the floors stand a little apart
+    rows = [
+        float(index) + (0.5 if dot.floor else 0.0) for index, dot in enumerate(dots)
+    ]  # the floors stand a little apart
     pitch, top, bottom = 21.0, 6.0, 34.0
     height = top + bottom + pitch * (rows[-1] + 1)
     with rc_context(_STYLE):
@@ -88,30 +94,64 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
             _dot(axes, dot, row)
         if any(dot.floor for dot in dots) and not dots[0].floor:
             first = next(row for dot, row in zip(dots, rows, strict=True) if dot.floor)
-            axes.plot([-0.45, 1.55], [first - 0.75] * 2, transform=axes.get_yaxis_transform(), color=ROLES["rule"], linewidth=1, clip_on=False)
+            axes.plot(
+                [-0.45, 1.55],
+                [first - 0.75] * 2,
+                transform=axes.get_yaxis_transform(),
+                color=ROLES["rule"],
+                linewidth=1,
+                clip_on=False,
+            )
         return _svg(figure, name, alt)
 
 
 def _dot(axes: Axes, dot: Dot, row: float) -> None:
     strong = dot.role == "federated"
     words = {"transform": axes.get_yaxis_transform(), "va": "center_baseline", "fontsize": 12.5}
-    axes.text(-0.04, row, dot.label, ha="right", color=ROLES["ink"], weight="bold" if strong else "normal", **words)
+    axes.text(
+        -0.04, row, dot.label, ha="right", color=ROLES["ink"], weight="bold" if strong else "normal", **words
+    )
     if dot.auroc is None:
         axes.text(1.04, row, "no figure", ha="left", color=ROLES["muted"], **words)
         return
     colour = ROLES[dot.role]
     if dot.ci:
-        axes.plot(dot.ci, [row, row], color=colour, linewidth=3 if strong else 1.8, solid_capstyle="butt", zorder=2)
-    axes.plot([dot.auroc], [row], marker=dot.marker, markersize=9 if strong else 7.5, color=colour, linestyle="none", zorder=3,
-              markerfacecolor=colour if dot.filled else ROLES["paper"], markeredgecolor=colour, markeredgewidth=1.6, clip_on=False)  # fmt: skip
+        axes.plot(
+            dot.ci, [row, row], color=colour, linewidth=3 if strong else 1.8, solid_capstyle="butt", zorder=2
+        )
+    axes.plot(
+        [dot.auroc],
+        [row],
+        marker=dot.marker,
+        markersize=9 if strong else 7.5,
+        color=colour,
+        linestyle="none",
+        zorder=3,
+        markerfacecolor=colour if dot.filled else ROLES["paper"],
+        markeredgecolor=colour,
+        markeredgewidth=1.6,
+        clip_on=False,
+    )
     between = f"  {dot.ci[0]:.2f}–{dot.ci[1]:.2f}" if dot.ci else ""
-    axes.text(1.04, row, f"{dot.auroc:.2f}", ha="left", color=ROLES["ink"], weight="bold" if strong else "normal", **words)
+    axes.text(
+        1.04,
+        row,
+        f"{dot.auroc:.2f}",
+        ha="left",
+        color=ROLES["ink"],
+        weight="bold" if strong else "normal",
+        **words,
+    )
     axes.text(1.24, row, between.strip(), ha="left", color=ROLES["muted"], **{**words, "fontsize": 11.5})
 
 
 def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
     """DINO (with log K dashed), iBOT and KoLeo over the steps, then the head's loss; None without points."""
-    strips = [strip for strip in ("dino", "ibot", "koleo", "loss") if any(_series(line, strip)[0].size for line in lines)]
+    strips = [
+        strip
+        for strip in ("dino", "ibot", "koleo", "loss")
+        if any(_series(line, strip)[0].size for line in lines)
+    ]
     if not strips:
         return None
     titles = {"dino": "DINO", "ibot": "iBOT", "koleo": "KoLeo", "loss": "Head"}
@@ -125,11 +165,23 @@ def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
             y -= pitch + (gap if index else 0) + (extra if strip == "loss" and index else 0)
             axes = figure.add_axes((46 / WIDTH, y / height, (WIDTH - 46 - 8) / WIDTH, pitch / height))
             _strip(axes, lines, strip)
-            figure.text(46 / WIDTH, (y + pitch + 5) / height, f"{titles[strip]} loss", fontsize=12, weight="bold", color=ROLES["ink"])
+            figure.text(
+                46 / WIDTH,
+                (y + pitch + 5) / height,
+                f"{titles[strip]} loss",
+                fontsize=12,
+                weight="bold",
+                color=ROLES["ink"],
+            )
             last_of_axis = index + 1 == len(strips) or strips[index + 1] == "loss"
             axes.tick_params(labelbottom=last_of_axis)
             if last_of_axis:
-                axes.set_xlabel("step of the head" if strip == "loss" else "global step of pretraining", fontsize=11, color=ROLES["muted"], labelpad=2)
+                axes.set_xlabel(
+                    "step of the head" if strip == "loss" else "global step of pretraining",
+                    fontsize=11,
+                    color=ROLES["muted"],
+                    labelpad=2,
+                )
         return _svg(figure, name, alt)
 
 
@@ -144,8 +196,19 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
         steps, values = _series(line, strip)
         if steps.size:
             style = {"": "-", "long": (0, (6, 2)), "dots": (0, (1.2, 1.6))}[line.dashes]
-            axes.plot(steps, values, color=ROLES[line.role], linewidth=2.2 if not line.dashes else 1.7, linestyle=style, solid_capstyle="round")
-    log_k = next((point.log_k for line in lines for point in line.pretrain if point.log_k), None) if strip == "dino" else None
+            axes.plot(
+                steps,
+                values,
+                color=ROLES[line.role],
+                linewidth=2.2 if not line.dashes else 1.7,
+                linestyle=style,
+                solid_capstyle="round",
+            )
+    log_k = (
+        next((point.log_k for line in lines for point in line.pretrain if point.log_k), None)
+        if strip == "dino"
+        else None
+    )
     low, high = axes.get_ylim()
     if log_k is not None:
         low, high = min(low, log_k), max(high, log_k)
@@ -153,7 +216,15 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
     axes.set_ylim(low - margin, high + margin * (1.6 if log_k is not None else 1))
     if log_k is not None:
         axes.axhline(log_k, color=ROLES["ink"], linewidth=1.2, dashes=(5, 4))
-        axes.text(1, 1.06, f"dashed: log K = {log_k:.2f}", transform=axes.transAxes, ha="right", fontsize=11, color=ROLES["muted"])
+        axes.text(
+            1,
+            1.06,
+            f"dashed: log K = {log_k:.2f}",
+            transform=axes.transAxes,
+            ha="right",
+            fontsize=11,
+            color=ROLES["muted"],
+        )
 
 
 def _series(line: Line, strip: str) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +242,11 @@ def _series(line: Line, strip: str) -> tuple[np.ndarray, np.ndarray]:
         totals = np.concatenate([[0.0], np.cumsum(values)])
         values = (totals[span:] - totals[:-span]) / span
         steps = steps[span - 1 :]
-    keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS)).round().astype(int)) if len(steps) else []
+    keep = (
+        np.unique(np.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS)).round().astype(int))
+        if len(steps)
+        else []
+    )
     return steps[keep], values[keep]
 
 
@@ -195,13 +270,15 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     """The figure as an <svg> for the middle of an HTML page: no URL, no leaking style, ids of its own."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = buffer.getvalue()
     body = text[text.index("<svg") :]
     body = body[body.index(">") + 1 :]
     body = re.sub(r"<style.*?</style>", "", body, flags=re.S)
     body = re.sub(r"<defs>\s*</defs>", "", body)
-    body = re.sub(r'<(g|path) id="[a-zA-Z]+[._a-z]*_\d+"', r"<\1", body)
+    body = re.sub(r'<(g|path) id="[a-zA-Z][\w.]*_\d+"', r"<\1", body)
     body = re.sub(r'(id="|href="#|url\(#)([mp][0-9a-f]{10})', rf"\1{name}-\2", body)
     body = re.sub(r' transform="rotate\(-0 [^"]*\)"', "", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
@@ -212,8 +289,6 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box is not None
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">{body.strip()}'
-
-
 
 
 def jpeg(image: np.ndarray, quality: int = 88) -> str:

@@ -35,7 +35,12 @@ def _interval(value: Any) -> Any:
     """An interval as a pair in ascending order; one without ends is none."""
     if value is None or (isinstance(value, list) and all(end is None for end in value)):
         return None
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value) and value[0] > value[1]:
+    if (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(end, int | float) for end in value)
+        and value[0] > value[1]
+    ):
         raise ValueError("the interval's lower end is above its upper end")
     return value
 
@@ -66,7 +71,9 @@ class Difference:
     finding: str
     tested_on: str
     against: str = CENTRALIZED
-    value: float | None = Field(default=None, validation_alias=AliasChoices("federated_minus_centralized", "federated_minus"))
+    value: float | None = Field(
+        default=None, validation_alias=AliasChoices("federated_minus_centralized", "federated_minus")
+    )
     ci: Interval = None
     reason: str | None = None
 
@@ -78,7 +85,9 @@ class AcrossSeeds:
     finding: str
     tested_on: str
     seeds: list[int] = Field(default_factory=list)
-    value: float | None = Field(default=None, validation_alias=AliasChoices("mean_federated_minus_centralized", "value"))
+    value: float | None = Field(
+        default=None, validation_alias=AliasChoices("mean_federated_minus_centralized", "value")
+    )
     ci: Interval = None
     reason: str | None = None
 
@@ -265,8 +274,12 @@ def read(out: Path) -> Run:
     out = Path(out)
     metrics = _metrics(out / "metrics.json")
     absent: dict[str, str] = {}
-    history = _optional(absent, "history", out / "history.json", lambda path: _checked(path, TypeAdapter(History)))
-    sites = _optional(absent, "sites", out / "sites.json", lambda path: _checked(path, TypeAdapter(list[Site])))
+    history = _optional(
+        absent, "history", out / "history.json", lambda path: _checked(path, TypeAdapter(History))
+    )
+    sites = _optional(
+        absent, "sites", out / "sites.json", lambda path: _checked(path, TypeAdapter(list[Site]))
+    )
     recipe = _optional(absent, "recipe", out / "recipe.yaml", _recipe)
     samples = _optional(absent, "samples", out / "artifacts" / "samples.npz", _samples)
     attention = _optional(absent, "attention", out / "artifacts" / "attention.npz", _attention)
@@ -283,18 +296,25 @@ def _json(path: Path) -> Any:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    return [f"{'.'.join(str(part) for part in entry['loc']) or 'the file'}: {entry['msg']} (got {entry['input']!r:.80})" for entry in error.errors()]
+    return [
+        f"{'.'.join(str(part) for part in entry['loc']) or 'the file'}: {entry['msg']} (got {entry['input']!r:.80})"
+        for entry in error.errors()
+    ]
 
 
 def _metrics(path: Path) -> Metrics:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; a report is made from a finished run's folder, so check the folder or let the run end")
+        raise DataError(
+            f"{path}: no such file; a report is made from a finished run's folder, so check the folder or let the run end"
+        )
     try:
         values = _json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; run the evaluation again") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path}: must hold a JSON object, not {type(values).__name__}; run the evaluation again")
+        raise DataError(
+            f"{path}: must hold a JSON object, not {type(values).__name__}; run the evaluation again"
+        )
     if values.get("schema") != SCHEMA:
         raise DataError(
             f"{path}: schema {values.get('schema')!r} is unknown (this version reads {SCHEMA}); make the report with the version that made the run"
@@ -319,7 +339,15 @@ def _optional(absent: dict[str, str], part: str, path: Path, reader: Callable[[P
         return reader(path)
     except ValidationError as error:
         absent[part] = f"{where} is damaged: {_explain(error)[0]}."
-    except (OSError, EOFError, ValueError, KeyError, RecursionError, zipfile.BadZipFile, yaml.YAMLError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        RecursionError,
+        zipfile.BadZipFile,
+        yaml.YAMLError,
+    ) as error:
         absent[part] = f"{where} cannot be read: {error}."
     return None
 
@@ -337,11 +365,16 @@ def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _samples(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with (
+        open(path, "rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):  # numpy leaves a file that it cannot read open
         found = {name: arrays[name] for name in arrays.files}
     for name, images in found.items():
         if images.ndim != 3 or images.dtype != np.uint8:
-            raise ValueError(f"the images of {name!r} must be (k, px, px) uint8, not {images.shape} {images.dtype}")
+            raise ValueError(
+                f"the images of {name!r} must be (k, px, px) uint8, not {images.shape} {images.dtype}"
+            )
     found = {name: images for name, images in found.items() if images.size}
     if not found:
         raise ValueError("it holds no image")
@@ -350,13 +383,17 @@ def _samples(path: Path) -> dict[str, np.ndarray]:
 
 def _attention(path: Path) -> Attention:
     texts = _checked(path.with_suffix(".json"), TypeAdapter(_Captions))
-    with np.load(path, allow_pickle=False) as arrays:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         images, maps, scores, labels = (arrays[name] for name in ("images", "maps", "scores", "labels"))
     n, wanted = len(images), (len(images), len(texts.findings))
     if images.ndim != 3 or images.dtype != np.uint8 or not images.size or not maps.size:
-        raise ValueError(f"images must be (n, px, px) uint8 with at least one, not {images.shape} {images.dtype}")
+        raise ValueError(
+            f"images must be (n, px, px) uint8 with at least one, not {images.shape} {images.dtype}"
+        )
     if maps.ndim != 4 or maps.shape[:2] != wanted or scores.shape != wanted or labels.shape != wanted:
-        raise ValueError(f"maps {maps.shape}, scores {scores.shape} and labels {labels.shape} do not fit {n} images and {wanted[1]} findings")
+        raise ValueError(
+            f"maps {maps.shape}, scores {scores.shape} and labels {labels.shape} do not fit {n} images and {wanted[1]} findings"
+        )
     if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
         raise ValueError("maps or scores are not finite")
     sites = [*texts.sites, *[""] * n][:n]
