@@ -74,7 +74,16 @@ class StorageError(ChexfoundError):
 
 CODES: dict[str, type[ChexfoundError]] = {
     cls.code: cls
-    for cls in (ChexfoundError, ConfigError, DataError, CheckpointError, ProtocolError, PolicyError, SiteError, StorageError)
+    for cls in (
+        ChexfoundError,
+        ConfigError,
+        DataError,
+        CheckpointError,
+        ProtocolError,
+        PolicyError,
+        SiteError,
+        StorageError,
+    )
 }
 
 
@@ -95,4 +104,6 @@ class Problems:
         if len(self.found) == 1:
             raise self.error(f"{self.where}: {self.found[0]}")
         if self.found:
-            raise self.error(f"{self.where}: {len(self.found)} problems:\n" + "\n".join(f"  - {text}" for text in self.found))
+            raise self.error(
+                f"{self.where}: {len(self.found)} problems:\n" + "\n".join(f"  - {text}" for text in self.found)
+            )

@@ -36,7 +36,9 @@ def storage(path: Path) -> Iterator[None]:
                 "Free some space or choose another folder, then run again with --resume"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"{path}: may not be written ({os.strerror(error.errno)}); check the folder's owner and mode") from error
+            raise StorageError(
+                f"{path}: may not be written ({os.strerror(error.errno)}); check the folder's owner and mode"
+            ) from error
         raise
 
 
@@ -116,7 +118,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise ConfigError(f"{self.path}: another process is writing this journal; stop it, or choose another folder") from error
+            raise ConfigError(
+                f"{self.path}: another process is writing this journal; stop it, or choose another folder"
+            ) from error
         try:
             self.records, good = _read(self.path)
             self._file.truncate(good)
@@ -179,7 +183,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         except (ValueError, KeyError, AttributeError, TypeError):
             valid = False
         if not valid:
-            raise CheckpointError(f"{path}: line {number} does not continue the chain before it: the journal was changed or damaged")
+            raise CheckpointError(
+                f"{path}: line {number} does not continue the chain before it: the journal was changed or damaged"
+            )
         head = record["sha256"] = stated
         records.append(record)
     return records, good

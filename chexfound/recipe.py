@@ -52,6 +52,7 @@ class Student:
     num_register_tokens: Count = 4
     ffn_layer: Literal["mlp", "swiglu"] = "swiglu"
     layerscale: Weight = 0.1
+    init: Literal["xavier", "trunc_normal"] = "xavier"  # of linear layers; trunc_normal: 0.02, as DINOv2
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -64,7 +65,9 @@ class Dino:
     head_bottleneck_dim: Positive = 64
     head_nlayers: Positive = 3
     head_hidden_dim: Positive = 256
-    head_centered: bool = True  # subtract the batch's mean in the bottleneck: keeps a homogeneous batch off the log K plateau
+    head_centered: bool = (
+        True  # subtract the batch's mean in the bottleneck: keeps a homogeneous batch off the log K plateau
+    )
     koleo_loss_weight: Weight = 0.1
 
 
@@ -162,12 +165,10 @@ class Adapt:
     warmup_steps: Count = 20
     clip_grad: Weight = 3.0
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.97
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     glori_dim: Positive = 96
     glori_heads: Positive = 4
     glori_ffn_dim: Positive = 192
-    glori_queries: Positive = 1  # per finding
     glori_cls: bool = True  # concatenate the CLS tokens of the last blocks
     glori_stats: bool = True  # concatenate mean, deviation and maximum over the patch tokens
     glori_positions: bool = True  # add position embeddings to the memory
@@ -233,7 +234,11 @@ _adapter = TypeAdapter(Recipe)
 
 def presets() -> list[str]:
     """The names of the presets that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files("chexfound").joinpath("presets").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("chexfound").joinpath("presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -324,7 +329,9 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
     found = []
     for name, phase in (("train", recipe.train), ("adapt", recipe.adapt)):
         if (phase.batch_size is None) == (phase.pooled_batch_size is None):
-            found.append(f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), and set the other to null")
+            found.append(
+                f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), and set the other to null"
+            )
     for key, low_high in (
         ("crops.global_crops_scale", recipe.crops.global_crops_scale),
         ("crops.local_crops_scale", recipe.crops.local_crops_scale),
@@ -340,13 +347,17 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         if size % recipe.student.patch_size:
             found.append(f"{key}: must be a multiple of student.patch_size {recipe.student.patch_size} (got {size})")
     if recipe.student.stem == "conv" and recipe.student.patch_size != 16:
-        found.append(f"student.patch_size: the conv stem halves four times, so it must be 16 (got {recipe.student.patch_size})")
+        found.append(
+            f"student.patch_size: the conv stem halves four times, so it must be 16 (got {recipe.student.patch_size})"
+        )
     if recipe.split.train + recipe.split.val >= 1:
         found.append("split: train + val must leave patients for the test (their sum must be below 1)")
     if not recipe.phases:
         found.append("phases: name at least one of pretrain, adapt, evaluate")
     if recipe.adapt.glori_dim % recipe.adapt.glori_heads:
-        found.append(f"adapt.glori_dim: must be a multiple of adapt.glori_heads (got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})")
+        found.append(
+            f"adapt.glori_dim: must be a multiple of adapt.glori_heads (got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})"
+        )
     if len(set(recipe.adapt.findings or ())) != len(recipe.adapt.findings or ()):
         found.append("adapt.findings: a finding is named twice")
     return found

@@ -1,0 +1,113 @@
+"""What a frozen backbone sees in the training images, computed once and kept on the site's disk.
+
+Shapes: V views (the image itself first), N images, n last blocks, P patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chexfound import rng
+from chexfound.data import augment
+from chexfound.journal import replace_file
+from chexfound.model.vit import VisionTransformer
+from chexfound.recipe import Recipe
+
+CHUNK = 64  # images a forward pass
+
+
+@dataclass(frozen=True)
+class Features:
+    """Tokens of the last blocks, memory-mapped: patches (V, N, P, n·D), cls (V, N, n·D), float32."""
+
+    patches: np.ndarray
+    cls: np.ndarray
+
+    def rows(self, views: np.ndarray, images: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
+        """Chosen (view, image) pairs as a head takes them."""
+        return [torch.from_numpy(self.patches[views, images])], [torch.from_numpy(self.cls[views, images])]
+
+
+@torch.inference_mode()
+def tokens(backbone: VisionTransformer, images: np.ndarray, n_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Last blocks' patch tokens (N, P, n·D) and CLS (N, n·D) of uint8 images (N, H, W)."""
+    backbone.eval()
+    patches, cls = [], []
+    for start in range(0, len(images), CHUNK):
+        layers = backbone.get_intermediate_layers(
+            torch.from_numpy(images[start : start + CHUNK]), n_blocks, return_class_token=True
+        )
+        patches.append(torch.cat([layer[0] for layer in layers], dim=-1).numpy())
+        cls.append(torch.cat([layer[1] for layer in layers], dim=-1).numpy())
+    return np.concatenate(patches), np.concatenate(cls)
+
+
+def extract(
+    recipe: Recipe,
+    backbone: VisionTransformer,
+    pixels: Callable[[np.ndarray], np.ndarray],
+    n_images: int,
+    roster_index: int,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Compute and keep the features of a site's labelled training images, in all views."""
+    views, n_blocks = 1 + recipe.adapt.views, recipe.adapt.n_last_blocks
+    width = n_blocks * backbone.embed_dim
+    n_patches = (recipe.image_px // recipe.student.patch_size) ** 2
+    with replace_file(folder / "patches.npy") as patch_file, replace_file(folder / "cls.npy") as cls_file:
+        patches = np.lib.format.open_memmap(patch_file, "w+", np.float32, (views, n_images, n_patches, width))
+        cls = np.lib.format.open_memmap(cls_file, "w+", np.float32, (views, n_images, width))
+        done = 0
+        for view in range(views):
+            generator = rng.numpy_generator(recipe.seed, "features", view, roster_index)
+            for start in range(0, n_images, CHUNK):
+                images = pixels(np.arange(start, min(start + CHUNK, n_images)))
+                if view:
+                    images = augment.gentle(images, recipe.crops, generator)
+                here = slice(start, start + len(images))
+                patches[view, here], cls[view, here] = tokens(backbone, images, n_blocks)
+                done += len(images)
+                if progress is not None:
+                    progress(done, views * n_images)
+        patches.flush()
+        cls.flush()
+    return load(folder)
+
+
+def load(folder: Path) -> Features:
+    """The features that `extract` left in a folder."""
+    return Features(np.load(folder / "patches.npy", mmap_mode="r"), np.load(folder / "cls.npy", mmap_mode="r"))
+
+
+def moments(features: Features) -> dict[str, Tensor]:
+    """Count, sum and sum of squares of each channel, float64: they add up over sites."""
+    result = {}
+    for name, array in (("patches", features.patches), ("cls", features.cls)):
+        total = np.zeros(array.shape[-1])
+        squares = np.zeros(array.shape[-1])
+        for view in range(len(array)):
+            flat = array[view].reshape(-1, array.shape[-1]).astype(np.float64)
+            total += flat.sum(0)
+            squares += (flat**2).sum(0)
+        result[f"{name}.count"] = torch.tensor([float(array.size // array.shape[-1])], dtype=torch.float64)
+        result[f"{name}.sum"], result[f"{name}.squares"] = torch.from_numpy(total), torch.from_numpy(squares)
+    return result
+
+
+def standardization(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The head's input standardisation from the moments of all sites (added in the order given)."""
+    result = {}
+    for name, module in (("patches", "token_norm"), ("cls", "cls_norm")):
+        count = sum(float(s[f"{name}.count"]) for s in sums)
+        mean = torch.stack([s[f"{name}.sum"] for s in sums]).sum(0) / max(count, 1.0)
+        variance = torch.stack([s[f"{name}.squares"] for s in sums]).sum(0) / max(count, 1.0) - mean**2
+        result[f"{module}.mean"] = mean.float()
+        result[f"{module}.std"] = variance.clamp_min(1e-12).sqrt().float()
+    return result

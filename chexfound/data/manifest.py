@@ -1,0 +1,232 @@
+"""Reads `manifest.csv` (one row an image) and `labelled.json` (what each source labels on all of them).
+
+A manifest lists positives.  Absence is a negative only for findings that `labelled.json` declares
+for that source, and only on a row that lists anything; all else is unknown.  What is wrong with the
+two files is told at once, before any image is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from chexfound.data.store import Image
+from chexfound.errors import DataError, Problems
+
+MANIFEST = "manifest.csv"
+LABELLED = "labelled.json"
+DICOM_SUFFIXES = (".dcm", ".dicom")
+SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM_SUFFIXES)
+REQUIRED = ("file", "source", "patient_id", "findings")
+OPTIONAL = ("view", "age", "sex", "site", "split")
+SPLITS = ("train", "val", "test")
+_TOLD = 20  # problems told one by one; a wrong column would else give one a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A file to ingest and what is known of it before it is read."""
+
+    path: Path
+    image: Image
+    labels: Mapping[str, int]  # finding -> 1 or 0
+    listed: bool = False  # by a manifest
+    refusal: str = ""  # why it is left out, if its row already tells
+
+
+class _Faults(Problems):
+    """Tells the first problems and counts the rest."""
+
+    def check(self) -> None:
+        if len(self.found) > _TOLD:
+            self.found[_TOLD:] = [f"and {len(self.found) - _TOLD} more"]
+        super().check()
+
+
+def read_manifest(folder: Path, root: Path) -> list[Entry]:
+    """Read the manifest in `folder`; files are named relative to `root`.
+
+    Raises: DataError naming every fault: a missing column, a file that does not exist, leaves the folder
+    or stands twice, a patient in two splits, a value that cannot be what it should.
+    """
+    path = folder / MANIFEST
+    labelled = read_labelled(folder / LABELLED)
+    faults = _Faults(DataError, str(path))
+    entries: list[Entry] = []
+    for line, row in _rows(path, faults):
+        entry = _entry(folder, root, row, labelled, faults, line)
+        if entry is not None:
+            entries.append(entry)
+    _check_twice(entries, faults)
+    _check_splits(entries, faults)
+    faults.check()
+    return entries
+
+
+def read_labelled(path: Path) -> dict[str, list[str]]:
+    """Source -> the findings that it labels on all its labelled images; empty if there is no such file.
+
+    Raises: DataError.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{path}: must be an object of source -> list of findings, not {type(value).__name__}"
+        )
+    value.pop("about", None)
+    for source, findings in value.items():
+        if not isinstance(findings, list) or not all(
+            isinstance(finding, str) and finding.strip() for finding in findings
+        ):
+            raise DataError(f"{path}: {source!r}: must be a list of findings (got {findings!r})")
+    return {source: [finding.strip() for finding in findings] for source, findings in value.items()}
+
+
+def _rows(path: Path, faults: Problems) -> Iterable[tuple[int, dict[str, str]]]:
+    """The rows with the line that each ends on."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            _check_header(path, header)
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(header):
+                    faults.add(
+                        f"line {reader.line_num}: {len(cells)} cells under {len(header)} columns;"
+                        " quote a value that holds a comma"
+                    )
+                else:
+                    yield (
+                        reader.line_num,
+                        {name: cell.strip() for name, cell in zip(header, cells, strict=True)},
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV in UTF-8: {error}") from error
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    faults = Problems(DataError, str(path))
+    for name in REQUIRED:
+        if name not in header:
+            faults.add(
+                f"no column {name!r}; it must have {', '.join(REQUIRED)}"
+                f" (found: {', '.join(header) or 'nothing'})"
+            )
+    for name in sorted({name for name in header if header.count(name) > 1 and name in REQUIRED + OPTIONAL}):
+        faults.add(f"column {name!r} stands twice")
+    faults.check()
+
+
+def _entry(
+    folder: Path,
+    root: Path,
+    row: Mapping[str, str],
+    labelled: Mapping[str, list[str]],
+    faults: Problems,
+    line: int,
+) -> Entry | None:
+    before = len(faults.found)
+    path = _listed_file(folder, row["file"], faults, line)
+    for column in ("source", "patient_id"):
+        if not row[column]:
+            faults.add(f"line {line}: {column} is blank")
+    if "/" in row["source"]:
+        faults.add(f"line {line}: source {row['source']!r} must not hold a '/'")
+    split = row.get("split") or None
+    if split is not None and split not in SPLITS:
+        faults.add(
+            f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}; leave it blank if there is none"
+        )
+    age = _age(row.get("age", ""), faults, line)
+    if path is None or len(faults.found) > before:
+        return None
+    image = Image(
+        source=row["source"],
+        patient=row["patient_id"],
+        root=str(root.resolve()),
+        file=path.relative_to(root).as_posix(),
+        site=row.get("site", ""),
+        view=row.get("view", ""),
+        age=age,
+        sex=row.get("sex", "").upper(),
+        split=split,
+    )
+    labels = _labels(row["findings"], labelled.get(row["source"], []))
+    return Entry(path=path, image=image, labels=labels, listed=True, refusal=_refusal(image.view))
+
+
+def _listed_file(folder: Path, name: str, faults: Problems, line: int) -> Path | None:
+    """The file of a row, if it is one that the row may name."""
+    relative = Path(name)
+    if not name:
+        faults.add(f"line {line}: file is blank")
+        return None
+    if "\0" in name or relative.is_absolute() or ".." in relative.parts:
+        faults.add(f"line {line}: file {name!r} must be below the manifest's folder")
+        return None
+    path = folder / relative
+    if not path.is_file():
+        faults.add(f"line {line}: no file {name!r}")
+        return None
+    if not path.resolve().is_relative_to(folder.resolve()):
+        faults.add(f"line {line}: file {name!r} is a link out of the manifest's folder")
+        return None
+    if path.suffix.lower() not in SUFFIXES:
+        faults.add(f"line {line}: file {name!r} is not one of {', '.join(SUFFIXES)}")
+        return None
+    return path
+
+
+def _age(text: str, faults: Problems, line: int) -> float | None:
+    if not text:
+        return None
+    try:
+        age = float(text)
+    except ValueError:
+        age = -1.0
+    if not 0 <= age <= 150:
+        faults.add(f"line {line}: age {text!r} is not a number of years; leave it blank where it is unknown")
+        return None
+    return age
+
+
+def _labels(listed: str, declared: Iterable[str]) -> dict[str, int]:
+    positives = {finding.strip() for finding in listed.split("|")} - {""}
+    if not positives:
+        return {}
+    return {finding: 0 for finding in declared} | {finding: 1 for finding in sorted(positives)}
+
+
+def _refusal(view: str) -> str:
+    from chexfound.data.dicom import frontal
+
+    return "" if frontal(view) else f"not frontal: view {view!r}"
+
+
+def _check_twice(entries: list[Entry], faults: Problems) -> None:
+    seen: set[Path] = set()
+    for entry in entries:
+        real = entry.path.resolve()
+        if real in seen:
+            faults.add(f"file {entry.image.file!r} stands twice")
+        seen.add(real)
+
+
+def _check_splits(entries: list[Entry], faults: Problems) -> None:
+    splits: dict[tuple[str, str], set[str]] = {}
+    for entry in entries:
+        if entry.image.split is not None:
+            splits.setdefault((entry.image.source, entry.image.patient), set()).add(entry.image.split)
+    for (source, patient), found in sorted(splits.items()):
+        if len(found) > 1:
+            faults.add(f"patient {patient!r} of {source!r} is in two splits, {' and '.join(sorted(found))}")

@@ -1,0 +1,318 @@
+"""Fills a store from folders of DICOM files and of images listed in a manifest.
+
+Three steps: `find` says which files there are and what is known of each (a manifest's faults end it
+here, before anything is written); the decoders turn each into px x px uint8 or into a reason; the
+store's writer takes them in the order of their paths, so that threads change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest
+from chexfound.data.store import Image, Writer, writing
+from chexfound.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from chexfound.data.dicom import Header
+
+_AHEAD = 64  # images decoded before they are stored; bounds the memory
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What an ingestion did, and what the store then holds."""
+
+    images: int  # added now
+    patients: int  # of the images added now
+    refused: list[tuple[str, str]]  # (file, reason), now
+    skipped_existing: int  # files that were there already, unchanged (refused ones too)
+    findings: list[str]  # of the store, sorted
+    sources: list[str]  # of the store, sorted
+
+
+@dataclass
+class _Found:
+    entries: list[Entry] = field(default_factory=list)
+    loose: int = 0  # pictures that no manifest lists
+
+
+def ingest(
+    source: Path,
+    store: Path,
+    image_px: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    namer: Callable[[str], str] | None = None,
+) -> Summary:
+    """Add the images under `source` to the store at `store`, which is made if it is absent.
+
+    A file already there with the same path, size and time is not decoded again, but takes its manifest's
+    present labels; a changed one takes the place of the old.  What has gone from `source` stays in the store.
+
+    Args:
+        source: a folder; below it, each folder with a `manifest.csv` is read by that, the rest as DICOM.
+        store: a store, or a folder to be.
+        image_px: side of the stored images, pixels.
+        progress: called with (files done, files in all).
+        namer: PatientID -> the name kept in the store, for DICOM files without a manifest
+            (default: `chexfound.data.dicom.pseudonym`).
+
+    Raises:
+        ConfigError: image_px is not positive.
+        DataError: no such folder, a manifest at fault, no usable image, or a store that does not fit.
+        StorageError: the disk is full.  Whatever is raised, the store is as it was.
+    """
+    source, store = Path(source), Path(store)
+    if image_px < 1:
+        raise ConfigError(f"image_px: must be positive (got {image_px!r})")
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder; give the folder that holds the images")
+    found = find(source, leave=store)
+    if not found.entries:
+        hint = (
+            f"; {found.loose} PNG or JPEG files lie there, and need a {MANIFEST} beside them"
+            if found.loose
+            else ""
+        )
+        raise DataError(f"{source}: no images: neither DICOM files nor a {MANIFEST}{hint}")
+    with writing(store, image_px) as writer:
+        return _fill(writer, source, found.entries, progress, namer)
+
+
+def find(root: Path, leave: Path | None = None) -> _Found:
+    """List the images below `root`, sorted by path; names that start with a dot are left out.
+
+    Raises: DataError with every fault of a manifest.
+    """
+    found = _Found()
+    left = None if leave is None else leave.resolve()
+
+    def unreadable(error: OSError) -> None:
+        found.entries.append(
+            replace(_loose_dicom(Path(error.filename), root), refusal="the folder may not be read")
+        )
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        here = Path(folder)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and (here / name).resolve() != left
+        )
+        if MANIFEST in files:
+            folders.clear()  # a manifest speaks for all that lies below it
+            found.entries += read_manifest(here, root)
+            continue
+        for name in sorted(files):
+            if name.startswith(".") or name == "DICOMDIR":
+                continue
+            if _is_dicom(here / name):
+                found.entries.append(_loose_dicom(here / name, root))
+            found.loose += Path(name).suffix.lower() in (".png", ".jpg", ".jpeg")
+    found.entries.sort(key=lambda entry: entry.image.file)
+    return found
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _loose_dicom(path: Path, root: Path) -> Entry:
+    relative = path.relative_to(root)
+    source = relative.parts[0] if len(relative.parts) > 1 else root.resolve().name
+    return Entry(
+        path=path,
+        image=Image(source=source, patient="", root=str(root.resolve()), file=relative.as_posix()),
+        labels={},
+    )
+
+
+def _fill(
+    writer: Writer,
+    root: Path,
+    entries: list[Entry],
+    progress: Callable[[int, int], None] | None,
+    namer: Callable[[str], str] | None,
+) -> Summary:
+    known = writer.known(str(root.resolve()))
+    refused: list[tuple[str, str]] = []
+    patients: list[str] = []
+    old_images = old_refused = 0
+    for done, (entry, result) in enumerate(_decoded(entries, known, writer.px, namer), start=1):
+        image = entry.image
+        if result is None:
+            was_refused = known[image.file][-1]
+            if entry.listed:
+                writer.describe(image, entry.labels)
+            old_refused += was_refused
+            old_images += not was_refused
+        elif reason := _store(writer, entry, result):
+            writer.refuse(result.image, reason)
+            refused.append((image.file, reason))
+        else:
+            patients.append(f"{image.source}/{result.image.patient}")
+        if progress is not None:
+            progress(done, len(entries))
+    if not patients and not old_images:
+        reasons = "".join(f"\n  - {file}: {reason}" for file, reason in refused[:10])
+        more = f"\n  - and {len(refused) - 10} more" if len(refused) > 10 else ""
+        raise DataError(
+            f"{root}: no usable image among {len(entries)} files"
+            f"{':' if refused else ', all refused before'}{reasons}{more}"
+        )
+    findings, sources = writer.names()
+    return Summary(
+        images=len(patients),
+        patients=len(set(patients)),
+        refused=refused,
+        skipped_existing=old_images + old_refused,
+        findings=findings,
+        sources=sources,
+    )
+
+
+def _store(writer: Writer, entry: Entry, result: _Decoded) -> str | None:
+    """Put a decoded image into the store; why not, if it is refused."""
+    if result.pixels is None:
+        return result.reason
+    twin = writer.add(result.image, result.pixels, entry.labels)
+    return None if twin is None else f"duplicate of {twin}"
+
+
+# ---- decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    image: Image
+    pixels: np.ndarray | None = None  # uint8 (px, px)
+    reason: str = ""  # why there are none
+
+
+def _decoded(
+    entries: Iterable[Entry],
+    known: dict[str, tuple[str, int, int, bool]],
+    px: int,
+    namer: Callable[[str], str] | None,
+) -> Iterator[tuple[Entry, _Decoded | None]]:
+    """Each entry with its decoded image, in order; None for a file that is in the store, unchanged."""
+    from chexfound.data.dicom import pseudonym, quiet
+
+    pending: deque[tuple[Entry, Future[_Decoded] | None]] = deque()
+    with quiet(), ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
+        try:
+            for entry in entries:
+                entry, future = _stated(entry), None
+                if not _unchanged(entry, known):
+                    future = pool.submit(_decode, entry, px, namer or pseudonym)
+                pending.append((entry, future))
+                if len(pending) > _AHEAD:
+                    yield _next(pending)
+            while pending:
+                yield _next(pending)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _unchanged(entry: Entry, known: dict[str, tuple[str, int, int, bool]]) -> bool:
+    """Whether the store knows this file as it is.
+
+    One that was refused is tried anew if a manifest lists it, since the manifest may have been mended.
+    """
+    source, size, mtime_ns, refused = known.get(entry.image.file, ("", -1, -1, False))
+    same = (source, size, mtime_ns) == (entry.image.source, entry.image.size, entry.image.mtime_ns)
+    return same and not (entry.listed and (refused or entry.refusal))
+
+
+def _stated(entry: Entry) -> Entry:
+    """The entry with its file's size and time (a file that cannot be asked has none, and fails to decode)."""
+    try:
+        stat = entry.path.stat()
+    except OSError:
+        return entry
+    return replace(entry, image=replace(entry.image, size=stat.st_size, mtime_ns=stat.st_mtime_ns))
+
+
+def _next(pending: deque[tuple[Entry, Future[_Decoded] | None]]) -> tuple[Entry, _Decoded | None]:
+    entry, future = pending.popleft()
+    return entry, None if future is None else future.result()
+
+
+def _decode(entry: Entry, px: int, namer: Callable[[str], str]) -> _Decoded:
+    """Pixels of one file, squeezed to px x px, or the reason why it has none."""
+    import cv2
+
+    from chexfound.data import dicom
+
+    image = entry.image
+    if entry.refusal:
+        return _Decoded(image=image, reason=entry.refusal)
+    try:
+        if _is_dicom(entry.path):
+            grey, header = dicom.read(entry.path, namer)
+            image = _completed(image, header)
+        else:
+            grey = read_picture(entry.path)
+    except DataError as error:
+        return _Decoded(image=image, reason=str(error).removeprefix(f"{entry.path}: "))
+    if not image.patient:
+        return _Decoded(
+            image=image,
+            reason=f"no PatientID, so its patient cannot be kept in one split; list it in a {MANIFEST}",
+        )
+    pixels = cv2.resize(grey, (px, px), interpolation=cv2.INTER_AREA)
+    if pixels.min() == pixels.max():
+        return _Decoded(image=image, reason="constant pixels")
+    return _Decoded(image=image, pixels=pixels)
+
+
+def _completed(image: Image, header: Header) -> Image:
+    """The row with what the header adds; what a manifest says stands."""
+    age = header.age if header.age == header.age else None  # nan: unknown
+    return replace(
+        image,
+        patient=image.patient or header.patient,
+        view=image.view or header.view,
+        sex=image.sex or header.sex,
+        age=age if image.age is None else image.age,
+    )
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Decode a PNG or JPEG to grey uint8 (height, width); 16-bit grey is stretched from its range.
+
+    Raises: DataError "PATH: REASON" if it is truncated, damaged, or constant.
+    """
+    import numpy as np
+    from PIL import Image as Picture
+
+    from chexfound.data.dicom import stretch
+
+    try:
+        # Pillow, since OpenCV fills what is missing of a truncated file with grey and says nothing.
+        with Picture.open(path, formats=("PNG", "JPEG")) as picture:
+            if picture.mode.startswith("I"):
+                grey = stretch(np.asarray(picture))
+            else:
+                grey = np.asarray(picture.convert("L"))
+    except Exception as error:  # as for DICOM: any codec, any exception
+        raise DataError(
+            f"{path}: cannot be decoded ({type(error).__name__}); the file is damaged or not an image"
+        ) from error
+    if grey is None or grey.min() == grey.max():
+        raise DataError(f"{path}: constant pixels")
+    return grey

@@ -1,0 +1,455 @@
+"""What training reads: uint8 images of one size in memory-mapped shards, and an SQLite index.
+
+STORE/index.sqlite        who, where, which labels, where the pixels lie, and what was refused
+STORE/shard-00000.npy     uint8 (N, px, px), at most `SHARD_IMAGES` each
+
+An image's **id** is its place in the canonical order (source, patient, hash of the pixels), so the
+same content has the same ids in whatever order it came in; adding images renumbers.
+
+Guarantee: an ingestion is seen whole or not at all.  A new store is built beside and renamed; in an
+old one the pixels are on the disk before the one SQLite transaction that names them, and what lies
+in a shard beyond the index is cut off by the next writer.  A process that has the store open
+keeps seeing what it opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from chexfound.data.shards import Shards, map_shard, sync
+from chexfound.errors import DataError
+from chexfound.journal import canonical, storage
+
+SCHEMA = 1  # PRAGMA user_version
+INDEX = "index.sqlite"
+UNKNOWN = -1
+
+_TABLES = """
+CREATE TABLE meta (px INTEGER NOT NULL);
+CREATE TABLE shards (number INTEGER PRIMARY KEY, rows INTEGER NOT NULL);
+CREATE TABLE images (
+    id INTEGER PRIMARY KEY,
+    source TEXT NOT NULL, patient TEXT NOT NULL, site TEXT NOT NULL, view TEXT NOT NULL,
+    age REAL, sex TEXT NOT NULL, split TEXT CHECK (split IN ('train', 'val', 'test')),
+    root TEXT NOT NULL, file TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    shard INTEGER NOT NULL REFERENCES shards (number), row INTEGER NOT NULL,
+    UNIQUE (root, file), UNIQUE (source, sha256), UNIQUE (shard, row)
+);
+CREATE TABLE findings (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE labels (
+    image INTEGER NOT NULL REFERENCES images (id) ON DELETE CASCADE,
+    finding INTEGER NOT NULL REFERENCES findings (id),
+    value INTEGER NOT NULL CHECK (value IN (0, 1)),
+    PRIMARY KEY (image, finding)
+) WITHOUT ROWID;
+CREATE TABLE refused (
+    source TEXT NOT NULL, root TEXT NOT NULL, file TEXT NOT NULL,
+    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, reason TEXT NOT NULL,
+    PRIMARY KEY (root, file)
+);
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """A row of the index; the last three are filled in by the store."""
+
+    source: str
+    patient: str
+    file: str  # relative to `root`
+    root: str = ""  # the folder that was ingested, absolute: files of two folders may have one name
+    size: int = 0  # of the file, bytes
+    mtime_ns: int = 0
+    site: str = ""
+    view: str = ""
+    age: float | None = None  # years
+    sex: str = ""
+    split: str | None = None  # the manifest's own
+    sha256: str = ""  # of the stored pixels
+    shard: int = -1
+    row: int = -1
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Image))
+_MARKS = ", ".join("?" for _ in fields(Image))
+
+
+class Store:
+    """A store opened for reading; any number of processes may have it open, and it pickles as its path."""
+
+    def __init__(
+        self,
+        path: Path,
+        px: int,
+        images: list[Image],
+        labels: dict[str, np.ndarray],
+        shards: list[np.ndarray],
+    ) -> None:
+        self.path = path
+        self.px = px
+        self.images = images
+        self.ids = np.arange(len(images), dtype=np.int64)
+        self.ids.flags.writeable = False
+        self.sources = [image.source for image in images]
+        self.patients = [image.patient for image in images]
+        # A patient's name that is unique over all sources.
+        self.keys = [f"{image.source}/{image.patient}" for image in images]
+        self.sites = [image.site for image in images]
+        self.views = [image.view for image in images]
+        self.sexes = [image.sex for image in images]
+        self.ages = np.array([math.nan if image.age is None else image.age for image in images], np.float64)
+        self.splits = [image.split for image in images]
+        self.findings = sorted(labels)
+        self._labels = labels
+        self._shards = shards
+        self._shard = np.array([image.shard for image in images], np.int64)
+        self._row = np.array([image.row for image in images], np.int64)
+
+    @staticmethod
+    def open(path: Path) -> Store:
+        """Open a store for reading.
+
+        Raises: DataError if it is absent, damaged, or written with another schema.
+        """
+        path = Path(path)
+        if not (path / INDEX).is_file():
+            raise DataError(f"{path}: no store here (no {INDEX}); make one with `chexfound ingest`")
+        with _damage_told(path), contextlib.closing(_connect(path)) as index:
+            _check_schema(path, index)
+            px = index.execute("SELECT px FROM meta").fetchone()[0]
+            rows = index.execute(
+                f"SELECT id, {_COLUMNS} FROM images ORDER BY source, patient, sha256"  # noqa: S608 (our own names)
+            ).fetchall()
+            names = [field.name for field in fields(Image)]
+            images = [Image(**dict(zip(names, row[1:], strict=True))) for row in rows]
+            labels = _read_labels(index, {row[0]: place for place, row in enumerate(rows)})
+            shards = [map_shard(path, number, count, px) for number, count in _read_shards(index)]
+        return Store(path, px, images, labels, shards)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store.open, (self.path,)
+
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """The files that were left out, each with the reason, sorted."""
+        with _damage_told(self.path), contextlib.closing(_connect(self.path)) as index:
+            return index.execute("SELECT file, reason FROM refused ORDER BY file, root").fetchall()
+
+    def labels(self, ids: Iterable[int] | np.ndarray, findings: Sequence[str]) -> np.ndarray:
+        """Labels int8 (n, F): 1, 0, or -1 if unknown, as is a finding that the store does not have."""
+        ids = self._checked(ids)
+        result = np.full((len(ids), len(findings)), UNKNOWN, np.int8)
+        for column, finding in enumerate(findings):
+            if finding in self._labels:
+                result[:, column] = self._labels[finding][ids]
+        return result
+
+    def pixels(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
+        """A copy of the pixels, uint8 (n, px, px), in the order of `ids`."""
+        ids = self._checked(ids)
+        shard, row = self._shard[ids], self._row[ids]
+        result = np.empty((len(ids), self.px, self.px), np.uint8)
+        numbers = np.unique(shard)
+        if len(numbers) == 1:  # straight into the result ("clip": no buffer between)
+            return np.take(self._shards[numbers[0]], row, axis=0, out=result, mode="clip")
+        for number in numbers:
+            here = np.flatnonzero(shard == number)
+            result[here] = self._shards[number][row[here]]
+        return result
+
+    def digest(self) -> str:
+        """SHA-256 over all that training can see of each image (pixels, labels, who, where), in order."""
+        known = {finding: values.tolist() for finding, values in sorted(self._labels.items())}
+        digest = hashlib.sha256(canonical(["chexfound store", SCHEMA, self.px]))
+        for place, image in enumerate(self.images):
+            labels = {finding: values[place] for finding, values in known.items() if values[place] != UNKNOWN}
+            who = [image.source, image.patient, image.site, image.view, image.age, image.sex, image.split]
+            digest.update(canonical([image.sha256, who, labels]))
+        return digest.hexdigest()
+
+    def _checked(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            bad = int(ids[(ids < 0) | (ids >= len(self))][0])
+            raise DataError(
+                f"{self.path}: no image {bad!r}; ids are below {len(self)}, and change when images are added"
+            )
+        return ids
+
+
+def _read_labels(index: sqlite3.Connection, places: Mapping[int, int]) -> dict[str, np.ndarray]:
+    labels: dict[str, np.ndarray] = {}
+    rows = index.execute("SELECT image, name, value FROM labels JOIN findings ON findings.id = finding")
+    for image, finding, value in rows:
+        if finding not in labels:
+            labels[finding] = np.full(len(places), UNKNOWN, np.int8)
+        labels[finding][places[image]] = value
+    return labels
+
+
+def _read_shards(index: sqlite3.Connection) -> list[tuple[int, int]]:
+    return index.execute("SELECT number, rows FROM shards ORDER BY number").fetchall()
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.DatabaseError, TypeError, ValueError, KeyError) as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            raise DataError(f"{path}: the store is being written; try again in a minute") from error
+        raise DataError(f"{path}: the store is damaged ({error}); remove it and ingest again") from error
+
+
+def _check_schema(path: Path, index: sqlite3.Connection) -> None:
+    found = index.execute("PRAGMA user_version").fetchone()[0]
+    if found != SCHEMA:
+        raise DataError(f"{path}: a store of schema {found!r}, not {SCHEMA}; remove it and ingest again")
+
+
+def _connect(path: Path, mode: str = "ro") -> sqlite3.Connection:
+    """Open the index.  Rolls back first what a process that died in its commit left half-done."""
+    address = f"file:{quote(str((path / INDEX).absolute()))}?mode="
+    if mode == "ro" and (path / f"{INDEX}-journal").exists():
+        # Only a connection that may write can roll back; where we may not, the reading below tells so.
+        with contextlib.suppress(sqlite3.OperationalError):
+            with contextlib.closing(sqlite3.connect(f"{address}rw", uri=True, timeout=30)) as index:
+                index.execute("SELECT px FROM meta").fetchone()
+    index = sqlite3.connect(address + mode, uri=True, timeout=30, isolation_level=None)
+    index.execute("PRAGMA foreign_keys = ON")
+    return index
+
+
+# ---- writing
+
+
+class Writer:
+    """Adds to a store; made by `writing`, and seen by others only when that block ends well."""
+
+    def __init__(self, folder: Path, px: int, index: sqlite3.Connection) -> None:
+        self.px = px
+        self._index = index
+        # Pages stay in memory until the commit, so readers are not locked out while images are decoded.
+        index.executescript("PRAGMA cache_spill = OFF; PRAGMA synchronous = EXTRA; BEGIN IMMEDIATE;")
+        self.shards = Shards(folder, px, _read_shards(index))
+        self._findings: dict[str, int] = dict(index.execute("SELECT name, id FROM findings").fetchall())
+
+    def known(self, root: str) -> dict[str, tuple[str, int, int, bool]]:
+        """File -> (source, size, mtime_ns, whether it was refused) of all ever ingested from `root`."""
+        rows = self._index.execute(
+            "SELECT file, source, size, mtime_ns, 0 FROM images WHERE root = ?1"
+            " UNION ALL SELECT file, source, size, mtime_ns, 1 FROM refused WHERE root = ?1",
+            (root,),
+        )
+        return {
+            file: (source, size, mtime_ns, bool(refused)) for file, source, size, mtime_ns, refused in rows
+        }
+
+    def add(self, image: Image, pixels: np.ndarray, labels: Mapping[str, int]) -> str | None:
+        """Add an image, in place of an earlier one of the same file.
+
+        Args:
+            image: its row; hash and place are filled in here.
+            pixels: uint8 (px, px).
+            labels: finding -> 1 or 0; what is not named is unknown.
+
+        Returns: None; or, when the source already has these very pixels from another file, that file
+        (then nothing was added).
+        """
+        sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
+        # The same file with the same pixels: touched, or moved with its root.  Its pixels stay put.
+        same = self._index.execute(
+            "SELECT root, shard, row FROM images WHERE source = ? AND file = ? AND sha256 = ?",
+            (image.source, image.file, sha256),
+        ).fetchone()
+        self.forget(image.root, image.file)
+        if same is not None:
+            self.forget(same[0], image.file)
+        twin = self._index.execute(
+            "SELECT file FROM images WHERE source = ? AND sha256 = ?", (image.source, sha256)
+        ).fetchone()
+        if twin is not None:
+            return str(twin[0])
+        shard, row = same[1:] if same is not None else self.shards.append(pixels)
+        self._index.execute(
+            "INSERT INTO shards VALUES (?, ?)"
+            " ON CONFLICT (number) DO UPDATE SET rows = max(rows, excluded.rows)",
+            (shard, row + 1),
+        )
+        cursor = self._index.execute(
+            f"INSERT INTO images ({_COLUMNS}) VALUES ({_MARKS})",  # noqa: S608 (names of our own fields)
+            astuple(replace(image, sha256=sha256, shard=shard, row=row)),
+        )
+        assert cursor.lastrowid is not None
+        self._label(cursor.lastrowid, labels)
+        return None
+
+    def describe(self, image: Image, labels: Mapping[str, int]) -> None:
+        """Give an image that is there the manifest's present labels and fields (blank: as it was)."""
+        number = self._index.execute(
+            "SELECT id FROM images WHERE root = ? AND file = ?", (image.root, image.file)
+        ).fetchone()[0]
+        self._index.execute(
+            "UPDATE images SET patient = ?, site = ?, split = ?, age = coalesce(?, age),"
+            " view = coalesce(nullif(?, ''), view), sex = coalesce(nullif(?, ''), sex) WHERE id = ?",
+            (image.patient, image.site, image.split, image.age, image.view, image.sex, number),
+        )
+        self._index.execute("DELETE FROM labels WHERE image = ?", (number,))
+        self._label(number, labels)
+
+    def refuse(self, image: Image, reason: str) -> None:
+        """Note a file that is left out, and why; an earlier image of that file is taken out."""
+        self.forget(image.root, image.file)
+        row = (image.source, image.root, image.file, image.size, image.mtime_ns, reason)
+        self._index.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def forget(self, root: str, file: str) -> None:
+        """Take a file's row out of the index (its pixels stay in the shard, unnamed)."""
+        for table in ("images", "refused"):
+            self._index.execute(f"DELETE FROM {table} WHERE root = ? AND file = ?", (root, file))  # noqa: S608
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """The findings with any label and the sources, as they now stand, sorted."""
+        findings = "SELECT DISTINCT name FROM labels JOIN findings ON findings.id = finding ORDER BY name"
+        sources = "SELECT DISTINCT source FROM images ORDER BY source"
+        return [row[0] for row in self._index.execute(findings)], [
+            row[0] for row in self._index.execute(sources)
+        ]
+
+    def _label(self, number: int, labels: Mapping[str, int]) -> None:
+        for finding, value in sorted(labels.items()):
+            if finding not in self._findings:
+                cursor = self._index.execute("INSERT INTO findings (name) VALUES (?)", (finding,))
+                self._findings[finding] = cursor.lastrowid or 0
+            self._index.execute(
+                "INSERT INTO labels VALUES (?, ?, ?)", (number, self._findings[finding], value)
+            )
+
+    def check(self) -> None:
+        """Raise DataError if a patient now stands in two splits."""
+        rows = self._index.execute(
+            "SELECT source, patient FROM images GROUP BY source, patient HAVING count(DISTINCT split) > 1"
+        ).fetchall()
+        if rows:
+            named = ", ".join(repr(f"{source}/{patient}") for source, patient in rows[:5])
+            raise DataError(
+                f"with these images, patients would be in two splits: {named}; mend the manifests"
+            )
+
+    def commit(self) -> None:
+        """Make everything durable: pixels first, then the index that names them."""
+        self.check()
+        self.shards.sync()
+        self._index.execute("COMMIT")
+        self.shards.committed = dict(self.shards.rows)
+
+
+@contextlib.contextmanager
+def writing(path: Path, px: int) -> Iterator[Writer]:
+    """Open a store for adding, or make it; commits when the block ends well, else leaves all as it was.
+
+    Raises: DataError if the store is damaged, holds images of another size, is being written by
+    another process, or if `path` is something else; StorageError if the disk is full.
+    """
+    path = Path(path).absolute()
+    with storage(path), _full_disk_told():
+        if (path / INDEX).is_file():
+            with _locked(path):
+                found = Store.open(path).px
+                if found != px:
+                    raise DataError(
+                        f"{path}: holds images of {found} px, not {px!r}; give another folder, or {found} px"
+                    )
+                with _transaction(path, px) as writer:
+                    yield writer
+            return
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DataError(f"{path}: exists and is not a store; give a folder that is new or empty")
+        with _building(path) as folder:
+            _create(folder, px)
+            with _transaction(folder, px) as writer:
+                yield writer
+            os.rename(folder, path)
+            sync(path.parent)
+
+
+@contextlib.contextmanager
+def _full_disk_told() -> Iterator[None]:
+    """SQLite's own word for a full disk as the system's, which `storage` explains."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise DataError(
+            f"{folder}: another process is filling this store; wait for it, or give another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _building(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to build in: empty, ours alone, gone if the block fails."""
+    folder = path.parent / f".{path.name}.building"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        for left in folder.iterdir():  # by a process that was killed
+            left.unlink()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _create(folder: Path, px: int) -> None:
+    with contextlib.closing(_connect(folder, "rwc")) as index:
+        index.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA};")
+        index.execute("INSERT INTO meta VALUES (?)", (px,))
+        index.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def _transaction(folder: Path, px: int) -> Iterator[Writer]:
+    with contextlib.closing(_connect(folder, "rw")) as index:
+        writer = Writer(folder, px, index)
+        try:
+            yield writer
+            writer.commit()
+        except BaseException:
+            if index.in_transaction:
+                index.execute("ROLLBACK")
+            with contextlib.suppress(OSError):  # the next writer cuts what could not be cut now
+                writer.shards.cut()
+            raise

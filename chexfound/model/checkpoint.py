@@ -1,0 +1,66 @@
+"""Tensors on disk and their digests: safetensors, replaced atomically, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from chexfound.errors import CheckpointError
+from chexfound.journal import replace_file
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over sorted (name, dtype, shape, bytes), each length-prefixed."""
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        for part in (name, str(tensor.dtype).removeprefix("torch."), str(tuple(tensor.shape))):
+            result.update(len(part.encode()).to_bytes(4, "big") + part.encode())
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        result.update(data.nbytes.to_bytes(8, "big"))
+        result.update(data.data)
+    return result.hexdigest()
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, atomically and durably.
+
+    Raises: StorageError.
+    """
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replace_file(path) as temporary:
+        try:
+            safetensors.torch.save_file(data, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # hides the operating system's error in its text
+            if "os error 28" in str(error) or "No space" in str(error):
+                raise OSError(28, "No space left on device") from error
+            raise
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises: CheckpointError if it is absent, truncated or not safetensors.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it is absent, truncated or of another kind"
+        ) from error
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix` before their names."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}

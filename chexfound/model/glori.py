@@ -1,0 +1,104 @@
+"""GLoRI v1: one frozen random query a finding looks at the patch tokens (CheXFound, section 3).
+
+Shapes: B images, n last blocks, P patches, D width, E head width, F findings, h attention heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chexfound.model.heads import Standardize, token_statistics
+
+
+class DecoderLayer(nn.Module):
+    """A post-norm transformer decoder layer without self-attention; the target is doubled first.
+
+    LayerNorm eps is 1e-5 here (in the ViT it is 1e-6).
+    """
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, target: Tensor, memory: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Queries (B, F, E) against memory (B, P, E): (B, F, E) and attention (B, h, F, P)."""
+        x = self.norm1(target + self.dropout(target))
+        attended, weights = self.multihead_attn(
+            x, memory, memory, need_weights=need_weights, average_attn_weights=False
+        )
+        x = self.norm2(x + self.dropout(attended))
+        x = self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        return x, weights
+
+
+class GLoRI(nn.Module):
+    """Global and local representations integration.
+
+    The queries are random and never trained, so they must be the same at every site: they come
+    from the coordinator's first weights and travel with the head.  `cls`, `stats`, `positions` and
+    the standardisation of the tokens are ours, for small backbones; all off is the paper's head.
+
+    Per-finding parameters: `query_embed.weight` (F, E), `duplicate_pooling` (F, channels) and
+    `duplicate_pooling_bias` (F); a finding's rows are averaged over the sites that label it.
+    """
+
+    row_parameters = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
+
+    def __init__(
+        self,
+        n_findings: int,
+        dim: int,
+        n_blocks: int,
+        *,
+        embed_dim: int = 768,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        dropout: float = 0.1,
+        cls: bool = False,
+        stats: bool = False,
+        positions: int = 0,
+    ) -> None:
+        super().__init__()
+        memory = dim * n_blocks
+        self.use_cls, self.use_stats = cls, stats
+        self.token_norm, self.cls_norm = Standardize(memory), Standardize(memory)
+        self.embed_standart = nn.Linear(memory, embed_dim)
+        self.position_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if positions else None
+        self.query_embed = nn.Embedding(n_findings, embed_dim)
+        self.query_embed.weight.requires_grad_(False)
+        self.layers = nn.ModuleList([DecoderLayer(embed_dim, heads, ffn_dim, dropout)])
+        channels = embed_dim + memory * (int(cls) + 3 * int(stats))
+        self.drop = nn.Dropout(dropout) if cls or stats else nn.Identity()
+        self.duplicate_pooling = nn.Parameter(torch.empty(n_findings, channels))
+        self.duplicate_pooling_bias = nn.Parameter(torch.zeros(n_findings))
+        nn.init.xavier_normal_(self.duplicate_pooling)
+
+    def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor], return_attention: bool = False) -> Any:
+        """Patch tokens n × (B, P, D) and CLS n × (B, D) of the last blocks to logits (B, F).
+
+        With return_attention, a pair (logits, attention (B, h, F, P)).
+        """
+        tokens = self.token_norm(torch.cat(list(patches), dim=-1))  # (B, P, n·D)
+        memory = F.relu(self.embed_standart(tokens))
+        if self.position_embed is not None:
+            memory = memory + self.position_embed
+        queries = self.query_embed.weight.expand(len(tokens), -1, -1)
+        x, attention = self.layers[0](queries, memory, return_attention)  # (B, F, E)
+        pooled = []
+        if self.use_cls:
+            pooled.append(self.cls_norm(torch.cat(list(cls), dim=-1)))
+        if self.use_stats:
+            pooled.append(token_statistics(tokens))
+        weight = self.duplicate_pooling
+        logits = (x * weight[:, : x.shape[-1]]).sum(-1) + self.duplicate_pooling_bias
+        if pooled:  # the same for every finding: multiply once instead of repeating it F times
+            logits = logits + F.linear(self.drop(torch.cat(pooled, dim=-1)), weight[:, x.shape[-1] :])
+        return (logits, attention) if return_attention else logits

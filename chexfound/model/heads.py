@@ -1,0 +1,111 @@
+"""Heads of pretraining (DINO, iBOT) and the linear head of adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """A weight-normalised linear layer without bias: (…, bottleneck) to (…, K) logits.
+
+    The gain `weight_g` stays at 1: were it trained, averaging (g, v) over sites would not average
+    the effective weights.
+    """
+
+    def __init__(self, bottleneck: int, n_prototypes: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1), requires_grad=False)
+        self.weight_v = nn.Parameter(torch.empty(n_prototypes, bottleneck))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits against the normalised prototypes."""
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1))
+
+
+class DINOHead(nn.Module):
+    """MLP, bottleneck, L2 normalisation, prototypes (Caron et al. 2021).
+
+    Args:
+        centered: subtract the mean over the tokens of the call before normalising.  A batch from one
+            scanner shares a large common component; without it the CLS loss can rest at log K.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_prototypes: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        nlayers: int,
+        centered: bool = False,
+    ) -> None:
+        super().__init__()
+        self.centered = centered
+        widths = [dim] + [hidden_dim] * (nlayers - 1) + [bottleneck_dim]
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(width_in, width_out), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = Prototypes(bottleneck_dim, n_prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) to (N, K) logits in [-1, 1]."""
+        x = self.mlp(x)
+        if self.centered and len(x) > 1:
+            x = x - x.mean(dim=0, keepdim=True)
+        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6))
+
+
+def token_statistics(patches: Tensor) -> Tensor:
+    """Mean, deviation and maximum over the patches: (B, P, D) to (B, 3·D)."""
+    return torch.cat([patches.mean(1), patches.std(1, correction=0), patches.amax(1)], dim=-1)
+
+
+class Standardize(nn.Module):
+    """Per-channel standardisation by moments that are given, not learned: they come from all sites."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) to the same shape."""
+        return (x - self.mean) / self.std
+
+
+class LinearHead(nn.Module):
+    """Logistic regression on the CLS tokens (and, if asked, patch statistics) of the last blocks.
+
+    Per-finding parameters: `weight` (F, channels) and `bias` (F).
+    """
+
+    row_parameters = ("weight", "bias")
+
+    def __init__(self, n_findings: int, dim: int, n_blocks: int, *, stats: bool = True) -> None:
+        super().__init__()
+        channels = dim * n_blocks * (4 if stats else 1)
+        self.stats = stats
+        self.token_norm = Standardize(dim * n_blocks)
+        self.cls_norm = Standardize(dim * n_blocks)
+        self.weight = nn.Parameter(torch.zeros(n_findings, channels))
+        self.bias = nn.Parameter(torch.zeros(n_findings))
+
+    def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor]) -> Tensor:
+        """Patch tokens n × (B, P, D) and CLS n × (B, D) of the last blocks to logits (B, F)."""
+        features = [self.cls_norm(torch.cat(list(cls), dim=-1))]
+        if self.stats:
+            features.append(token_statistics(self.token_norm(torch.cat(list(patches), dim=-1))))
+        return F.linear(torch.cat(features, dim=-1), self.weight, self.bias)

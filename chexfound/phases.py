@@ -1,0 +1,292 @@
+"""What a site does in a phase: (site, recipe, request) -> reply.
+
+One piece of code for all: the ClientApp calls it at a hospital, the simulation calls it for the
+centralized arm and for each site alone.  A site's state lives under its home on its own disk:
+everything that a later request stands on is written, atomically, before the reply is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import chexfound
+from chexfound import recipe as recipes
+from chexfound.adapt import features
+from chexfound.adapt.train import HeadTrainer, build_head, predict, trainable_findings
+from chexfound.data.split import View
+from chexfound.errors import DataError, ProtocolError
+from chexfound.evaluate.metrics import Scores, result_rows, save_scores
+from chexfound.model import checkpoint, vit
+from chexfound.pretrain.train import Pretrainer, load_tensors
+from chexfound.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]  # phase, done, of how many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the coordinator asks of a site.  The recipe is not in it: it is the run's."""
+
+    phase: str  # enrol | pretrain | features | adapt | evaluate
+    round: int = 0
+    step: int = 0  # global step of the first local step
+    steps: int = 0
+    batch_size: int = 0
+    roster_index: int = 0
+    findings: tuple[str, ...] = ()
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a site answers: tensors by name, and plain JSON values by name."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Site:
+    """One hospital, or the process that plays it: its images and its disk.
+
+    Args:
+        shuffle_labels: permute the training labels by patient (the floor that tells how much of a
+            score comes from no anatomy at all); only the simulation sets it.
+    """
+
+    view: View
+    home: Path
+    shuffle_labels: bool = False
+    progress: Progress | None = None
+    _warm: dict[str, Any] = field(default_factory=dict)  # what the disk holds too, kept in memory between rounds
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.view.name
+
+    def training_ids(self, recipe: Recipe) -> np.ndarray:
+        """Ids of the training images, in canonical order."""
+        return self.view.split(recipe.seed, recipe.split, "train")
+
+    def patients(self, ids: np.ndarray) -> list[str]:
+        """Key of the patient of each image."""
+        return [self.view.store.keys[place] for place in ids]
+
+    def training_labels(self, recipe: Recipe, findings: tuple[str, ...]) -> np.ndarray:
+        """Labels int8 (N, F) of the training images; a finding that the store does not know is −1."""
+        ids = self.training_ids(recipe)
+        labels = self.view.store.labels(ids, findings)
+        if self.shuffle_labels:
+            from chexfound.evaluate.floors import permute_by_patient
+
+            labels = permute_by_patient(labels, self.patients(ids), recipe.seed, "shuffled", self.name)
+        return labels
+
+    def report(self, phase: str, before: int = 0, of: int | None = None) -> Callable[[int, int], None] | None:
+        """The progress callback of a phase, of which `before` steps (of `of`) were done in earlier rounds."""
+        if self.progress is None:
+            return None
+        progress = self.progress
+        return lambda done, total: progress(phase, before + done, of or total)
+
+
+def run(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Do what is asked, once the recipe's thread count is set (another count gives other bits).
+
+    Raises: ChexfoundError; the site's state is then what it was before.
+    """
+    torch.set_num_threads(recipe.threads)
+    if site.view.store.px != recipe.image_px:
+        raise DataError(
+            f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks for {recipe.image_px}; "
+            f"ingest again with --image-px {recipe.image_px}"
+        )
+    if request.phase not in _PHASES:
+        raise ProtocolError(f"unknown phase {request.phase!r}")
+    return _PHASES[request.phase](site, recipe, request)
+
+
+def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Counts, versions and hashes; no image, no patient."""
+    store = site.view.store
+    ids = site.training_ids(recipe)
+    labels = store.labels(ids, store.findings)
+    findings = {
+        name: {
+            "positives": int((labels[:, column] == 1).sum()),
+            "negatives": int((labels[:, column] == 0).sum()),
+        }
+        for column, name in enumerate(store.findings)
+    }
+    splits = {which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")}
+    values = {
+        "site": site.name,
+        "images": len(site.view.ids),
+        "patients": len(set(site.patients(site.view.ids))),
+        **splits,
+        "findings": {name: counts for name, counts in findings.items() if counts["positives"] or counts["negatives"]},
+        "versions": {
+            "chexfound": chexfound.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "store_sha256": store.digest(),
+    }
+    return Reply(values=values)
+
+
+def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """K local steps of DINO + iBOT + KoLeo from the coordinator's student."""
+    ids = site.training_ids(recipe)
+    store = site.view.store
+    trainer = Pretrainer(recipe, lambda places: store.pixels(ids[places]), len(ids), request.roster_index)
+    kept = _carried(site, recipe, request)
+    if kept:
+        trainer.load_state(kept)
+    trainer.load_global(request.tensors)
+    if not kept and not any(name.startswith("teacher.") for name in request.tensors):
+        trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
+    rows = trainer.run(
+        request.step,
+        request.steps,
+        request.batch_size,
+        site.report("pretrain", request.step, recipe.train.total_steps),
+    )
+    _carry(site, recipe, request, trainer.state())
+    return Reply(
+        tensors=trainer.global_tensors(teacher=recipe.teacher.policy == "average"),
+        values={"images": len(ids), "state": "kept" if kept else "fresh", "history": rows},
+    )
+
+
+def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Take the backbone, compute the training images' features, and give their moments."""
+    backbone = _backbone(recipe, request.tensors)
+    checkpoint.save(site.home / "backbone.safetensors", request.tensors)
+    labels = site.training_labels(recipe, request.findings)
+    ids = site.training_ids(recipe)
+    ids = ids[(labels >= 0).any(1)]
+    folder = site.home / "features"
+    if not len(ids):
+        shutil.rmtree(folder, ignore_errors=True)
+        return Reply(values={"images": 0})
+    kept = features.extract(
+        recipe,
+        backbone,
+        lambda places: site.view.store.pixels(ids[places]),
+        len(ids),
+        request.roster_index,
+        folder,
+        site.report("features"),
+    )
+    return Reply(tensors=features.moments(kept), values={"images": len(ids)})
+
+
+def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """K local steps of the head on the frozen features; per finding, by how many labelled images."""
+    labels = site.training_labels(recipe, request.findings)
+    labels = labels[(labels >= 0).any(1)]
+    trainable = trainable_findings(labels) if len(labels) else np.zeros(len(request.findings), bool)
+    labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
+    counts = (labels >= 0).sum(0)
+    values = {
+        "images": int((labels >= 0).any(1).sum()) if len(labels) else 0,
+        "labelled": [int(n) for n in counts],
+    }
+    if not trainable.any():
+        return Reply(values={**values, "history": []})
+    trainer = HeadTrainer(recipe, features.load(site.home / "features"), labels, request.roster_index)
+    trainer.load_global(request.tensors)
+    kept = _carried(site, recipe, request)
+    trainer.load_state(kept)
+    rows = trainer.run(
+        request.step,
+        request.steps,
+        request.batch_size,
+        site.report("adapt", request.step, recipe.adapt.total_steps),
+    )
+    _carry(site, recipe, request, trainer.state())
+    return Reply(tensors=trainer.global_tensors(), values={**values, "history": rows})
+
+
+def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Judge backbone and head on the site's held-out patients; the scores stay at the site."""
+    backbone_tensors = checkpoint.with_prefix(request.tensors, "backbone.")
+    backbone = _backbone(recipe, backbone_tensors or checkpoint.load(site.home / "backbone.safetensors"))
+    head = build_head(recipe, len(request.findings))
+    load_tensors(head, checkpoint.with_prefix(request.tensors, "head."), list(head.state_dict()))
+    ids = site.view.split(recipe.seed, recipe.split, "test")
+    labels = site.view.store.labels(ids, request.findings)
+    probabilities = predict(backbone, head, site.view.store.pixels(ids), recipe.adapt.n_last_blocks)
+    scores = Scores(
+        patients=site.patients(ids),
+        labels=labels,
+        scores=probabilities.reshape(len(ids), len(request.findings)),
+        findings=list(request.findings),
+    )
+    save_scores(site.home / "scores.npz", scores)
+    rows = result_rows(
+        "federated",
+        "federated",
+        site.name,
+        scores,
+        recipe.evaluate.bootstrap_samples,
+        recipe.evaluate.confidence,
+        recipe.seed,
+    )
+    return Reply(values={"results": rows})
+
+
+_PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
+    "enrol": enrol,
+    "pretrain": pretrain,
+    "features": extract,
+    "adapt": adapt,
+    "evaluate": evaluate,
+}
+
+
+def _backbone(recipe: Recipe, tensors: dict[str, Tensor]) -> vit.VisionTransformer:
+    backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+    load_tensors(backbone, tensors, list(backbone.state_dict()))
+    return backbone
+
+
+def _state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
+    return site.home / "state" / hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16] / phase
+
+
+def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
+    """State as it was at the start of global step `request.step`; nothing at step 0 or if the site has none."""
+    if not request.step:
+        shutil.rmtree(_state_folder(site, recipe, request.phase), ignore_errors=True)
+        return {}
+    if site._warm.get("key") == (request.phase, request.step):
+        return site._warm["state"]
+    path = _state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
+    return checkpoint.load(path) if path.exists() else {}
+
+
+def _carry(site: Site, recipe: Recipe, request: Request, state: dict[str, Tensor]) -> None:
+    """Keep the state for the next round, and this round's own start until the next is done.
+
+    The coordinator may die between our reply and its checkpoint, and then ask for this round again.
+    """
+    folder = _state_folder(site, recipe, request.phase)
+    after = request.step + request.steps
+    checkpoint.save(folder / f"{after:08d}.safetensors", state)
+    for path in folder.glob("*.safetensors"):
+        if int(path.stem) not in (request.step, after):
+            path.unlink()
+    site._warm = {"key": (request.phase, after), "state": state}

@@ -1,0 +1,75 @@
+"""DINO, iBOT and KoLeo, in the form that DINOv2 gives them.
+
+Shapes: N rows (samples or masked patches), K prototypes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STUDENT_TEMP = 0.1
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
+    """Teacher logits (N, K) to assignments (N, K): rows sum to 1, prototypes are used about equally.
+
+    Each iteration normalises the prototypes first, then the samples.  Source: Caron et al. 2020
+    (SwAV); Ruan et al. 2023 for its use in DINO; one common factor is taken out before exp so that
+    nothing overflows, which cancels.
+    """
+    n, k = logits.shape
+    scaled = logits.float() / temp
+    q = torch.exp(scaled - scaled.max())
+    for _ in range(iterations):
+        q = q / q.sum(dim=0, keepdim=True).clamp_min(1e-30) / k
+        q = q / q.sum(dim=1, keepdim=True).clamp_min(1e-30) / n
+    return q * n
+
+
+@torch.no_grad()
+def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
+    """Teacher logits (N, K), centre (1, K) to softmax((logits − centre) / temp) (Caron et al. 2021)."""
+    return F.softmax((logits.float() - center) / temp, dim=-1)
+
+
+def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
+    """−Σ_k t·log softmax(s / 0.1) of each row: (N, K), (N, K) to (N,)."""
+    return -(targets * F.log_softmax(student_logits.float() / STUDENT_TEMP, dim=-1)).sum(-1)
+
+
+def dino_loss(student_chunks: Sequence[Tensor], teacher_chunks: Sequence[Tensor]) -> Tensor:
+    """Sum over all pairs (student view, teacher view) of the mean cross entropy over their images."""
+    total = student_chunks[0].new_zeros(())
+    for student in student_chunks:
+        for teacher in teacher_chunks:
+            total = total + cross_entropy(student, teacher).mean()
+    return total
+
+
+def ibot_loss(student_logits: Tensor, targets: Tensor, masks_weight: Tensor, n_images: int) -> Tensor:
+    """Cross entropy of the masked patches (N, K), each weighted by 1 / (masked patches of its image).
+
+    Divided by all `n_images` global crops, the unmasked ones too (Zhou et al. 2022, as in DINOv2).
+    """
+    return (cross_entropy(student_logits, targets) * masks_weight).sum() / n_images
+
+
+def koleo_loss(cls: Tensor) -> Tensor:
+    """−mean log distance to the nearest neighbour on the sphere: (B, D), B ≥ 2; 0 for a lone image.
+
+    Source: Sablayrolles et al. 2019, "Spreading vectors for similarity search"; eps as in DINOv2.
+    """
+    if len(cls) < 2:
+        return cls.new_zeros(())
+    x = F.normalize(cls.float(), dim=-1, eps=1e-8)
+    with torch.no_grad():
+        dots = x @ x.T
+        dots.fill_diagonal_(-1)
+        nearest = dots.argmax(dim=1)
+    distance = F.pairwise_distance(x, x[nearest], p=2, eps=1e-8)
+    return -torch.log(distance + 1e-8).mean()

@@ -1,0 +1,135 @@
+"""Student, EMA teacher, and one step's losses (DINOv2's `SSLMetaArch`).
+
+Shapes: B images, L local crops an image, P patches of a global crop, M masked patches of the batch,
+K prototypes.  Crops of one view stand together: global (2·B, H, W), local (L·B, h, w).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from chexfound.model import vit
+from chexfound.model.heads import DINOHead
+from chexfound.pretrain import losses
+from chexfound.recipe import Dino, Ibot, Recipe
+
+SUBMODULES = ("backbone", "dino_head", "ibot_head")
+CENTER_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input: crops uint8 (2·B, H, W) and (L·B, h, w), masks bool (2·B, P)."""
+
+    global_crops: Tensor
+    local_crops: Tensor
+    masks: Tensor
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self.global_crops) // 2
+
+
+def build_student(recipe: Recipe) -> nn.ModuleDict:
+    """Backbone and both heads, with fresh weights from torch's global generator."""
+    backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+
+    def head(config: Dino | Ibot) -> DINOHead:
+        return DINOHead(
+            backbone.embed_dim,
+            config.head_n_prototypes,
+            config.head_hidden_dim,
+            config.head_bottleneck_dim,
+            config.head_nlayers,
+            config.head_centered,
+        )
+
+    return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
+
+
+class SSLMetaArch(nn.Module):
+    """The self-supervised model of one site, or of the pooled data.
+
+    Buffers `dino_center` and `ibot_center` (1, K) are used, and moved, by softmax centering only.
+    """
+
+    dino_center: Tensor
+    ibot_center: Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.student = build_student(recipe)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.register_buffer("dino_center", torch.zeros(1, recipe.dino.head_n_prototypes))
+        self.register_buffer("ibot_center", torch.zeros(1, recipe.ibot.head_n_prototypes))
+
+    def train(self, mode: bool = True) -> SSLMetaArch:
+        """Set the student's mode; the teacher always evaluates."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Teacher ← m · teacher + (1 − m) · student."""
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
+        )
+
+    @torch.no_grad()
+    def _targets(self, logits: Tensor, center: Tensor, temp: float) -> Tensor:
+        if self.recipe.train.centering == "sinkhorn_knopp":
+            return losses.sinkhorn_knopp(logits, temp)
+        targets = losses.softmax_center(logits, center, temp)
+        if self.training:
+            center.lerp_(logits.float().mean(0, keepdim=True), 1 - CENTER_MOMENTUM)
+        return targets
+
+    @torch.no_grad()
+    def teacher_targets(self, batch: Batch, temp: float) -> tuple[Tensor, Tensor]:
+        """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
+        output = self.teacher["backbone"].forward_features(batch.global_crops)
+        first, second = output["x_norm_clstoken"].chunk(2)
+        cls = self.teacher["dino_head"](torch.cat([second, first]))
+        patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+        ibot = self._targets(patches, self.ibot_center, temp) if len(patches) else patches
+        return self._targets(cls, self.dino_center, temp), ibot
+
+    def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss that is back-propagated, and its parts for display.
+
+        total = w_dino · (global + local) + w_koleo · Σ_view KoLeo + w_ibot · iBOT.  DINO's terms are
+        divided by 2 + 2·L (the number of pairs of different views), as in DINOv2.
+        """
+        recipe = self.recipe
+        dino_targets, ibot_targets = self.teacher_targets(batch, teacher_temp)
+        output = self.student["backbone"].forward_features(batch.global_crops, batch.masks)
+        global_cls = output["x_norm_clstoken"]  # (2·B, D), before the head: KoLeo's input
+        cls = [global_cls]
+        n_local = len(batch.local_crops) // batch.size
+        if n_local:
+            cls.append(self.student["backbone"].forward_features(batch.local_crops)["x_norm_clstoken"])
+        logits = self.student["dino_head"](torch.cat(cls))
+        global_logits, local_logits = logits[: 2 * batch.size], logits[2 * batch.size :]
+        pairs = 2 + 2 * n_local
+        dino = 2 * losses.dino_loss([global_logits], [dino_targets]) / pairs
+        if n_local:
+            dino = dino + losses.dino_loss(local_logits.chunk(n_local), dino_targets.chunk(2)) / pairs
+        parts = {"dino": dino}
+        total = recipe.dino.loss_weight * dino
+        if recipe.dino.koleo_loss_weight:
+            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
+            total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
+        if recipe.ibot.loss_weight and len(ibot_targets):
+            patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+            per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
+            weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
+            parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
+            total = total + recipe.ibot.loss_weight * parts["ibot"]
+        return total, {name: part.detach() for name, part in parts.items()}

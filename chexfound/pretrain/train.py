@@ -1,0 +1,187 @@
+"""K local steps of self-supervised pretraining: what a site, or the pooled data, does between rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chexfound import rng
+from chexfound.data import augment
+from chexfound.data.sampler import EndlessSampler
+from chexfound.errors import CheckpointError, DataError
+from chexfound.pretrain import masking, optimizer, schedules
+from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
+from chexfound.recipe import Recipe
+
+Progress = Callable[[int, int], None]
+
+
+def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int) -> Batch:
+    """Crops and masks of a step, from its own stream: images uint8 (B, H, W)."""
+    generator = rng.numpy_generator(recipe.seed, "pretrain", step, roster_index, "augment")
+    global_crops, local_crops = augment.multi_crop(images, recipe.crops, generator)
+    masks = masking.batch_masks(
+        len(global_crops),
+        recipe.crops.global_crops_size // recipe.student.patch_size,
+        recipe.ibot.mask_sample_probability,
+        recipe.ibot.mask_ratio_min_max,
+        generator,
+    )
+    return Batch(*(torch.from_numpy(array) for array in (global_crops, local_crops, masks)))
+
+
+def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
+    """The weights that every arm and every site starts from: `student.…` and an equal `teacher.…`."""
+    return {
+        name: tensor
+        for name, tensor in _fresh(recipe).state_dict().items()
+        if name.startswith(("student.", "teacher."))
+    }
+
+
+def _fresh(recipe: Recipe) -> SSLMetaArch:
+    with rng.torch_stream(recipe.seed, "init", "pretrain"):
+        return SSLMetaArch(recipe)
+
+
+class Pretrainer:
+    """Student, teacher and optimizer of one site, moved forward by global steps.
+
+    Args:
+        recipe: the run.
+        pixels: gives uint8 (n, H, W) for positions 0 … n_images − 1 of the training images.
+        n_images: how many there are.
+        roster_index: the site's place among the sites sorted by name; names its random streams.
+    """
+
+    def __init__(
+        self, recipe: Recipe, pixels: Callable[[np.ndarray], np.ndarray], n_images: int, roster_index: int
+    ) -> None:
+        if n_images < 1:
+            raise DataError("no training image: pretraining needs at least one")
+        self.recipe, self.pixels, self.n_images, self.roster_index = recipe, pixels, n_images, roster_index
+        self.model = _fresh(recipe)
+        self.optimizer = optimizer.build(self.model.student, self.model.student["backbone"].depth, recipe.optim)
+
+    def load_global(self, tensors: dict[str, Tensor]) -> None:
+        """Start a round from the coordinator's weights; without teacher tensors the teacher stays.
+
+        Raises: CheckpointError naming what is missing, unexpected or of another shape.
+        """
+        expected = self.global_names(teacher=any(name.startswith("teacher.") for name in tensors))
+        load_tensors(self.model, tensors, expected)
+
+    def global_names(self, *, teacher: bool) -> list[str]:
+        """Names of the tensors that travel."""
+        prefixes = ("student.", "teacher.") if teacher else ("student.",)
+        return [name for name in self.model.state_dict() if name.startswith(prefixes)]
+
+    def global_tensors(self, *, teacher: bool) -> dict[str, Tensor]:
+        """Copies of the tensors that travel."""
+        state = self.model.state_dict()
+        return {name: state[name].clone() for name in self.global_names(teacher=teacher)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next round stands on: model, teacher, centres, optimizer moments."""
+        tensors = {f"model.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return tensors | optimizer_state(self.optimizer, self.model.student)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`.
+
+        Raises: CheckpointError.
+        """
+        model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        load_tensors(self.model, model, list(self.model.state_dict()))
+        load_optimizer(self.optimizer, self.model.student, tensors)
+
+    def run(
+        self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """Take global steps first_step … first_step + steps − 1.
+
+        Returns:
+            One row a step: step, loss and its parts, log_k.
+
+        Raises: DataError naming the step when the loss is not finite; nothing was updated by it.
+        """
+        recipe = self.recipe
+        sampler = EndlessSampler(self.n_images, batch_size, recipe.seed, "pretrain", self.roster_index)
+        rows = []
+        self.model.train()
+        for step in range(first_step, first_step + steps):
+            batch = make_batch(recipe, self.pixels(sampler.batch(step)), step, self.roster_index)
+            with rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch"):
+                parts = self.step(batch, step)
+            rows.append({"step": step, **parts, "log_k": math.log(recipe.dino.head_n_prototypes)})
+            if progress is not None:
+                progress(step - first_step + 1, steps)
+        return rows
+
+    def step(self, batch: Batch, step: int) -> dict[str, float]:
+        """One optimizer step and the teacher's EMA; returns the loss and its parts."""
+        values = schedules.at(self.recipe, step)
+        optimizer.apply_schedule(self.optimizer, values)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, parts = self.model(batch, values.teacher_temp)
+        if not torch.isfinite(loss):
+            raise DataError(
+                f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
+            )
+        loss.backward()
+        if self.recipe.optim.clip_grad:
+            for name in SUBMODULES:
+                torch.nn.utils.clip_grad_norm_(self.model.student[name].parameters(), self.recipe.optim.clip_grad)
+        self.optimizer.step()
+        self.model.update_teacher(values.momentum)
+        return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+
+
+def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], expected: list[str]) -> None:
+    """Copy tensors into a module's state, all or none.
+
+    Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
+    """
+    state = module.state_dict()
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted(set(tensors) - set(expected))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for name in expected:
+        if tensors[name].shape != state[name].shape or tensors[name].dtype != state[name].dtype:
+            raise CheckpointError(
+                f"weights do not fit: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"not {state[name].dtype} {tuple(state[name].shape)}"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise CheckpointError(f"weights do not fit: {name} holds a value that is not finite")
+    with torch.no_grad():
+        for name in expected:
+            state[name].copy_(tensors[name])
+
+
+def optimizer_state(optim: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, Tensor]:
+    """The optimizer's moments, by parameter name: `optimizer.<parameter>.<key>`."""
+    return {
+        f"optimizer.{name}.{key}": torch.as_tensor(value).detach().clone()
+        for name, parameter in module.named_parameters()
+        for key, value in optim.state.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def load_optimizer(optim: torch.optim.Optimizer, module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_state`; other names are ignored, what is absent starts afresh."""
+    optim.state.clear()
+    for name, parameter in module.named_parameters():
+        prefix = f"optimizer.{name}."
+        found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+        if found:
+            optim.state[parameter] = found

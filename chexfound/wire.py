@@ -1,0 +1,135 @@
+"""Requests and replies <-> Flower messages; the only module of the library that knows Flower.
+
+Everything that arrives is hostile until it has passed here: JSON into checked values, arrays into
+tensors of a known dtype.  Codec `none`: full float32 (and float64 for moments), nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from chexfound.errors import CODES, ChexfoundError, ProtocolError
+from chexfound.phases import Reply, Request
+
+MESSAGE_TYPES = {
+    "enrol": "query.enrol",
+    "pretrain": "train.pretrain",
+    "features": "query.features",
+    "adapt": "train.adapt",
+    "evaluate": "evaluate",
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=False))
+class _RequestFields:
+    phase: str
+    round: int
+    step: int
+    steps: int
+    batch_size: int
+    roster_index: int
+    findings: tuple[str, ...]
+
+
+_request_adapter = TypeAdapter(_RequestFields)
+
+
+def _arrays(tensors: dict[str, Tensor]) -> ArrayRecord:
+    arrays = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().numpy()
+        if data.dtype.name not in DTYPES:
+            raise ProtocolError(f"tensor {name!r}: dtype {data.dtype.name} does not travel")
+        arrays[name] = Array(data)
+    return ArrayRecord(arrays)
+
+
+def _tensors(content: RecordDict) -> dict[str, Tensor]:
+    if "arrays" not in content.array_records:
+        return {}
+    result = {}
+    for name, array in content.array_records["arrays"].items():
+        try:
+            data = array.numpy()
+        except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
+            raise ProtocolError(f"array {name!r} cannot be read") from error
+        if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES:
+            raise ProtocolError(f"array {name!r}: its dtype does not travel")
+        result[name] = torch.from_numpy(np.ascontiguousarray(data).reshape(data.shape).copy())
+    return result
+
+
+def _json(content: RecordDict, key: str) -> dict[str, Any]:
+    try:
+        text = content.config_records[key]["json"]
+        values = json.loads(text)  # type: ignore[arg-type]
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"the message holds no readable {key!r}") from error
+    if not isinstance(values, dict):
+        raise ProtocolError(f"the message's {key!r} is not an object")
+    return values
+
+
+def pack_request(request: Request) -> RecordDict:
+    """A request as a message's content."""
+    fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
+    return RecordDict({"request": ConfigRecord({"json": json.dumps(fields)}), "arrays": _arrays(request.tensors)})
+
+
+def unpack_request(content: RecordDict) -> Request:
+    """The inverse of `pack_request`, for content from outside.
+
+    Raises: ProtocolError.
+    """
+    try:
+        fields = _request_adapter.validate_python(_json(content, "request"))
+    except ValidationError as error:
+        raise ProtocolError(f"the request is malformed: {error.error_count()} fields") from error
+    if min(fields.round, fields.step, fields.steps, fields.batch_size, fields.roster_index) < 0:
+        raise ProtocolError("the request holds a negative number")
+    values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
+    return Request(tensors=_tensors(content), **values)
+
+
+def pack_reply(reply: Reply) -> RecordDict:
+    """A reply as a message's content (what leaves must have passed `client.egress`)."""
+    text = json.dumps(reply.values, allow_nan=False)
+    return RecordDict({"reply": ConfigRecord({"json": text}), "arrays": _arrays(reply.tensors)})
+
+
+def unpack_reply(content: RecordDict) -> Reply:
+    """The inverse of `pack_reply`, for content from outside.
+
+    Raises: ProtocolError.
+    """
+    return Reply(tensors=_tensors(content), values=_json(content, "reply"))
+
+
+def pack_error(error: ChexfoundError, request: Message) -> Message:
+    """An error reply: the exit code and its one word, never the exception's text."""
+    return Message(Error(code=error.exit_code, reason=error.code), reply_to=request)
+
+
+def unpack_error(message: Message) -> type[ChexfoundError]:
+    """The kind of error that a site reports; ChexfoundError for a code that is not ours."""
+    return CODES.get(str(message.error.reason), ChexfoundError)
+
+
+def payload_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of the tensors themselves, without framing."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def finite(value: object) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

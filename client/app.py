@@ -1,0 +1,68 @@
+"""The ClientApp: one way in, `phases.run`, one way out.  It never raises."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from chexfound import phases, recipe, wire
+from chexfound.errors import ProtocolError
+from chexfound.phases import Reply
+from client import egress
+from client.site import site_of
+
+log = logging.getLogger("chexfound.client")
+PHASES = {message_type: phase for phase, message_type in wire.MESSAGE_TYPES.items()}
+
+app = ClientApp()
+
+
+def handle(message: Message, context: Context) -> Message:
+    """Answer one message; whatever goes wrong, the answer is a code."""
+    phase = PHASES.get(message.metadata.message_type, "unknown")
+    outcome: Reply | BaseException
+    try:
+        request = wire.unpack_request(message.content)
+        if request.phase != phase:
+            raise ProtocolError(f"a {message.metadata.message_type} message asks for phase {request.phase!r}")
+        run_recipe = recipe.from_json(str(context.run_config.get("recipe") or "{}"))
+        site = site_of(context.node_config, run_recipe.image_px, enrolling=phase == "enrol")
+        outcome = phases.run(site, run_recipe, request)
+        log.info(
+            "phase=%s round=%d step=%d steps=%d site=%s",
+            phase,
+            request.round,
+            request.step,
+            request.steps,
+            site.name,
+        )
+    except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
+        outcome = error
+    return egress.release(message, phase, outcome)
+
+
+@app.query("enrol")
+def _enrol(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.train("pretrain")
+def _pretrain(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.query("features")
+def _features(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.train("adapt")
+def _adapt(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.evaluate()
+def _evaluate(message: Message, context: Context) -> Message:
+    return handle(message, context)

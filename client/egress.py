@@ -1,0 +1,84 @@
+"""The one function through which every reply leaves a site, errors included.
+
+What may leave is declared here, phase by phase; anything else in a reply is refused, not dropped:
+a reply that holds more than was agreed is a fault to be seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from flwr.app import Message
+
+from chexfound import wire
+from chexfound.errors import ChexfoundError, PolicyError, StorageError
+from chexfound.phases import Reply
+
+log = logging.getLogger("chexfound.client")
+
+# Values that may leave, by phase.  Tensors: `pretrain` the student (and teacher), `features` the
+# moments of the tokens, `adapt` the head.
+VALUES: dict[str, frozenset[str]] = {
+    "enrol": frozenset({"site", "images", "patients", "train", "val", "test", "findings", "versions", "store_sha256"}),
+    "pretrain": frozenset({"images", "state", "history"}),
+    "features": frozenset({"images"}),
+    "adapt": frozenset({"images", "labelled", "history"}),
+    "evaluate": frozenset({"results"}),
+}
+TENSORS: dict[str, tuple[str, ...]] = {
+    "enrol": (),
+    "pretrain": ("student.", "teacher."),
+    "features": ("patches.", "cls."),
+    "adapt": ("",),
+    "evaluate": (),
+}
+
+
+def admit(phase: str, reply: Reply) -> Reply:
+    """Check a reply against what may leave in this phase: names, and that every number is finite.
+
+    Raises: PolicyError.
+    """
+    odd = sorted(set(reply.values) - VALUES[phase])
+    if odd:
+        raise PolicyError(f"{phase}: the reply holds {odd[:3]}, which may not leave")
+    for name, tensor in reply.tensors.items():
+        if not any(name.startswith(prefix) for prefix in TENSORS[phase]):
+            raise PolicyError(f"{phase}: the reply holds the tensor {name!r}, which may not leave")
+        if not bool(torch.isfinite(tensor).all()):
+            raise PolicyError(f"{phase}: the tensor {name!r} is not finite")
+    _check_numbers(phase, reply.values)
+    return reply
+
+
+def _check_numbers(phase: str, value: Any) -> None:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_numbers(phase, item)
+    elif isinstance(value, float) and not wire.finite(value):
+        raise PolicyError(f"{phase}: a number in the reply is not finite")
+
+
+def release(request: Message, phase: str, reply: Reply | BaseException) -> Message:
+    """Turn a reply, or what went wrong, into the message that leaves.
+
+    An error leaves as a code only; its text, which may name patients or paths, goes to the site's
+    own log.
+    """
+    if isinstance(reply, Reply):
+        try:
+            return Message(wire.pack_reply(admit(phase, reply)), reply_to=request)
+        except ChexfoundError as error:
+            reply = error
+    if isinstance(reply, ChexfoundError):
+        log.error("phase=%s error=%s %s", phase, reply.code, reply)
+        return wire.pack_error(reply, request)
+    if isinstance(reply, OSError):
+        log.error("phase=%s error=storage %s", phase, reply)
+        return wire.pack_error(StorageError(), request)
+    log.error("phase=%s error=internal", phase, exc_info=reply)
+    return wire.pack_error(ChexfoundError(), request)

@@ -1,0 +1,81 @@
+"""From a node's configuration to its site: which images, and which disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from chexfound.data.sources import ingest
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.errors import ConfigError, DataError
+from chexfound.phases import Site
+
+on_progress: Callable[[str, str, int, int], None] | None = (
+    None  # told (site, phase, done, of how many); set by who runs the sites
+)
+_open: dict[tuple[tuple[str, Any], ...], Site] = {}  # sites of this process, so that state stays warm between messages
+
+
+def home() -> Path:
+    """Where everything of ours is kept: $CHEXFOUND_HOME, else ~/.chexfound."""
+    return Path(os.environ.get("CHEXFOUND_HOME") or Path.home() / ".chexfound")
+
+
+def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -> Site:
+    """The site that a node's configuration describes.
+
+    Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
+    the site's home); and for the simulation `home`, `patients` (a JSON file with the shard's
+    patients) and `shuffle-labels`.  New images are taken in at enrolment only: a run's images must
+    not change between its rounds.
+
+    Raises: ConfigError if `site` or `data` is missing; DataError.
+    """
+    key = (*sorted(node_config.items()), ("image_px", image_px))
+    if enrolling or key not in _open:
+        _open[key] = _make(node_config, image_px, enrolling)
+    site = _open[key]
+    listener = on_progress
+    site.progress = (lambda phase, done, total: listener(site.name, phase, done, total)) if listener else None
+    return site
+
+
+def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Site:
+    missing = [name for name in ("site", "data") if not isinstance(node_config.get(name), str) or not node_config[name]]
+    if missing:
+        raise ConfigError(
+            f'the node\'s configuration lacks {" and ".join(missing)}; start it with --node-config \'site="NAME" data="DIR"\''
+        )
+    name, data = str(node_config["site"]), Path(str(node_config["data"]))
+    if "home" in node_config:
+        folder = Path(str(node_config["home"]))
+    else:
+        folder = home() / "sites" / checked_name(name)
+    if (data / "index.sqlite").exists():
+        store = Store.open(data)
+    else:
+        path = folder / f"store-{image_px}"
+        if enrolling or not path.exists():
+            ingest(data, path, image_px)
+        store = Store.open(path)
+    patients = None
+    if "patients" in node_config:
+        patients = json.loads(Path(str(node_config["patients"])).read_text())
+    view = View.of(store, name, patients)
+    if not len(view.ids):
+        raise DataError(f"site {name!r}: no image of its patients is in {data}")
+    return Site(view=view, home=folder, shuffle_labels=bool(node_config.get("shuffle-labels", False)))
+
+
+def checked_name(name: str) -> str:
+    """A site name that can name a folder.
+
+    Raises: ConfigError.
+    """
+    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name) > 64:
+        raise ConfigError(f"site name {name!r}: use 1 to 64 printable characters and no slash")
+    return name

@@ -1,0 +1,166 @@
+"""How requests reach the sites: over Flower's Grid.  (The simulation's arms call a site directly.)"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from chexfound import phases, wire
+from chexfound.errors import ConfigError, ProtocolError, SiteError
+from chexfound.phases import Reply, Request
+from chexfound.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A site as the roster has it: its name, and what it said of itself when it enrolled."""
+
+    name: str
+    values: dict[str, Any]
+
+
+class Exchange(Protocol):
+    """What a run needs of its sites."""
+
+    def enrol(self, recipe: Recipe) -> list[Member]:
+        """The roster: all sites, sorted by name."""
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Send one request to each site of the roster; replies in roster order, one at a time."""
+
+
+def checked_roster(replies: Sequence[Reply]) -> list[Member]:
+    """Sort the enrolled by name.
+
+    Raises: ProtocolError for a reply that is not an enrolment; ConfigError for a name taken twice.
+    """
+    members = []
+    for reply in replies:
+        name, train = reply.values.get("site"), reply.values.get("train")
+        if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
+            raise ProtocolError("a site enrolled without a usable name")
+        if (
+            isinstance(train, bool)
+            or not isinstance(train, int)
+            or train < 0
+            or not isinstance(reply.values.get("findings"), dict)
+        ):
+            raise ProtocolError(f"site {name!r} enrolled without its counts")
+        members.append(Member(name=name, values=reply.values))
+    members.sort(key=lambda member: member.name)
+    names = [member.name for member in members]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two sites call themselves {twice[0]!r}; give each its own --name")
+    return members
+
+
+class GridExchange:
+    """Sites behind a Flower Grid, whichever engine it belongs to.
+
+    Replies are pulled one id at a time, in roster order, so that no more than one update is held.
+    """
+
+    def __init__(self, grid: Grid, on_wait: Callable[[int, int], None] | None = None) -> None:
+        self.grid = grid
+        self.on_wait = on_wait
+        self._nodes: list[int] = []
+        self._names: list[str] = []
+        self._timeout_s = 3600.0
+
+    def enrol(self, recipe: Recipe) -> list[Member]:
+        """Wait for the recipe's `min_sites` nodes and ask each who it is.
+
+        Raises: SiteError if they do not come in time.
+        """
+        self._timeout_s = recipe.federation.round_timeout_s
+        nodes = self._wait(recipe.federation.min_sites, recipe.federation.wait_s)
+        self._nodes, self._names = nodes, [f"node {number}" for number in range(1, len(nodes) + 1)]
+        replies = list(self.ask([Request(phase="enrol") for _ in nodes]))
+        roster = checked_roster(replies)
+        node_of = {reply.values["site"]: node for reply, node in zip(replies, nodes, strict=True)}
+        self._names = [member.name for member in roster]
+        self._nodes = [node_of[name] for name in self._names]
+        return roster
+
+    def _wait(self, minimum: int, wait_s: float) -> list[int]:
+        deadline = time.monotonic() + wait_s
+        seen = -1
+        while True:
+            nodes = sorted(self.grid.get_node_ids())
+            if len(nodes) >= minimum:
+                return nodes
+            if len(nodes) != seen and self.on_wait is not None:
+                self.on_wait(len(nodes), minimum)
+            seen = len(nodes)
+            if time.monotonic() > deadline:
+                raise SiteError(
+                    f"only {seen} of federation.min_sites {minimum} sites connected within {wait_s:g} s; "
+                    "start the others, or lower federation.min_sites"
+                )
+            time.sleep(0.5)
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Send one request to each site; yield the replies in roster order.
+
+        Raises: SiteError naming the site that failed, is gone, or is late.
+        """
+        messages = [
+            Message(
+                content=wire.pack_request(request),
+                dst_node_id=node,
+                message_type=wire.MESSAGE_TYPES[request.phase],
+                group_id=str(request.round),
+                ttl=self._timeout_s,
+            )
+            for request, node in zip(requests, self._nodes, strict=True)
+        ]
+        ids = list(self.grid.push_messages(messages))
+        del messages
+        deadline = time.monotonic() + self._timeout_s
+        if len(ids) != len(requests):
+            raise SiteError(f"{requests[0].phase}: a site is no longer connected; start it again and resume the run")
+        for message_id, name, request in zip(ids, self._names, requests, strict=True):
+            message = self._pull(message_id, deadline)
+            where = f"site {name!r} in {request.phase}, round {request.round + 1}"
+            if message is None:
+                raise SiteError(f"{where}: no reply within federation.round_timeout_s {self._timeout_s:g} s")
+            if message.has_error():
+                kind = wire.unpack_error(message)
+                raise SiteError(
+                    f"{where}: replied with error {kind.code!r} (exit code {kind.exit_code}); that site's own log says why"
+                )
+            yield wire.unpack_reply(message.content)
+
+    def _pull(self, message_id: str, deadline: float) -> Message | None:
+        pause = 0.02
+        while time.monotonic() < deadline:
+            for message in self.grid.pull_messages([message_id]):
+                return message
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+        return None
+
+
+class DirectExchange:
+    """One site in this process, asked by a plain call: the pooled data, or a site alone."""
+
+    def __init__(self, site: phases.Site) -> None:
+        self.site = site
+        self._recipe: Recipe | None = None
+
+    def enrol(self, recipe: Recipe) -> list[Member]:
+        """A roster of one."""
+        self._recipe = recipe
+        return checked_roster([phases.run(self.site, recipe, Request(phase="enrol"))])
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Do what is asked, here and now."""
+        assert self._recipe is not None
+        for request in requests:
+            yield phases.run(self.site, self._recipe, request)

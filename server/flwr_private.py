@@ -1,0 +1,49 @@
+"""Everything that touches Flower's private API, so that a new minor version breaks one file loudly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+
+def set_identity(run_id: int, node_id: int = 1) -> None:
+    """Say who this process is: outside a Flower run, `Message(content, …)` cannot be made without."""
+    TaskIdentity.run_id = run_id
+    TaskIdentity.task_id = 1
+    TaskIdentity.node_id = node_id
+
+
+class LocalGrid(Grid):
+    """The part of a Grid that needs no server: subclasses say how messages reach the nodes."""
+
+    def set_run(self, run: Run) -> None:
+        """Not needed: a local grid has one run."""
+
+    @property
+    def run(self) -> Run:
+        """Not available: there is no SuperLink that knows it."""
+        raise RuntimeError("a local grid has no run record")
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make a message."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes."""
+        raise NotImplementedError
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes, as records."""
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]

@@ -1,0 +1,88 @@
+"""metrics.json of a run with the federated arm only (a deployed one): the schema is the simulation's."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from chexfound.journal import read_journal, write_json
+from chexfound.machine import RUN_PACKAGES, machine, versions
+from chexfound.recipe import Recipe
+from server.run import Outcome
+
+SCHEMA = 1
+
+
+def costs(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+    """Seconds and payload bytes by phase, added up from a run's journal."""
+    seconds: dict[str, float] = {}
+    moved: dict[str, dict[str, int]] = {}
+    for entry in read_journal(folder / "journal.jsonl"):
+        if entry["event"] not in ("round", "features"):
+            continue
+        phase = entry.get("phase", "features")
+        seconds[phase] = round(seconds.get(phase, 0.0) + entry["seconds"], 3)
+        total = moved.setdefault(phase, {"down": 0, "up": 0})
+        for way, number in entry["bytes"].items():
+            total[way] += number
+    return seconds, moved
+
+
+def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Learning curves by phase, one row a site and step, from a run's journal."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for entry in read_journal(folder / "journal.jsonl"):
+        if entry["event"] == "round":
+            for site in entry["sites"]:
+                rows.setdefault(entry["phase"], []).extend({**row, "site": site["site"]} for row in site["history"])
+    return rows
+
+
+def site_rows(recipe: Recipe, roster: list[dict[str, Any]], pretrain_batch: int) -> list[dict[str, Any]]:
+    """sites.json: what each site enrolled with, and how often it saw its images."""
+    rows = []
+    for values in roster:
+        seen = recipe.train.total_steps * pretrain_batch if "pretrain" in recipe.phases else 0
+        rows.append(
+            {
+                "name": values["site"],
+                **{key: values.get(key) for key in ("images", "patients", "train", "val", "test")},
+                "epochs": {"federated": round(seen / max(values["train"], 1), 2)},
+                "findings": values["findings"],
+            }
+        )
+    return rows
+
+
+def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
+    """Write metrics.json, history.json and sites.json into the run's folder, as the report reads them."""
+    seconds, moved = costs(folder)
+    entries = read_journal(folder / "journal.jsonl")
+    write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
+    batch = recipe.train.batch_size or (recipe.train.pooled_batch_size or 0) // len(outcome.roster)
+    write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"], batch))
+    write_json(
+        folder / "metrics.json",
+        {
+            "schema": SCHEMA,
+            "seed": recipe.seed,
+            "sites": [member.name for member in outcome.roster],
+            "findings": list(outcome.findings),
+            "results": outcome.results,
+            "differences": [],
+            "model_sha256": {"federated": outcome.model_sha256},
+            "seconds": {f"federated/{phase}": value for phase, value in seconds.items()},
+            "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
+            "replicates": [],
+            "across_seeds": [],
+            "not_trained": [],
+            "void": None,
+            "notes": [
+                "A deployed run: the federated arm only. Centralized and single-site models would need the pooled images."
+            ],
+            "machine": machine(),
+            "versions": versions(*RUN_PACKAGES),
+            "date": datetime.date.today().isoformat(),
+        },
+    )

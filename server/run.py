@@ -1,0 +1,409 @@
+"""A run, step by step: enrol, pretrain, adapt, evaluate.
+
+The same for a federation over Flower's Grid and for a lone site (the centralized and single-site
+arms).  After each round the weights are on the disk and the round is in the journal; a run that was
+stopped anywhere goes on from the last such round and ends with the same hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from chexfound import recipe as recipes
+from chexfound import wire
+from chexfound.adapt import features
+from chexfound.adapt.train import build_head
+from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolError
+from chexfound.journal import Journal, write_text
+from chexfound.model import checkpoint
+from chexfound.phases import Reply, Request
+from chexfound.pretrain.train import initial_weights
+from chexfound.recipe import Recipe
+from server.exchange import Exchange, Member
+from strategies.fedavg import FedAvg
+
+Event = dict[str, Any]
+RESULT_KEYS = (
+    "arm",
+    "trained_on",
+    "tested_on",
+    "finding",
+    "n",
+    "positives",
+    "auroc",
+    "auroc_ci",
+    "auprc",
+    "auprc_ci",
+    "reason",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Images a step at each site of this run."""
+
+    pretrain: int
+    adapt: int
+
+    @staticmethod
+    def of(recipe: Recipe, n_sites: int) -> Batches:
+        """Each site's share of the recipe's work."""
+        return Batches(
+            pretrain=recipes.site_batch_size(recipe.train, n_sites, "train") if "pretrain" in recipe.phases else 0,
+            adapt=recipes.site_batch_size(recipe.adapt, n_sites, "adapt") if "adapt" in recipe.phases else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run gives: its folder holds model.safetensors and journal.jsonl."""
+
+    roster: list[Member]
+    findings: tuple[str, ...]
+    tensors: dict[str, Tensor]  # backbone.… and, after adapt, head.…
+    model_sha256: str
+    results: list[dict[str, Any]]
+
+
+class Run:
+    """One run in one folder.
+
+    Args:
+        recipe: what to do.
+        exchange: how to reach the sites.
+        folder: where weights and journal go.
+        batches: images a step; the recipe's share for each site if not given.
+        backbone: start from these weights (safetensors, names without prefix) instead of fresh ones.
+        on_event: told each journal record as it is written.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        exchange: Exchange,
+        folder: Path,
+        *,
+        batches: Batches | None = None,
+        backbone: Path | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.recipe, self.exchange, self.folder = recipe, exchange, Path(folder)
+        self.backbone, self.on_event = backbone, on_event
+        self.batches = batches
+        self.roster: list[Member] = []
+        self.findings: tuple[str, ...] = ()
+
+    def run(self) -> Outcome:
+        """Do all phases of the recipe, going on from where the folder's journal ends.
+
+        Raises: ChexfoundError; what was done is in the journal, and `run` can be called again.
+        """
+        self.roster = self.exchange.enrol(self.recipe)
+        if self.batches is None:
+            self.batches = Batches.of(self.recipe, len(self.roster))
+        with Journal(self.folder / "journal.jsonl") as self.journal:
+            self._start()
+            weights = self._pretrain() if "pretrain" in self.recipe.phases else None
+            model = checkpoint.add_prefix(self._take_backbone(weights), "backbone.")
+            if "adapt" in self.recipe.phases:
+                model |= checkpoint.add_prefix(self._adapt(checkpoint.with_prefix(model, "backbone.")), "head.")
+            checkpoint.save(self.folder / "model.safetensors", model)
+            sha256 = checkpoint.digest(model)
+            unscored = self._unscored()
+            results = []
+            if "evaluate" in self.recipe.phases and "adapt" in self.recipe.phases:
+                results = [_without_figures(row, unscored) for row in self._evaluate(model)]
+            self._record({"event": "done", "model_sha256": sha256, "unscored": unscored, "results": results})
+        return Outcome(roster=self.roster, findings=self.findings, tensors=model, model_sha256=sha256, results=results)
+
+    # -- the journal
+
+    def _record(self, event: Event) -> None:
+        if event not in self.journal.entries[-1:]:
+            self.journal.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _start(self) -> None:
+        """Write who takes part and in what, or check that it is still so."""
+        empty = [member.name for member in self.roster if not member.values["train"]]
+        if empty:
+            raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
+        if "adapt" in self.recipe.phases:
+            self.findings = choose_findings(self.recipe, [member.values["findings"] for member in self.roster])
+        event = {
+            "event": "start",
+            "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
+            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest() if self.backbone else None,
+            "roster": [{"site": member.name, **member.values} for member in self.roster],
+            "findings": list(self.findings),
+        }
+        before = self.journal.entries[:1]
+        if not before:
+            write_text(self.folder / "recipe.yaml", recipes.to_yaml(self.recipe))
+            self._record(event)
+        elif before[0] != event:
+            changed = sorted(key for key in event if before[0].get(key) != event[key])
+            raise ConfigError(
+                f"{self.folder}: this folder holds a run with another {' and '.join(changed)}; "
+                "resume it with the same recipe, sites and images, or choose another folder"
+            )
+
+    def _rounds(self, phase: str) -> list[Event]:
+        return [entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase]
+
+    def _commit(
+        self,
+        phase: str,
+        number: int,
+        weights: dict[str, Tensor],
+        started: float,
+        replies: list[Event],
+        sent: int,
+    ) -> None:
+        """Put a round's weights on the disk, then the round into the journal, then drop the round before."""
+        path = self.folder / "rounds" / f"{phase}-{number:06d}.safetensors"
+        checkpoint.save(path, weights)
+        received = sum(reply.pop("bytes") for reply in replies)
+        self._record(
+            {
+                "event": "round",
+                "phase": phase,
+                "round": number,
+                "file": path.name,
+                "sha256": checkpoint.digest(weights),
+                "seconds": round(time.monotonic() - started, 3),
+                "bytes": {"down": sent, "up": received},
+                "sites": replies,
+            }
+        )
+        for old in self.folder.glob(f"rounds/{phase}-*.safetensors"):
+            if old != path:
+                old.unlink()
+
+    def _last(self, phase: str) -> tuple[int, dict[str, Tensor] | None]:
+        """How many rounds of a phase are done, and the weights after the last."""
+        done = self._rounds(phase)
+        if not done:
+            return 0, None
+        path = self.folder / "rounds" / done[-1]["file"]
+        weights = checkpoint.load(path)
+        if checkpoint.digest(weights) != done[-1]["sha256"]:
+            raise CheckpointError(f"{path}: is not what the journal says it should be; the file was changed or damaged")
+        return len(done), weights
+
+    # -- the phases
+
+    def _requests(
+        self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0
+    ) -> list[Request]:
+        return [
+            Request(
+                phase=phase,
+                round=number,
+                step=number * steps,
+                steps=steps,
+                batch_size=batch,
+                roster_index=index,
+                findings=self.findings,
+                tensors=tensors,
+            )
+            for index in range(len(self.roster))
+        ]
+
+    def _pretrain(self) -> dict[str, Tensor]:
+        config, teacher = self.recipe.train, self.recipe.teacher.policy == "average"
+        done, weights = self._last("pretrain")
+        if weights is None:
+            weights = initial_weights(self.recipe)
+            if self.backbone is not None:
+                _load_backbone(weights, self.backbone)
+            weights = {name: tensor for name, tensor in weights.items() if teacher or name.startswith("student.")}
+        assert self.batches is not None
+        for number in range(done, config.rounds):
+            weights = self._train_round(
+                "pretrain", FedAvg("pretrain"), weights, number, config.local_steps, self.batches.pretrain
+            )
+        return weights
+
+    def _train_round(
+        self, phase: str, strategy: FedAvg, weights: dict[str, Tensor], number: int, steps: int, batch: int
+    ) -> dict[str, Tensor]:
+        started, replies = time.monotonic(), []
+        requests = self._requests(phase, weights, number, steps, batch)
+        for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
+            strategy.add(reply)
+            replies.append(
+                {
+                    "site": member.name,
+                    "bytes": wire.payload_bytes(reply.tensors),
+                    "images": reply.values["images"],
+                    "labelled": reply.values.get("labelled", []),
+                    "history": _checked_history(reply),
+                }
+            )
+        weights = strategy.result(weights)
+        self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
+        return weights
+
+    def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """The backbone that goes on: the teacher where it travels, else the student (DINOv2 keeps the teacher)."""
+        if weights is None:
+            weights = initial_weights(self.recipe)
+            if self.backbone is not None:
+                _load_backbone(weights, self.backbone)
+        whose = "teacher" if any(name.startswith("teacher.") for name in weights) else "student"
+        return checkpoint.with_prefix(weights, f"{whose}.backbone.")
+
+    def _adapt(self, backbone: dict[str, Tensor]) -> dict[str, Tensor]:
+        config = self.recipe.adapt
+        head_module = build_head(self.recipe, len(self.findings))
+        done, head = self._last("adapt")
+        started = time.monotonic()
+        requests = self._requests("features", backbone)
+        sums = [reply.tensors for reply in self.exchange.ask(requests) if reply.tensors]
+        if not sums:
+            raise DataError(
+                "no site has a labelled training image; choose other findings, or leave adapt out of phases"
+            )
+        if head is None:
+            head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
+            head |= features.standardization(_checked_moments(sums))
+            self._record(
+                {
+                    "event": "features",
+                    "seconds": round(time.monotonic() - started, 3),
+                    "bytes": {
+                        "down": len(requests) * wire.payload_bytes(backbone),
+                        "up": sum(wire.payload_bytes(tensors) for tensors in sums),
+                    },
+                }
+            )
+        assert self.batches is not None
+        for number in range(done, config.rounds):
+            strategy = FedAvg("adapt", len(self.findings), head_module.row_parameters)
+            head = self._train_round("adapt", strategy, head, number, config.local_steps, self.batches.adapt)
+        return head
+
+    def _unscored(self) -> dict[str, str]:
+        """Findings of which no site could train a row, with the reason."""
+        rounds = self._rounds("adapt")
+        if not rounds:
+            return {}
+        totals = [sum(counts) for counts in zip(*(site["labelled"] for site in rounds[-1]["sites"]), strict=True)]
+        reason = "not trained: no site has both classes among its training images"
+        if len(self.roster) == 1:
+            reason = f"not trained: {self.roster[0].name} has not both classes among its training images"
+        return {finding: reason for finding, total in zip(self.findings, totals, strict=True) if not total}
+
+    def _evaluate(self, model: dict[str, Tensor]) -> list[dict[str, Any]]:
+        head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
+        results = []
+        for member, reply in zip(self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True):
+            results += _checked_results(reply, member.name, self.findings)
+        return results
+
+
+def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The findings that the head learns, sorted: the recipe's own, or all with enough of both classes.
+
+    Raises: ConfigError if none is left, naming the closest.
+    """
+    if recipe.adapt.findings is not None:
+        return tuple(recipe.adapt.findings)
+    totals: dict[str, list[int]] = {}
+    for site in counts:
+        for name, count in site.items():
+            total = totals.setdefault(name, [0, 0])
+            total[0] += count["positives"]
+            total[1] += count["negatives"]
+    minimum = recipe.adapt.min_positives
+    chosen = tuple(sorted(name for name, both in totals.items() if min(both) >= minimum))
+    if not chosen:
+        best = max(totals, key=lambda name: min(totals[name]), default=None)
+        closest = (
+            f"; the closest is {best!r} with {totals[best][0]} and {totals[best][1]}"
+            if best
+            else "; no image is labelled"
+        )
+        raise ConfigError(
+            f"no finding has adapt.min_positives {minimum} positive and as many negative training images over all sites{closest}. "
+            "Lower adapt.min_positives, name adapt.findings, or leave out the head with --set phases=[pretrain]"
+        )
+    return chosen
+
+
+def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
+    """Put a saved backbone into both student and teacher.
+
+    Raises: CheckpointError if its names or shapes are not the recipe's.
+    """
+    given = checkpoint.load(path)
+    given = checkpoint.with_prefix(given, "backbone.") or given
+    expected = checkpoint.with_prefix(weights, "student.backbone.")
+    odd = sorted(
+        name
+        for name in set(given) | set(expected)
+        if name not in given or name not in expected or given[name].shape != expected[name].shape
+    )
+    if odd:
+        raise CheckpointError(f"{path}: is not the recipe's backbone: {len(odd)} tensors differ, {odd[:3]}")
+    for whose in ("student", "teacher"):
+        for name, tensor in given.items():
+            weights[f"{whose}.backbone.{name}"] = tensor.clone()
+
+
+def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:
+    if row["finding"] not in unscored:
+        return row
+    return (
+        row
+        | dict.fromkeys(("auroc", "auroc_ci", "auprc", "auprc_ci"))
+        | {"reason": row["reason"] or unscored[row["finding"]]}
+    )
+
+
+def _checked_history(reply: Reply) -> list[dict[str, float]]:
+    rows = reply.values.get("history")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(isinstance(key, str) and wire.finite(value) for key, value in row.items())
+        for row in rows
+    ):
+        raise ProtocolError("a reply's history must be rows of finite numbers")
+    return rows
+
+
+def _checked_moments(sums: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    for moments in sums:
+        for name in ("patches", "cls"):
+            parts = [moments.get(f"{name}.{part}") for part in ("count", "sum", "squares")]
+            if any(part is None or not bool(part.isfinite().all()) for part in parts):
+                raise ProtocolError("a reply's moments are incomplete or not finite")
+    return sums
+
+
+def _checked_results(reply: Reply, site: str, findings: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = reply.values.get("results")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows):
+        raise ProtocolError(f"site {site!r}: its results are not rows of {', '.join(RESULT_KEYS)}")
+    if [row["finding"] for row in rows] != list(findings) or any(row["tested_on"] != site for row in rows):
+        raise ProtocolError(f"site {site!r}: its results are not for the findings asked, or not its own")
+    for row in rows:
+        numbers = [
+            row["n"],
+            row["positives"],
+            row["auroc"],
+            row["auprc"],
+            *(row["auroc_ci"] or []),
+            *(row["auprc_ci"] or []),
+        ]
+        if any(number is not None and not wire.finite(number) for number in numbers):
+            raise ProtocolError(f"site {site!r}: a figure is not a finite number")
+    return rows

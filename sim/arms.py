@@ -1,0 +1,177 @@
+"""The arms of the comparison: an arm is a function of (recipe, shards, seed), kept in a folder of its own.
+
+federated, random and shuffled go through Flower's messages with all sites; centralized and
+local:<site> are one site each, asked directly.  All call the same phases, with equal work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chexfound import phases
+from chexfound import recipe as recipes
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.errors import CheckpointError
+from chexfound.evaluate.metrics import Scores, load_scores
+from chexfound.journal import read_journal, write_json
+from chexfound.model import checkpoint
+from chexfound.phases import Request, Site
+from chexfound.recipe import Recipe
+
+FEDERATED_ARMS = ("federated", "random", "shuffled")
+FITTED_ARMS = ("site-view", "histogram")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One seed of a simulation: who has what, and where it is kept."""
+
+    recipe: Recipe  # with the seed, and adapt.findings resolved
+    store: Path
+    sites: dict[str, list[str]]  # site -> its patients, sorted by site
+    folder: Path
+
+    def arm_folder(self, arm: str) -> Path:
+        """Where an arm is kept."""
+        return self.folder / re.sub(r"[^\w.-]+", "_", arm)
+
+    def site_home(self, arm: str, site: str) -> Path:
+        """The disk of a site within an arm."""
+        return self.arm_folder(arm) / "sites" / f"{list(self.sites).index(site):02d}"
+
+    def patients_file(self, site: str) -> Path:
+        """The shard of a site, as its node reads it."""
+        return self.folder / "shards" / f"{list(self.sites).index(site):02d}.json"
+
+    def write_shards(self) -> None:
+        """Put every site's list of patients on the disk."""
+        for site, patients in self.sites.items():
+            write_json(self.patients_file(site), patients)
+
+    def scores(self, arm: str) -> dict[str, Scores]:
+        """An arm's scores on each site's held-out images; what it could not train is marked unscored."""
+        unscored = finished(self, arm)["unscored"]
+        return {site: load_scores(self.site_home(arm, site) / "scores.npz", unscored) for site in self.sites}
+
+
+def finished(plan: Plan, arm: str) -> dict[str, Any]:
+    """The last record of an arm that is done; empty if it is not, or if its model is not what it says."""
+    folder = plan.arm_folder(arm)
+    if not (folder / "journal.jsonl").exists():
+        return {}
+    entries = read_journal(folder / "journal.jsonl")
+    if not entries or entries[-1]["event"] != "done":
+        return {}
+    if any(not (plan.site_home(arm, site) / "scores.npz").exists() for site in plan.sites):
+        return {}
+    try:
+        tensors = checkpoint.load(folder / "model.safetensors")
+    except CheckpointError:
+        return {}
+    return entries[-1] if checkpoint.digest(tensors) == entries[-1]["model_sha256"] else {}
+
+
+def run_federated(plan: Plan, arm: str, pool: Any) -> None:
+    """One of the arms in which all sites take part, through the ServerApp and the ClientApps."""
+    from flwr.app import Context, RecordDict
+
+    from server.app import app
+    from sim.engine import RUN_ID, InProcessGrid
+
+    recipe, backbone = plan.recipe, ""
+    if arm != "federated":  # a head alone: on the weights that all arms start from, or on the federated ones
+        recipe = replace(recipe, phases=tuple(phase for phase in recipe.phases if phase != "pretrain"))
+    if arm == "shuffled":
+        backbone = str(_backbone_file(plan))
+    run_config = {
+        "recipe": recipes.to_json(recipe),
+        "run-dir": str(plan.arm_folder(arm)),
+        "backbone": backbone,
+    }
+    nodes = [node_config(plan, arm, site) for site in plan.sites]
+    context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
+    app(InProcessGrid(pool, nodes, run_config), context)
+
+
+def node_config(plan: Plan, arm: str, site: str) -> dict[str, Any]:
+    """What the ClientApp of a simulated site is told."""
+    return {
+        "site": site,
+        "data": str(plan.store),
+        "home": str(plan.site_home(arm, site)),
+        "patients": str(plan.patients_file(site)),
+        "shuffle-labels": arm == "shuffled",
+    }
+
+
+def _backbone_file(plan: Plan) -> Path:
+    path = plan.arm_folder("shuffled") / "backbone.safetensors"
+    if not path.exists():
+        model = checkpoint.load(plan.arm_folder("federated") / "model.safetensors")
+        checkpoint.save(path, checkpoint.with_prefix(model, "backbone."))
+    return path
+
+
+def run_alone(plan: Plan, arm: str) -> None:
+    """The centralized arm, or a site alone: one site, asked directly; then tested at every site."""
+    from client import site as site_module
+    from server.exchange import DirectExchange
+    from server.run import Batches, Run
+
+    store = Store.open(plan.store)
+    listener = site_module.on_progress
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if listener is not None:
+            listener(arm, phase, done, total)
+
+    patients = None if arm == "centralized" else plan.sites[arm.removeprefix("local:")]
+    folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
+    own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
+    batches = Batches(
+        pretrain=recipes.pooled_batch_size(recipe.train, n_sites),
+        adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
+    )
+    training = replace(recipe, phases=tuple(phase for phase in recipe.phases if phase != "evaluate"))
+    outcome = Run(training, DirectExchange(own), folder, batches=batches).run()
+    if "evaluate" not in recipe.phases:
+        return
+    for name, shard in plan.sites.items():
+        tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))
+        request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)
+        phases.run(tested, recipe, request)
+
+
+def trained_on(arm: str) -> str:
+    """What an arm learned from, in words."""
+    if arm.startswith("local:"):
+        return arm.removeprefix("local:")
+    return {"federated": "all sites, federated", "centralized": "all sites, pooled"}.get(arm, "all sites")
+
+
+def discard(plan: Plan, arm: str) -> None:
+    """Drop what an arm needed only while it trained: cached features and optimizer states."""
+    homes = [plan.site_home(arm, site) for site in plan.sites] + [plan.arm_folder(arm) / "own"]
+    for home in homes:
+        for part in ("features", "state"):
+            shutil.rmtree(home / part, ignore_errors=True)
+
+
+def trainable(plan: Plan, site: str) -> bool:
+    """Whether a site alone has both classes of any finding among its training images."""
+    from chexfound.adapt.train import trainable_findings
+
+    view = View.of(Store.open(plan.store), site, plan.sites[site])
+    ids = view.split(plan.recipe.seed, plan.recipe.split, "train")
+    return bool(trainable_findings(view.store.labels(ids, list(plan.recipe.adapt.findings or ()))).any())
+
+
+def load_json(path: Path) -> Any:
+    """A file that this simulation wrote."""
+    return json.loads(path.read_text())

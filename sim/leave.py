@@ -1,0 +1,257 @@
+"""What a simulation leaves behind: figures, curves, pictures, the model, TensorBoard, the report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from chexfound import recipe as recipes
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.journal import replace_file, write_json, write_text
+from chexfound.machine import RUN_PACKAGES, machine, versions
+from chexfound.model import checkpoint, release
+from server import result
+from server.result import SCHEMA
+from sim import compare
+from sim.arms import FITTED_ARMS, Plan, finished
+
+SAMPLES, ATTENDED = 6, 2  # pictures a site in the report
+
+
+def write(
+    out: Path,
+    plans: Sequence[Plan],
+    arms: Sequence[str],
+    notes: Sequence[str],
+    not_trained: Sequence[dict[str, str]],
+    seconds: dict[str, float],
+) -> Path:
+    """Write everything that a run leaves in its output folder; returns the report's path."""
+    plan = plans[0]
+    write_text(out / "recipe.yaml", recipes.to_yaml(plan.recipe))
+    trained = [arm for arm in arms if arm not in FITTED_ARMS]
+    judged = "adapt" in plan.recipe.phases and "evaluate" in plan.recipe.phases
+    scores = [compare.all_scores(one, arms) if judged else {} for one in plans]
+    figures = [compare.figures(one, by_arm) for one, by_arm in zip(plans, scores, strict=True)]
+    hashes = [{arm: finished(one, arm)["model_sha256"] for arm in trained} for one in plans]
+    phase_seconds, moved = result.costs(plan.arm_folder("federated")) if "federated" in arms else ({}, {})
+    results, differences, comparisons = figures[0]
+    metrics: dict[str, Any] = {
+        "schema": SCHEMA,
+        "seed": plan.recipe.seed,
+        "sites": list(plan.sites),
+        "findings": list(plan.recipe.adapt.findings or ()),
+        "results": results,
+        "differences": differences,
+        "model_sha256": hashes[0],
+        "seconds": {f"federated/{phase}": value for phase, value in phase_seconds.items()} | seconds,
+        "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
+        "comparisons": comparisons,
+        "replicates": [
+            {
+                "seed": one.recipe.seed,
+                "results": rows[0],
+                "differences": rows[1],
+                "comparisons": rows[2],
+                "model_sha256": sha,
+            }
+            for one, rows, sha in list(zip(plans, figures, hashes, strict=True))[1:]
+        ],
+        "across_seeds": compare.over_seeds(plans, scores),
+        "not_trained": list(not_trained),
+        "void": None,
+        "notes": list(notes),
+        "machine": machine(),
+        "versions": versions(*RUN_PACKAGES),
+        "date": datetime.date.today().isoformat(),
+    }
+    write_json(out / "metrics.json", metrics)
+    _write_history(out, plan, trained)
+    _write_sites(out, plan)
+    _write_samples(out, plan)
+    best = "federated" if "federated" in arms else trained[0] if trained else None
+    if best:
+        _write_model(out, plan, best, metrics)
+        if judged:
+            _write_attention(out, plan)
+    from chexfound.report.build import build
+
+    return build(out)
+
+
+def _write_history(out: Path, plan: Plan, arms: Sequence[str]) -> None:
+    """history.json, and the same curves for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    curves: dict[str, dict[str, Any]] = {"pretrain": {}, "adapt": {}}
+    for arm in arms:
+        for phase, rows in result.history(plan.arm_folder(arm)).items():
+            curves[phase][arm] = rows
+    write_json(out / "history.json", curves)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    for phase, by_arm in curves.items():
+        for arm, rows in by_arm.items():
+            for site in sorted({row["site"] for row in rows}):
+                with SummaryWriter(
+                    out / "tensorboard" / plan.arm_folder(arm).name / f"site-{plan_index(plan, site):02d}"
+                ) as writer:
+                    for row in (row for row in rows if row["site"] == site):
+                        for name, value in row.items():
+                            if name not in ("step", "site", "log_k"):
+                                writer.add_scalar(f"{phase}/{name}", value, row["step"])
+
+
+def plan_index(plan: Plan, site: str) -> int:
+    """A site's place in the roster; the lone site of an arm has none and is 0."""
+    return list(plan.sites).index(site) if site in plan.sites else 0
+
+
+def _write_sites(out: Path, plan: Plan) -> None:
+    recipe, store = plan.recipe, Store.open(plan.store)
+    n_sites = len(plan.sites)
+    steps = recipe.train.total_steps if "pretrain" in recipe.phases else 0
+    total_train = sum(
+        len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items()
+    )
+    batch, pooled = (
+        recipes.site_batch_size(recipe.train, n_sites, "train"),
+        recipes.pooled_batch_size(recipe.train, n_sites),
+    )
+    refused = [Path(file).parts[0] for file, _ in store.refused]
+    rows = []
+    for name, patients in plan.sites.items():
+        view = View.of(store, name, patients)
+        parts = {which: view.split(recipe.seed, recipe.split, which) for which in ("train", "val", "test")}
+        labels = store.labels(view.ids, store.findings)
+        shown = [store.views[place] or "unknown" for place in view.ids]
+        rows.append(
+            {
+                "name": name,
+                "images": len(view),
+                "patients": len(patients),
+                **{which: len(ids) for which, ids in parts.items()},
+                "refused": refused.count(name),
+                "epochs": {
+                    "federated": round(steps * batch / len(parts["train"]), 2),
+                    "local": round(steps * pooled / len(parts["train"]), 2),
+                    "centralized": round(steps * pooled / total_train, 2),
+                },
+                "views": {kind: shown.count(kind) for kind in sorted(set(shown))},
+                "findings": {
+                    finding: {
+                        "positives": int((labels[:, column] == 1).sum()),
+                        "negatives": int((labels[:, column] == 0).sum()),
+                        "unknown": int((labels[:, column] < 0).sum()),
+                    }
+                    for column, finding in enumerate(store.findings)
+                    if finding in (recipe.adapt.findings or store.findings)
+                },
+            }
+        )
+    write_json(out / "sites.json", rows)
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with replace_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _write_samples(out: Path, plan: Plan) -> None:
+    store = Store.open(plan.store)
+    arrays = {}
+    for name, patients in plan.sites.items():
+        ids = View.of(store, name, patients).ids
+        arrays[name] = store.pixels(ids[np.linspace(0, len(ids) - 1, min(SAMPLES, len(ids))).astype(int)])
+    _save_arrays(
+        out / "artifacts" / "samples.npz",
+        {f"site {number}": array for number, array in enumerate(arrays.values())},
+    )
+    write_json(out / "artifacts" / "samples.json", {f"site {number}": name for number, name in enumerate(arrays)})
+
+
+def _write_attention(out: Path, plan: Plan) -> None:
+    """GLoRI's attention over held-out images: two of each site, one with and one without the commonest finding."""
+    recipe, findings, backbone, head = release.load(out / "model")
+    if head is None or recipe.adapt.head != "glori":
+        return
+    store = Store.open(plan.store)
+    chosen: list[int] = []
+    sites: list[str] = []
+    for name, patients in plan.sites.items():
+        ids = View.of(store, name, patients).split(recipe.seed, recipe.split, "test")
+        labels = store.labels(ids, list(findings))
+        column = int(np.argmax(np.minimum((labels == 1).sum(0), (labels == 0).sum(0)))) if len(ids) else 0
+        for value in (1, 0):
+            found = ids[labels[:, column] == value][: ATTENDED // 2]
+            chosen += found.tolist()
+            sites += [name] * len(found)
+    if not chosen:
+        return
+    images = store.pixels(np.array(chosen))
+    with torch.inference_mode():
+        layers = backbone.get_intermediate_layers(
+            torch.from_numpy(images), recipe.adapt.n_last_blocks, return_class_token=True
+        )
+        logits, attention = head([layer[0] for layer in layers], [layer[1] for layer in layers], return_attention=True)
+    side = recipe.image_px // recipe.student.patch_size
+    maps = attention.mean(1).reshape(len(chosen), len(findings), side, side).numpy().astype(np.float32)
+    _save_arrays(
+        out / "artifacts" / "attention.npz",
+        {
+            "images": images,
+            "maps": maps,
+            "scores": torch.sigmoid(logits).numpy(),
+            "labels": store.labels(np.array(chosen), list(findings)),
+        },
+    )
+    captions = [f"{name}, {store.views[place] or 'view unknown'}" for name, place in zip(sites, chosen, strict=True)]
+    write_json(
+        out / "artifacts" / "attention.json",
+        {"findings": list(findings), "sites": sites, "captions": captions},
+    )
+
+
+def _write_model(out: Path, plan: Plan, arm: str, metrics: dict[str, Any]) -> None:
+    tensors = checkpoint.load(plan.arm_folder(arm) / "model.safetensors")
+    card = _card(plan, arm, metrics, sum(t.numel() for name, t in tensors.items() if name.startswith("backbone.")))
+    release.save(out / "model", plan.recipe, plan.recipe.adapt.findings or (), tensors, card)
+
+
+def _card(plan: Plan, arm: str, metrics: dict[str, Any], parameters: int) -> str:
+    recipe = plan.recipe
+    rows = [row for row in metrics["results"] if row["arm"] == arm]
+    table = "\n".join(
+        f"| {row['tested_on']} | {row['finding']} | {row['n']} | {row['positives']} | "
+        + (f"{row['auroc']:.3f}" if row["auroc"] is not None else f"– ({row['reason']})")
+        + (" [{:.3f}, {:.3f}] |".format(*row["auroc_ci"]) if row["auroc_ci"] else " |")
+        for row in rows
+    )
+    seconds = json.dumps(metrics["seconds"])
+    return f"""---
+license: other
+tags: [chest-x-ray, self-supervised, federated]
+---
+# {recipe.name}: {arm} model
+
+A {recipe.student.arch} backbone ({parameters:,} parameters, {recipe.student.stem} stem, patch {recipe.student.patch_size}) and a
+{recipe.adapt.head} head, trained by federated CheXFound. Not a medical device; not for clinical use.
+
+- **Data**: {", ".join(plan.sites)} ({sum(len(p) for p in plan.sites.values())} patients). The images' licences bind what is done with the weights.
+- **Pretraining**: {recipe.train.total_steps if "pretrain" in recipe.phases else 0} global steps in {recipe.train.rounds} rounds (DINO + iBOT + KoLeo), teacher {recipe.teacher.policy}.
+- **Head**: {recipe.adapt.total_steps} global steps in {recipe.adapt.rounds} rounds on the frozen backbone.
+- **Input**: {recipe.image_px} × {recipe.image_px} px, grey uint8; normalisation `{recipe.input.normalization}` is done by the model (`config.json`).
+- **Seconds**: `{seconds}`
+- **Weights** (SHA-256 over names, dtypes, shapes, bytes): `{metrics["model_sha256"][arm]}`
+
+| tested on | finding | images | positives | AUROC [{recipe.evaluate.confidence:.0%} interval] |
+|---|---|---|---|---|
+{table}
+"""

@@ -1,0 +1,255 @@
+"""The simulation: take in the images, deal them to sites, run the arms, compare, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from chexfound import recipe as recipes
+from chexfound.data.sources import ingest
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.errors import ConfigError, DataError
+from chexfound.journal import Journal, write_json
+from chexfound.recipe import Recipe
+from server.run import choose_findings
+from sim import arms, leave
+from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
+from sim.display import Display
+from sim.partition import partition
+from sim.pool import Pool
+
+ARMS = ("federated", "centralized", "local", "random", "shuffled", "site-view", "histogram")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a simulation was asked for; kept in OUT/simulation.json, so that --resume needs no more."""
+
+    data: str
+    by: str
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    recipe: dict[str, Any]
+
+    @staticmethod
+    def read(out: Path) -> Options:
+        """The options that a run was started with.
+
+        Raises: ConfigError if `out` holds no run.
+        """
+        path = out / "simulation.json"
+        if not path.isfile():
+            raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
+        values = arms.load_json(path)
+        return Options(
+            data=values["data"],
+            by=values["by"],
+            seeds=tuple(values["seeds"]),
+            arms=tuple(values["arms"]),
+            recipe=values["recipe"],
+        )
+
+
+def start(options: Options, out: Path) -> None:
+    """Claim the output folder for a new run.
+
+    Raises: ConfigError if it is in use.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        hint = "continue it with --resume, or choose" if (out / "simulation.json").exists() else "choose"
+        raise ConfigError(f"{out}: the output folder is in use; {hint} another with --out")
+    write_json(out / "simulation.json", asdict(options))
+
+
+class Simulation:
+    """One run of `chexfound-sim` in one output folder.
+
+    Everything that takes long is kept as it is done; calling `run` again goes on from there.
+    """
+
+    def __init__(self, options: Options, out: Path, workers: int, display: Display) -> None:
+        self.options, self.out, self.workers, self.display = options, out, workers, display
+        self.recipe = recipes.validate(options.recipe, str(out / "simulation.json"))
+        self.notes: list[str] = []
+
+    def run(self) -> Path:
+        """Do it all; returns the report's path.
+
+        Raises: ChexfoundError; what was done is kept.
+        """
+        started = time.monotonic()
+        with Journal(self.out / "simulation.jsonl") as journal:  # its lock keeps a second process out
+            self.journal = journal
+            store, sites = self._prepare()
+            plans = [self._plan(store, sites, seed) for seed in self.options.seeds]
+            arm_names = self._arm_names(plans[0])
+            with Pool(self.workers, self.display.update) as pool:
+                for plan in plans:
+                    self._run_arms(plan, arm_names, pool)
+            self.display.clear()
+            self.display.say("comparing the arms, drawing the report")
+            journal.append({"event": "finished", "seconds": round(time.monotonic() - started, 1)})
+            seconds = self._seconds()
+        return leave.write(self.out, plans, arm_names, self.notes, self._not_trained(plans[0]), seconds)
+
+    # -- before the arms
+
+    def _prepare(self) -> tuple[Path, dict[str, list[str]]]:
+        """The store and the sites; everything that can be found wrong is found here, before any training."""
+        started = time.monotonic()
+        data = Path(self.options.data)
+        if (data / "index.sqlite").exists():
+            path = data
+        else:
+            path = self.out / "store"
+            if not path.exists():
+                summary = ingest(
+                    data,
+                    path,
+                    self.recipe.image_px,
+                    progress=lambda done, total: self.display.update("images", "taken in", done, total),
+                )
+                self.journal.append(
+                    {"event": "timed", "what": "ingest", "seconds": round(time.monotonic() - started, 1)}
+                )
+                self.display.clear()
+                self.display.say(
+                    f"{summary.images} images of {summary.patients} patients taken in, {len(summary.refused)} files refused"
+                )
+        store = Store.open(path)
+        if store.px != self.recipe.image_px:
+            raise DataError(
+                f"{path}: the store holds images of {store.px} px, the recipe asks for image_px {self.recipe.image_px}"
+            )
+        for file, reason in store.refused[:5]:
+            self.display.say(f"[yellow]refused[/yellow] {escape(file)}: {escape(reason)}")
+        if len(store.refused) > 5:
+            self.display.say(f"… and {len(store.refused) - 5} more; all are listed in the store's index")
+        dealt = partition(store, self.options.by, self.options.seeds[0])
+        self.notes += dealt.notes
+        for note in dealt.notes:
+            self.display.say(escape(note))
+        self._check_sites(store, dealt.sites)
+        return path, dealt.sites
+
+    def _check_sites(self, store: Store, sites: dict[str, list[str]]) -> None:
+        for section, phase in (("train", self.recipe.train), ("adapt", self.recipe.adapt)):
+            recipes.site_batch_size(phase, len(sites), section)
+        for name, patients in sites.items():
+            view = View.of(store, name, patients)
+            counts = {
+                which: len(view.split(self.options.seeds[0], self.recipe.split, which))
+                for which in ("train", "val", "test")
+            }
+            if not counts["train"]:
+                raise DataError(
+                    f"site {name!r} has no training image (its {len(view)} images fell to validation and test); give it more patients"
+                )
+            self.display.say(
+                f"site [bold]{escape(name)}[/bold]: {len(patients)} patients, {len(view)} images: "
+                + ", ".join(f"{n} {w}" for w, n in counts.items())
+            )
+
+    def _plan(self, store_path: Path, sites: dict[str, list[str]], seed: int) -> Plan:
+        recipe = replace(self.recipe, seed=seed)
+        if "adapt" in recipe.phases:
+            first = replace(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
+            recipe = replace(
+                recipe,
+                adapt=replace(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))),
+            )
+        plan = Plan(
+            recipe=recipe,
+            store=store_path.resolve(),
+            sites=sites,
+            folder=self.out.resolve() / "work" / f"seed-{seed}",
+        )
+        plan.write_shards()
+        return plan
+
+    def _arm_names(self, plan: Plan) -> list[str]:
+        names: list[str] = []
+        for arm in ARMS:
+            if arm not in self.options.arms:
+                continue
+            names += [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)] if arm == "local" else [arm]
+        if "shuffled" in names and "federated" not in names:
+            names.remove("shuffled")
+            self.notes.append(
+                "The shuffled-labels floor stands on the federated backbone; without the federated arm it is left out."
+            )
+        if "adapt" not in plan.recipe.phases:
+            names = [arm for arm in names if arm == "federated" or arm == "centralized" or arm.startswith("local:")]
+        return names
+
+    def _not_trained(self, plan: Plan) -> list[dict[str, str]]:
+        if "local" not in self.options.arms:
+            return []
+        return [
+            {"arm": f"local:{site}", "reason": "no finding has both classes among its training images"}
+            for site in plan.sites
+            if not arms.trainable(plan, site)
+        ]
+
+    # -- the arms
+
+    def _run_arms(self, plan: Plan, names: Sequence[str], pool: Pool) -> None:
+        seed = plan.recipe.seed
+        todo = [arm for arm in names if arm not in FITTED_ARMS and not arms.finished(plan, arm)]
+        if done := [arm for arm in names if arm not in FITTED_ARMS and arm not in todo]:
+            self.display.say(f"seed {seed}: already done: {escape(', '.join(done))}")
+        for arm in (arm for arm in todo if arm in FEDERATED_ARMS):
+            started = time.monotonic()
+            arms.run_federated(plan, arm, pool)
+            self._done(plan, arm, time.monotonic() - started)
+        alone = [arm for arm in todo if arm not in FEDERATED_ARMS]
+        started = {arm: time.monotonic() for arm in alone[: pool.size]}
+        waiting = alone[pool.size :]
+        for arm, _ in pool.run([(arm, ("sim.arms:run_alone", (plan, arm))) for arm in alone]):
+            self._done(plan, arm, time.monotonic() - started[arm])
+            if waiting:
+                started[waiting.pop(0)] = time.monotonic()
+
+    def _done(self, plan: Plan, arm: str, seconds: float) -> None:
+        self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
+        arms.discard(plan, arm)
+        self.display.clear()
+        self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s")
+
+    def _seconds(self) -> dict[str, float]:
+        """Wall seconds, added over resumptions; arms of replicates are named arm@seed."""
+        seconds: dict[str, float] = {}
+        for entry in self.journal.entries:
+            if entry["event"] == "timed":
+                suffix = (
+                    f"@{entry['seed']}" if entry.get("seed", self.options.seeds[0]) != self.options.seeds[0] else ""
+                )
+                name = entry["what"] + suffix
+                seconds[name] = round(seconds.get(name, 0.0) + entry["seconds"], 1)
+            else:
+                seconds["total"] = round(seconds.get("total", 0.0) + entry["seconds"], 1)
+        return seconds
+
+
+def label_counts(store_path: Path, sites: dict[str, list[str]], recipe: Recipe) -> list[dict[str, Any]]:
+    """Positives and negatives among each site's training images, as a site enrols with them."""
+    store = Store.open(store_path)
+    counts = []
+    for name, patients in sites.items():
+        labels = store.labels(View.of(store, name, patients).split(recipe.seed, recipe.split, "train"), store.findings)
+        counts.append(
+            {
+                finding: {
+                    "positives": int((labels[:, column] == 1).sum()),
+                    "negatives": int((labels[:, column] == 0).sum()),
+                }
+                for column, finding in enumerate(store.findings)
+            }
+        )
+    return counts

@@ -1,0 +1,92 @@
+"""Aggregation as a fold: updates come one at a time, in roster order, and are dropped once added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from chexfound.errors import ProtocolError
+
+
+class Fold:
+    """The weighted mean of updates, without keeping any of them.
+
+    Accumulates in float64, so that float32 updates with integer weights are summed exactly up to
+    2⁵³ and a lone update comes back bit for bit; the order of the updates then does not matter.
+
+    Args:
+        rows: names of tensors whose first axis is the findings: each row has a weight of its own.
+    """
+
+    def __init__(self, rows: Sequence[str] = ()) -> None:
+        self.rows = frozenset(rows)
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._weight = 0.0
+        self._row_weights: Tensor | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, update: Mapping[str, Tensor], weight: float, row_weights: Sequence[float] | None = None) -> None:
+        """Add one site's update.
+
+        Args:
+            update: tensors by name; the same names and shapes from every site.
+            weight: of the tensors that are not rows; 0 leaves the update out of them.
+            row_weights: (F,), for the row tensors.
+
+        Raises: ProtocolError if names, shapes, dtypes or weights do not fit; nothing was added.
+        """
+        rows = None if row_weights is None else torch.tensor(list(row_weights), dtype=torch.float64)
+        self._check(update, weight, rows)
+        if not self._sums:
+            self._sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in update.items()}
+            self._dtypes = {name: tensor.dtype for name, tensor in update.items()}
+        for name, tensor in update.items():
+            if name in self.rows and rows is not None:
+                self._sums[name] += tensor.double() * _over(rows, tensor)
+            elif weight:
+                self._sums[name].add_(tensor.double(), alpha=weight)
+        self._weight += weight
+        if rows is not None:
+            self._row_weights = rows if self._row_weights is None else self._row_weights + rows
+        self.count += 1
+
+    def _check(self, update: Mapping[str, Tensor], weight: float, rows: Tensor | None) -> None:
+        if not 0 <= weight < float("inf") or (
+            rows is not None and not bool(((rows >= 0) & torch.isfinite(rows)).all())
+        ):
+            raise ProtocolError("an update's weight must be a finite number that is not negative")
+        if self._sums and set(update) != set(self._sums):
+            odd = sorted(set(update) ^ set(self._sums))
+            raise ProtocolError(f"an update holds other tensors than the one before: {odd[:3]}")
+        for name, tensor in update.items():
+            if self._sums and (tensor.shape != self._sums[name].shape or tensor.dtype != self._dtypes[name]):
+                raise ProtocolError(f"an update's {name!r} has another shape or dtype than the one before")
+            if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
+                raise ProtocolError(f"an update's {name!r} has {tensor.shape[0]} rows, its weights {len(rows)}")
+
+    def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean; what no site gave any weight stays as in `previous` (rows one by one).
+
+        Raises: ProtocolError if the updates hold other tensors than `previous`.
+        """
+        if self._sums and set(self._sums) != set(previous):
+            raise ProtocolError("the updates hold other tensors than the model")
+        result = {}
+        for name, before in previous.items():
+            total = self._sums.get(name)
+            if total is None:
+                result[name] = before.clone()
+            elif name in self.rows and self._row_weights is not None:
+                weights = _over(self._row_weights, before)
+                mean = (total / weights.clamp_min(1e-300)).to(before.dtype)
+                result[name] = torch.where(weights > 0, mean, before)
+            else:
+                result[name] = (total / self._weight).to(before.dtype) if self._weight else before.clone()
+        return result
+
+
+def _over(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.reshape(-1, *[1] * (like.ndim - 1))

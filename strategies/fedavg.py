@@ -1,0 +1,49 @@
+"""FedAvg (McMahan et al. 2017): which weight a site's reply has in each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from chexfound.errors import ProtocolError
+from chexfound.phases import Reply
+from strategies.aggregate import Fold
+
+
+def _count(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise ProtocolError(f"{what} must be a count (got {value!r})")
+    return value
+
+
+class FedAvg:
+    """The mean over sites, weighted by training images; per finding by its labelled images.
+
+    A site is left out of a finding's rows unless it has both classes of it, and a row that no site
+    trained stays as it was.
+    """
+
+    def __init__(self, phase: str, n_findings: int = 0, rows: Sequence[str] = ()) -> None:
+        self.phase, self.n_findings = phase, n_findings
+        self._fold = Fold(rows)
+
+    def add(self, reply: Reply) -> None:
+        """Fold in one site's reply.
+
+        Raises: ProtocolError if its counts are not counts, or its tensors do not fit.
+        """
+        images = _count(reply.values.get("images"), "a reply's images")
+        if self.phase == "pretrain":
+            self._fold.add(reply.tensors, images)
+            return
+        labelled = reply.values.get("labelled")
+        if not isinstance(labelled, list) or len(labelled) != self.n_findings:
+            raise ProtocolError(f"a reply's labelled must be {self.n_findings} counts")
+        weights = [_count(number, "a reply's labelled") for number in labelled]
+        if reply.tensors:
+            self._fold.add(reply.tensors, images, weights)
+
+    def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The aggregated weights."""
+        return self._fold.result(previous)
