@@ -5,6 +5,7 @@ The index says how many images of a shard count; the file may hold more, never f
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable
@@ -110,7 +111,8 @@ class Shards:
 
     def cut(self) -> None:
         """Cut off, or remove, what the index does not name."""
-        self.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is cut anyway
+            self.close()
         for path in sorted(self.folder.glob("shard-*.npy")):
             rows = self.committed.get(int(path.stem.removeprefix("shard-")))
             if rows is None:

@@ -47,7 +47,7 @@ class View:
         wanted = set(patients)
         if absent := sorted(wanted.difference(store.keys)):
             raise DataError(
-                f"site {name!r}: {len(absent)} patients are not in the store {store.path}, such as {absent[0]!r}"
+                f"site {name!r}: {len(absent)} patients are not in {store.path}, such as {absent[0]!r}"
             )
         if not wanted:
             raise DataError(f"site {name!r}: no patients")

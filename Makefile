@@ -1,0 +1,47 @@
+# Needs Python 3.11+ and make, nothing else.  PYTHON=… chooses the interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+DEMO   ?= out/demo
+
+.PHONY: setup demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+setup: $(VENV)/.ready  ## make .venv with everything in it
+
+# A torch that the interpreter already has (a CUDA build, say) is kept, and the torchvision that fits it chosen.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give PYTHON=/path/to/a/newer/python"; exit 2; }
+	@if $(PYTHON) -c 'import torch, torchvision' 2>/dev/null; then \
+	    echo "keeping the installed torch"; \
+	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PYTHON) -c 'import torch, torchvision; print(f"torch=={torch.__version__}\ntorchvision=={torchvision.__version__}")' > $(VENV)/constraints.txt; \
+	  else \
+	    $(PYTHON) -m venv $(VENV); : > $(VENV)/constraints.txt; \
+	  fi
+	@echo "installing into $(VENV) (some GB, some minutes)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,bench]'
+	@$(BIN)/python -c 'import torch, torchvision, timm' || { echo "error: torch and torchvision do not fit each other; install a matching pair (pytorch.org), then: rm -r $(VENV) && make setup"; exit 2; }
+	@touch $@
+
+demo: setup  ## draw DICOM phantoms of four hospitals, federate them, report (about five minutes)
+	@rm -rf $(DEMO)-phantoms $(DEMO)
+	$(BIN)/chexfound phantom --sites 4 --patients 60 --out $(DEMO)-phantoms
+	$(BIN)/chexfound-sim --data $(DEMO)-phantoms --recipe demo --out $(DEMO)
+
+test: setup  ## all tests, the deployed federation included
+	$(BIN)/python -m pytest -q
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## the benchmarks that need no data of one's own
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file --help | head -3; done
+
+clean:  ## remove .venv and what the demo wrote
+	rm -rf $(VENV) $(DEMO) $(DEMO)-phantoms

@@ -1,0 +1,120 @@
+"""`chexfound`: the library's commands on one machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from chexfound.errors import ChexfoundError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="chexfound",
+        description="Tools around federated chest X-ray pretraining: make phantoms, take in images, show recipes, draw reports.",
+        epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), flwr run (the coordinator).",
+    )
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    phantom = commands.add_parser("phantom", help="draw DICOM chest phantoms of several sites, with labelled findings")
+    phantom.add_argument("--out", metavar="DIR", required=True, help="a new folder; one folder a site in it")
+    phantom.add_argument("--sites", metavar="N", type=int, default=4, help="sites, each with its own scanner (default: %(default)s)")
+    phantom.add_argument("--patients", metavar="N", type=int, default=200, help="patients at each site (default: %(default)s)")
+    phantom.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")
+    phantom.set_defaults(run=_phantom)
+
+    ingest = commands.add_parser("ingest", help="take images into a store, or add what is new to it")
+    ingest.add_argument("source", metavar="SOURCE", help="DICOM folder, or folder with a manifest.csv")
+    ingest.add_argument("store", metavar="STORE", help="the store; made if it is not there")
+    ingest.add_argument("--image-px", metavar="N", type=int, default=128, help="side of the stored images (default: %(default)s)")
+    ingest.set_defaults(run=_ingest)
+
+    recipe = commands.add_parser("recipe", help="show a recipe with all its values, or write it as a run-config file for `flwr run -c`")
+    recipe.add_argument("recipe", metavar="NAME", nargs="?", help="a preset or a YAML file; without it, the presets are listed")
+    recipe.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a value; may be repeated")
+    recipe.add_argument("--toml", metavar="FILE", help="write the run-config file there instead of showing the recipe")
+    recipe.set_defaults(run=_recipe)
+
+    report = commands.add_parser("report", help="draw report.html from a run's folder")
+    report.add_argument("folder", metavar="DIR", help="the folder of a simulation or of a deployed run, with its metrics.json")
+    report.set_defaults(run=_report)
+    return result
+
+
+def _progress(title: str) -> tuple[object, Callable[[int, int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    task = bar.add_task(title)
+    return bar, lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _phantom(given: argparse.Namespace) -> int:
+    from chexfound.data.phantom import generate
+
+    bar, progress = _progress("drawing")
+    with bar:  # type: ignore[attr-defined]
+        summary = generate(Path(given.out), sites=given.sites, patients=given.patients, seed=given.seed, progress=progress)
+    print(f"{summary.images} images of {summary.patients} patients at {given.sites} sites in {given.out}")
+    return 0
+
+
+def _ingest(given: argparse.Namespace) -> int:
+    from chexfound.data.sources import ingest
+
+    bar, progress = _progress("taking in")
+    with bar:  # type: ignore[attr-defined]
+        summary = ingest(Path(given.source), Path(given.store), given.image_px, progress=progress)
+    print(
+        f"{summary.images} images of {summary.patients} patients taken in, {summary.skipped_existing} were there already, "
+        f"{len(summary.refused)} files refused"
+    )
+    for file, reason in summary.refused:
+        print(f"  refused {file}: {reason}")
+    return 0
+
+
+def _recipe(given: argparse.Namespace) -> int:
+    from chexfound import recipe as recipes
+
+    if not given.recipe:
+        for name in recipes.presets():
+            print(name)
+        return 0
+    resolved = recipes.load(given.recipe, recipes.parse_overrides(given.set))
+    if not given.toml:
+        print(recipes.to_yaml(resolved), end="")
+        return 0
+    from chexfound.journal import write_text
+
+    write_text(Path(given.toml), recipes.to_run_config(resolved))
+    print(f"wrote {given.toml}; run it with: flwr run . NAME --stream -c {given.toml}")
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from chexfound.report.build import build
+
+    print(f"report: {build(Path(given.folder))}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        code: int = given.run(given)
+    except KeyboardInterrupt:
+        print("\nStopped; nothing was left half-written.", file=sys.stderr)
+        return 130
+    except ChexfoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chexfound.data.sources import ingest
+from chexfound.data.split import View, split_of
+from chexfound.data.store import Store
+from chexfound.errors import ConfigError, DataError
+from chexfound.recipe import Split
+
+HALF = Split(train=0.5, val=0.25)
+PARTS = ("train", "val", "test")
+
+
+@pytest.fixture
+def store(tmp_path: Path, make_manifest) -> Store:
+    rows = [{"file": f"{s}{n}.png", "source": s, "patient_id": f"p{n // 2}"} for s in "ab" for n in range(24)]
+    ingest(make_manifest(tmp_path / "in", rows), tmp_path / "store", 16)
+    return Store.open(tmp_path / "store")
+
+
+@given(st.integers(0, 99), st.text(max_size=8))
+def test_split_of_is_a_function_of_seed_and_patient(seed, patient):
+    assert split_of(seed, patient, HALF) == split_of(seed, patient, HALF) in PARTS
+
+
+def test_split_of_known_values():
+    # Golden: another value here moves every patient of every published split.
+    found = [split_of(0, f"patient-{n}", Split(train=0.6, val=0.15)) for n in range(8)]
+    assert " ".join(found) == "val train train test test train train train"
+
+
+def test_fractions():
+    parts = [split_of(3, f"p{n}", Split(train=0.6, val=0.15)) for n in range(20_000)]
+    assert [parts.count(part) / len(parts) for part in PARTS] == pytest.approx([0.6, 0.15, 0.25], abs=0.012)
+
+
+def test_more_training_only_moves_patients_into_training():
+    small, large = Split(train=0.3, val=0.2), Split(train=0.5, val=0.2)
+    names = [f"p{n}" for n in range(500)]
+    moved = {(split_of(0, name, small), split_of(0, name, large)) for name in names}
+    assert ("train", "val") not in moved
+    assert ("train", "test") not in moved
+
+
+def test_parts_are_disjoint_complete_and_by_patient(store):
+    view = View.of(store, "all")
+    parts = [view.split(1, HALF, part) for part in PARTS]
+    assert np.array_equal(np.sort(np.concatenate(parts)), store.ids)
+    patients = [{store.keys[image] for image in ids} for ids in parts]
+    assert sum(map(len, patients)) == len(set().union(*patients))
+    assert all((np.diff(ids) > 0).all() for ids in parts)
+
+
+def test_a_patient_falls_alike_at_both_sources(store):
+    train = View.of(store, "all").split(1, HALF, "train")
+    of = {source: {store.patients[i] for i in train if store.sources[i] == source} for source in "ab"}
+    assert of["a"] == of["b"] != set()
+
+
+def test_view_of_patients(store):
+    view = View.of(store, "site", ["b/p3", "a/p0"])
+    assert view.patients == ["a/p0", "a/p0", "b/p3", "b/p3"]
+    assert len(view) == 4
+    assert not view.ids.flags.writeable
+    whole = View.of(store, "all")
+    for part in PARTS:  # a site's split does not depend on who else is there
+        assert set(view.split(0, HALF, part)) <= set(whole.split(0, HALF, part))
+
+
+def test_view_of_unknown_patients(store):
+    with pytest.raises(DataError, match=r"site 'x': 2 patients are not in .*store, such as 'a/p99'"):
+        View.of(store, "x", ["a/p0", "a/p99", "c/p0"])
+    with pytest.raises(DataError, match="site 'x': no patients"):
+        View.of(store, "x", [])
+
+
+def test_unknown_part(store):
+    with pytest.raises(ConfigError, match="split 'dev': must be one of train, val, test"):
+        View.of(store, "x").split(0, HALF, "dev")
+
+
+def test_manifests_own_split_wins_if_complete(tmp_path, make_manifest):
+    def parts(last: str) -> list[list[int]]:
+        rows = [{"file": f"{n}.png", "patient_id": f"p{n}", "split": PARTS[n % 3]} for n in range(8)]
+        folder = make_manifest(tmp_path / "in", [*rows, {"file": "8.png", "patient_id": "p8", "split": last}])
+        ingest(folder, tmp_path / "store", 16)
+        view = View.of(Store.open(tmp_path / "store"), "all")
+        return [view.split(0, HALF, part).tolist() for part in PARTS]
+
+    assert parts("test") == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    by_lot = [[n for n in range(9) if split_of(0, f"p{n}", HALF) == part] for part in PARTS]
+    assert parts("") == by_lot
