@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from chexfound.journal import write_bytes
 from chexfound.report import figures, story, tables
-from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Attention, Point, Run, read
+from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Attention, Point, Run, read
 
 FINDINGS_DRAWN = 4
 SAMPLES = 8  # of a site
@@ -57,22 +57,17 @@ def render(run: Run) -> str:
         drawn=drawn,
         n_findings=len(run.findings),
         starred=any(
-            "*" in one["words"]
-            for finding in drawn
-            for panel in finding["panels"]
-            for _, one in panel["verdicts"]
+            "*" in one["words"] for finding in drawn for panel in finding["panels"] for _, one in panel["verdicts"]
         ),
         samples=_samples(run),
         curves=_curves(run),
         stuck=story.stuck(run),
         results=tables.results(run),
         differences=tables.differences(run),
-        floors=any(arm in story.FLOORS for arm in run.arms),
+        floors=any(arm in FLOORS for arm in run.arms),
         n_seeds=max((len(one.seeds) for one in run.metrics.across_seeds), default=0),
         attention=_attention(run.attention),
-        left_out=[
-            (story.arm_name(one.arm), one.reason or "no reason was given") for one in run.metrics.not_trained
-        ],
+        left_out=[(story.arm_name(one.arm), one.reason or "no reason was given") for one in run.metrics.not_trained],
         seconds=tables.seconds(run),
         traffic=tables.traffic(run),
         versions=tables.flat(run.metrics.versions),
@@ -110,9 +105,7 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
     low = figures.axis_floor([dot for rows in dots.values() for dot in rows])
     panels = []
     for index, (site, rows) in enumerate(dots.items()):
-        row = next(
-            row for arm in run.arms if (row := run.result(arm, site, finding)) and row.auroc is not None
-        )
+        row = next(row for arm in run.arms if (row := run.result(arm, site, finding)) and row.auroc is not None)
         alt = f"AUROC for {story.shown(finding)} at {site}: " + "; ".join(_spoken(dot) for dot in rows)
         other = story.best_other(run, finding, site)
         compared = [("own model", LOCAL + site), ("pooling", CENTRALIZED), ("random weights", RANDOM)]
@@ -130,9 +123,7 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
                 ],
             }
         )
-    reasons = [
-        (site, row.reason if (row := run.result(FEDERATED, site, finding)) else None) for site in blank
-    ]
+    reasons = [(site, row.reason if (row := run.result(FEDERATED, site, finding)) else None) for site in blank]
     return {"name": story.shown(finding), "panels": panels, "blank": reasons}
 
 
@@ -147,9 +138,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     order = [site for site in run.site_names if site in samples] + [
         site for site in samples if site not in run.site_names
     ]
-    return [
-        {"site": site, "images": [figures.jpeg(image) for image in samples[site][:SAMPLES]]} for site in order
-    ]
+    return [{"site": site, "images": [figures.jpeg(image) for image in samples[site][:SAMPLES]]} for site in order]
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
@@ -158,18 +147,12 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     pretrain, adapt = run.history.pretrain, run.history.adapt
     points = [*pretrain.get(FEDERATED, []), *adapt.get(FEDERATED, [])]
     named = list(dict.fromkeys(point.site for point in points if point.site is not None))
-    order = [site for site in run.site_names if site in named] + [
-        site for site in named if site not in run.site_names
-    ]
+    order = [site for site in run.site_names if site in named] + [site for site in named if site not in run.site_names]
     panels = []
     for index, site in enumerate(order or [None]):
 
         def of(phase: dict[str, list[Point]], arm: str, site: str | None = site) -> list[Point]:
-            return [
-                point
-                for point in phase.get(arm, [])
-                if arm != FEDERATED or site is None or point.site == site
-            ]
+            return [point for point in phase.get(arm, []) if arm != FEDERATED or site is None or point.site == site]
 
         lines = [
             figures.Line(role, dashes, of(pretrain, arm), of(adapt, arm))
@@ -179,9 +162,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
                 ("federated", "", FEDERATED),
             )
         ]
-        svg = figures.curves_panel(
-            lines, f"c{index}", f"Learning curves at {site or 'all sites'}: {_ends(lines)}"
-        )
+        svg = figures.curves_panel(lines, f"c{index}", f"Learning curves at {site or 'all sites'}: {_ends(lines)}")
         if svg:
             panels.append({"site": site, "svg": Markup(svg)})  # noqa: S704 (drawn here; its alt text is escaped)
     return panels
@@ -208,9 +189,7 @@ def _attention(attention: Attention | None) -> dict[str, Any] | None:
         return None
     chosen = [(index, _telling(attention, index)) for index in range(min(len(attention.images), ATTENDED))]
     heats = [figures.relative(attention.maps[index, finding]) for index, finding in chosen]
-    top = max(
-        2.0, float(np.percentile([heat.max() for heat in heats], 75))
-    )  # a lone peak must not pale the others
+    top = max(2.0, float(np.percentile([heat.max() for heat in heats], 75)))  # a lone peak must not pale the others
     tiles = []
     for (index, finding), heat in zip(chosen, heats, strict=True):
         bare, covered = figures.overlay(attention.images[index], heat, top)

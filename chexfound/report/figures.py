@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import escape
@@ -29,7 +30,7 @@ ROLES = {
         ("ink", "muted", "rule", "federated", "centralized", "local", "other", "floor", "paper"), start=1
     )
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
@@ -68,7 +69,7 @@ class Line:
 def axis_floor(dots: Sequence[Dot]) -> float:
     """Where the AUROC axis begins: 0.4, or lower where an interval needs it."""
     lowest = min((dot.ci[0] if dot.ci else dot.auroc for dot in dots if dot.auroc is not None), default=0.4)
-    return max(0.0, min(0.4, np.floor(lowest * 10) / 10))
+    return max(0.0, min(0.4, float(np.floor(lowest * 10)) / 10))
 
 
 def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
@@ -107,18 +108,14 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
 
 def _dot(axes: Axes, dot: Dot, row: float) -> None:
     strong = dot.role == "federated"
-    words = {"transform": axes.get_yaxis_transform(), "va": "center_baseline", "fontsize": 12.5}
-    axes.text(
-        -0.04, row, dot.label, ha="right", color=ROLES["ink"], weight="bold" if strong else "normal", **words
-    )
+    words: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center_baseline", "fontsize": 12.5}
+    axes.text(-0.04, row, dot.label, ha="right", color=ROLES["ink"], weight="bold" if strong else "normal", **words)
     if dot.auroc is None:
         axes.text(1.04, row, "no figure", ha="left", color=ROLES["muted"], **words)
         return
     colour = ROLES[dot.role]
     if dot.ci:
-        axes.plot(
-            dot.ci, [row, row], color=colour, linewidth=3 if strong else 1.8, solid_capstyle="butt", zorder=2
-        )
+        axes.plot(dot.ci, [row, row], color=colour, linewidth=3 if strong else 1.8, solid_capstyle="butt", zorder=2)
     axes.plot(
         [dot.auroc],
         [row],
@@ -148,9 +145,7 @@ def _dot(axes: Axes, dot: Dot, row: float) -> None:
 def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
     """DINO (with log K dashed), iBOT and KoLeo over the steps, then the head's loss; None without points."""
     strips = [
-        strip
-        for strip in ("dino", "ibot", "koleo", "loss")
-        if any(_series(line, strip)[0].size for line in lines)
+        strip for strip in ("dino", "ibot", "koleo", "loss") if any(_series(line, strip)[0].size for line in lines)
     ]
     if not strips:
         return None
@@ -242,11 +237,7 @@ def _series(line: Line, strip: str) -> tuple[np.ndarray, np.ndarray]:
         totals = np.concatenate([[0.0], np.cumsum(values)])
         values = (totals[span:] - totals[:-span]) / span
         steps = steps[span - 1 :]
-    keep = (
-        np.unique(np.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS)).round().astype(int))
-        if len(steps)
-        else []
-    )
+    keep = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), CURVE_POINTS)).round().astype(int))
     return steps[keep], values[keep]
 
 
@@ -270,9 +261,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     """The figure as an <svg> for the middle of an HTML page: no URL, no leaking style, ids of its own."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     body = text[text.index("<svg") :]
     body = body[body.index(">") + 1 :]
@@ -311,7 +300,8 @@ def relative(attention: np.ndarray) -> np.ndarray:
     """Attention (h, w) that sums to 1, as multiples of even attention, upsampled to HEAT_PX smoothly."""
     scaled = attention.astype(np.float32) * attention.size / max(float(attention.sum()), 1e-12)
     grown = Image.fromarray(scaled).resize((HEAT_PX, HEAT_PX), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(grown), 0, None)
+    heat: np.ndarray = np.clip(np.asarray(grown), 0, None)
+    return heat
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, top: float) -> tuple[np.ndarray, np.ndarray]:

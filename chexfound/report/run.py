@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from chexfound.errors import DataError, Problems
@@ -66,14 +66,24 @@ class Result:
 
 @checked(frozen=True, kw_only=True, config=_lenient)
 class Difference:
-    """A paired difference federated − `against`, on one site's held-out patients."""
+    """The paired difference federated − centralized on one site's held-out patients."""
 
     finding: str
     tested_on: str
-    against: str = CENTRALIZED
-    value: float | None = Field(
-        default=None, validation_alias=AliasChoices("federated_minus_centralized", "federated_minus")
-    )
+    value: float | None = Field(default=None, validation_alias="federated_minus_centralized")
+    ci: Interval = None
+    reason: str | None = None
+
+
+@checked(frozen=True, kw_only=True, config=_lenient)
+class Comparison:
+    """The paired difference between two arms on one site's held-out patients: the first less the second."""
+
+    first: str
+    second: str
+    finding: str
+    tested_on: str
+    value: float | None = Field(default=None, validation_alias="difference")
     ci: Interval = None
     reason: str | None = None
 
@@ -85,9 +95,7 @@ class AcrossSeeds:
     finding: str
     tested_on: str
     seeds: list[int] = Field(default_factory=list)
-    value: float | None = Field(
-        default=None, validation_alias=AliasChoices("mean_federated_minus_centralized", "value")
-    )
+    value: float | None = Field(default=None, validation_alias="mean_federated_minus_centralized")
     ci: Interval = None
     reason: str | None = None
 
@@ -117,6 +125,7 @@ class Metrics:
     sites: list[str] = Field(default_factory=list)
     findings: list[str] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
     across_seeds: list[AcrossSeeds] = Field(default_factory=list)
     replicates: list[Replicate] = Field(default_factory=list)
     not_trained: list[NotTrained] = Field(default_factory=list)
@@ -233,6 +242,17 @@ class Run:
     def _index(self) -> dict[tuple[str, str, str], Result]:
         return {(row.arm, row.tested_on, row.finding): row for row in self.metrics.results}
 
+    def paired(self, against: str, site: str, finding: str) -> Difference | Comparison | None:
+        """The row that compares federated with an arm, tested on a site, for a finding."""
+        return self._paired.get((against, site, finding))
+
+    @cached_property
+    def _paired(self) -> dict[tuple[str, str, str], Difference | Comparison]:
+        rows: dict[tuple[str, str, str], Difference | Comparison] = {
+            (row.second, row.tested_on, row.finding): row for row in self.metrics.comparisons if row.first == FEDERATED
+        }
+        return rows | {(CENTRALIZED, row.tested_on, row.finding): row for row in self.metrics.differences}
+
     @property
     def arms(self) -> list[str]:
         """Arms that have rows: federated, centralized, the sites' own, random, the floors, others."""
@@ -274,12 +294,8 @@ def read(out: Path) -> Run:
     out = Path(out)
     metrics = _metrics(out / "metrics.json")
     absent: dict[str, str] = {}
-    history = _optional(
-        absent, "history", out / "history.json", lambda path: _checked(path, TypeAdapter(History))
-    )
-    sites = _optional(
-        absent, "sites", out / "sites.json", lambda path: _checked(path, TypeAdapter(list[Site]))
-    )
+    history = _optional(absent, "history", out / "history.json", lambda path: _checked(path, TypeAdapter(History)))
+    sites = _optional(absent, "sites", out / "sites.json", lambda path: _checked(path, TypeAdapter(list[Site])))
     recipe = _optional(absent, "recipe", out / "recipe.yaml", _recipe)
     samples = _optional(absent, "samples", out / "artifacts" / "samples.npz", _samples)
     attention = _optional(absent, "attention", out / "artifacts" / "attention.npz", _attention)
@@ -305,19 +321,19 @@ def _explain(error: ValidationError) -> list[str]:
 def _metrics(path: Path) -> Metrics:
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; a report is made from a finished run's folder, so check the folder or let the run end"
+            f"{path}: no such file; a report is made from a finished run's folder, "
+            "so check the folder or let the run end"
         )
     try:
         values = _json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; run the evaluation again") from error
     if not isinstance(values, dict):
-        raise DataError(
-            f"{path}: must hold a JSON object, not {type(values).__name__}; run the evaluation again"
-        )
+        raise DataError(f"{path}: must hold a JSON object, not {type(values).__name__}; run the evaluation again")
     if values.get("schema") != SCHEMA:
         raise DataError(
-            f"{path}: schema {values.get('schema')!r} is unknown (this version reads {SCHEMA}); make the report with the version that made the run"
+            f"{path}: schema {values.get('schema')!r} is unknown (this version reads {SCHEMA}); "
+            "make the report with the version that made the run"
         )
     problems = Problems(DataError, str(path))
     try:
@@ -370,11 +386,13 @@ def _samples(path: Path) -> dict[str, np.ndarray]:
         np.load(file, allow_pickle=False) as arrays,
     ):  # numpy leaves a file that it cannot read open
         found = {name: arrays[name] for name in arrays.files}
+    names = path.with_suffix(".json")  # array -> site; without it, an array's name is the site's
+    if names.is_file():
+        sites = _checked(names, TypeAdapter(dict[str, str]))
+        found = {sites.get(name, name): images for name, images in found.items()}
     for name, images in found.items():
         if images.ndim != 3 or images.dtype != np.uint8:
-            raise ValueError(
-                f"the images of {name!r} must be (k, px, px) uint8, not {images.shape} {images.dtype}"
-            )
+            raise ValueError(f"the images of {name!r} must be (k, px, px) uint8, not {images.shape} {images.dtype}")
     found = {name: images for name, images in found.items() if images.size}
     if not found:
         raise ValueError("it holds no image")
@@ -387,12 +405,11 @@ def _attention(path: Path) -> Attention:
         images, maps, scores, labels = (arrays[name] for name in ("images", "maps", "scores", "labels"))
     n, wanted = len(images), (len(images), len(texts.findings))
     if images.ndim != 3 or images.dtype != np.uint8 or not images.size or not maps.size:
-        raise ValueError(
-            f"images must be (n, px, px) uint8 with at least one, not {images.shape} {images.dtype}"
-        )
+        raise ValueError(f"images must be (n, px, px) uint8 with at least one, not {images.shape} {images.dtype}")
     if maps.ndim != 4 or maps.shape[:2] != wanted or scores.shape != wanted or labels.shape != wanted:
         raise ValueError(
-            f"maps {maps.shape}, scores {scores.shape} and labels {labels.shape} do not fit {n} images and {wanted[1]} findings"
+            f"maps {maps.shape}, scores {scores.shape} and labels {labels.shape} "
+            f"do not fit {n} images and {wanted[1]} findings"
         )
     if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
         raise ValueError("maps or scores are not finite")

@@ -1,7 +1,7 @@
 """The sentences of the report: what the figures allow to be said, bad news first, and no more.
 
 A comparison is called lower or higher only where its interval leaves 0 out.  Where the run left a
-paired interval (federated − centralized, or `against` another arm), that one decides; elsewhere two
+paired interval, that one decides; elsewhere two
 arms are told apart only if their own intervals do not overlap, which is stricter than pairing.
 """
 
@@ -53,16 +53,17 @@ def _verdict(ci: Interval) -> Verdict:
 
 
 def contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool = True) -> Contrast | None:
-    """Federated against an arm; None where either has no figure.  `across_seeds`: take the mean over seeds where there is one."""
+    """Federated against an arm; None where either has no figure.
+
+    `across_seeds`: against the centralized arm, take the mean over seeds where there is one.
+    """
     if against == CENTRALIZED and across_seeds:
         for seeds in run.metrics.across_seeds:
             if (seeds.finding, seeds.tested_on) == (finding, site) and seeds.value is not None:
-                return Contrast(
-                    site, against, seeds.value, seeds.ci, _verdict(seeds.ci), "seeds", len(seeds.seeds)
-                )
-    for row in run.metrics.differences:
-        if (row.finding, row.tested_on, row.against) == (finding, site, against) and row.value is not None:
-            return Contrast(site, against, row.value, row.ci, _verdict(row.ci), "paired")
+                return Contrast(site, against, seeds.value, seeds.ci, _verdict(seeds.ci), "seeds", len(seeds.seeds))
+    pair = run.paired(against, site, finding)
+    if pair is not None and pair.value is not None:
+        return Contrast(site, against, pair.value, pair.ci, _verdict(pair.ci), "paired")
     own, other = run.result(FEDERATED, site, finding), run.result(against, site, finding)
     if own is None or other is None or own.auroc is None or other.auroc is None:
         return None
@@ -118,11 +119,7 @@ def ranked_findings(run: Run) -> list[str]:
             for site in run.site_names
             if (row := run.result(FEDERATED, site, finding)) and row.auroc is not None
         ]
-        both = sum(
-            1
-            for site, _ in rows
-            if (own := run.result(LOCAL + site, site, finding)) and own.auroc is not None
-        )
+        both = sum(1 for site, _ in rows if (own := run.result(LOCAL + site, site, finding)) and own.auroc is not None)
         return both, len(rows), sum(row.positives or 0 for _, row in rows)
 
     keyed = [(figures(finding), finding) for finding in run.findings]
@@ -159,9 +156,7 @@ def _group(found: Sequence[Contrast], verdict: Verdict) -> list[Contrast]:
 
 
 def _amounts(group: Sequence[Contrast], unit: str) -> str:
-    parts = [
-        f"{amount(one.value)}{unit if index == 0 else ''} at {one.site}" for index, one in enumerate(group)
-    ]
+    parts = [f"{amount(one.value)}{unit if index == 0 else ''} at {one.site}" for index, one in enumerate(group)]
     return listed(parts)
 
 
@@ -187,7 +182,10 @@ def headline(run: Run) -> str:
     """The one sentence: what federating gained each site, and what it lost against pooling."""
     ranked = ranked_findings(run)
     if not ranked:
-        return "No AUROC could be computed for any finding at any site, so nothing can be said of what federating gained or lost."
+        return (
+            "No AUROC could be computed for any finding at any site, "
+            "so nothing can be said of what federating gained or lost."
+        )
     finding = ranked[0]
     own = contrasts(run, finding, own_model)
     pooled = contrasts(run, finding, lambda _: CENTRALIZED)
@@ -217,7 +215,10 @@ def subline(run: Run) -> str:
     over = f"; against pooling, the mean of {seeds} seeds" if seeds > 1 else ""
     if not found and not any(arm.startswith(LOCAL) for arm in run.arms):
         return "AUROC on each site’s own held-out patients."
-    return f"AUROC on each site’s own held-out patients{over}; a difference counts where its {100 * run.confidence:g} % interval leaves 0 out."
+    return (
+        f"AUROC on each site’s own held-out patients{over}; "
+        f"a difference counts where its {100 * run.confidence:g} % interval leaves 0 out."
+    )
 
 
 def callouts(run: Run) -> list[Callout]:
@@ -269,7 +270,8 @@ def _random(run: Run, finding: str) -> list[Callout]:
         said.append(
             Callout(
                 "bad",
-                f"The federated backbone does worse than random weights with the same head: by {_amounts(lower, ' AUROC')}.",
+                f"The federated backbone does worse than random weights with the same head: "
+                f"by {_amounts(lower, ' AUROC')}.",
                 first=True,
             )
         )
@@ -284,9 +286,7 @@ def _random(run: Run, finding: str) -> list[Callout]:
             )
         )
     if higher and not lower:
-        said.append(
-            Callout("good", f"Above random weights with the same head by {_amounts(higher, ' AUROC')}.")
-        )
+        said.append(Callout("good", f"Above random weights with the same head by {_amounts(higher, ' AUROC')}."))
     return said
 
 
@@ -312,7 +312,8 @@ def _floors(run: Run, finding: str) -> list[Callout]:
             said.append(
                 Callout(
                     "warn",
-                    f"The {name} reaches {listed(near)}: what is measured there may be the scanner or the clinic, not the lung.",
+                    f"The {name} reaches {listed(near)}: "
+                    "what is measured there may be the scanner or the clinic, not the lung.",
                 )
             )
     odd = [
@@ -327,7 +328,8 @@ def _floors(run: Run, finding: str) -> list[Callout]:
         said.append(
             Callout(
                 "warn",
-                f"A head trained on shuffled labels should be near 0.5 and reaches {listed(odd)}: look for a leak or a chance hit.",
+                f"A head trained on shuffled labels should be near 0.5 and reaches {listed(odd)}: "
+                "look for a leak or a chance hit.",
             )
         )
     return said
@@ -346,25 +348,16 @@ def _elsewhere(run: Run, finding: str) -> list[Callout]:
             )
         )
     if higher:
-        said.append(
-            Callout("good", f"Above the best model of any other single site by {_amounts(higher, ' AUROC')}.")
-        )
+        said.append(Callout("good", f"Above the best model of any other single site by {_amounts(higher, ' AUROC')}."))
     return said
 
 
 def _others(run: Run, finding: str) -> list[Callout]:
     said = []
     for against, name in ((own_model, "the site’s own model"), (lambda _: CENTRALIZED, "pooling")):
-        found = [
-            (other, one)
-            for other in run.findings
-            if other != finding
-            for one in contrasts(run, other, against)
-        ]
+        found = [(other, one) for other in run.findings if other != finding for one in contrasts(run, other, against)]
         lost = [
-            f"{shown(other)} at {one.site} (by {amount(one.value)})"
-            for other, one in found
-            if one.verdict == "lower"
+            f"{shown(other)} at {one.site} (by {amount(one.value)})" for other, one in found if one.verdict == "lower"
         ]
         if lost:
             said.append(
@@ -410,7 +403,8 @@ def _missing(run: Run, finding: str) -> list[Callout]:
             said.append(
                 Callout(
                     "note",
-                    f"{listed(alone)} trained no model of its own for this finding, so what federating gained there is not known.",
+                    f"{listed(alone)} trained no model of its own for this finding, "
+                    "so what federating gained there is not known.",
                 )
             )
     return said
@@ -431,15 +425,12 @@ def stuck(run: Run, arms: Sequence[str] | None = None) -> list[str]:
                 if point.site == site and point.dino is not None and point.log_k
             ]
             last = pairs[-max(1, len(pairs) // 10) :]
-            if last and (end := sum(dino for dino, _ in last) / len(last)) >= (1 - STUCK) * (
-                log_k := last[-1][1]
-            ):
-                where.append(
-                    f"{end:.3f} of {log_k:.3f}" + (f" at {site}" if site and arm != LOCAL + site else "")
-                )
+            if last and (end := sum(dino for dino, _ in last) / len(last)) >= (1 - STUCK) * (log_k := last[-1][1]):
+                where.append(f"{end:.3f} of {log_k:.3f}" + (f" at {site}" if site and arm != LOCAL + site else ""))
         if where:
             said.append(
-                f"{arm_name(arm)}: the DINO loss ended at log K, its value for a model that tells no images apart ({listed(where)}). "
+                f"{arm_name(arm)}: the DINO loss ended at log K, its value for a model that tells no images apart "
+                f"({listed(where)}). "
                 "Its image-level objective learned nothing, even where iBOT and KoLeo still fall."
             )
     return said

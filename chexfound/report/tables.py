@@ -29,7 +29,7 @@ def results(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "finding": story.shown(finding),
-            "primary": finding == (ranked or [None])[0],
+            "primary": ranked[:1] == [finding],
             **_of_finding(run, finding),
         }
         for finding in order
@@ -37,9 +37,7 @@ def results(run: Run) -> list[dict[str, Any]]:
 
 
 def _of_finding(run: Run, finding: str) -> dict[str, Any]:
-    rows_of = {
-        site: [row for arm in run.arms if (row := run.result(arm, site, finding))] for site in run.site_names
-    }
+    rows_of = {site: [row for arm in run.arms if (row := run.result(arm, site, finding))] for site in run.site_names}
     empty = [
         (site, rows[0].reason or "no reason was given")
         for site, rows in rows_of.items()
@@ -75,6 +73,7 @@ def _table(run: Run, finding: str, sites: list[str], arms: list[str]) -> dict[st
                         "auprc": figure(found.auprc),
                         "auprc_ci": between(found.auprc_ci),
                         "own": arm == story.own_model(site),
+                        "gap": found.reason,
                     }
                 )
         lines.append({"arm": arm, "name": story.arm_name(arm), "cells": cells})
@@ -107,15 +106,8 @@ def differences(run: Run) -> list[dict[str, Any]]:
             pooled, seeds = _single_seed(run, finding, site)
             random = story.contrast(run, finding, site, RANDOM)
             row = run.result(FEDERATED, site, finding)
-            reason = next(
-                (
-                    one.reason
-                    for one in run.metrics.differences
-                    if (one.finding, one.tested_on, one.against) == (finding, site, CENTRALIZED)
-                    and one.reason
-                ),
-                None,
-            )
+            pair = run.paired(CENTRALIZED, site, finding)
+            reason = pair.reason if pair else None
             if not (own or pooled or seeds or random or (reason and row and row.auroc is not None)):
                 continue  # nothing to tell: the tables of results say why
             lines.append(
@@ -144,7 +136,7 @@ def seconds(run: Run) -> list[dict[str, Any]]:
     """Seconds by phase and arm, with each one's share of the longest; the total comes last."""
     parts = {name: value for name, value in run.metrics.seconds.items() if name != "total"}
     longest = max(parts.values(), default=0.0)
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"name": name, "text": duration(value), "share": 100 * value / longest if longest else 0}
         for name, value in parts.items()
     ]
@@ -154,25 +146,17 @@ def seconds(run: Run) -> list[dict[str, Any]]:
 
 
 def traffic(run: Run) -> list[dict[str, Any]]:
-    """Bytes by phase, down to the sites and up from them, with their share of the largest."""
-    longest = max((count for ways in run.metrics.bytes.values() for count in ways.values()), default=0)
-    lines = [
-        {
-            "name": name,
-            **{
-                way: {"text": size(ways[way]), "share": 100 * ways[way] / longest if longest else 0}
-                if way in ways
-                else None
-                for way in ("down", "up")
-            },
-        }
-        for name, ways in run.metrics.bytes.items()
-    ]
+    """Bytes by phase, down to the sites and up from them, with their share of the largest; the sum comes last."""
+    moved = run.metrics.bytes
+    longest = max((count for ways in moved.values() for count in ways.values()), default=0)
+
+    def way_of(ways: dict[str, int], way: str) -> dict[str, Any] | None:
+        return {"text": size(ways[way]), "share": 100 * ways[way] / max(longest, 1)} if way in ways else None
+
+    lines = [{"name": name, "down": way_of(ways, "down"), "up": way_of(ways, "up")} for name, ways in moved.items()]
     if len(lines) > 1:
-        total = {way: sum(ways.get(way, 0) for ways in run.metrics.bytes.values()) for way in ("down", "up")}
-        lines.append(
-            {"name": "total", **{way: {"text": size(count), "share": None} for way, count in total.items()}}
-        )
+        total = {way: sum(ways.get(way, 0) for ways in moved.values()) for way in ("down", "up")}
+        lines.append({"name": "total", **{way: {"text": size(total[way]), "share": None} for way in total}})
     return lines
 
 
@@ -200,7 +184,5 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             lines += flat(value, f"{prefix}{name}.")
         else:
-            lines.append(
-                (f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-            )
+            lines.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return lines

@@ -91,21 +91,13 @@ def _history(sites: tuple[str, ...], steps: int, stuck: bool) -> dict[str, Any]:
     pretrain: dict[str, list[dict[str, Any]]] = {}
     adapt: dict[str, list[dict[str, Any]]] = {}
     for arm in ["federated", "centralized", *(f"local:{site}" for site in sites)]:
-        where = (
-            sites
-            if arm == "federated"
-            else ["pooled"]
-            if arm == "centralized"
-            else [arm.removeprefix("local:")]
-        )
+        where = sites if arm == "federated" else ["pooled"] if arm == "centralized" else [arm.removeprefix("local:")]
         pretrain[arm], adapt[arm] = [], []
         for site in where:
             for step in range(0, steps, max(1, steps // 60)):
                 done = step / steps
                 flat = stuck and arm == "federated" and site == sites[-1]
-                dino = log_k * (1 - (0.001 if flat else 0.22) * done) + noise.normal(
-                    0, 0.01 if flat else 0.03
-                )
+                dino = log_k * (1 - (0.001 if flat else 0.22) * done) + noise.normal(0, 0.01 if flat else 0.03)
                 ibot, koleo = (
                     5.5 - 1.6 * done + noise.normal(0, 0.05),
                     1.2 - 2.0 * done + noise.normal(0, 0.05),
@@ -141,8 +133,7 @@ def _sites(sites: tuple[str, ...]) -> list[dict[str, Any]]:
             "epochs": {"federated": 12.5, "local": 50.0, "centralized": 14.1},
             "views": {"PA": 250, "AP": 150 + 100 * i},
             "findings": {
-                f: {"positives": 40, "negatives": 300 if site in LABELLED[f] else 0, "unknown": 60}
-                for f in FINDINGS
+                f: {"positives": 40, "negatives": 300 if site in LABELLED[f] else 0, "unknown": 60} for f in FINDINGS
             },
         }
         for i, site in enumerate(sites)
@@ -152,9 +143,7 @@ def _sites(sites: tuple[str, ...]) -> list[dict[str, Any]]:
 def chest(px: int, noise: np.random.Generator) -> np.ndarray:
     """Two dark lungs in a grey body, uint8."""
     y, x = np.mgrid[-1 : 1 : px * 1j, -1 : 1 : px * 1j]
-    lungs = sum(
-        np.exp(-((((x - side) / 0.28) ** 2 + ((y + 0.05) / 0.6) ** 2) ** 2)) for side in (-0.45, 0.45)
-    )
+    lungs = sum(np.exp(-((((x - side) / 0.28) ** 2 + ((y + 0.05) / 0.6) ** 2) ** 2)) for side in (-0.45, 0.45))
     body = 190 * np.exp(-((x / 0.95) ** 8)) - 120 * lungs + noise.normal(0, 6, (px, px))
     return body.clip(0, 255).astype(np.uint8)
 
@@ -162,9 +151,9 @@ def chest(px: int, noise: np.random.Generator) -> np.ndarray:
 def _artifacts(folder: Path, sites: tuple[str, ...], px: int) -> None:
     noise = numpy_generator(0, "report fixture", "artifacts")
     folder.mkdir()
-    np.savez(
-        folder / "samples.npz", **{site: np.stack([chest(px, noise) for _ in range(6)]) for site in sites}
-    )
+    names = {f"site {number}": site for number, site in enumerate(sites)}
+    np.savez(folder / "samples.npz", **{name: np.stack([chest(px, noise) for _ in range(6)]) for name in names})
+    (folder / "samples.json").write_text(json.dumps(names))
     n, findings, side = 4, 3, 8
     maps = noise.gamma(0.5, size=(n, findings, side, side)).astype(np.float32)
     maps /= maps.sum((2, 3), keepdims=True)
@@ -183,6 +172,14 @@ def _artifacts(folder: Path, sites: tuple[str, ...], px: int) -> None:
     (folder / "attention.json").write_text(json.dumps(captions))
 
 
+def _comparison(arm: str, site: str, finding: str, federated: float | None, other: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"first": "federated", "second": arm, "finding": finding, "tested_on": site}
+    if federated is None or other is None:
+        return row | {"difference": None, "ci": None, "reason": NO_NEGATIVE}
+    value = federated - other
+    return row | {"difference": value, "ci": [value - 0.025, value + 0.025], "reason": None}
+
+
 def write_run(
     out: Path,
     *,
@@ -196,6 +193,11 @@ def write_run(
     out.mkdir(parents=True)
     results = _results(sites)
     at = {(row["arm"], row["tested_on"], row["finding"]): row["auroc"] for row in results}
+    comparisons = [
+        _comparison(arm, site, finding, at[("federated", site, finding)], value)
+        for (arm, site, finding), value in at.items()
+        if arm == "random" or arm.startswith("local:")
+    ]
     differences = []
     for finding in FINDINGS:
         for site in sites:
@@ -218,6 +220,7 @@ def write_run(
         "findings": list(FINDINGS),
         "results": results,
         "differences": differences,
+        "comparisons": comparisons,
         "model_sha256": {arm: f"{i:064x}" for i, arm in enumerate(arms, 0xA17)},
         "void": None,
         "notes": ["batch 32 gives each of the sites 8 images a step"],

@@ -94,9 +94,7 @@ def test_every_figure_has_words_and_every_id_is_one(page):
     outline = Outline(page)
     images = [attributes for tag, attributes in outline.tags if tag == "img"]
     drawings = [
-        attributes
-        for tag, attributes in outline.tags
-        if tag == "svg" and attributes.get("aria-hidden") != "true"
+        attributes for tag, attributes in outline.tags if tag == "svg" and attributes.get("aria-hidden") != "true"
     ]
     assert len(images) == 4 * 6 + 2 * 4
     assert len(drawings) == 3 + 2 + 2 + 2 + 4
@@ -109,9 +107,7 @@ def test_every_figure_has_words_and_every_id_is_one(page):
 def test_tells_the_reasons_and_what_was_left_out(page):
     text = re.sub(r"<[^>]+>", "", page)
     assert "No figure at hannover-mhh: no negative among the test images." in text
-    assert (
-        "Local: hannover-mhh was not trained: its training images hold no finding with both classes" in text
-    )
+    assert "Local: hannover-mhh was not trained: its training images hold no finding with both classes" in text
     assert "covid-chestxray: 3 files were refused" in text
     assert "batch 32 gives each of the sites 8 images a step" in text
     assert "the DINO loss ended at log K" in text
@@ -131,8 +127,7 @@ def test_tells_the_reasons_and_what_was_left_out(page):
 
 def test_says_no_more_than_the_steps_allow(make_run, page):
     assert (
-        "too short to show that self-supervised learning helps"
-        in build(make_run(steps=100, sites=SITES)).read_text()
+        "too short to show that self-supervised learning helps" in build(make_run(steps=100, sites=SITES)).read_text()
     )
     assert "too short" not in page
 
@@ -171,9 +166,7 @@ def test_a_deployed_run_has_the_federated_arm_and_metrics_alone(make_run):
 
 
 def test_no_result_at_all_is_said(make_run):
-    page = build(
-        make_run(sites=SITES, change=lambda metrics: metrics.update(results=[], differences=[]))
-    ).read_text()
+    page = build(make_run(sites=SITES, change=lambda metrics: metrics.update(results=[], differences=[]))).read_text()
     assert Outline(page).titles(1)[0].startswith("No AUROC could be computed")
     assert "metrics.json holds no result." in page
 
@@ -206,9 +199,7 @@ def _hostile(metrics):
         .replace("hannover-mhh", HOSTILE.replace('"', '\\"'))
         .replace("COVID-19", '\\"><img src=x onerror=alert(1)>')
     )
-    metrics.update(
-        json.loads(text), notes=[HOSTILE, "\ud800 alone"], machine={HOSTILE: HOSTILE}, date=HOSTILE
-    )
+    metrics.update(json.loads(text), notes=[HOSTILE, "\ud800 alone"], machine={HOSTILE: HOSTILE}, date=HOSTILE)
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +211,7 @@ def hostile(tmp_path_factory, run_writer):
     with np.load(out / "artifacts/samples.npz") as samples:
         np.savez(
             out / "artifacts/samples.npz",
-            **{
-                name.replace("hannover-mhh", HOSTILE.replace("/", "")): samples[name]
-                for name in samples.files
-            },
+            **{name.replace("hannover-mhh", HOSTILE.replace("/", "")): samples[name] for name in samples.files},
         )
     captions = {
         "findings": [HOSTILE, "b", "c"],
@@ -259,7 +247,8 @@ def test_same_run_same_bytes_and_a_failure_leaves_them(make_run, whole, monkeypa
 
 VISIBLE = """
 Promise.all([...document.images].map(image => image.decode())).then(() => {
-  const box = one => { const r = one.getBoundingClientRect(); return [one.tagName, r.left, r.right, r.width, r.height]; };
+  const box = one => { const r = one.getBoundingClientRect();
+                       return [one.tagName, r.left, r.right, r.width, r.height]; };
   const shown = [...document.querySelectorAll("figure, figure img, .panel, .panel svg")].map(box);
   const words = [...document.querySelectorAll(".panel svg text")].map(box);
   return {shown, words, scroll: document.documentElement.scrollWidth, width: document.documentElement.clientWidth,
@@ -269,7 +258,8 @@ Promise.all([...document.images].map(image => image.decode())).then(() => {
 """
 CONTRAST = """
 (() => {
-  const light = text => { const c = text.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = text => { const c = text.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
                           return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
   const paper = light(getComputedStyle(document.body).backgroundColor);
   const ratio = ink => { const l = light(ink); return (Math.max(l, paper) + 0.05) / (Math.min(l, paper) + 0.05); };

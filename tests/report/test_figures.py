@@ -42,11 +42,7 @@ def test_a_panel_writes_its_figures_and_the_gap():
 def test_two_panels_share_no_id():
     first, second = (figures.dot_panel(dots(), 0.2, name, "x") for name in ("d0-0", "d0-1"))
     ids = [
-        {
-            element.get("id")
-            for element in ET.fromstring(svg.replace("xlink:href", "href")).iter()
-            if element.get("id")
-        }
+        {element.get("id") for element in ET.fromstring(svg.replace("xlink:href", "href")).iter() if element.get("id")}
         for svg in (first, second)
     ]
     assert ids[0]
@@ -55,9 +51,7 @@ def test_two_panels_share_no_id():
 
 @pytest.mark.parametrize(("low", "expected"), [(0.45, 0.4), (0.28, 0.2), (0.0, 0.0)])
 def test_the_axis_holds_every_interval(low, expected):
-    assert figures.axis_floor([figures.Dot("x", "floor", "o", low + 0.1, (low, 0.9))]) == pytest.approx(
-        expected
-    )
+    assert figures.axis_floor([figures.Dot("x", "floor", "o", low + 0.1, (low, 0.9))]) == pytest.approx(expected)
 
 
 def line(n=400, **values):
@@ -67,9 +61,7 @@ def line(n=400, **values):
 
 def test_curves_show_log_k_and_only_what_there_is():
     svg = figures.curves_panel([line(dino=5.0, ibot=4.0, log_k=5.545)], "c0", "x")
-    assert {"DINO loss", "iBOT loss", "dashed: log K = 5.54"} <= set(
-        words(svg)
-    ) or "dashed: log K = 5.55" in words(svg)
+    assert {"DINO loss", "iBOT loss", "dashed: log K = 5.54"} <= set(words(svg)) or "dashed: log K = 5.55" in words(svg)
     assert not {"KoLeo loss", "Head loss"} & set(words(svg))
     assert figures.curves_panel([line(n=0)], "c0", "x") is None
     assert figures.curves_panel([line(n=1, dino=5.0)], "c0", "x") is not None

@@ -7,24 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chexfound.report import story
-from chexfound.report.run import AcrossSeeds, Difference, History, Metrics, Point, Result, Run
+from chexfound.report.run import AcrossSeeds, Comparison, Difference, History, Metrics, Point, Result, Run
 
 
 def row(arm, site, auroc, half=0.03, finding="Pneumonia", positives=40):
     ci = None if auroc is None or half is None else (auroc - half, auroc + half)
-    return Result(
-        arm=arm, tested_on=site, finding=finding, n=100, positives=positives, auroc=auroc, auroc_ci=ci
-    )
+    return Result(arm=arm, tested_on=site, finding=finding, n=100, positives=positives, auroc=auroc, auroc_ci=ci)
 
 
-def difference(site, value, half, against="centralized", finding="Pneumonia"):
-    return Difference(
-        finding=finding,
-        tested_on=site,
-        against=against,
-        federated_minus=value,
-        ci=(value - half, value + half),
-    )
+def difference(site, value, half, finding="Pneumonia"):
+    ci = (value - half, value + half)
+    return Difference(finding=finding, tested_on=site, federated_minus_centralized=value, ci=ci)
+
+
+def comparison(site, second, value, half, finding="Pneumonia"):
+    ci = (value - half, value + half)
+    return Comparison(first="federated", second=second, finding=finding, tested_on=site, difference=value, ci=ci)
 
 
 def run(*results, differences=(), steps=300, history=None, **metrics):
@@ -39,15 +37,16 @@ def run(*results, differences=(), steps=300, history=None, **metrics):
 
 def two_sites(own=(0.0, 0.0), pooled=(0.0, 0.0), half=0.01):
     """Sites A and B, federated at 0.8, with paired differences against own and pooled."""
-    results, differences = [], []
+    results, differences, comparisons = [], [], []
     for site, gain, loss in zip("AB", own, pooled, strict=True):
         results += [
             row("federated", site, 0.8),
             row(f"local:{site}", site, 0.8 - gain),
             row("centralized", site, 0.8 - loss),
         ]
-        differences += [difference(site, gain, half, f"local:{site}"), difference(site, loss, half)]
-    return run(*results, differences=differences)
+        comparisons.append(comparison(site, f"local:{site}", gain, half))
+        differences.append(difference(site, loss, half))
+    return run(*results, differences=differences, comparisons=comparisons)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,8 @@ def two_sites(own=(0.0, 0.0), pooled=(0.0, 0.0), half=0.01):
         (
             (0.1, 0.2),
             (-0.03, 0.0),
-            "Pneumonia: federating lost 0.03 AUROC at A against pooling all images, but shows no clear difference from it at B; "
+            "Pneumonia: federating lost 0.03 AUROC at A against pooling all images, "
+            "but shows no clear difference from it at B; "
             "it gained 0.20 at B and 0.10 at A over the site’s own model.",
         ),
         (
@@ -80,7 +80,8 @@ def two_sites(own=(0.0, 0.0), pooled=(0.0, 0.0), half=0.01):
         (
             (0.1, 0.0),
             (0.02, 0.03),
-            "Pneumonia: federating shows no clear difference from the site’s own model at B and gained 0.10 AUROC at A over it; "
+            "Pneumonia: federating shows no clear difference from the site’s own model at B "
+            "and gained 0.10 AUROC at A over it; "
             "it gained 0.03 at B and 0.02 at A over pooling all images.",
         ),
     ],
@@ -102,9 +103,7 @@ def test_the_headline_never_claims_what_an_interval_does_not(values, half):
 
 
 def test_an_interval_that_touches_zero_is_unclear():
-    touching = Difference(
-        finding="Pneumonia", tested_on="A", federated_minus_centralized=-0.1, ci=(-0.2, 0.0)
-    )
+    touching = Difference(finding="Pneumonia", tested_on="A", federated_minus_centralized=-0.1, ci=(-0.2, 0.0))
     one = story.contrast(
         run(row("federated", "A", 0.7), row("centralized", "A", 0.8), differences=[touching]),
         "Pneumonia",
@@ -118,9 +117,7 @@ def test_an_interval_that_touches_zero_is_unclear():
     ("other", "verdict"), [(0.85, "unclear"), (0.87, "lower"), (0.73, "higher"), (0.80, "unclear")]
 )
 def test_without_pairing_only_intervals_that_do_not_overlap_count(other, verdict):
-    one = story.contrast(
-        run(row("federated", "A", 0.8), row("local:A", "A", other)), "Pneumonia", "A", "local:A"
-    )
+    one = story.contrast(run(row("federated", "A", 0.8), row("local:A", "A", other)), "Pneumonia", "A", "local:A")
     assert (one.verdict, one.how) == (verdict, "overlap")
     assert one.value == pytest.approx(0.8 - other)
     bare = story.contrast(
@@ -206,9 +203,7 @@ def test_bad_callouts_come_before_good_ones():
     assert [one.kind for one in story.callouts(some)] == sorted(
         (one.kind for one in story.callouts(some)), key=["bad", "warn", "good", "note"].index
     )
-    assert any(
-        "A model of another site alone does better" in one.text for one in story.callouts(some) if one.first
-    )
+    assert any("A model of another site alone does better" in one.text for one in story.callouts(some) if one.first)
 
 
 def test_floors_near_the_model_and_odd_shuffles_are_told():

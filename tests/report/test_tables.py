@@ -33,9 +33,7 @@ def test_sizes(count, said):
 
 def test_four_sites_abreast_and_none_lost():
     sites = [f"s{index}" for index in range(9)]
-    rows = [
-        Result(arm="federated", tested_on=site, finding="f", auroc=0.8, auroc_ci=(0.7, 0.9)) for site in sites
-    ]
+    rows = [Result(arm="federated", tested_on=site, finding="f", auroc=0.8, auroc_ci=(0.7, 0.9)) for site in sites]
     (finding,) = tables.results(Run(out=None, metrics=Metrics(results=rows)))
     assert [[head["site"] for head in table["sites"]] for table in finding["tables"]] == [
         sites[:4],
@@ -45,10 +43,7 @@ def test_four_sites_abreast_and_none_lost():
 
 
 def test_a_site_without_figures_is_told_once_and_a_gap_in_its_cell():
-    rows = [
-        Result(arm=arm, tested_on="empty", finding="f", reason="no positive")
-        for arm in ("federated", "random")
-    ]
+    rows = [Result(arm=arm, tested_on="empty", finding="f", reason="no positive") for arm in ("federated", "random")]
     rows += [
         Result(arm="federated", tested_on="a", finding="f", auroc=0.8),
         Result(arm="random", tested_on="a", finding="f", reason="one class in training"),
@@ -66,7 +61,8 @@ def test_differences_name_each_comparison_once(make_run):
     first = lines[0]
     assert first["finding"] == "Pneumonia"
     assert first["pooled"]["ci"].startswith("[")
-    assert first["own"]["words"].endswith("*")
+    assert first["own"]["ci"].startswith("[")
+    assert "*" not in first["own"]["words"]
     assert next(line for line in lines if line["site"] == "hannover-mhh")["own"] is None
 
 
@@ -78,3 +74,10 @@ def test_shares_are_of_the_longest(make_run):
 
 def test_flat_names_nested_values():
     assert tables.flat({"a": {"b": 1}, "c": [1, 2]}) == [("a.b", "1"), ("c", "1, 2")]
+
+
+def test_without_comparisons_a_star_says_how_two_were_told_apart(make_run):
+    first = tables.differences(read(make_run(change=lambda metrics: metrics.pop("comparisons"))))[0]
+    assert first["own"]["words"].endswith("*")
+    assert first["own"]["ci"] == ""
+    assert "*" not in first["pooled"]["words"]
