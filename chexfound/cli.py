@@ -58,7 +58,8 @@ def _phantom(given: argparse.Namespace) -> int:
     bar, progress = _progress("drawing")
     with bar:  # type: ignore[attr-defined]
         summary = generate(Path(given.out), sites=given.sites, patients=given.patients, seed=given.seed, progress=progress)
-    print(f"{summary.images} images of {summary.patients} patients at {given.sites} sites in {given.out}")
+    images = ", ".join(f"{site} {number}" for site, number in summary.images.items())
+    print(f"{summary.patients} patients drawn into {given.out}; images: {images}")
     return 0
 
 
