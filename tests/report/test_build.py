@@ -308,6 +308,20 @@ def test_hostile_names_do_nothing_in_chromium(hostile, browser):
     _shown(browser, hostile)
 
 
+def test_long_and_many_names_fit_a_phone(run_writer, tmp_path, browser):
+    names = ("Universitätsklinikum-" + "x" * 60, "日本 病院", *(f"shard-{number}" for number in range(4)))
+    rows = [
+        {"arm": arm, "tested_on": site, "finding": "Pneumonia", "auroc": 0.8, "auroc_ci": [0.7, 0.9]}
+        for site in names
+        for arm in ("federated", *(f"local:{other}" for other in names))
+    ]
+    path = build(run_writer(tmp_path / "run", change=lambda metrics: metrics.update(sites=names, results=rows)))
+    browser.open(path, 390)
+    seen = browser.evaluate(VISIBLE)
+    assert seen["width"] == 390
+    assert seen["scroll"] <= seen["width"]
+
+
 def test_print_clips_no_table(whole, browser):
     browser.open(whole, 695)  # A4 less its margins, in CSS pixels
     browser.send("Emulation.setEmulatedMedia", media="print")
