@@ -109,7 +109,7 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
         alt = f"AUROC for {story.shown(finding)} at {site}: " + "; ".join(_spoken(dot) for dot in rows)
         other = story.best_other(run, finding, site)
         compared = [("own model", LOCAL + site), ("pooling", CENTRALIZED), ("random weights", RANDOM)]
-        compared += [(f"best other: {other.removeprefix(LOCAL)}", other)] if other else []
+        compared += [(f"best other: {_short(other.removeprefix(LOCAL))}", other)] if other else []
         panels.append(
             {
                 "site": site,
@@ -125,6 +125,10 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
         )
     reasons = [(site, row.reason if (row := run.result(FEDERATED, site, finding)) else None) for site in blank]
     return {"name": story.shown(finding), "panels": panels, "blank": reasons}
+
+
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _spoken(dot: figures.Dot) -> str:

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 
 from chexfound.errors import DataError
@@ -208,11 +207,8 @@ def hostile(tmp_path_factory, run_writer):
     for name in ("history.json", "sites.json"):
         (out / name).write_text((out / name).read_text().replace("hannover-mhh", HOSTILE.replace('"', '\\"')))
     (out / "recipe.yaml").write_text(f"name: '{HOSTILE}'\n")
-    with np.load(out / "artifacts/samples.npz") as samples:
-        np.savez(
-            out / "artifacts/samples.npz",
-            **{name.replace("hannover-mhh", HOSTILE.replace("/", "")): samples[name] for name in samples.files},
-        )
+    names = {f"site {number}": site for number, site in enumerate((HOSTILE, "b", '"><img src=x>', "d"))}
+    (out / "artifacts/samples.json").write_text(json.dumps(names))
     captions = {
         "findings": [HOSTILE, "b", "c"],
         "sites": [HOSTILE] * 4,
@@ -310,6 +306,20 @@ def test_readable_in_light_and_in_the_dark(whole, browser, scheme):
 def test_hostile_names_do_nothing_in_chromium(hostile, browser):
     browser.open(hostile, 390)
     _shown(browser, hostile)
+
+
+def test_long_and_many_names_fit_a_phone(run_writer, tmp_path, browser):
+    names = ("Universitätsklinikum-" + "x" * 60, "日本 病院", *(f"shard-{number}" for number in range(4)))
+    rows = [
+        {"arm": arm, "tested_on": site, "finding": "Pneumonia", "auroc": 0.8, "auroc_ci": [0.7, 0.9]}
+        for site in names
+        for arm in ("federated", *(f"local:{other}" for other in names))
+    ]
+    path = build(run_writer(tmp_path / "run", change=lambda metrics: metrics.update(sites=names, results=rows)))
+    browser.open(path, 390)
+    seen = browser.evaluate(VISIBLE)
+    assert seen["width"] == 390
+    assert seen["scroll"] <= seen["width"]
 
 
 def test_print_clips_no_table(whole, browser):

@@ -106,6 +106,13 @@ def test_a_damaged_part_is_absent_with_its_reason(make_run, name, content, said)
     assert [said in reason for reason in read(out).absent.values()] == [True]
 
 
+def test_samples_take_their_sites_names_from_beside_them(make_run):
+    out = make_run()
+    assert list(read(out).samples) == read(out).site_names
+    (out / "artifacts/samples.json").unlink()
+    assert list(read(out).samples) == ["site 0", "site 1", "site 2", "site 3"]
+
+
 def test_pickles_are_not_loaded(make_run):
     out = make_run()
     np.savez(out / "artifacts/samples.npz", a=np.array([{}], dtype=object))
