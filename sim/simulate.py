@@ -131,6 +131,8 @@ class Simulation:
             self.display.say(f"[yellow]refused[/yellow] {escape(file)}: {escape(reason)}")
         if len(store.refused) > 5:
             self.display.say(f"… and {len(store.refused) - 5} more; all are listed in the store's index")
+        if store.refused:
+            self.notes.append(f"{len(store.refused)} files were refused, each with a reason in the store's index.")
         dealt = partition(store, self.options.by, self.options.seeds[0])
         self.notes += dealt.notes
         for note in dealt.notes:
