@@ -164,3 +164,42 @@ def make_site(tiny_store_path: Path, tmp_path: Path) -> Callable[..., Any]:
 def with_findings(tiny_recipe: Any) -> Any:
     """The small recipe with the head's findings named."""
     return replace(tiny_recipe, adapt=replace(tiny_recipe.adapt, findings=("Bar", "Blob")))
+
+
+@pytest.fixture
+def make_message() -> Callable[..., Any]:
+    """`make_message(content, "train.pretrain")`: a message as the coordinator sends it."""
+    from flwr.app import Message
+
+    from server.flwr_private import set_identity
+
+    def make(content: Any, message_type: str = "query.enrol") -> Message:
+        set_identity(1)
+        return Message(content, dst_node_id=1, message_type=message_type, group_id="0", ttl=60.0)
+
+    return make
+
+
+@pytest.fixture
+def make_exchange(tiny_store_path: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`make_exchange(recipe, ["alpha", "beta"])`: these hospitals behind the in-process grid, in this process."""
+    from chexfound import recipe as recipes
+    from chexfound.data.store import Store
+    from server.exchange import GridExchange
+    from sim.engine import InProcessGrid
+    from sim.pool import Pool
+
+    keys = sorted(set(Store.open(tiny_store_path).keys))
+
+    def make(recipe: Any, names: list[str], homes: Path | None = None) -> GridExchange:
+        nodes = []
+        for name in names:
+            node = {"site": name, "data": str(tiny_store_path), "home": str((homes or tmp_path / "homes") / name)}
+            if name != "all":
+                shard = tmp_path / f"{name}.json"
+                shard.write_text(json.dumps([key for key in keys if key.startswith(f"{name}/")]))
+                node["patients"] = str(shard)
+            nodes.append(node)
+        return GridExchange(InProcessGrid(Pool(1), nodes, {"recipe": recipes.to_json(recipe)}))
+
+    return make
