@@ -139,6 +139,12 @@ class Run:
             raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
         if "adapt" in self.recipe.phases:
             self.findings = choose_findings(self.recipe, [member.values["findings"] for member in self.roster])
+            labelled = {name for member in self.roster for name in member.values["findings"]}
+            if not labelled & set(self.findings):
+                raise DataError(
+                    f"no site has a training image labelled with any of {', '.join(self.findings)}; "
+                    f"there are {', '.join(sorted(labelled)) or 'no labels'}: choose others as adapt.findings, or leave adapt out of phases"
+                )
         event = {
             "event": "start",
             "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),

@@ -180,9 +180,9 @@ def make_message() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def make_exchange(tiny_store_path: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`make_exchange(recipe, ["alpha", "beta"])`: these hospitals behind the in-process grid, in this process."""
+@pytest.fixture(scope="session")
+def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid, in this process."""
     from chexfound import recipe as recipes
     from chexfound.data.store import Store
     from server.exchange import GridExchange
@@ -191,12 +191,14 @@ def make_exchange(tiny_store_path: Path, tmp_path: Path) -> Callable[..., Any]:
 
     keys = sorted(set(Store.open(tiny_store_path).keys))
 
+    shards = tmp_path_factory.mktemp("shards")
+
     def make(recipe: Any, names: list[str], homes: Path | None = None) -> GridExchange:
-        nodes = []
+        nodes, homes = [], homes or tmp_path_factory.mktemp("homes")
         for name in names:
-            node = {"site": name, "data": str(tiny_store_path), "home": str((homes or tmp_path / "homes") / name)}
+            node = {"site": name, "data": str(tiny_store_path), "home": str(homes / name)}
             if name != "all":
-                shard = tmp_path / f"{name}.json"
+                shard = shards / f"{name}.json"
                 shard.write_text(json.dumps([key for key in keys if key.startswith(f"{name}/")]))
                 node["patients"] = str(shard)
             nodes.append(node)
