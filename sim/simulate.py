@@ -47,7 +47,7 @@ class Options:
         Raises: ConfigError if `out` holds no run.
         """
         path = out / "simulation.json"
-        if not path.isfile():
+        if not path.is_file():
             raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
         try:
             values = arms.load_json(path)
