@@ -27,6 +27,7 @@ MESSAGE_TYPES = {
     "adapt": "train.adapt",
     "evaluate": "evaluate",
 }
+LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -60,19 +61,26 @@ def _tensors(content: RecordDict) -> dict[str, Tensor]:
     result = {}
     for name, array in content.array_records["arrays"].items():
         try:
-            data = array.numpy()
-        except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
+            data = array.numpy()  # never unpickles
+        except Exception as error:  # bytes from outside: NumPy's parser raises a dozen kinds
             raise ProtocolError(f"array {name!r} cannot be read") from error
-        if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES:
+        if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES or not data.dtype.isnative:
             raise ProtocolError(f"array {name!r}: its dtype does not travel")
         result[name] = torch.from_numpy(np.ascontiguousarray(data).reshape(data.shape).copy())
     return result
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
 def _json(content: RecordDict, key: str) -> dict[str, Any]:
     try:
         text = content.config_records[key]["json"]
-        values = json.loads(text)  # type: ignore[arg-type]
+        values = json.loads(text, parse_constant=_number, parse_float=_number)  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"the message holds no readable {key!r}") from error
     if not isinstance(values, dict):
@@ -95,8 +103,9 @@ def unpack_request(content: RecordDict) -> Request:
         fields = _request_adapter.validate_python(_json(content, "request"))
     except ValidationError as error:
         raise ProtocolError(f"the request is malformed: {error.error_count()} fields") from error
-    if min(fields.round, fields.step, fields.steps, fields.batch_size, fields.roster_index) < 0:
-        raise ProtocolError("the request holds a negative number")
+    numbers = (fields.round, fields.step, fields.steps, fields.batch_size, fields.roster_index)
+    if min(numbers) < 0 or max(numbers) > LARGEST or fields.batch_size > LARGEST_BATCH:
+        raise ProtocolError("the request holds a number that is negative or too large")
     values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
     return Request(tensors=_tensors(content), **values)
 
@@ -132,4 +141,17 @@ def payload_bytes(tensors: dict[str, Tensor]) -> int:
 
 def finite(value: object) -> bool:
     """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def count(value: object) -> bool:
+    """Whether a JSON value is a number of things: an integer in 0 … 2**40."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def word(value: object) -> bool:
+    """Whether a JSON value is a name: 1 to 64 printable characters."""
+    return isinstance(value, str) and 0 < len(value) <= 64 and value.isprintable()

@@ -21,6 +21,7 @@ from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import checkpoint, release
 from server import result
 from server.result import SCHEMA
+from server.run import Batches
 from sim import compare
 from sim.arms import FITTED_ARMS, Plan, finished
 
@@ -124,10 +125,7 @@ def _write_sites(out: Path, plan: Plan) -> None:
     total_train = sum(
         len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items()
     )
-    batch, pooled = (
-        recipes.site_batch_size(recipe.train, n_sites, "train"),
-        recipes.pooled_batch_size(recipe.train, n_sites),
-    )
+    batch, pooled = Batches.of(recipe, n_sites).pretrain, recipes.pooled_batch_size(recipe.train, n_sites)
     refused = Counter(Path(file).parts[0] for file, _ in store.refused)
     rows = []
     for name, patients in plan.sites.items():
