@@ -151,7 +151,7 @@ class Crops:
     local_crops_scale: Range = (0.3, 0.7)
     horizontal_flip: Fraction = 0.5
     rotation_deg: Weight = 5.0
-    jitter: Weight = 0.1  # of gamma, in log units; brightness and contrast fall to the z-score
+    jitter: Weight = 0.1  # log gamma is uniform in ± 2 · jitter; brightness and contrast fall to the z-score
     blur: Fraction = 0.0
 
 

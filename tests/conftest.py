@@ -44,3 +44,10 @@ def require() -> Callable[[str], Path]:
         return found
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def reference(require: Callable[[str], None]) -> Path:
+    """The folder of values that the public implementation computes; skips where it is absent."""
+    require("shared")
+    return SHARED / "reference"

@@ -284,9 +284,14 @@ def test_replacing_leaves_the_new_file_with_usual_rights_and_nothing_else(tmp_pa
 def test_an_exception_in_the_block_leaves_the_old_file(tmp_path):
     target = tmp_path / "file"
     write_text(target, "old")
-    with pytest.raises(ZeroDivisionError), replace_file(target) as temporary:
-        temporary.write_text("half")
-        1 / 0  # noqa: B018
+
+    def write_half() -> None:
+        with replace_file(target) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 

@@ -56,10 +56,14 @@ def test_the_global_state_is_left_alone():
 
 
 def test_the_stream_is_put_back_after_an_exception():
+    def draw_and_fail() -> None:
+        with rng.torch_stream(1):
+            torch.rand(1)
+            raise ZeroDivisionError
+
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), rng.torch_stream(1):
-        torch.rand(1)
-        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError):
+        draw_and_fail()
     assert torch.equal(before, torch.get_rng_state())
 
 
