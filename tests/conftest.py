@@ -47,7 +47,6 @@ def require() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def reference(require: Callable[[str], None]) -> Path:
+def reference(require: Callable[[str], Path]) -> Path:
     """The folder of values that the public implementation computes; skips where it is absent."""
-    require("shared")
-    return SHARED / "reference"
+    return require("shared") / "reference"
