@@ -27,6 +27,17 @@ MESSAGE_TYPES = {
     "adapt": "train.adapt",
     "evaluate": "evaluate",
 }
+# What Flower itself reports, by its error codes: from the site's node, or in its stead.  Our own
+# replies use the same field, and are told apart by their reason, which is always one of our words.
+FLOWER_ERRORS = {
+    1: "could not load the ClientApp",
+    2: "the ClientApp raised an exception",
+    3: "the message is gone or incomplete at the coordinator",
+    4: "the reply is gone or incomplete at the coordinator",
+    5: "is no longer connected",
+    7: "refused the app that the coordinator sent",
+    8: "the ClientApp's process died",
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -120,9 +131,12 @@ def pack_error(error: ChexfoundError, request: Message) -> Message:
     return Message(Error(code=error.exit_code, reason=error.code), reply_to=request)
 
 
-def unpack_error(message: Message) -> type[ChexfoundError]:
-    """The kind of error that a site reports; ChexfoundError for a code that is not ours."""
-    return CODES.get(str(message.error.reason), ChexfoundError)
+def explain_error(message: Message) -> str:
+    """What an error message says, in our own words: the sender's text is never repeated."""
+    kind = CODES.get(str(message.error.reason))
+    if kind is not None and message.error.code == kind.exit_code:
+        return f"replied with error {kind.code!r} (exit code {kind.exit_code})"
+    return FLOWER_ERRORS.get(message.error.code, f"failed with Flower's error code {message.error.code:d}")
 
 
 def payload_bytes(tensors: dict[str, Tensor]) -> int:

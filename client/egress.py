@@ -72,7 +72,7 @@ def release(request: Message, phase: str, reply: Reply | BaseException) -> Messa
     if isinstance(reply, Reply):
         try:
             return Message(wire.pack_reply(admit(phase, reply)), reply_to=request)
-        except ChexfoundError as error:
+        except Exception as error:  # noqa: BLE001 (a reply that cannot be checked or packed does not leave)
             reply = error
     if isinstance(reply, ChexfoundError):
         log.error("phase=%s error=%s %s", phase, reply.code, reply)
