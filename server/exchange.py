@@ -115,7 +115,7 @@ class GridExchange:
                 content=wire.pack_request(request),
                 dst_node_id=node,
                 message_type=wire.MESSAGE_TYPES[request.phase],
-                group_id=str(request.round),
+                group_id=str(request.round + 1),  # only shown in the logs, where the first is 1
                 ttl=self._timeout_s,
             )
             for request, node in zip(requests, self._nodes, strict=True)
