@@ -420,6 +420,25 @@ def from_json(text: str) -> Recipe:
     return validate(values, "run-config 'recipe'")
 
 
+def to_run_config(recipe: Recipe) -> str:
+    """The text of a TOML file for `flwr run -c FILE.toml`, which has the recipe under the key `recipe`.
+
+    A literal string in triple quotes takes everything as it stands but quotes and control characters;
+    JSON can write these as escapes, so none is left in it.
+    """
+    text = to_json(recipe).replace("'", "\\u0027").replace("\x7f", "\\u007f")
+    return f"recipe = '''{text}'''\n"
+
+
+def from_run_config(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run, the same at the coordinator and at a site; the preset "demo" if none is given.
+
+    Raises: ConfigError.
+    """
+    text = values.get("recipe") or ""
+    return from_json(str(text)) if text else load("demo")
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as a person reads it."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
