@@ -164,8 +164,11 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
         site.report("pretrain", request.step, recipe.train.total_steps),
     )
     _carry(site, recipe, request, trainer.state())
+    tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
+    if recipe.train.optimizer_state == "average":
+        tensors |= trainer.moments()
     return Reply(
-        tensors=trainer.global_tensors(teacher=recipe.teacher.policy == "average"),
+        tensors=tensors,
         values={"images": len(ids), "state": "kept" if kept else "fresh", "history": rows},
     )
 
@@ -217,7 +220,10 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
         site.report("adapt", request.step, recipe.adapt.total_steps),
     )
     _carry(site, recipe, request, trainer.state())
-    return Reply(tensors=trainer.global_tensors(), values={**values, "history": rows})
+    tensors = trainer.global_tensors()
+    if recipe.adapt.optimizer_state == "average":
+        tensors |= trainer.state()
+    return Reply(tensors=tensors, values={**values, "history": rows})
 
 
 def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:

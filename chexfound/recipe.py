@@ -103,6 +103,7 @@ class Train:
     pooled_batch_size: Positive | None = 32  # … or over all sites together; the centralized arm takes the pooled number
     OFFICIAL_EPOCH_LENGTH: Positive = 10
     centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
+    optimizer_state: Literal["average", "local"] = "average"  # Adam's moments: averaged as the weights, or a site's own
 
     @property
     def total_steps(self) -> int:
@@ -166,6 +167,7 @@ class Adapt:
     local_steps: Positive = 40
     batch_size: Positive | None = None
     pooled_batch_size: Positive | None = 64
+    optimizer_state: Literal["average", "local"] = "average"
     n_last_blocks: Positive = 2
     views: Count = 3  # augmented views cached beside the image itself
     lr: Rate = 4e-3

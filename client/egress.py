@@ -18,7 +18,7 @@ from chexfound.phases import Reply
 
 log = logging.getLogger("chexfound.client")
 
-# Values that may leave, by phase.  Tensors: `pretrain` the student (and teacher), `features` the
+# Values that may leave, by phase.  Tensors: `pretrain` the student (teacher, Adam's moments), `features` the
 # moments of the tokens, `adapt` the head.
 VALUES: dict[str, frozenset[str]] = {
     "enrol": frozenset({"site", "images", "patients", "train", "val", "test", "findings", "versions", "store_sha256"}),
@@ -29,7 +29,7 @@ VALUES: dict[str, frozenset[str]] = {
 }
 TENSORS: dict[str, tuple[str, ...]] = {
     "enrol": (),
-    "pretrain": ("student.", "teacher."),
+    "pretrain": ("student.", "teacher.", "optimizer."),
     "features": ("patches.", "cls."),
     "adapt": ("",),
     "evaluate": (),

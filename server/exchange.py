@@ -15,7 +15,6 @@ from chexfound.errors import ConfigError, ProtocolError, SiteError
 from chexfound.phases import Reply, Request
 from chexfound.recipe import Recipe
 
-
 COUNTS = ("images", "patients", "train", "val", "test")
 ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_sha256"}
 

@@ -24,6 +24,7 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolEr
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
+from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import Recipe
 from server.exchange import Exchange, Member
@@ -226,13 +227,12 @@ class Run:
         ]
 
     def _pretrain(self) -> dict[str, Tensor]:
-        config, teacher = self.recipe.train, self.recipe.teacher.policy == "average"
+        config = self.recipe.train
         done, weights = self._last("pretrain")
         if weights is None:
             weights = initial_weights(self.recipe)
             if self.backbone is not None:
                 _load_backbone(weights, self.backbone)
-            weights = {name: tensor for name, tensor in weights.items() if teacher or name.startswith("student.")}
         assert self.batches is not None
         for number in range(done, config.rounds):
             weights = self._train_round(
@@ -287,6 +287,8 @@ class Run:
         if head is None:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
             head |= features.standardization(_checked_moments(sums, head))
+            if config.optimizer_state == "average":
+                head |= zero_moments(head_module)
             self._record(
                 {
                     "event": "features",
@@ -297,11 +299,12 @@ class Run:
                     },
                 }
             )
+        moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
         assert self.batches is not None
         for number in range(done, config.rounds):
-            strategy = FedAvg("adapt", len(self.findings), head_module.row_parameters)
+            strategy = FedAvg("adapt", len(self.findings), [*head_module.row_parameters, *moments])
             head = self._train_round("adapt", strategy, head, number, config.local_steps, self.batches.adapt)
-        return head
+        return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
 
     def _unscored(self) -> dict[str, str]:
         """Findings of which no site could train a row, with the reason."""
@@ -366,9 +369,10 @@ def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
     )
     if odd:
         raise CheckpointError(f"{path}: is not the recipe's backbone: {len(odd)} tensors differ, {odd[:3]}")
-    for whose in ("student", "teacher"):
-        for name, tensor in given.items():
-            weights[f"{whose}.backbone.{name}"] = tensor.clone()
+    for name in weights:
+        for whose in ("student.backbone.", "teacher.backbone."):
+            if name.startswith(whose):
+                weights[name] = given[name.removeprefix(whose)].clone()
 
 
 def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from chexfound.errors import DataError
 from chexfound.model.glori import GLoRI
 from chexfound.model.heads import LinearHead
 from chexfound.model.vit import VisionTransformer
+from chexfound.pretrain import optimizer
 from chexfound.pretrain.schedules import cosine
-from chexfound.pretrain.train import Progress, load_optimizer, load_tensors, optimizer_state
+from chexfound.pretrain.train import Progress, load_tensors
 from chexfound.recipe import ARCHS, Recipe
 
 
@@ -82,11 +83,15 @@ class HeadTrainer:
         )
 
     def load_global(self, tensors: dict[str, Tensor]) -> None:
-        """Start a round from the coordinator's head.
+        """Start a round from the coordinator's head; moments that it does not send stay.
 
         Raises: CheckpointError.
         """
-        load_tensors(self.head, tensors, list(self.head.state_dict()))
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
+        load_tensors(self.head, weights, list(self.head.state_dict()))
+        if moments:
+            optimizer.load_moments(self.optimizer, self.head, moments)
 
     def global_tensors(self) -> dict[str, Tensor]:
         """Copies of the tensors that travel."""
@@ -94,11 +99,14 @@ class HeadTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """What the next round stands on: the optimizer's moments."""
-        return optimizer_state(self.optimizer, self.head)
+        return optimizer.moments(self.optimizer, self.head)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        load_optimizer(self.optimizer, self.head, tensors)
+        """The inverse of `state`.
+
+        Raises: CheckpointError.
+        """
+        optimizer.load_moments(self.optimizer, self.head, tensors)
 
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from chexfound.errors import CheckpointError
 from chexfound.pretrain.schedules import Schedule
 from chexfound.recipe import Optim
+
+PREFIX = "optimizer."  # of the moments' names
 
 
 def multipliers(name: str, ndim: int, depth: int, config: Optim) -> tuple[float, float, bool]:
@@ -51,3 +55,50 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: Schedule) -> None:
     for group in optimizer.param_groups:
         group["lr"] = (values.last_layer_lr if group["is_last_layer"] else values.lr) * group["lr_mult"]
         group["weight_decay"] = values.weight_decay * group["wd_mult"]
+
+
+def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the optimizer's state, by parameter: `optimizer.<parameter>.<key>`."""
+    return {
+        f"{PREFIX}{name}.{key}": torch.as_tensor(value).detach().clone()
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+
+
+def zero_moments(module: nn.Module) -> dict[str, Tensor]:
+    """The moments that AdamW begins with, for the module's trainable parameters."""
+    result = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            result[f"{PREFIX}{name}.step"] = torch.zeros(())
+            result[f"{PREFIX}{name}.exp_avg"] = torch.zeros_like(parameter)
+            result[f"{PREFIX}{name}.exp_avg_sq"] = torch.zeros_like(parameter)
+    return result
+
+
+def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `moments`, all or none; a parameter without any starts afresh.
+
+    Raises: CheckpointError if a moment belongs to no parameter, has another shape, or cannot be one.
+    """
+    left = dict(tensors)
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        prefix = f"{PREFIX}{name}."
+        found = {key.removeprefix(prefix): left.pop(key).clone() for key in list(left) if key.startswith(prefix)}
+        for key, value in found.items():
+            shape = torch.Size() if key == "step" else parameter.shape
+            if value.shape != shape or not bool(torch.isfinite(value).all()):
+                raise CheckpointError(
+                    f"optimizer state does not fit: {prefix}{key} is not finite or not of shape {tuple(shape)}"
+                )
+            if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
+                raise CheckpointError(f"optimizer state does not fit: {prefix}{key} is negative")
+        if found:
+            states[parameter] = found
+    if left:
+        raise CheckpointError(f"optimizer state does not fit: it holds {sorted(left)[:3]}, which is no parameter's")
+    optimizer.state.clear()
+    optimizer.state.update(states)

@@ -36,12 +36,17 @@ def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int)
 
 
 def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """The weights that every arm and every site starts from: `student.…` and an equal `teacher.…`."""
-    return {
-        name: tensor
-        for name, tensor in _fresh(recipe).state_dict().items()
-        if name.startswith(("student.", "teacher."))
-    }
+    """What every arm and every site starts from, of what travels.
+
+    `student.…`, an equal `teacher.…` if teachers are averaged, and `optimizer.…` (zeros, which is
+    what an optimizer begins with) if its moments are.
+    """
+    model = _fresh(recipe)
+    prefixes = ("student.", "teacher.") if recipe.teacher.policy == "average" else ("student.",)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    if recipe.train.optimizer_state == "average" and recipe.optim.optimizer == "adamw":
+        weights |= optimizer.zero_moments(model.student)
+    return weights
 
 
 def _fresh(recipe: Recipe) -> SSLMetaArch:
@@ -69,12 +74,16 @@ class Pretrainer:
         self.optimizer = optimizer.build(self.model.student, self.model.student["backbone"].depth, recipe.optim)
 
     def load_global(self, tensors: dict[str, Tensor]) -> None:
-        """Start a round from the coordinator's weights; without teacher tensors the teacher stays.
+        """Start a round from the coordinator's weights; a teacher or moments that it does not send stay.
 
         Raises: CheckpointError naming what is missing, unexpected or of another shape.
         """
-        expected = self.global_names(teacher=any(name.startswith("teacher.") for name in tensors))
-        load_tensors(self.model, tensors, expected)
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
+        expected = self.global_names(teacher=any(name.startswith("teacher.") for name in weights))
+        load_tensors(self.model, weights, expected)
+        if moments:
+            optimizer.load_moments(self.optimizer, self.model.student, moments)
 
     def global_names(self, *, teacher: bool) -> list[str]:
         """Names of the tensors that travel."""
@@ -86,10 +95,14 @@ class Pretrainer:
         state = self.model.state_dict()
         return {name: state[name].clone() for name in self.global_names(teacher=teacher)}
 
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's moments, where they travel."""
+        return optimizer.moments(self.optimizer, self.model.student)
+
     def state(self) -> dict[str, Tensor]:
         """Everything that the next round stands on: model, teacher, centres, optimizer moments."""
         tensors = {f"model.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
-        return tensors | optimizer_state(self.optimizer, self.model.student)
+        return tensors | self.moments()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`.
@@ -98,7 +111,8 @@ class Pretrainer:
         """
         model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         load_tensors(self.model, model, list(self.model.state_dict()))
-        load_optimizer(self.optimizer, self.model.student, tensors)
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        optimizer.load_moments(self.optimizer, self.model.student, moments)
 
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
@@ -165,23 +179,3 @@ def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], expected: 
     with torch.no_grad():
         for name in expected:
             state[name].copy_(tensors[name])
-
-
-def optimizer_state(optim: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, Tensor]:
-    """The optimizer's moments, by parameter name: `optimizer.<parameter>.<key>`."""
-    return {
-        f"optimizer.{name}.{key}": torch.as_tensor(value).detach().clone()
-        for name, parameter in module.named_parameters()
-        for key, value in optim.state.get(parameter, {}).items()
-        if value is not None
-    }
-
-
-def load_optimizer(optim: torch.optim.Optimizer, module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_state`; other names are ignored, what is absent starts afresh."""
-    optim.state.clear()
-    for name, parameter in module.named_parameters():
-        prefix = f"optimizer.{name}."
-        found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
-        if found:
-            optim.state[parameter] = found
