@@ -136,7 +136,9 @@ def _alone(home: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"site {name!r} is already being served from {home}; stop that, or use another --name") from error
+            raise ConfigError(
+                f"site {name!r} is already being served from {home}; stop that, or use another --name"
+            ) from error
         yield
 
 
@@ -165,7 +167,7 @@ def _take_in(name: str, data: Path, home: Path, image_px: int) -> None:
     strangers = sum(image.root != str(data) for image in store.images) if path != data else 0
     if strangers:
         print(
-            f"warning: {strangers} of them come from another folder that site {name!r} was served from before, and take part too; "
+            f"warning: images of another folder that site {name!r} was served from before take part too: {strangers} of {len(store)}; "
             f"if they should not, remove {path} and start again",
             file=sys.stderr,
         )

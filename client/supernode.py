@@ -68,7 +68,9 @@ def _quoted(key: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{key} {value!r}: holds bytes that are not UTF-8; rename it, or make a link to it") from error
+        raise ConfigError(
+            f"{key} {value!r}: holds bytes that are not UTF-8; rename it, or make a link to it"
+        ) from error
     plain = (f"\\u{ord(c):04x}" if c in '"\\\x7f' or c < " " else c for c in value)
     return f'"{"".join(plain)}"'
 

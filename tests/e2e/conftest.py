@@ -105,7 +105,9 @@ class Federation:
             "no_proxy": "127.0.0.1,localhost",
         }
         (folder / "flower").mkdir(parents=True)
-        (folder / "flower" / "config.toml").write_text(f'[superlink.here]\naddress = "{self.address}"\ninsecure = true\n')
+        (folder / "flower" / "config.toml").write_text(
+            f'[superlink.here]\naddress = "{self.address}"\ninsecure = true\n'
+        )
 
     def start(self, name: str, command: Sequence[str], **env: str) -> Process:
         process = Process(name, command, self.folder / f"{name}.log", self.env | env)
@@ -164,7 +166,14 @@ def write_site(folder: Path, name: str, patients: int, px: int) -> Path:
             across, down = np.meshgrid(np.arange(px), np.arange(px))
             image[(across - x) ** 2 + (down - y) ** 2 < (px / 8) ** 2] += 110
         cv2.imwrite(str(folder / f"{number:03d}.png"), image.clip(0, 255).astype(np.uint8))
-        rows.append({"file": f"{number:03d}.png", "source": name, "patient_id": f"p{number}", "findings": "Nodule" if number % 2 else "No Finding"})
+        rows.append(
+            {
+                "file": f"{number:03d}.png",
+                "source": name,
+                "patient_id": f"p{number}",
+                "findings": "Nodule" if number % 2 else "No Finding",
+            }
+        )
     with open(folder / "manifest.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -117,7 +117,8 @@ def test_deployed_and_in_process_give_the_same_bits(deployed: Deployed) -> None:
 
 def test_deployed_again_gives_the_same_bits(deployed: Deployed) -> None:
     backbones = [
-        checkpoint.with_prefix(checkpoint.load(folder / "model.safetensors"), "backbone.") for folder in deployed.folders
+        checkpoint.with_prefix(checkpoint.load(folder / "model.safetensors"), "backbone.")
+        for folder in deployed.folders
     ]
     assert backbones[0]
     assert checkpoint.digest(backbones[0]) == checkpoint.digest(backbones[1])
@@ -150,7 +151,10 @@ def test_the_log_is_one_line_a_round(deployed: Deployed) -> None:
 
 
 def test_a_site_that_fails_sends_a_code_and_stays(deployed: Deployed, federation: Any) -> None:
-    assert re.search(r"event=failed error=site exit_code=7 node \d+ in enrol: replied with error 'data' \(exit code 3\)", deployed.failed)
+    assert re.search(
+        r"event=failed error=site exit_code=7 node \d+ in enrol: replied with error 'data' \(exit code 3\)",
+        deployed.failed,
+    )
     assert SECRET in deployed.site_b  # its own log has the reason
     for text in (deployed.failed, deployed.superlink, *deployed.streams):
         assert SECRET not in text
