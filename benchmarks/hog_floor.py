@@ -1,16 +1,22 @@
 """HOG and a logistic regression: what the centralized arm has to reach before a comparison counts.
 
     python benchmarks/hog_floor.py --data DIR [--finding Pneumonia] [--seeds 0,1,2] [--sources A,B] [--json]
+    python benchmarks/hog_floor.py --run OUT [--finding Pneumonia] [--json]
 
 DIR is a store, or a folder of images, which is then read into a temporary store.  The patients are
 split as in a run of the same seed.  One model is fitted on the training images of all sources that
 label the finding; the penalty is the one with the best mean AUROC over the sources on the validation
 patients; the test patients are looked at once, with it.  Source: Dalal and Triggs 2005.
+
+OUT is a simulation's folder: the floor is measured on its store, sites and seeds, and the centralized
+arm held against it.  Where the arm stays more than 0.02 below (mean over the seeds), the comparison is
+declared void in OUT's metrics.json and report; where it does not, an earlier such word is taken back.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,25 +39,29 @@ from chexfound.recipe import Evaluate, Split
 PX = 128
 HOG = {"orientations": 9, "pixels_per_cell": (16, 16), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, strongest first
+MARGIN = 0.02  # of AUROC that the centralized arm may stay below the floor
 MIN_JUDGED = 5  # validation images of each class
 PACKAGES = ("numpy", "scikit-learn", "scikit-image")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="a store, or a folder of images to ingest")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data", type=Path, help="a store, or a folder of images to ingest")
+    where.add_argument("--run", type=Path, help="a simulation's folder: hold its centralized arm against the floor")
     parser.add_argument("--finding", default="Pneumonia")
     parser.add_argument("--seeds", default="0,1,2", help="of the split by patient (default 0,1,2)")
     parser.add_argument("--sources", help="comma-separated; default: all that label the finding")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     try:
+        if options.run:
+            return judge_run(options.run, options.finding, options.json)
         seeds = parse_seeds(options.seeds)
         with tempfile.TemporaryDirectory() as scratch:
             store = open_data(options.data, Path(scratch) / "store")
-            rows = measure(
-                store, options.finding, seeds, options.sources.split(",") if options.sources else None
-            )
+            views = source_views(store, options.sources.split(",") if options.sources else None)
+            rows = measure(store, options.finding, seeds, views)
     except ChexfoundError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -84,9 +94,7 @@ def open_data(folder: Path, scratch: Path) -> Store:
         folder = scratch
     store = Store.open(folder)
     if store.px != PX:
-        raise DataError(
-            f"{folder}: the store holds images of {store.px} px; this floor is defined at {PX} px"
-        )
+        raise DataError(f"{folder}: the store holds images of {store.px} px; this floor is defined at {PX} px")
     return store
 
 
@@ -102,22 +110,55 @@ class Part:
 Scorer = Callable[[Sequence[Part], float], list[np.ndarray]]
 
 
-def measure(
-    store: Store, finding: str, seeds: Sequence[int], sources: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """A row for each seed and source: AUROC on the source's test patients, with its interval."""
-    if finding not in store.findings:
-        raise ConfigError(
-            f"--finding {finding!r}: no image has a label for it; there are {', '.join(store.findings)}"
-        )
-    names = sorted(set(store.sources)) if sources is None else list(sources)
-    for name in names:
+def source_views(store: Store, sources: Sequence[str] | None = None) -> list[View]:
+    """One view a source, sorted; all sources if none is named."""
+    for name in sources or ():
         if name not in store.sources:
             raise ConfigError(f"--sources {name!r}: the store has {', '.join(sorted(set(store.sources)))}")
-    known = store.ids[store.labels(store.ids, [finding])[:, 0] >= 0]
-    known = known[np.isin(np.array(store.sources)[known], names)]
+    of = np.array(store.sources)
+    return [View(store, store.ids[of == name], name) for name in sources or sorted(set(store.sources))]
+
+
+def measure(store: Store, finding: str, seeds: Sequence[int], views: Sequence[View]) -> list[dict[str, Any]]:
+    """A row for each seed and view: AUROC on the view's test patients, with its interval."""
+    if finding not in store.findings:
+        raise ConfigError(f"--finding {finding!r}: no image has a label for it; there are {', '.join(store.findings)}")
+    ids = np.concatenate([view.ids for view in views])
+    known = ids[store.labels(ids, [finding])[:, 0] >= 0]
     features = dict(zip(known.tolist(), hog_features(store.pixels(known)), strict=True))
-    return [row for seed in seeds for row in _measure_seed(store, finding, seed, names, features)]
+    return [row for seed in seeds for row in _measure_seed(store, finding, seed, views, features)]
+
+
+def judge_run(out: Path, finding: str, as_json: bool) -> int:
+    """Hold a simulation's centralized arm against the floor, and tell its report."""
+    from chexfound.journal import write_json
+    from chexfound.report.build import build
+    from sim.partition import partition
+    from sim.simulate import Options
+
+    options = Options.read(out)
+    store = Store.open(out / "store" if (out / "store").is_dir() else Path(options.data))
+    sites = partition(store, options.by, options.seeds[0]).sites
+    floor = measure(store, finding, options.seeds, [View.of(store, name, keys) for name, keys in sites.items()])
+    metrics = json.loads((out / "metrics.json").read_text())
+    arm = [row for one in (metrics, *metrics["replicates"]) for row in one["results"] if row["arm"] == "centralized"]
+    short = []
+    for site in sites:
+        reached = [row["auroc"] for row in arm if (row["tested_on"], row["finding"]) == (site, finding)]
+        bar = [row["auroc"] for row in floor if row["tested_on"] == site and row["auroc_ci"]]
+        if not reached or len(reached) != len(bar) or None in reached:
+            continue
+        ours, rival = float(np.mean(reached)), float(np.mean(bar))
+        values = {"finding": finding, "tested_on": site, "seeds": list(options.seeds), "ours": ours, "rival": rival}
+        line = benchmark_line("hog_floor", PACKAGES, **values, unit="AUROC", ratio=ours / rival)
+        print(line if as_json else f"{site:<24} centralized {ours:.3f}, HOG + logistic regression {rival:.3f}")
+        if ours < rival - MARGIN:
+            short.append(f"at {site} pooling reaches {ours:.3f}, HOG with a logistic regression {rival:.3f}")
+    metrics["void"] = f"{finding}: {'; '.join(short)}. The arms are too weak to compare." if short else None
+    write_json(out / "metrics.json", metrics)
+    verdict = f"void: {metrics['void']}" if short else f"the comparison counts (bar: the floor less {MARGIN})"
+    print(f"{verdict}\nreport: {build(out)}", file=sys.stderr)
+    return 0
 
 
 def hog_features(images: np.ndarray) -> np.ndarray:
@@ -130,11 +171,9 @@ def hog_features(images: np.ndarray) -> np.ndarray:
 
 
 def _measure_seed(
-    store: Store, finding: str, seed: int, names: Sequence[str], features: dict[int, np.ndarray]
+    store: Store, finding: str, seed: int, views: Sequence[View], features: dict[int, np.ndarray]
 ) -> list[dict[str, Any]]:
-    parts = {
-        which: _parts(store, finding, seed, names, which, features) for which in ("train", "val", "test")
-    }
+    parts = {which: _parts(store, finding, seed, views, which, features) for which in ("train", "val", "test")}
     train = _stacked(parts["train"], features)
     labels = np.concatenate([part.labels for part in parts["train"]])
 
@@ -149,10 +188,8 @@ def _measure_seed(
     judge = Evaluate()
     rows = []
     for part, values in zip(parts["test"], scored(parts["test"], c), strict=True):
-        scores = Scores([store.patients[index] for index in part.ids], part.labels, values, [finding])
-        (row,) = result_rows(
-            "hog", trained, part.source, scores, judge.bootstrap_samples, judge.confidence, seed
-        )
+        scores = Scores([store.keys[index] for index in part.ids], part.labels, values, [finding])
+        (row,) = result_rows("hog", trained, part.source, scores, judge.bootstrap_samples, judge.confidence, seed)
         del row["arm"]
         rows.append({"seed": seed, **row, "c": c, "trained_images": len(train)})
     return rows
@@ -164,14 +201,12 @@ def _stacked(parts: Sequence[Part], features: dict[int, np.ndarray]) -> np.ndarr
 
 
 def _parts(
-    store: Store, finding: str, seed: int, names: Sequence[str], which: str, features: dict[int, np.ndarray]
+    store: Store, finding: str, seed: int, views: Sequence[View], which: str, features: dict[int, np.ndarray]
 ) -> list[Part]:
     parts = []
-    sources = np.array(store.sources)
-    for name in names:
-        ids = View(store, store.ids[sources == name], name).split(seed, Split(), which)
-        ids = np.array([index for index in ids.tolist() if index in features], np.int64)
-        parts.append(Part(name, ids, store.labels(ids, [finding])))
+    for view in views:
+        ids = [index for index in view.split(seed, Split(), which).tolist() if index in features]
+        parts.append(Part(view.name, np.array(ids, np.int64), store.labels(ids, [finding])))
     return parts
 
 
@@ -180,19 +215,12 @@ def choose(validation: Sequence[Part], scored: Scorer, seed: int) -> float:
 
     A source with under `MIN_JUDGED` validation images of a class has no say: its area is mostly noise.
     """
-    judged = [
-        part for part in validation if min((part.labels == 0).sum(), (part.labels == 1).sum()) >= MIN_JUDGED
-    ]
+    judged = [part for part in validation if min((part.labels == 0).sum(), (part.labels == 1).sum()) >= MIN_JUDGED]
     if not judged:
-        raise DataError(
-            f"seed {seed}: no source has {MIN_JUDGED} validation images of each class to choose C by"
-        )
+        raise DataError(f"seed {seed}: no source has {MIN_JUDGED} validation images of each class to choose C by")
     means = []
     for c in PENALTIES:
-        areas = [
-            auroc(part.labels[:, 0], values[:, 0])
-            for part, values in zip(judged, scored(judged, c), strict=True)
-        ]
+        areas = [auroc(part.labels[:, 0], values[:, 0]) for part, values in zip(judged, scored(judged, c), strict=True)]
         means.append(np.mean(areas))
     return PENALTIES[int(np.argmax(means))]
 
@@ -202,9 +230,7 @@ def _told(row: dict[str, Any]) -> str:
     where = f"seed {row['seed']}  {row['tested_on']:<24} {counts}  C {row['c']:g}"
     if row["auroc"] is None:
         return f"{where}  AUROC –  {row['reason']}"
-    limits = (
-        f"[{row['auroc_ci'][0]:.3f}, {row['auroc_ci'][1]:.3f}]" if row["auroc_ci"] else f"({row['reason']})"
-    )
+    limits = f"[{row['auroc_ci'][0]:.3f}, {row['auroc_ci'][1]:.3f}]" if row["auroc_ci"] else f"({row['reason']})"
     return f"{where}  AUROC {row['auroc']:.3f} {limits}"
 
 

@@ -272,9 +272,9 @@ def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
     if not request.step:
         shutil.rmtree(_state_folder(site, recipe, request.phase), ignore_errors=True)
         return {}
-    if site._warm.get("key") == (request.phase, request.step):
-        return site._warm["state"]
     path = _state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
+    if site._warm.get("path") == path:
+        return site._warm["state"]
     return checkpoint.load(path) if path.exists() else {}
 
 
@@ -285,8 +285,9 @@ def _carry(site: Site, recipe: Recipe, request: Request, state: dict[str, Tensor
     """
     folder = _state_folder(site, recipe, request.phase)
     after = request.step + request.steps
-    checkpoint.save(folder / f"{after:08d}.safetensors", state)
-    for path in folder.glob("*.safetensors"):
-        if int(path.stem) not in (request.step, after):
-            path.unlink()
-    site._warm = {"key": (request.phase, after), "state": state}
+    path = folder / f"{after:08d}.safetensors"
+    checkpoint.save(path, state)
+    for old in folder.glob("*.safetensors"):
+        if int(old.stem) not in (request.step, after):
+            old.unlink()
+    site._warm = {"path": path, "state": state}  # the path names recipe, phase and step

@@ -27,6 +27,7 @@ MESSAGE_TYPES = {
     "adapt": "train.adapt",
     "evaluate": "evaluate",
 }
+LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
 # What Flower itself reports, by its error codes: from the site's node, or in its stead.  Our own
 # replies use the same field, and are told apart by their reason, which is always one of our words.
 FLOWER_ERRORS = {
@@ -77,10 +78,10 @@ def _pack_tensors(tensors: dict[str, Tensor]) -> dict[str, ArrayRecord | ConfigR
 
 def _flat_array(name: str, array: Array) -> np.ndarray:
     try:
-        data = array.numpy()
-    except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
+        data = array.numpy()  # never unpickles
+    except Exception as error:  # bytes from outside: NumPy's parser raises a dozen kinds
         raise ProtocolError(f"array {name!r} cannot be read") from error
-    if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES:
+    if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES or not data.dtype.isnative:
         raise ProtocolError(f"array {name!r}: its dtype does not travel")
     if data.ndim != 1 or data.dtype.name != name:
         raise ProtocolError(f"array {name!r}: not a flat array of {' or '.join(DTYPES)}, named by its dtype")
@@ -105,6 +106,13 @@ def _tensors(content: RecordDict) -> dict[str, Tensor]:
     return result
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
 def _table(content: RecordDict) -> list[tuple[str, str, list[int]]]:
     try:
         return _table_adapter.validate_python(_json(content, "table").get("tensors"))
@@ -115,7 +123,7 @@ def _table(content: RecordDict) -> list[tuple[str, str, list[int]]]:
 def _json(content: RecordDict, key: str) -> dict[str, Any]:
     try:
         text = content.config_records[key]["json"]
-        values = json.loads(text)  # type: ignore[arg-type]
+        values = json.loads(text, parse_constant=_number, parse_float=_number)  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"the message holds no readable {key!r}") from error
     if not isinstance(values, dict):
@@ -138,8 +146,9 @@ def unpack_request(content: RecordDict) -> Request:
         fields = _request_adapter.validate_python(_json(content, "request"))
     except ValidationError as error:
         raise ProtocolError(f"the request is malformed: {error.error_count()} fields") from error
-    if min(fields.round, fields.step, fields.steps, fields.batch_size, fields.roster_index) < 0:
-        raise ProtocolError("the request holds a negative number")
+    numbers = (fields.round, fields.step, fields.steps, fields.batch_size, fields.roster_index)
+    if min(numbers) < 0 or max(numbers) > LARGEST or fields.batch_size > LARGEST_BATCH:
+        raise ProtocolError("the request holds a number that is negative or too large")
     values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
     return Request(tensors=_tensors(content), **values)
 
@@ -183,4 +192,17 @@ def payload_bytes(tensors: dict[str, Tensor]) -> int:
 
 def finite(value: object) -> bool:
     """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def count(value: object) -> bool:
+    """Whether a JSON value is a number of things: an integer in 0 … 2**40."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def word(value: object) -> bool:
+    """Whether a JSON value is a name: 1 to 64 printable characters."""
+    return isinstance(value, str) and 0 < len(value) <= 64 and value.isprintable()

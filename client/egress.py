@@ -41,6 +41,8 @@ def admit(phase: str, reply: Reply) -> Reply:
 
     Raises: PolicyError.
     """
+    if phase not in VALUES:
+        raise PolicyError(f"{phase}: nothing may leave in a phase that is not known")
     odd = sorted(set(reply.values) - VALUES[phase])
     if odd:
         raise PolicyError(f"{phase}: the reply holds {odd[:3]}, which may not leave")
@@ -61,6 +63,8 @@ def _check_numbers(phase: str, value: Any) -> None:
             _check_numbers(phase, item)
     elif isinstance(value, float) and not wire.finite(value):
         raise PolicyError(f"{phase}: a number in the reply is not finite")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise PolicyError(f"{phase}: the reply holds a {type(value).__name__}, which is not a plain value")
 
 
 def release(request: Message, phase: str, reply: Reply | BaseException) -> Message:
@@ -72,7 +76,7 @@ def release(request: Message, phase: str, reply: Reply | BaseException) -> Messa
     if isinstance(reply, Reply):
         try:
             return Message(wire.pack_reply(admit(phase, reply)), reply_to=request)
-        except Exception as error:  # noqa: BLE001 (a reply that cannot be checked or packed does not leave)
+        except Exception as error:  # not even a fault in a reply may raise: Flower would send the text
             reply = error
     if isinstance(reply, ChexfoundError):
         log.error("phase=%s error=%s %s", phase, reply.code, reply)

@@ -16,6 +16,10 @@ from chexfound.phases import Reply, Request
 from chexfound.recipe import Recipe
 
 
+COUNTS = ("images", "patients", "train", "val", "test")
+ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_sha256"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Member:
     """A site as the roster has it: its name, and what it said of itself when it enrolled."""
@@ -39,25 +43,34 @@ def checked_roster(replies: Sequence[Reply]) -> list[Member]:
 
     Raises: ProtocolError for a reply that is not an enrolment; ConfigError for a name taken twice.
     """
-    members = []
-    for reply in replies:
-        name, train = reply.values.get("site"), reply.values.get("train")
-        if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
-            raise ProtocolError("a site enrolled without a usable name")
-        if (
-            isinstance(train, bool)
-            or not isinstance(train, int)
-            or train < 0
-            or not isinstance(reply.values.get("findings"), dict)
-        ):
-            raise ProtocolError(f"site {name!r} enrolled without its counts")
-        members.append(Member(name=name, values=reply.values))
+    members = [_checked_member(reply.values) for reply in replies]
     members.sort(key=lambda member: member.name)
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"two sites call themselves {twice[0]!r}; give each its own --name")
     return members
+
+
+def _checked_member(values: dict[str, Any]) -> Member:
+    name, findings, built = values.get("site"), values.get("findings"), values.get("versions")
+    if not isinstance(name, str) or not wire.word(name):
+        raise ProtocolError("a site enrolled without a usable name")
+    if set(values) != ENROLMENT or not all(wire.count(values[key]) for key in COUNTS):
+        raise ProtocolError(f"site {name!r} enrolled without its counts")
+    if not isinstance(findings, dict) or not all(
+        wire.word(finding)
+        and isinstance(both, dict)
+        and set(both) == {"positives", "negatives"}
+        and all(wire.count(number) for number in both.values())
+        for finding, both in findings.items()
+    ):
+        raise ProtocolError(f"site {name!r} enrolled without usable counts of its findings")
+    if not isinstance(built, dict) or not all(wire.word(part) for pair in built.items() for part in pair):
+        raise ProtocolError(f"site {name!r} enrolled without its versions")
+    if not wire.word(values["store_sha256"]):
+        raise ProtocolError(f"site {name!r} enrolled without its store's hash")
+    return Member(name=name, values=values)
 
 
 class GridExchange:
@@ -134,7 +147,11 @@ class GridExchange:
                 raise SiteError(f"{where}: no reply within federation.round_timeout_s {self._timeout_s:g} s")
             if message.has_error():
                 raise SiteError(f"{where}: {wire.explain_error(message)}; that site's own log says why")
-            yield wire.unpack_reply(message.content)
+            try:
+                reply = wire.unpack_reply(message.content)
+            except ProtocolError as error:
+                raise ProtocolError(f"{where}: {error}") from error
+            yield reply
 
     def _pull(self, message_id: str, deadline: float) -> Message | None:
         pause = 0.02

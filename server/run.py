@@ -43,6 +43,7 @@ RESULT_KEYS = (
     "auprc_ci",
     "reason",
 )
+TEXTS = ("arm", "trained_on", "tested_on", "finding", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,12 @@ class Run:
             raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
         if "adapt" in self.recipe.phases:
             self.findings = choose_findings(self.recipe, [member.values["findings"] for member in self.roster])
+            labelled = {name for member in self.roster for name in member.values["findings"]}
+            if not labelled & set(self.findings):
+                raise DataError(
+                    f"no site has a training image labelled with any of {', '.join(self.findings)}; "
+                    f"there are {', '.join(sorted(labelled)) or 'no labels'}: choose others as adapt.findings, or leave adapt out of phases"
+                )
         event = {
             "event": "start",
             "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
@@ -239,14 +246,18 @@ class Run:
         started, replies = time.monotonic(), []
         requests = self._requests(phase, weights, number, steps, batch)
         for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
-            strategy.add(reply)
+            try:
+                strategy.add(reply)
+                curve = _checked_history(reply)
+            except ProtocolError as error:
+                raise ProtocolError(f"site {member.name!r} in {phase}, round {number + 1}: {error}") from error
             replies.append(
                 {
                     "site": member.name,
                     "bytes": wire.payload_bytes(reply.tensors),
                     "images": reply.values["images"],
-                    "labelled": reply.values.get("labelled", []),
-                    "history": _checked_history(reply),
+                    "labelled": reply.values["labelled"] if phase == "adapt" else [],
+                    "history": curve,
                 }
             )
         weights = strategy.result(weights)
@@ -275,7 +286,7 @@ class Run:
             )
         if head is None:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
-            head |= features.standardization(_checked_moments(sums))
+            head |= features.standardization(_checked_moments(sums, head))
             self._record(
                 {
                     "event": "features",
@@ -373,19 +384,25 @@ def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str,
 def _checked_history(reply: Reply) -> list[dict[str, float]]:
     rows = reply.values.get("history")
     if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and all(isinstance(key, str) and wire.finite(value) for key, value in row.items())
+        isinstance(row, dict)
+        and {"step", "loss"} <= set(row)
+        and all(wire.word(key) and wire.finite(value) for key, value in row.items())
         for row in rows
     ):
-        raise ProtocolError("a reply's history must be rows of finite numbers")
+        raise ProtocolError("a reply's history must be rows of finite numbers, each with its step and loss")
     return rows
 
 
-def _checked_moments(sums: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _checked_moments(sums: list[dict[str, Tensor]], head: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     for moments in sums:
-        for name in ("patches", "cls"):
-            parts = [moments.get(f"{name}.{part}") for part in ("count", "sum", "squares")]
-            if any(part is None or not bool(part.isfinite().all()) for part in parts):
-                raise ProtocolError("a reply's moments are incomplete or not finite")
+        for name, module in (("patches", "token_norm"), ("cls", "cls_norm")):
+            width = head[f"{module}.mean"].shape
+            for part, shape in (("count", (1,)), ("sum", width), ("squares", width)):
+                tensor = moments.get(f"{name}.{part}")
+                if tensor is None or tensor.shape != shape or not bool(tensor.isfinite().all()):
+                    raise ProtocolError(f"a reply's moments are not what they should be: {name}.{part}")
+            if not 0 < float(moments[f"{name}.count"]) < 2**53 or bool((moments[f"{name}.squares"] < 0).any()):
+                raise ProtocolError(f"a reply's moments are not what they should be: {name}.count, {name}.squares")
     return sums
 
 
@@ -396,14 +413,14 @@ def _checked_results(reply: Reply, site: str, findings: tuple[str, ...]) -> list
     if [row["finding"] for row in rows] != list(findings) or any(row["tested_on"] != site for row in rows):
         raise ProtocolError(f"site {site!r}: its results are not for the findings asked, or not its own")
     for row in rows:
-        numbers = [
-            row["n"],
-            row["positives"],
-            row["auroc"],
-            row["auprc"],
-            *(row["auroc_ci"] or []),
-            *(row["auprc_ci"] or []),
-        ]
-        if any(number is not None and not wire.finite(number) for number in numbers):
-            raise ProtocolError(f"site {site!r}: a figure is not a finite number")
+        limits = [row["auroc_ci"], row["auprc_ci"]]
+        if not wire.count(row["n"]) or not wire.count(row["positives"]) or row["positives"] > row["n"]:
+            raise ProtocolError(f"site {site!r}: its results are without counts")
+        if any(limit is not None and not (isinstance(limit, list) and len(limit) == 2) for limit in limits):
+            raise ProtocolError(f"site {site!r}: an interval must be two numbers, or null")
+        figures = [row["auroc"], row["auprc"], *(number for limit in limits for number in limit or ())]
+        if any(figure is not None and not (wire.finite(figure) and 0 <= figure <= 1) for figure in figures):
+            raise ProtocolError(f"site {site!r}: a figure is not a number between 0 and 1")
+        if any(row[key] is not None and not (isinstance(row[key], str) and len(row[key]) <= 400) for key in TEXTS):
+            raise ProtocolError(f"site {site!r}: a result's text is not text, or too long")
     return rows

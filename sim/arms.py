@@ -68,7 +68,8 @@ def finished(plan: Plan, arm: str) -> dict[str, Any]:
     entries = read_journal(folder / "journal.jsonl")
     if not entries or entries[-1]["event"] != "done":
         return {}
-    if any(not (plan.site_home(arm, site) / "scores.npz").exists() for site in plan.sites):
+    judged = {"adapt", "evaluate"} <= set(plan.recipe.phases)
+    if judged and any(not (plan.site_home(arm, site) / "scores.npz").exists() for site in plan.sites):
         return {}
     try:
         tensors = checkpoint.load(folder / "model.safetensors")

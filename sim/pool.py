@@ -31,6 +31,7 @@ class _Worker:
     pipe: Connection
     queue: deque[tuple[int, str, Task]] = field(default_factory=deque)  # ticket, label, task
     current: tuple[int, str] | None = None
+    label: str = "nothing"  # of the last task
 
 
 class Pool:
@@ -121,7 +122,7 @@ class Pool:
     def _feed(self, worker: _Worker) -> None:
         if worker.current is None and worker.queue:
             ticket, label, task = worker.queue.popleft()
-            worker.current = (ticket, label)
+            worker.current, worker.label = (ticket, label), label
             try:
                 worker.pipe.send((ticket, task))
             except OSError:
@@ -153,10 +154,10 @@ class Pool:
             if code is not None and code < 0
             else f"exit code {code}"
         )
-        doing = worker.current[1] if worker.current else "nothing"
+        doing = f"{'works' if worker.current else 'last worked'} on {worker.label}"
         hint = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
         raise SiteError(
-            f"the process that worked on {doing} died ({how}{hint}); finished rounds are kept: run again with --resume"
+            f"the process that {doing} died ({how}{hint}); finished rounds are kept: run again with --resume"
         )
 
 

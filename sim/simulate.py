@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +17,10 @@ from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
-from chexfound.errors import ConfigError, DataError
+from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.journal import Journal, write_json
 from chexfound.recipe import Recipe
-from server.run import choose_findings
+from server.run import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
 from sim.display import Display
@@ -44,16 +47,19 @@ class Options:
         Raises: ConfigError if `out` holds no run.
         """
         path = out / "simulation.json"
-        if not path.isfile():
+        if not path.is_file():
             raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
-        values = arms.load_json(path)
-        return Options(
-            data=values["data"],
-            by=values["by"],
-            seeds=tuple(values["seeds"]),
-            arms=tuple(values["arms"]),
-            recipe=values["recipe"],
-        )
+        try:
+            values = arms.load_json(path)
+            return Options(
+                data=values["data"],
+                by=values["by"],
+                seeds=tuple(values["seeds"]),
+                arms=tuple(values["arms"]),
+                recipe=values["recipe"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged, so the run cannot be resumed; start it anew in another folder") from error
 
 
 def start(options: Options, out: Path) -> None:
@@ -64,7 +70,20 @@ def start(options: Options, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         hint = "continue it with --resume, or choose" if (out / "simulation.json").exists() else "choose"
         raise ConfigError(f"{out}: the output folder is in use; {hint} another with --out")
-    write_json(out / "simulation.json", asdict(options))
+    try:
+        write_json(out / "simulation.json", asdict(options))
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"{out}: cannot be a folder: a part of its path is a file; choose another with --out") from error
+
+
+def abandon(out: Path) -> None:
+    """Take away what a run left that could not even start, so that the corrected command may use the folder."""
+    for part in ("simulation.json", "simulation.jsonl"):
+        (out / part).unlink(missing_ok=True)
+    for part in ("store", "work"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        out.rmdir()
 
 
 class Simulation:
@@ -86,9 +105,9 @@ class Simulation:
         started = time.monotonic()
         with Journal(self.out / "simulation.jsonl") as journal:  # its lock keeps a second process out
             self.journal = journal
-            store, sites = self._prepare()
-            plans = [self._plan(store, sites, seed) for seed in self.options.seeds]
-            arm_names = self._arm_names(plans[0])
+            if Options.read(self.out) != self.options:
+                raise ConfigError(f"{self.out}: another process has just started a run here; choose another folder")
+            plans, arm_names = self._begin()
             with Pool(self.workers, self.display.update) as pool:
                 for plan in plans:
                     self._run_arms(plan, arm_names, pool)
@@ -100,8 +119,22 @@ class Simulation:
 
     # -- before the arms
 
+    def _begin(self) -> tuple[list[Plan], list[str]]:
+        """Everything that can be found wrong is found here, before any training; then nothing is left behind."""
+        try:
+            store, sites = self._prepare()
+            plans = [self._plan(store, sites, seed) for seed in self.options.seeds]
+            names = self._arm_names(plans[0])
+        except (ConfigError, DataError):
+            if not any("prepared" in entry["event"] for entry in self.journal.entries):
+                abandon(self.out)
+            raise
+        if not any("prepared" in entry["event"] for entry in self.journal.entries):
+            self.journal.append({"event": "prepared"})
+        return plans, names
+
     def _prepare(self) -> tuple[Path, dict[str, list[str]]]:
-        """The store and the sites; everything that can be found wrong is found here, before any training."""
+        """The store and the sites."""
         started = time.monotonic()
         data = Path(self.options.data)
         if (data / "index.sqlite").exists():
@@ -131,6 +164,8 @@ class Simulation:
             self.display.say(f"[yellow]refused[/yellow] {escape(file)}: {escape(reason)}")
         if len(store.refused) > 5:
             self.display.say(f"… and {len(store.refused) - 5} more; all are listed in the store's index")
+        if store.refused:
+            self.notes.append(f"{len(store.refused)} files were refused, each with a reason in the store's index.")
         dealt = partition(store, self.options.by, self.options.seeds[0])
         self.notes += dealt.notes
         for note in dealt.notes:
@@ -139,25 +174,35 @@ class Simulation:
         return path, dealt.sites
 
     def _check_sites(self, store: Store, sites: dict[str, list[str]]) -> None:
-        for section, phase in (("train", self.recipe.train), ("adapt", self.recipe.adapt)):
-            recipes.site_batch_size(phase, len(sites), section)
+        Batches.of(self.recipe, len(sites))
+        known = set(store.findings)
+        for finding in self.recipe.adapt.findings or () if "adapt" in self.recipe.phases else ():
+            if finding not in known:
+                near = difflib.get_close_matches(finding, known, n=1)
+                raise ConfigError(
+                    f"adapt.findings: no image is labelled {finding!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known)) or 'none'}")
+                )
         for name, patients in sites.items():
             view = View.of(store, name, patients)
             counts = {
                 which: len(view.split(self.options.seeds[0], self.recipe.split, which))
                 for which in ("train", "val", "test")
             }
-            if not counts["train"]:
-                raise DataError(
-                    f"site {name!r} has no training image (its {len(view)} images fell to validation and test); give it more patients"
-                )
+            for seed in self.options.seeds:
+                if not len(view.split(seed, self.recipe.split, "train")):
+                    raise DataError(
+                        f"site {name!r} has no training image with seed {seed} "
+                        f"(its {len(view)} images fell to validation and test); give it more patients"
+                    )
             self.display.say(
                 f"site [bold]{escape(name)}[/bold]: {len(patients)} patients, {len(view)} images: "
                 + ", ".join(f"{n} {w}" for w, n in counts.items())
             )
 
     def _plan(self, store_path: Path, sites: dict[str, list[str]], seed: int) -> Plan:
-        recipe = replace(self.recipe, seed=seed)
+        # The in-process grid has all its sites at once: no other number is worth waiting for.
+        recipe = replace(self.recipe, seed=seed, federation=replace(self.recipe.federation, min_sites=len(sites)))
         if "adapt" in recipe.phases:
             first = replace(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
             recipe = replace(
@@ -174,11 +219,17 @@ class Simulation:
         return plan
 
     def _arm_names(self, plan: Plan) -> list[str]:
+        wanted = self.options.arms
+        odd = [arm for arm in wanted if arm.startswith("local:") and arm.removeprefix("local:") not in plan.sites]
+        if odd:
+            raise ConfigError(f"--arms {odd[0]!r}: there is no such site; the sites are {', '.join(plan.sites)}")
         names: list[str] = []
         for arm in ARMS:
-            if arm not in self.options.arms:
-                continue
-            names += [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)] if arm == "local" else [arm]
+            if arm == "local":
+                local = [f"local:{site}" for site in plan.sites if "local" in wanted or f"local:{site}" in wanted]
+                names += [name for name in local if arms.trainable(plan, name.removeprefix("local:"))]
+            elif arm in wanted:
+                names.append(arm)
         if "shuffled" in names and "federated" not in names:
             names.remove("shuffled")
             self.notes.append(
@@ -189,12 +240,10 @@ class Simulation:
         return names
 
     def _not_trained(self, plan: Plan) -> list[dict[str, str]]:
-        if "local" not in self.options.arms:
-            return []
         return [
             {"arm": f"local:{site}", "reason": "no finding has both classes among its training images"}
             for site in plan.sites
-            if not arms.trainable(plan, site)
+            if ("local" in self.options.arms or f"local:{site}" in self.options.arms) and not arms.trainable(plan, site)
         ]
 
     # -- the arms
@@ -232,7 +281,7 @@ class Simulation:
                 )
                 name = entry["what"] + suffix
                 seconds[name] = round(seconds.get(name, 0.0) + entry["seconds"], 1)
-            else:
+            elif entry["event"] == "finished":
                 seconds["total"] = round(seconds.get("total", 0.0) + entry["seconds"], 1)
         return seconds
 

@@ -13,8 +13,10 @@ from chexfound.errors import ProtocolError
 class Fold:
     """The weighted mean of updates, without keeping any of them.
 
-    Accumulates in float64, so that float32 updates with integer weights are summed exactly up to
-    2⁵³ and a lone update comes back bit for bit; the order of the updates then does not matter.
+    Accumulates in float64.  A lone float32 update comes back bit for bit, the sign of a zero included.
+    The order of the updates does not matter where the sum is exact: float32 values of like size with
+    integer weights are, up to 53 bits in all.  Beyond, another order may round the last bit otherwise,
+    which is why updates are folded in roster order.
 
     Args:
         rows: names of tensors whose first axis is the findings: each row has a weight of its own.
@@ -36,18 +38,17 @@ class Fold:
             weight: of the tensors that are not rows; 0 leaves the update out of them.
             row_weights: (F,), for the row tensors.
 
-        Raises: ProtocolError if names, shapes, dtypes or weights do not fit; nothing was added.
+        Raises: ProtocolError if names, shapes, dtypes, values or weights do not fit; nothing was added.
         """
         rows = None if row_weights is None else torch.tensor(list(row_weights), dtype=torch.float64)
         self._check(update, weight, rows)
-        if not self._sums:
-            self._sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in update.items()}
+        if not self._dtypes:
             self._dtypes = {name: tensor.dtype for name, tensor in update.items()}
         for name, tensor in update.items():
-            if name in self.rows and rows is not None:
-                self._sums[name] += tensor.double() * _over(rows, tensor)
-            elif weight:
-                self._sums[name].add_(tensor.double(), alpha=weight)
+            by_row = name in self.rows and rows is not None
+            part = tensor.double() * (_over(rows, tensor) if by_row else weight)  # type: ignore[arg-type]
+            # The first is taken as it is: added to a zero, −0.0 would become 0.0.
+            self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
         self._weight += weight
         if rows is not None:
             self._row_weights = rows if self._row_weights is None else self._row_weights + rows
@@ -65,15 +66,20 @@ class Fold:
             if self._sums and (tensor.shape != self._sums[name].shape or tensor.dtype != self._dtypes[name]):
                 raise ProtocolError(f"an update's {name!r} has another shape or dtype than the one before")
             if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
-                raise ProtocolError(f"an update's {name!r} has {tensor.shape[0]} rows, its weights {len(rows)}")
+                raise ProtocolError(f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows")
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ProtocolError(f"an update's {name!r} holds a value that is not a finite number")
 
     def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean; what no site gave any weight stays as in `previous` (rows one by one).
 
-        Raises: ProtocolError if the updates hold other tensors than `previous`.
+        Raises: ProtocolError if the updates hold other tensors than `previous`, or of another shape or dtype.
         """
         if self._sums and set(self._sums) != set(previous):
             raise ProtocolError("the updates hold other tensors than the model")
+        for name, total in self._sums.items():
+            if total.shape != previous[name].shape or self._dtypes[name] != previous[name].dtype:
+                raise ProtocolError(f"the updates' {name!r} has another shape or dtype than the model's")
         result = {}
         for name, before in previous.items():
             total = self._sums.get(name)

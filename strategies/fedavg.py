@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from chexfound import wire
 from chexfound.errors import ProtocolError
 from chexfound.phases import Reply
 from strategies.aggregate import Fold
 
 
 def _count(value: object, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
-        raise ProtocolError(f"{what} must be a count (got {value!r})")
-    return value
+    if not wire.count(value):
+        raise ProtocolError(f"{what} must be a count (got {str(value)[:40]!r})")
+    return value  # type: ignore[return-value]
 
 
 class FedAvg:

@@ -1,0 +1,70 @@
+"""From a node's configuration to its images and its disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chexfound.errors import ConfigError, DataError
+from client import site as site_module
+from client.site import site_of
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [({}, "site and data"), ({"site": "A"}, "data"), ({"data": "x"}, "site"), ({"site": 1, "data": ""}, "site and data")],
+)
+def test_what_is_missing_is_named(config: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=f"lacks {what}; start it with --node-config"):
+        site_of(config, 64, enrolling=True)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\nb", "x" * 65])
+def test_a_name_that_cannot_name_a_folder(name: str, tiny_images: Path) -> None:
+    with pytest.raises(ConfigError, match="use 1 to 64 printable characters"):
+        site_of({"site": name, "data": str(tiny_images)}, 64, enrolling=True)
+
+
+def test_a_store_is_taken_as_it_is(tiny_store_path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
+    site = site_of({"site": "A", "data": str(tiny_store_path)}, 64, enrolling=True)
+    assert (site.name, len(site.view), site.view.store.path) == ("A", 77, tiny_store_path)
+    assert site.home == tmp_path / "sites" / "A"
+    assert not site.shuffle_labels
+
+
+def test_a_folder_is_taken_in(make_images: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    images = make_images(tmp_path / "images", {"alpha": 8})
+    before = sorted(images.rglob("*"))
+    site = site_of({"site": "A", "data": str(images)}, 64, enrolling=False)
+    assert site.view.store.path.is_relative_to(tmp_path / "home" / "sites" / "A")
+    assert len(site.view) == 10
+    assert sorted(images.rglob("*")) == before  # nothing is written among the hospital's images
+
+
+def test_a_shard_is_its_patients(tiny_store_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "shard.json").write_text(json.dumps(["beta/b03", "alpha/a00"]))
+    config = {"site": "S", "data": str(tiny_store_path), "home": str(tmp_path / "h"), "patients": str(tmp_path / "shard.json")}
+    site = site_of({**config, "shuffle-labels": True}, 64, enrolling=True)
+    assert set(site.patients(site.view.ids)) == {"beta/b03", "alpha/a00"}
+    assert site.home == tmp_path / "h"
+    assert site.shuffle_labels
+    (tmp_path / "shard.json").write_text(json.dumps(["beta/zz"]))
+    with pytest.raises(DataError, match="1 patients are not in .*beta/zz"):
+        site_of(config, 64, enrolling=True)
+
+
+def test_a_site_stays_open_between_messages(tiny_store_path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    config = {"site": "A", "data": str(tiny_store_path), "home": str(tmp_path)}
+    told: list[Any] = []
+    monkeypatch.setattr(site_module, "on_progress", lambda *what: told.append(what))
+    site = site_of(config, 64, enrolling=True)
+    assert site_of(config, 64, enrolling=False) is site
+    assert site_of(config, 64, enrolling=True) is not site
+    assert site.progress is not None
+    site.progress("pretrain", 1, 2)
+    assert told == [("A", "pretrain", 1, 2)]

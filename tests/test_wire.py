@@ -1,0 +1,251 @@
+"""What arrives is hostile until it has passed: only ProtocolError, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chexfound import wire
+from chexfound.errors import CODES, ChexfoundError, ProtocolError, StorageError
+from chexfound.phases import Reply, Request
+
+FIELDS = {"phase": "pretrain", "round": 1, "step": 2, "steps": 3, "batch_size": 4, "roster_index": 5, "findings": []}
+
+
+def array(data: bytes, stype: str = "numpy.ndarray", dtype: str = "float32") -> Array:
+    return Array(dtype, (1,), stype, data)
+
+
+def saved(value: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value, **options)
+    return file.getvalue()
+
+
+def content(fields: Any = None, arrays: dict[str, Array] | None = None, key: str = "request") -> RecordDict:
+    text = fields if isinstance(fields, str) else json.dumps(FIELDS | (fields or {}))
+    return RecordDict({key: ConfigRecord({"json": text}), "arrays": ArrayRecord(arrays or {})})
+
+
+# ---- there and back
+
+
+def test_a_request_comes_back() -> None:
+    request = Request(
+        phase="adapt", round=3, step=9, steps=3, batch_size=4, roster_index=1, findings=("A", "é|b"),
+        tensors={"x": torch.tensor([[1.5, -0.0]]), "y": torch.tensor(2.0).double(), "empty": torch.zeros(0, 3)},
+    )  # fmt: skip
+    back = wire.unpack_request(wire.pack_request(request))
+    for name in FIELDS:
+        assert getattr(back, name) == getattr(request, name)
+    assert set(back.tensors) == set(request.tensors)
+    for name, tensor in request.tensors.items():
+        assert back.tensors[name].dtype == tensor.dtype
+        assert back.tensors[name].shape == tensor.shape
+        assert back.tensors[name].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+@given(st.dictionaries(st.text(), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8,
+)))  # fmt: skip
+def test_a_reply_comes_back(values: dict[str, Any]) -> None:
+    back = wire.unpack_reply(wire.pack_reply(Reply(values=values)))
+    assert back.values == values
+    assert back.tensors == {}
+
+
+def test_tensors_are_copies_that_may_be_written() -> None:
+    before = torch.ones(3)
+    back = wire.unpack_reply(wire.pack_reply(Reply(tensors={"x": before})))
+    back.tensors["x"] += 1
+    assert before.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.uint8, torch.bool])
+def test_other_dtypes_do_not_leave(dtype: torch.dtype) -> None:
+    with pytest.raises(ProtocolError, match="does not travel"):
+        wire.pack_reply(Reply(tensors={"x": torch.zeros(2).to(dtype)}))
+
+
+# ---- what is hostile
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    trap = Trap(tmp_path / "sprung")
+    pickled, objects = pickle.dumps(trap), saved(np.array([trap], object), allow_pickle=True)
+    for data in (pickled, objects):
+        for stype in ("numpy.ndarray", "pickle", "torch.Tensor", ""):
+            with pytest.raises(ProtocolError, match="cannot be read"):
+                wire.unpack_request(content(arrays={"x": array(data, stype)}))
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickled)  # the trap works
+    assert (tmp_path / "sprung").exists()
+
+
+HEADERS = [
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1e3,), }",
+    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+    "{'descr': 'nonsense', 'fortran_order': False, 'shape': (1,), }",
+    "{" * 200,
+    "(" * 5000,
+    "__import__('os').system('true')",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_hostile_array_header(header: str) -> None:
+    text = header.encode() + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(16)
+    with pytest.raises(ProtocolError, match="array 'x'"):
+        wire.unpack_reply(content("{}", {"x": array(data)}, "reply"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros(2, ">f4"),
+        np.zeros(2, ">f8"),
+        np.zeros(2, np.float16),
+        np.zeros(2, np.int64),
+        np.zeros(2, np.complex64),
+        np.array(["text"]),
+        np.zeros(2, [("a", "f4")]),
+        np.zeros(2, "M8[s]"),
+    ],
+    ids=lambda value: str(value.dtype),
+)
+def test_other_dtypes_are_refused(value: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="its dtype does not travel"):
+        wire.unpack_request(content(arrays={"x": array(saved(value))}))
+
+
+def test_an_archive_is_no_array() -> None:
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros(1))
+    for data in (file.getvalue(), file.getvalue()[:40], b"PK\x03\x04" + bytes(40)):
+        with pytest.raises(ProtocolError, match="array 'x'"):
+            wire.unpack_request(content(arrays={"x": array(data)}))
+
+
+@given(st.binary(max_size=64))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    for prefix in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x80\x04"):
+        with pytest.raises(ProtocolError, match="array 'x'"):
+            wire.unpack_request(content(arrays={"x": array(prefix + data)}))
+
+
+@given(st.integers(0, 143), st.integers(1, 255))
+def test_a_changed_byte_gives_an_array_or_our_error(place: int, change: int) -> None:
+    data = bytearray(saved(np.arange(4, dtype=np.float32)))
+    data[place] ^= change
+    try:
+        tensors = wire.unpack_request(content(arrays={"x": array(bytes(data))})).tensors
+    except ProtocolError:
+        return
+    assert tensors["x"].dtype in (torch.float32, torch.float64)
+
+
+def test_missing_records() -> None:
+    for empty in (RecordDict(), RecordDict({"request": ConfigRecord()}), RecordDict({"request": ArrayRecord()})):
+        with pytest.raises(ProtocolError, match="no readable 'request'"):
+            wire.unpack_request(empty)
+        with pytest.raises(ProtocolError, match="no readable 'reply'"):
+            wire.unpack_reply(empty)
+    assert wire.unpack_reply(RecordDict({"reply": ConfigRecord({"json": "{}"})})) == Reply()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", '"x"', "1", "NaN", '{"a": NaN}', '{"a": Infinity}', '{"a": -Infinity}', '{"a": 1e999}',
+     '{"a": ' + "9" * 5000 + "}", "[" * 100_000, '{"a":' * 100_000, "\x00", "{}{}"],
+)  # fmt: skip
+def test_text_that_is_no_object_of_plain_values(text: str) -> None:
+    with pytest.raises(ProtocolError):
+        wire.unpack_reply(content(text, key="reply"))
+    with pytest.raises(ProtocolError):
+        wire.unpack_request(content(text))
+
+
+def test_json_that_is_no_text() -> None:
+    for value in (1, 1.5, b"\xff\xfe", True, ["{}"]):
+        record = RecordDict({"reply": ConfigRecord({"json": value})})
+        with pytest.raises(ProtocolError, match="'reply'"):
+            wire.unpack_reply(record)
+
+
+NUMBERS = ("round", "step", "steps", "batch_size", "roster_index")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1, 2**31, 10**30, 1.5, None, [], {}, "many"])
+def test_numbers_that_are_not(name: str, value: Any) -> None:
+    with pytest.raises(ProtocolError, match="malformed|negative or too large"):
+        wire.unpack_request(content({name: value}))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"findings": "Blob"}, {"findings": [1]}, {"phase": None}, {"extra": 1}, {"tensors": {}}]
+)
+def test_fields_of_another_kind(fields: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="malformed"):
+        wire.unpack_request(content(fields))
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_a_missing_field(name: str) -> None:
+    text = json.dumps({key: value for key, value in FIELDS.items() if key != name})
+    with pytest.raises(ProtocolError, match="malformed"):
+        wire.unpack_request(content(text))
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("kind", list(CODES.values()))
+def test_an_error_is_its_code_alone(kind: type[ChexfoundError], make_message: Any) -> None:
+    reply = wire.pack_error(kind("patient Jane Doe"), make_message(RecordDict()))
+    assert reply.has_error()
+    assert (reply.error.code, reply.error.reason) == (kind.exit_code, kind.code)
+    assert wire.unpack_error(reply) is kind
+
+
+def test_an_unknown_code_is_internal(make_message: Any) -> None:
+    from flwr.app import Error, Message
+
+    for reason in (None, "", "__class__", "no such", "storage "):
+        reply = Message(Error(code=99, reason=reason), reply_to=make_message(RecordDict()))
+        assert wire.unpack_error(reply) is ChexfoundError
+    assert wire.unpack_error(Message(Error(code=99, reason="storage"), reply_to=make_message(RecordDict()))) is StorageError
+
+
+def test_finite_count_and_word() -> None:
+    assert [wire.finite(v) for v in (0, -1.5, 10**300)] == [True] * 3
+    assert not any(wire.finite(v) for v in (True, None, "1", float("nan"), float("inf"), 10**400, [1]))
+    assert [wire.count(v) for v in (0, 7, 2**40 - 1)] == [True] * 3
+    assert not any(wire.count(v) for v in (-1, 2**40, True, 1.0, "1", None))
+    assert [wire.word(v) for v in ("a", "é 1", "x" * 64)] == [True] * 3
+    assert not any(wire.word(v) for v in ("", "x" * 65, "a\nb", "\ud800", 1, None))
