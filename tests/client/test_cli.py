@@ -33,7 +33,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`serve(*options)` with a child that ends with `code` in place of Flower's; what it was given is in `serve.command`."""
+    """`serve(*options)` with a stand-in for Flower's node; what that was given is in `serve.command`."""
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
 
     class Child:
@@ -146,7 +146,11 @@ def test_one_client_a_site(
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, json; from client import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print(json.dumps(sorted(sys.modules)))"
+    code = (
+        "import sys, json; from client import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print(json.dumps(sorted(sys.modules)))"
+    )
     env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
     output = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     loaded = json.loads(output.splitlines()[-1])

@@ -140,6 +140,10 @@ class Federation:
     def run(self, name: str, run_config: Path) -> Process:
         return self.start(name, [program("flwr"), "run", ".", "here", "--stream", "-c", str(run_config)])
 
+    def stop_run(self, run_id: str) -> None:
+        command = [program("flwr"), "stop", run_id, "here"]
+        subprocess.run(command, env=self.env, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
+
     def stop(self) -> None:
         for process in reversed(self.processes):
             process.stop()
