@@ -112,8 +112,8 @@ def _check_insecure(insecure: bool, address: str, loopback: bool) -> None:
     if not insecure:
         where = "this machine" if loopback else "another machine: do so only in a network that you trust"
         raise ConfigError(
-            "--insecure is missing: this release connects without TLS only, nothing encrypted and nobody authenticated. "
-            f"Give --insecure to agree to that; {address} is {where}"
+            "--insecure is missing: this release connects without TLS only, nothing encrypted and nobody "
+            f"authenticated. Give --insecure to agree to that; {address} is {where}"
         )
 
 
@@ -157,8 +157,8 @@ def _take_in(name: str, data: Path, home: Path, image_px: int) -> None:
             summary = ingest(data, path, image_px, progress=progress)
         _say(
             name,
-            f"{summary.images} new images of {summary.patients} patients, {summary.skipped_existing} files were there already, "
-            f"{len(summary.refused)} refused",
+            f"{summary.images} new images of {summary.patients} patients, "
+            f"{summary.skipped_existing} files were there already, {len(summary.refused)} refused",
         )
         for reason, count in Counter(_kind(reason) for _, reason in summary.refused).most_common():
             print(f"  {count} refused: {reason}", flush=True)
@@ -167,8 +167,8 @@ def _take_in(name: str, data: Path, home: Path, image_px: int) -> None:
     strangers = sum(image.root != str(data) for image in store.images) if path != data else 0
     if strangers:
         print(
-            f"warning: {strangers} of them come from another folder that site {name!r} was served from before, and take part too; "
-            f"if they should not, remove {path} and start again",
+            f"warning: images of another folder that site {name!r} was served from before take part too: "
+            f"{strangers} of {len(store)}; if they should not, remove {path} and start again",
             file=sys.stderr,
         )
 

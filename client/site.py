@@ -43,7 +43,8 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
     missing = [name for name in ("site", "data") if not isinstance(node_config.get(name), str) or not node_config[name]]
     if missing:
         raise ConfigError(
-            f'the node\'s configuration lacks {" and ".join(missing)}; start it with --node-config \'site="NAME" data="DIR"\''
+            f"the node's configuration lacks {' and '.join(missing)}; "
+            'start it with --node-config \'site="NAME" data="DIR"\''
         )
     name, data = str(node_config["site"]), Path(str(node_config["data"]))
     if "home" in node_config:

@@ -1,4 +1,4 @@
-"""How requests reach the sites: over Flower's Grid.  (The simulation's arms call a site directly.)"""
+"""How requests reach the sites: over Flower's Grid, or by a call (the simulation's lone sites)."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
             "not_trained": [],
             "void": None,
             "notes": [
-                "A deployed run: the federated arm only. Centralized and single-site models would need the pooled images."
+                "A deployed run: the federated arm only. "
+                "Centralized and single-site models would need the pooled images."
             ],
             "machine": machine(),
             "versions": versions(*RUN_PACKAGES),

@@ -66,7 +66,9 @@ class Fold:
             if self._sums and (tensor.shape != self._sums[name].shape or tensor.dtype != self._dtypes[name]):
                 raise ProtocolError(f"an update's {name!r} has another shape or dtype than the one before")
             if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
-                raise ProtocolError(f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows")
+                raise ProtocolError(
+                    f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows"
+                )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise ProtocolError(f"an update's {name!r} holds a value that is not a finite number")
 
@@ -77,8 +79,8 @@ class Fold:
         """
         if self._sums and set(self._sums) != set(previous):
             raise ProtocolError("the updates hold other tensors than the model")
-        for name, total in self._sums.items():
-            if total.shape != previous[name].shape or self._dtypes[name] != previous[name].dtype:
+        for name, held in self._sums.items():
+            if held.shape != previous[name].shape or self._dtypes[name] != previous[name].dtype:
                 raise ProtocolError(f"the updates' {name!r} has another shape or dtype than the model's")
         result = {}
         for name, before in previous.items():

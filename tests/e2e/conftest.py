@@ -105,7 +105,9 @@ class Federation:
             "no_proxy": "127.0.0.1,localhost",
         }
         (folder / "flower").mkdir(parents=True)
-        (folder / "flower" / "config.toml").write_text(f'[superlink.here]\naddress = "{self.address}"\ninsecure = true\n')
+        (folder / "flower" / "config.toml").write_text(
+            f'[superlink.here]\naddress = "{self.address}"\ninsecure = true\n'
+        )
 
     def start(self, name: str, command: Sequence[str], **env: str) -> Process:
         process = Process(name, command, self.folder / f"{name}.log", self.env | env)
@@ -138,6 +140,10 @@ class Federation:
     def run(self, name: str, run_config: Path) -> Process:
         return self.start(name, [program("flwr"), "run", ".", "here", "--stream", "-c", str(run_config)])
 
+    def stop_run(self, run_id: str) -> None:
+        command = [program("flwr"), "stop", run_id, "here"]
+        subprocess.run(command, env=self.env, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
+
     def stop(self) -> None:
         for process in reversed(self.processes):
             process.stop()
@@ -164,7 +170,14 @@ def write_site(folder: Path, name: str, patients: int, px: int) -> Path:
             across, down = np.meshgrid(np.arange(px), np.arange(px))
             image[(across - x) ** 2 + (down - y) ** 2 < (px / 8) ** 2] += 110
         cv2.imwrite(str(folder / f"{number:03d}.png"), image.clip(0, 255).astype(np.uint8))
-        rows.append({"file": f"{number:03d}.png", "source": name, "patient_id": f"p{number}", "findings": "Nodule" if number % 2 else "No Finding"})
+        rows.append(
+            {
+                "file": f"{number:03d}.png",
+                "source": name,
+                "patient_id": f"p{number}",
+                "findings": "Nodule" if number % 2 else "No Finding",
+            }
+        )
     with open(folder / "manifest.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

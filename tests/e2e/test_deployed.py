@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Deployed:
     def __init__(self) -> None:
         self.failed = ""  # output of the run in which B had lost its images
         self.superlink = ""
+        self.stopped = ""  # output of the run that was stopped after a round
         self.streams: list[str] = []
         self.folders: list[Path] = []
         self.hashes: dict[int, str] = {}  # in process, by number of workers
@@ -63,9 +64,7 @@ def simulate(images: Path, folder: Path, workers: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def deployed(
-    federation: Any, make_site: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Deployed]:
+def deployed(federation: Any, make_site: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     """One federation for all tests: each round costs Flower's polls and a process a message."""
     images, result = tmp_path_factory.mktemp("images"), Deployed()
     a = make_site(images / "a", "A", 40, 80)
@@ -85,13 +84,22 @@ def deployed(
     result.failed = first.text
     gone.rename(b)
 
-    # The same two nodes go on, with the simulations beside the first run; the second stops after pretraining.
+    # The same two nodes go on, with the simulations beside the first run.  Pretraining is done again, and
+    # stopped after its first round; another run goes on from what it left.
     again = federation.folder / "again.toml"
-    again.write_text(recipes.to_run_config(replace(RECIPE, phases=("pretrain",))))
+    run_dir = federation.folder / "again"
+    again.write_text(recipes.to_run_config(replace(RECIPE, phases=("pretrain",))) + f'run-dir = "{run_dir}"\n')
     runs = [federation.run("run-1", run_config)]
     for workers in (1, 2):
         result.hashes[workers] = simulate(images, tmp_path_factory.mktemp("sim"), workers)
     runs[0].wait()
+    stopped = federation.run("run-stopped", again)
+    stopped.wait_for("event=round phase=pretrain round=1")
+    found = re.search(r"event=begin run=(\d+)", stopped.text)
+    assert found
+    federation.stop_run(found[1])
+    stopped.wait()
+    result.stopped = stopped.text
     runs.append(federation.run("run-2", again))
     runs[1].wait()
     assert node.running
@@ -103,7 +111,7 @@ def deployed(
         found = re.search(r"event=written folder=(\S+)", text)
         assert found, text[-6000:]
         result.folders.append(Path(found[1]))
-    yield result
+    return result
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -115,9 +123,14 @@ def test_deployed_and_in_process_give_the_same_bits(deployed: Deployed) -> None:
     assert deployed.hashes[2] == deployed.hashes[1]
 
 
-def test_deployed_again_gives_the_same_bits(deployed: Deployed) -> None:
+def test_stopped_and_resumed_gives_the_same_bits(deployed: Deployed) -> None:
+    rounds = [
+        re.findall(r"event=round phase=pretrain round=(\d)", text) for text in (deployed.stopped, *deployed.streams)
+    ]
+    assert rounds == [["1"], ["1", "2"], ["2"]]
     backbones = [
-        checkpoint.with_prefix(checkpoint.load(folder / "model.safetensors"), "backbone.") for folder in deployed.folders
+        checkpoint.with_prefix(checkpoint.load(folder / "model.safetensors"), "backbone.")
+        for folder in deployed.folders
     ]
     assert backbones[0]
     assert checkpoint.digest(backbones[0]) == checkpoint.digest(backbones[1])
@@ -150,7 +163,10 @@ def test_the_log_is_one_line_a_round(deployed: Deployed) -> None:
 
 
 def test_a_site_that_fails_sends_a_code_and_stays(deployed: Deployed, federation: Any) -> None:
-    assert re.search(r"event=failed error=site exit_code=7 node \d+ in enrol: replied with error 'data' \(exit code 3\)", deployed.failed)
+    assert re.search(
+        r"event=failed error=site exit_code=7 node \d+ in enrol: replied with error 'data' \(exit code 3\)",
+        deployed.failed,
+    )
     assert SECRET in deployed.site_b  # its own log has the reason
     for text in (deployed.failed, deployed.superlink, *deployed.streams):
         assert SECRET not in text

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from chexfound.data.store import Store
+from client import cli, supernode
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three images of two patients, and a file that is none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = ["file,source,patient_id,findings"]
+    for number in range(3):
+        cv2.imwrite(str(folder / f"{number}.png"), np.random.default_rng(number).integers(0, 256, (20, 20), np.uint8))
+        rows.append(f"{number}.png,a,p{number // 2},Nodule")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "manifest.csv").write_text("\n".join([*rows, "broken.png,a,p9,"]))
+    return folder
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`serve(*options)` with a stand-in for Flower's node; what that was given is in `serve.command`."""
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+
+    class Child:
+        asked: int | None = None
+        code = 0
+
+        def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
+            run.command, run.env = list(command), env
+
+        def wait(self) -> int:
+            type(self).asked = run.asked
+            return run.code
+
+    def run(*options: str, asked: int | None = 15, code: int = 0) -> int:
+        run.asked, run.code = asked, code
+        monkeypatch.setattr(supernode, "SuperNode", Child)
+        return cli.main(options)
+
+    return run
+
+
+def options(images: Path, *more: str, name: str = "A", superlink: str = "127.0.0.1:1") -> list[str]:
+    return ["--data", str(images), "--name", name, "--superlink", superlink, "--image-px", "16", *more]
+
+
+def test_images_are_taken_in_and_the_node_started(
+    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve(*options(images, "--insecure")) == 0
+    out = capsys.readouterr().out
+    assert "3 new images of 2 patients, 0 files were there already, 1 refused" in out
+    assert "1 refused: cannot be decoded" in out
+    assert "nothing answers at 127.0.0.1:1 yet; trying again until it does" in out
+    assert len(Store.open(tmp_path / "home" / "sites" / "A" / "store-16")) == 3
+    assert serve.command[5] == f'site="A" data="{images}"'
+    assert serve.env["FLWR_HOME"] == str(tmp_path / "home" / "sites" / "A" / "flower")
+    assert serve(*options(images, "--insecure")) == 0
+    assert "0 new images of 0 patients, 3 files were there already" in capsys.readouterr().out
+
+
+def test_a_store_is_served_as_it_is(
+    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from chexfound.data.sources import ingest
+
+    ingest(images, tmp_path / "store", 32)
+    assert serve(*options(tmp_path / "store", "--insecure")) == 0
+    assert "taking in" not in capsys.readouterr().out
+    assert not (tmp_path / "home" / "sites" / "A" / "store-16").exists()
+
+
+def test_images_of_a_folder_served_before_are_told(
+    serve: Callable[..., int], images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(*options(images, "--insecure"))
+    other = images.rename(images.with_name("moved"))
+    cv2.imwrite(str(other / "0.png"), np.random.default_rng(9).integers(0, 256, (20, 20), np.uint8))
+    capsys.readouterr()
+    serve(*options(other, "--insecure"))
+    assert "another folder that site 'A' was served from before take part too: 1 of 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "code", "expected"), [(2, 0, 130), (15, 0, 0), (None, 0, 7), (None, 1, 7)])
+def test_exit_codes(serve: Callable[..., int], images: Path, asked: int | None, code: int, expected: int) -> None:
+    assert serve(*options(images, "--insecure"), asked=asked, code=code) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "message"),
+    [
+        ([], {}, "--insecure is missing.*127.0.0.1:1 is this machine"),
+        ([], {"superlink": "10.1.1.1:8000"}, "--insecure is missing.*another machine: do so only in a network"),
+        (["--insecure"], {"superlink": "http://h:1"}, "write HOST:PORT without a prefix"),
+        (["--insecure"], {"name": "a/b"}, "site name 'a/b'"),
+        (["--insecure"], {"name": ".."}, "site name '..'"),
+    ],
+)
+def test_options_that_are_refused(
+    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    more: list[str], changes: dict[str, str], message: str,
+) -> None:  # fmt: skip
+    assert serve(*options(images, *more, **changes)) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "home").exists()
+
+
+def test_another_machine_is_warned_of(
+    serve: Callable[..., int], images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supernode, "answers", lambda host, port: True)
+    assert serve(*options(images, "--insecure", superlink="10.1.1.1:8000")) == 0
+    assert "nothing on the way there is encrypted or authenticated" in capsys.readouterr().err
+
+
+def test_no_images(serve: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve(*options(tmp_path / "absent", "--insecure")) == 3
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "home" / "sites" / "A" / "store-16").exists()
+
+
+def test_one_client_a_site(
+    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home" / "sites" / "A"
+    home.mkdir(parents=True)
+    with open(home / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert serve(*options(images, "--insecure")) == 2
+    assert "already being served" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, json; from client import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print(json.dumps(sorted(sys.modules)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    output = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    loaded = json.loads(output.splitlines()[-1])
+    assert not {"torch", "numpy", "cv2", "flwr", "rich", "pydantic"}.intersection(loaded)

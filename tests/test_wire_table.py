@@ -1,0 +1,98 @@
+"""Many tensors in one flat array a dtype: cut out as they were put in, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chexfound import wire
+from chexfound.errors import CODES, ProtocolError
+from chexfound.phases import Reply
+from server.flwr_private import set_identity
+
+kinds_of = st.tuples(st.sampled_from([torch.float32, torch.float64]), st.lists(st.integers(0, 3), max_size=3))
+
+
+@given(st.dictionaries(st.text(max_size=5), kinds_of, max_size=6))
+def test_tensors_come_back(kinds: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    tensors = {
+        name: torch.arange(int(np.prod(shape)), dtype=dtype).reshape(shape) + place
+        for place, (name, (dtype, shape)) in enumerate(kinds.items())
+    }
+    packed = wire.pack_reply(Reply(tensors=tensors))
+    assert len(packed.array_records["arrays"]) <= 2
+    back = wire.unpack_reply(packed).tensors
+    assert list(back) == list(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+        assert back[name].untyped_storage().nbytes() == tensor.numel() * tensor.element_size()  # its own memory
+
+
+def content(table: Any, **arrays: np.ndarray) -> RecordDict:
+    records = {"reply": ConfigRecord({"json": "{}"}), "arrays": ArrayRecord({n: Array(a) for n, a in arrays.items()})}
+    if table is not None:
+        records["table"] = ConfigRecord({"json": json.dumps(table)})
+    return RecordDict(records)
+
+
+FOUR = np.arange(4, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([["x", "float32", [5]]], "not in the arrays"),
+        ([["x", "float32", [2**62, 4]]], "not in the arrays"),
+        ([["x", "float64", [4]]], "not in the arrays"),
+        ([["x", "float32", [2]], ["x", "float32", [2]]], "listed twice"),
+        ([["x", "float32", [3]]], "hold more"),
+        ([], "hold more"),
+        ([["x", "float32", [-4]]], "malformed"),
+        ([["x", "float32", [4.0]]], "malformed"),
+        ([["x", "float32", [True, 4]]], "malformed"),
+        ([["x", "float32", [1] * 17]], "malformed"),
+        ([["x", "float32"]], "malformed"),
+        ([[1, "float32", [4]]], "malformed"),
+        ({"x": [4]}, "malformed"),
+        (None, "malformed"),
+    ],
+)
+def test_tables_that_do_not_fit(tensors: Any, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        wire.unpack_reply(content({"tensors": tensors}, float32=FOUR))
+
+
+def test_arrays_without_a_table() -> None:
+    with pytest.raises(ProtocolError, match="no readable 'table'"):
+        wire.unpack_reply(content(None, float32=FOUR))
+
+
+@pytest.mark.parametrize(("name", "array"), [("x", FOUR), ("float64", FOUR), ("float32", FOUR.reshape(2, 2))])
+def test_arrays_that_are_not_flat_or_misnamed(name: str, array: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="not a flat array"):
+        wire.unpack_reply(content({"tensors": [["x", name, [4]]]}, **{name: array}))
+
+
+def error(code: int, reason: str) -> Message:
+    set_identity(1)
+    request = Message(RecordDict(), dst_node_id=2, message_type="query.enrol")
+    return Message(Error(code=code, reason=reason), reply_to=request)
+
+
+def test_errors_are_told_without_the_senders_text() -> None:
+    for name, kind in CODES.items():
+        told = wire.explain_error(error(kind.exit_code, name))
+        assert told == f"replied with error {name!r} (exit code {kind.exit_code})"
+    secret = "<class 'OSError'>:<'/ward/7/Jane Doe'>"
+    told = [wire.explain_error(error(code, secret)) for code in (0, 1, 2, 3, 4, 5, 7, 8, 99)]
+    assert told[1:3] == ["could not load the ClientApp", "the ClientApp raised an exception"]
+    assert told[-1] == "failed with Flower's error code 99"
+    assert not any("Jane" in text for text in told)
