@@ -66,7 +66,9 @@ class Fold:
             if self._sums and (tensor.shape != self._sums[name].shape or tensor.dtype != self._dtypes[name]):
                 raise ProtocolError(f"an update's {name!r} has another shape or dtype than the one before")
             if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
-                raise ProtocolError(f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows")
+                raise ProtocolError(
+                    f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows"
+                )
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise ProtocolError(f"an update's {name!r} holds a value that is not a finite number")
 

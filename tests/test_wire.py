@@ -239,7 +239,10 @@ def test_an_unknown_code_is_internal(make_message: Any) -> None:
     for reason in (None, "", "__class__", "no such", "storage "):
         reply = Message(Error(code=99, reason=reason), reply_to=make_message(RecordDict()))
         assert wire.unpack_error(reply) is ChexfoundError
-    assert wire.unpack_error(Message(Error(code=99, reason="storage"), reply_to=make_message(RecordDict()))) is StorageError
+    assert (
+        wire.unpack_error(Message(Error(code=99, reason="storage"), reply_to=make_message(RecordDict())))
+        is StorageError
+    )
 
 
 def test_finite_count_and_word() -> None:

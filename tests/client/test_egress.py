@@ -40,7 +40,13 @@ def test_no_text_of_an_exception_leaves(error: Exception, make_message: Any, cap
     with caplog.at_level(logging.ERROR, "chexfound.client"):
         reply = egress.release(make_message(RecordDict()), "adapt", error)
     assert reply.has_error()
-    expected = error if isinstance(error, errors.ChexfoundError) else errors.StorageError() if isinstance(error, OSError) else errors.ChexfoundError()
+    expected = (
+        error
+        if isinstance(error, errors.ChexfoundError)
+        else errors.StorageError()
+        if isinstance(error, OSError)
+        else errors.ChexfoundError()
+    )
     assert (reply.error.code, reply.error.reason) == (expected.exit_code, expected.code)
     assert "Jane" not in text_of(reply)
     assert SECRET in caplog.text  # the site's own log tells
@@ -58,7 +64,10 @@ def test_an_exception_that_cannot_be_printed(make_message: Any, monkeypatch: Any
 
 
 def test_what_is_declared_leaves(make_message: Any) -> None:
-    sent = Reply(tensors={"student.x": torch.ones(2)}, values={"images": 3, "state": "kept", "history": [{"step": 0, "loss": 1.5}]})
+    sent = Reply(
+        tensors={"student.x": torch.ones(2)},
+        values={"images": 3, "state": "kept", "history": [{"step": 0, "loss": 1.5}]},
+    )
     reply = egress.release(make_message(RecordDict()), "pretrain", sent)
     back = wire.unpack_reply(reply.content)
     assert back.values == sent.values
@@ -91,11 +100,16 @@ def test_no_tensor_or_number_that_is_not_finite(value: float) -> None:
             egress.admit("pretrain", Reply(values={"history": nested}))
 
 
-@pytest.mark.parametrize("value", [np.float32(1), np.int64(1), (1, math.nan), {1}, b"x", object(), torch.ones(1)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [np.float32(1), np.int64(1), (1, math.nan), {1}, b"x", object(), torch.ones(1)], ids=repr
+)
 def test_what_is_no_plain_value_does_not_raise(value: Any, make_message: Any) -> None:
     with pytest.raises(PolicyError, match="not a plain value"):
         egress.admit("pretrain", Reply(values={"history": [value]}))
-    assert egress.release(make_message(RecordDict()), "pretrain", Reply(values={"history": [value]})).error.reason == "policy"
+    assert (
+        egress.release(make_message(RecordDict()), "pretrain", Reply(values={"history": [value]})).error.reason
+        == "policy"
+    )
 
 
 def test_a_reply_that_cannot_be_packed_is_a_code(make_message: Any) -> None:

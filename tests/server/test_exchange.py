@@ -94,7 +94,9 @@ def test_each_site_gets_its_own_request(quick: Any) -> None:
 
 def test_too_few_sites(quick: Any) -> None:
     told: list[Any] = []
-    with pytest.raises(SiteError, match=r"only 1 of federation.min_sites 2 sites connected within 0.01 s; start the others"):
+    with pytest.raises(
+        SiteError, match=r"only 1 of federation.min_sites 2 sites connected within 0.01 s; start the others"
+    ):
         GridExchange(Scripted({1: node("A")}), lambda *counts: told.append(counts)).enrol(quick)
     assert told == [(1, 2)]
 
@@ -112,12 +114,16 @@ def ask_two(quick: Any, later: Any) -> None:
 
 @pytest.mark.parametrize("kind", [DataError, SiteError, ConfigError])
 def test_an_error_names_the_site_and_its_code(quick: Any, kind: Any) -> None:
-    with pytest.raises(SiteError, match=f"site 'B' in pretrain, round 3: replied with error '{kind.code}' .exit code {kind.exit_code}"):
+    with pytest.raises(
+        SiteError, match=f"site 'B' in pretrain, round 3: replied with error '{kind.code}' .exit code {kind.exit_code}"
+    ):
         ask_two(quick, lambda message: wire.pack_error(kind("Jane Doe"), message))
 
 
 def test_a_site_that_does_not_answer(quick: Any) -> None:
-    with pytest.raises(SiteError, match=r"site 'B' in pretrain, round 3: no reply within federation.round_timeout_s 0.2 s"):
+    with pytest.raises(
+        SiteError, match=r"site 'B' in pretrain, round 3: no reply within federation.round_timeout_s 0.2 s"
+    ):
         ask_two(quick, lambda message: None)
 
 
