@@ -14,32 +14,36 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(
         prog="chexfound",
-        description="Tools around federated chest X-ray pretraining: make phantoms, take in images, show recipes, draw reports.",
-        epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), flwr run (the coordinator).",
+        description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, draw reports.",
+        epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), "
+        "flwr run (the coordinator).",
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     phantom = commands.add_parser("phantom", help="draw DICOM chest phantoms of several sites, with labelled findings")
-    phantom.add_argument("--out", metavar="DIR", required=True, help="a new folder; one folder a site in it")
-    phantom.add_argument("--sites", metavar="N", type=int, default=4, help="sites, each with its own scanner (default: %(default)s)")
-    phantom.add_argument("--patients", metavar="N", type=int, default=200, help="patients at each site (default: %(default)s)")
-    phantom.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")
+    add = phantom.add_argument
+    add("--out", metavar="DIR", required=True, help="a new folder; one folder a site in it")
+    add("--sites", metavar="N", type=int, default=4, help="each with its own scanner (default: %(default)s)")
+    add("--patients", metavar="N", type=int, default=200, help="at each site (default: %(default)s)")
+    add("--seed", metavar="N", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")
     phantom.set_defaults(run=_phantom)
 
     ingest = commands.add_parser("ingest", help="take images into a store, or add what is new to it")
-    ingest.add_argument("source", metavar="SOURCE", help="DICOM folder, or folder with a manifest.csv")
-    ingest.add_argument("store", metavar="STORE", help="the store; made if it is not there")
-    ingest.add_argument("--image-px", metavar="N", type=int, default=128, help="side of the stored images (default: %(default)s)")
+    add = ingest.add_argument
+    add("source", metavar="SOURCE", help="DICOM folder, or folder with a manifest.csv")
+    add("store", metavar="STORE", help="the store; made if it is not there")
+    add("--image-px", metavar="N", type=int, default=128, help="side of the stored images (default: %(default)s)")
     ingest.set_defaults(run=_ingest)
 
-    recipe = commands.add_parser("recipe", help="show a recipe with all its values, or write it as a run-config file for `flwr run -c`")
-    recipe.add_argument("recipe", metavar="NAME", nargs="?", help="a preset or a YAML file; without it, the presets are listed")
-    recipe.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a value; may be repeated")
-    recipe.add_argument("--toml", metavar="FILE", help="write the run-config file there instead of showing the recipe")
+    recipe = commands.add_parser("recipe", help="show a recipe with all its values, or write it for `flwr run -c`")
+    add = recipe.add_argument
+    add("recipe", metavar="NAME", nargs="?", help="a preset or a YAML file; without it, the presets are listed")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="change a value; may be repeated")
+    add("--toml", metavar="FILE", help="write the run-config file there instead of showing the recipe")
     recipe.set_defaults(run=_recipe)
 
     report = commands.add_parser("report", help="draw report.html from a run's folder")
-    report.add_argument("folder", metavar="DIR", help="the folder of a simulation or of a deployed run, with its metrics.json")
+    report.add_argument("folder", metavar="DIR", help="of a simulation or of a deployed run; holds metrics.json")
     report.set_defaults(run=_report)
     return result
 
@@ -57,8 +61,11 @@ def _phantom(given: argparse.Namespace) -> int:
 
     bar, progress = _progress("drawing")
     with bar:  # type: ignore[attr-defined]
-        summary = generate(Path(given.out), sites=given.sites, patients=given.patients, seed=given.seed, progress=progress)
-    print(f"{summary.images} images of {summary.patients} patients at {given.sites} sites in {given.out}")
+        summary = generate(
+            Path(given.out), sites=given.sites, patients=given.patients, seed=given.seed, progress=progress
+        )
+    images = ", ".join(f"{site} {number}" for site, number in summary.images.items())
+    print(f"{summary.patients} patients drawn into {given.out}; images: {images}")
     return 0
 
 
@@ -69,8 +76,8 @@ def _ingest(given: argparse.Namespace) -> int:
     with bar:  # type: ignore[attr-defined]
         summary = ingest(Path(given.source), Path(given.store), given.image_px, progress=progress)
     print(
-        f"{summary.images} images of {summary.patients} patients taken in, {summary.skipped_existing} were there already, "
-        f"{len(summary.refused)} files refused"
+        f"{summary.images} images of {summary.patients} patients taken in, "
+        f"{summary.skipped_existing} were there already, {len(summary.refused)} files refused"
     )
     for file, reason in summary.refused:
         print(f"  refused {file}: {reason}")

@@ -113,7 +113,8 @@ class Journal:
         self.path = Path(path)
         with storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115 (held open, with its lock, for the journal's life)
+            # Unbuffered: what could not be written must not wait in memory and reach the disk later.
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open, with its lock)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -122,8 +123,10 @@ class Journal:
                 f"{self.path}: another process is writing this journal; stop it, or choose another folder"
             ) from error
         try:
-            self.records, good = _read(self.path)
-            self._file.truncate(good)
+            self.records, self._size = _read(self.path)
+            self._file.truncate(self._size)
+            with storage(self.path):
+                _sync_folder(self.path.parent)
         except BaseException:
             self._file.close()
             raise
@@ -146,18 +149,21 @@ class Journal:
 
     def append(self, data: dict[str, Any]) -> str:
         """Add a record and return its hash once it is on the disk."""
+        data = json.loads(json.dumps(data, allow_nan=False))  # as it is read back: a key that is a number becomes text
         record = {"seq": len(self.records), "prev": self._head, "data": data}
         record["sha256"] = hashlib.sha256(canonical(record)).hexdigest()
-        size = os.fstat(self._file.fileno()).st_size
         with storage(self.path):
             try:
-                self._file.write(canonical(record) + b"\n")
-                self._file.flush()
+                self._file.truncate(self._size)  # an append that failed may have left a torn line
+                line = memoryview(canonical(record) + b"\n")
+                while line:  # a full disk shows as a short write first
+                    line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(size)
+                    self._file.truncate(self._size)
                 raise
+        self._size = os.fstat(self._file.fileno()).st_size
         self.records.append(record)
         self._head = record["sha256"]
         return self._head

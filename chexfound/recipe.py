@@ -31,6 +31,14 @@ Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Fraction, Fraction]
 
+ARCHS = {  # width, depth, heads
+    "vit_demo": (96, 4, 4),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+
 
 @_frozen
 class Input:
@@ -143,7 +151,7 @@ class Crops:
     local_crops_scale: Range = (0.3, 0.7)
     horizontal_flip: Fraction = 0.5
     rotation_deg: Weight = 5.0
-    jitter: Weight = 0.1  # of gamma, in log units; brightness and contrast fall to the z-score
+    jitter: Weight = 0.1  # log gamma is uniform in ± 2 · jitter; brightness and contrast fall to the z-score
     blur: Fraction = 0.0
 
 
@@ -249,7 +257,7 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
     text, where = _read(str(name_or_path))
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -282,7 +290,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {pair!r}: write KEY=VALUE, for example --set train.rounds=3")
         try:
             result[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
             raise ConfigError(f"--set {pair!r}: the value is not valid YAML") from error
     return result
 
@@ -354,6 +362,10 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         found.append("split: train + val must leave patients for the test (their sum must be below 1)")
     if not recipe.phases:
         found.append("phases: name at least one of pretrain, adapt, evaluate")
+    if recipe.adapt.n_last_blocks > (depth := ARCHS[recipe.student.arch][1]):
+        found.append(
+            f"adapt.n_last_blocks: {recipe.student.arch} has {depth} blocks (got {recipe.adapt.n_last_blocks})"
+        )
     if recipe.adapt.glori_dim % recipe.adapt.glori_heads:
         found.append(
             f"adapt.glori_dim: must be a multiple of adapt.glori_heads (got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})"
@@ -406,6 +418,25 @@ def from_json(text: str) -> Recipe:
     if not isinstance(values, dict):
         raise ConfigError("run-config 'recipe': must be a JSON object")
     return validate(values, "run-config 'recipe'")
+
+
+def to_run_config(recipe: Recipe) -> str:
+    """The text of a TOML file for `flwr run -c FILE.toml`, which has the recipe under the key `recipe`.
+
+    A literal string in triple quotes takes everything as it stands but quotes and control characters;
+    JSON can write these as escapes, so none is left in it.
+    """
+    text = to_json(recipe).replace("'", "\\u0027").replace("\x7f", "\\u007f")
+    return f"recipe = '''{text}'''\n"
+
+
+def from_run_config(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run, the same at the coordinator and at a site; the preset "demo" if none is given.
+
+    Raises: ConfigError.
+    """
+    text = values.get("recipe") or ""
+    return from_json(str(text)) if text else load("demo")
 
 
 def to_yaml(recipe: Recipe) -> str:

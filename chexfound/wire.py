@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -28,6 +28,17 @@ MESSAGE_TYPES = {
     "evaluate": "evaluate",
 }
 LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
+# What Flower itself reports, by its error codes: from the site's node, or in its stead.  Our own
+# replies use the same field, and are told apart by their reason, which is always one of our words.
+FLOWER_ERRORS = {
+    1: "could not load the ClientApp",
+    2: "the ClientApp raised an exception",
+    3: "the message is gone or incomplete at the coordinator",
+    4: "the reply is gone or incomplete at the coordinator",
+    5: "is no longer connected",
+    7: "refused the app that the coordinator sent",
+    8: "the ClientApp's process died",
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -43,30 +54,55 @@ class _RequestFields:
 
 
 _request_adapter = TypeAdapter(_RequestFields)
+_Side = Annotated[int, Field(ge=0, strict=True)]
+_table_adapter = TypeAdapter(list[tuple[str, str, Annotated[list[_Side], Field(max_length=16)]]])
 
 
-def _arrays(tensors: dict[str, Tensor]) -> ArrayRecord:
-    arrays = {}
+def _pack_tensors(tensors: dict[str, Tensor]) -> dict[str, ArrayRecord | ConfigRecord]:
+    """Tensors as one flat array a dtype, and the table by which they are cut out again.
+
+    Flower moves every array by requests of its own at each of six hops: the 184 tensors of the demo's
+    student and teacher, sent one by one, cost more than their training.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    table = []
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous().numpy()
         if data.dtype.name not in DTYPES:
             raise ProtocolError(f"tensor {name!r}: dtype {data.dtype.name} does not travel")
-        arrays[name] = Array(data)
-    return ArrayRecord(arrays)
+        parts.setdefault(data.dtype.name, []).append(data.reshape(-1))
+        table.append([name, data.dtype.name, list(data.shape)])
+    arrays = {dtype: Array(np.concatenate(flat)) for dtype, flat in parts.items()}
+    return {"arrays": ArrayRecord(arrays), "table": ConfigRecord({"json": json.dumps({"tensors": table})})}
+
+
+def _flat_array(name: str, array: Array) -> np.ndarray:
+    try:
+        data = array.numpy()  # never unpickles
+    except Exception as error:  # bytes from outside: NumPy's parser raises a dozen kinds
+        raise ProtocolError(f"array {name!r} cannot be read") from error
+    if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES or not data.dtype.isnative:
+        raise ProtocolError(f"array {name!r}: its dtype does not travel")
+    if data.ndim != 1 or data.dtype.name != name:
+        raise ProtocolError(f"array {name!r}: not a flat array of {' or '.join(DTYPES)}, named by its dtype")
+    return data
 
 
 def _tensors(content: RecordDict) -> dict[str, Tensor]:
     if "arrays" not in content.array_records:
         return {}
+    left = {name: _flat_array(name, array) for name, array in content.array_records["arrays"].items()}
+    if not left and "table" not in content.config_records:
+        return {}
     result = {}
-    for name, array in content.array_records["arrays"].items():
-        try:
-            data = array.numpy()  # never unpickles
-        except Exception as error:  # bytes from outside: NumPy's parser raises a dozen kinds
-            raise ProtocolError(f"array {name!r} cannot be read") from error
-        if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES or not data.dtype.isnative:
-            raise ProtocolError(f"array {name!r}: its dtype does not travel")
-        result[name] = torch.from_numpy(np.ascontiguousarray(data).reshape(data.shape).copy())
+    for name, dtype, shape in _table(content):
+        size = math.prod(shape)
+        if name in result or dtype not in left or size > left[dtype].size:
+            raise ProtocolError(f"tensor {name!r}: listed twice, or not in the arrays that came with it")
+        result[name] = torch.from_numpy(left[dtype][:size].reshape(shape).copy())
+        left[dtype] = left[dtype][size:]
+    if any(rest.size for rest in left.values()):
+        raise ProtocolError("the arrays hold more than the tensors that are listed")
     return result
 
 
@@ -75,6 +111,13 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError("not a finite number")
     return value
+
+
+def _table(content: RecordDict) -> list[tuple[str, str, list[int]]]:
+    try:
+        return _table_adapter.validate_python(_json(content, "table").get("tensors"))
+    except ValidationError as error:
+        raise ProtocolError("the message's list of tensors is malformed") from error
 
 
 def _json(content: RecordDict, key: str) -> dict[str, Any]:
@@ -91,7 +134,7 @@ def _json(content: RecordDict, key: str) -> dict[str, Any]:
 def pack_request(request: Request) -> RecordDict:
     """A request as a message's content."""
     fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-    return RecordDict({"request": ConfigRecord({"json": json.dumps(fields)}), "arrays": _arrays(request.tensors)})
+    return RecordDict({"request": ConfigRecord({"json": json.dumps(fields)}), **_pack_tensors(request.tensors)})
 
 
 def unpack_request(content: RecordDict) -> Request:
@@ -113,7 +156,7 @@ def unpack_request(content: RecordDict) -> Request:
 def pack_reply(reply: Reply) -> RecordDict:
     """A reply as a message's content (what leaves must have passed `client.egress`)."""
     text = json.dumps(reply.values, allow_nan=False)
-    return RecordDict({"reply": ConfigRecord({"json": text}), "arrays": _arrays(reply.tensors)})
+    return RecordDict({"reply": ConfigRecord({"json": text}), **_pack_tensors(reply.tensors)})
 
 
 def unpack_reply(content: RecordDict) -> Reply:
@@ -132,6 +175,14 @@ def pack_error(error: ChexfoundError, request: Message) -> Message:
 def unpack_error(message: Message) -> type[ChexfoundError]:
     """The kind of error that a site reports; ChexfoundError for a code that is not ours."""
     return CODES.get(str(message.error.reason), ChexfoundError)
+
+
+def explain_error(message: Message) -> str:
+    """What an error message says, in our own words: the sender's text is never repeated."""
+    kind = unpack_error(message)
+    if (message.error.code, message.error.reason) == (kind.exit_code, kind.code):
+        return f"replied with error {kind.code!r} (exit code {kind.exit_code})"
+    return FLOWER_ERRORS.get(message.error.code, f"failed with Flower's error code {message.error.code:d}")
 
 
 def payload_bytes(tensors: dict[str, Tensor]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,12 @@ from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
 from chexfound.phases import Site
+from client.home import checked_name, site_home, store_path
 
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
 )
 _open: dict[tuple[tuple[str, Any], ...], Site] = {}  # sites of this process, so that state stays warm between messages
-
-
-def home() -> Path:
-    """Where everything of ours is kept: $CHEXFOUND_HOME, else ~/.chexfound."""
-    return Path(os.environ.get("CHEXFOUND_HOME") or Path.home() / ".chexfound")
 
 
 def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -> Site:
@@ -54,11 +49,11 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
     if "home" in node_config:
         folder = Path(str(node_config["home"]))
     else:
-        folder = home() / "sites" / checked_name(name)
+        folder = site_home(checked_name(name))
     if (data / "index.sqlite").exists():
         store = Store.open(data)
     else:
-        path = folder / f"store-{image_px}"
+        path = store_path(folder, image_px)
         if enrolling or not path.exists():
             ingest(data, path, image_px)
         store = Store.open(path)
@@ -69,13 +64,3 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
     if not len(view.ids):
         raise DataError(f"site {name!r}: no image of its patients is in {data}")
     return Site(view=view, home=folder, shuffle_labels=bool(node_config.get("shuffle-labels", False)))
-
-
-def checked_name(name: str) -> str:
-    """A site name that can name a folder.
-
-    Raises: ConfigError.
-    """
-    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name) > 64:
-        raise ConfigError(f"site name {name!r}: use 1 to 64 printable characters and no slash")
-    return name

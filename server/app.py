@@ -10,13 +10,15 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from chexfound import logs
 from chexfound import recipe as recipes
+from chexfound.errors import ChexfoundError
 from server.exchange import GridExchange
+from server.flwr_private import LocalGrid
 from server.result import write_metrics
 from server.run import Event, Run
 
 log = logging.getLogger("chexfound.server")
-logging.getLogger("chexfound").setLevel(logging.INFO)
 
 app = ServerApp()
 observers: list[Callable[[Event], None]] = []  # told each journal record; the simulation draws its progress from them
@@ -43,15 +45,39 @@ def log_event(event: Event) -> None:
             "event=round phase=%s round=%d loss=%.4f seconds=%.1f up=%d down=%d",
             event["phase"], event["round"] + 1, loss, event["seconds"], event["bytes"]["up"], event["bytes"]["down"],
         )  # fmt: skip
+    elif event["event"] == "features":
+        up, down = event["bytes"]["up"], event["bytes"]["down"]
+        log.info("event=features seconds=%.1f up=%d down=%d", event["seconds"], up, down)
     elif event["event"] == "done":
         log.info("event=done model_sha256=%s", event["model_sha256"])
 
 
+def tell(event: Event) -> None:
+    """Pass a journal record on to the log and to whoever listens."""
+    for observer in (log_event, *observers):
+        observer(event)
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the recipe; results go to the run's folder."""
-    text = str(context.run_config.get("recipe") or "")
-    recipe = recipes.from_json(text) if text else recipes.load("demo")
+    """Run the recipe; results go to the run's folder.
+
+    Raises: ChexfoundError, by which Flower marks the run as failed; its message is in the log.  What
+    was done by then is in the folder and no metrics.json, which is written last.
+    """
+    if isinstance(grid, LocalGrid):  # the simulation shows progress and errors in its own way
+        _run(grid, context)
+        return
+    logs.show()
+    try:
+        _run(grid, context)
+    except ChexfoundError as error:
+        log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
+        raise error.with_traceback(None) from None  # ours says what to do; where in the code is noise
+
+
+def _run(grid: Grid, context: Context) -> None:
+    recipe = recipes.from_run_config(context.run_config)
     folder = run_folder(context)
     log.info("event=begin run=%s folder=%s recipe=%s", context.run_id, folder, recipe.name)
     backbone = context.run_config.get("backbone")
@@ -60,7 +86,8 @@ def main(grid: Grid, context: Context) -> None:
         GridExchange(grid, lambda seen, wanted: log.info("event=wait sites=%d of=%d", seen, wanted)),
         folder,
         backbone=Path(str(backbone)) if backbone else None,
-        on_event=lambda event: [observer(event) for observer in (log_event, *observers)],
+        on_event=tell,
     )
     outcome = run.run()
     write_metrics(folder, recipe, outcome)
+    log.info("event=written folder=%s next='chexfound report %s'", folder, folder)

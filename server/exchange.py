@@ -93,12 +93,12 @@ class GridExchange:
         """
         self._timeout_s = recipe.federation.round_timeout_s
         nodes = self._wait(recipe.federation.min_sites, recipe.federation.wait_s)
-        self._nodes, self._names = nodes, [f"node {number}" for number in range(1, len(nodes) + 1)]
+        self._nodes, self._names = nodes, [f"node {node}" for node in nodes]  # as `flwr supernode list` shows them
         replies = list(self.ask([Request(phase="enrol") for _ in nodes]))
         roster = checked_roster(replies)
         node_of = {reply.values["site"]: node for reply, node in zip(replies, nodes, strict=True)}
-        self._names = [member.name for member in roster]
-        self._nodes = [node_of[name] for name in self._names]
+        self._names = [f"site {member.name!r}" for member in roster]
+        self._nodes = [node_of[member.name] for member in roster]
         return roster
 
     def _wait(self, minimum: int, wait_s: float) -> list[int]:
@@ -128,7 +128,7 @@ class GridExchange:
                 content=wire.pack_request(request),
                 dst_node_id=node,
                 message_type=wire.MESSAGE_TYPES[request.phase],
-                group_id=str(request.round),
+                group_id=str(request.round + 1),  # only shown in the logs, where the first is 1
                 ttl=self._timeout_s,
             )
             for request, node in zip(requests, self._nodes, strict=True)
@@ -136,18 +136,17 @@ class GridExchange:
         ids = list(self.grid.push_messages(messages))
         del messages
         deadline = time.monotonic() + self._timeout_s
-        if len(ids) != len(requests):
+        if len(ids) != len(requests) or not all(ids):  # Flower puts None for a message that it could not hand on
             raise SiteError(f"{requests[0].phase}: a site is no longer connected; start it again and resume the run")
         for message_id, name, request in zip(ids, self._names, requests, strict=True):
             message = self._pull(message_id, deadline)
-            where = f"site {name!r} in {request.phase}, round {request.round + 1}"
+            where = f"{name} in {request.phase}"
+            if request.steps:
+                where += f", round {request.round + 1}"
             if message is None:
                 raise SiteError(f"{where}: no reply within federation.round_timeout_s {self._timeout_s:g} s")
             if message.has_error():
-                kind = wire.unpack_error(message)
-                raise SiteError(
-                    f"{where}: replied with error {kind.code!r} (exit code {kind.exit_code}); that site's own log says why"
-                )
+                raise SiteError(f"{where}: {wire.explain_error(message)}; that site's own log says why")
             try:
                 reply = wire.unpack_reply(message.content)
             except ProtocolError as error:

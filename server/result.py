@@ -12,6 +12,7 @@ from chexfound.recipe import Recipe
 from server.run import Outcome
 
 SCHEMA = 1
+ROUNDS = (("pretrain", "train"), ("adapt", "adapt"))  # phase, its section of the recipe
 
 
 def costs(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
@@ -74,6 +75,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
             "model_sha256": {"federated": outcome.model_sha256},
             "seconds": {f"federated/{phase}": value for phase, value in seconds.items()},
             "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
+            "rounds": {phase: getattr(recipe, section).rounds for phase, section in ROUNDS if phase in recipe.phases},
             "replicates": [],
             "across_seeds": [],
             "not_trained": [],

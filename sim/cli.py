@@ -127,9 +127,9 @@ def _options(given: argparse.Namespace):  # noqa: ANN202 (imported late)
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds {given.seeds!r}: each seed once, none negative")
     arms = tuple(part.strip() for part in (given.arms or ARMS).split(","))
-    unknown = [arm for arm in arms if arm not in KNOWN]
+    unknown = [arm for arm in arms if arm not in KNOWN and not arm.startswith("local:")]
     if unknown:
-        raise ConfigError(f"--arms: unknown {unknown[0]!r}; choose from {ARMS}")
+        raise ConfigError(f"--arms: unknown {unknown[0]!r}; choose from {ARMS}, or local:SITE for one site")
     return Options(
         data=str(data.resolve()),
         by=given.by or "source",

@@ -88,16 +88,26 @@ def figures(plan: Plan, scores: BothScores) -> tuple[list[Row], list[Row], list[
     return results, differences, comparisons
 
 
-def over_seeds(plans: Sequence[Plan], scores: Sequence[BothScores]) -> list[Row]:
-    """`across_seeds`: the mean over seeds of federated − centralized, a patient drawn once for all seeds."""
-    if len(plans) < 2 or any("federated" not in one or "centralized" not in one for one in scores):
-        return []
+def over_seeds(plans: Sequence[Plan], scores: Sequence[BothScores]) -> tuple[list[Row], list[Row]]:
+    """Means over seeds, a patient drawn once for all seeds: `across_seeds` and `comparisons_across_seeds`.
+
+    The first is federated − centralized; the second federated less each other arm that all seeds have.
+    """
+    if len(plans) < 2 or any("federated" not in one for one in scores):
+        return [], []
     recipe = plans[0].recipe
-    rows = []
-    for site in plans[0].sites:
-        pairs = [
-            (plan.recipe.seed, one["federated"][site], one["centralized"][site])
-            for plan, one in zip(plans, scores, strict=True)
-        ]
-        rows += across_seeds(pairs, site, recipe.evaluate.bootstrap_samples, recipe.evaluate.confidence)
-    return rows
+    samples, confidence = recipe.evaluate.bootstrap_samples, recipe.evaluate.confidence
+    main, others = [], []
+    for arm in sorted(set.intersection(*(set(one) for one in scores)) - {"federated", *FITTED_ARMS, "shuffled"}):
+        for site in plans[0].sites:
+            triples = [
+                (plan.recipe.seed, one["federated"][site], one[arm][site])
+                for plan, one in zip(plans, scores, strict=True)
+            ]
+            if arm == "centralized":
+                main += across_seeds(triples, site, samples, confidence)
+                continue
+            for row in across_seeds(triples, site, samples, confidence, ("federated", "other")):
+                mean = row.pop("mean_federated_minus_other")
+                others.append({"first": "federated", "second": arm, "mean_difference": mean, **row})
+    return main, others

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def write(
     hashes = [{arm: finished(one, arm)["model_sha256"] for arm in trained} for one in plans]
     phase_seconds, moved = result.costs(plan.arm_folder("federated")) if "federated" in arms else ({}, {})
     results, differences, comparisons = figures[0]
+    over_seeds, others_over_seeds = compare.over_seeds(plans, scores)
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
         "seed": plan.recipe.seed,
@@ -66,7 +68,8 @@ def write(
             }
             for one, rows, sha in list(zip(plans, figures, hashes, strict=True))[1:]
         ],
-        "across_seeds": compare.over_seeds(plans, scores),
+        "across_seeds": over_seeds,
+        "comparisons_across_seeds": others_over_seeds,
         "not_trained": list(not_trained),
         "void": None,
         "notes": list(notes),
@@ -123,7 +126,7 @@ def _write_sites(out: Path, plan: Plan) -> None:
         len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items()
     )
     batch, pooled = Batches.of(recipe, n_sites).pretrain, recipes.pooled_batch_size(recipe.train, n_sites)
-    refused = [Path(file).parts[0] for file, _ in store.refused]
+    refused = Counter(Path(file).parts[0] for file, _ in store.refused)
     rows = []
     for name, patients in plan.sites.items():
         view = View.of(store, name, patients)
@@ -136,7 +139,7 @@ def _write_sites(out: Path, plan: Plan) -> None:
                 "images": len(view),
                 "patients": len(patients),
                 **{which: len(ids) for which, ids in parts.items()},
-                "refused": refused.count(name),
+                "refused": refused[name] if set(refused) <= set(plan.sites) else None,  # told by folder only
                 "epochs": {
                     "federated": round(steps * batch / len(parts["train"]), 2),
                     "local": round(steps * pooled / len(parts["train"]), 2),

@@ -168,6 +168,8 @@ class Simulation:
             self.display.say(f"[yellow]refused[/yellow] {escape(file)}: {escape(reason)}")
         if len(store.refused) > 5:
             self.display.say(f"… and {len(store.refused) - 5} more; all are listed in the store's index")
+        if store.refused:
+            self.notes.append(f"{len(store.refused)} files were refused, each with a reason in the store's index.")
         dealt = partition(store, self.options.by, self.options.seeds[0])
         self.notes += dealt.notes
         for note in dealt.notes:
@@ -221,11 +223,17 @@ class Simulation:
         return plan
 
     def _arm_names(self, plan: Plan) -> list[str]:
+        wanted = self.options.arms
+        odd = [arm for arm in wanted if arm.startswith("local:") and arm.removeprefix("local:") not in plan.sites]
+        if odd:
+            raise ConfigError(f"--arms {odd[0]!r}: there is no such site; the sites are {', '.join(plan.sites)}")
         names: list[str] = []
         for arm in ARMS:
-            if arm not in self.options.arms:
-                continue
-            names += [f"local:{site}" for site in plan.sites if arms.trainable(plan, site)] if arm == "local" else [arm]
+            if arm == "local":
+                local = [f"local:{site}" for site in plan.sites if "local" in wanted or f"local:{site}" in wanted]
+                names += [name for name in local if arms.trainable(plan, name.removeprefix("local:"))]
+            elif arm in wanted:
+                names.append(arm)
         if "shuffled" in names and "federated" not in names:
             names.remove("shuffled")
             self.notes.append(
@@ -236,12 +244,10 @@ class Simulation:
         return names
 
     def _not_trained(self, plan: Plan) -> list[dict[str, str]]:
-        if "local" not in self.options.arms:
-            return []
         return [
             {"arm": f"local:{site}", "reason": "no finding has both classes among its training images"}
             for site in plan.sites
-            if not arms.trainable(plan, site)
+            if ("local" in self.options.arms or f"local:{site}" in self.options.arms) and not arms.trainable(plan, site)
         ]
 
     # -- the arms

@@ -15,10 +15,10 @@ from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import DataError
 from chexfound.model.glori import GLoRI
 from chexfound.model.heads import LinearHead
-from chexfound.model.vit import ARCHS, VisionTransformer
+from chexfound.model.vit import VisionTransformer
 from chexfound.pretrain.schedules import cosine
 from chexfound.pretrain.train import Progress, load_optimizer, load_tensors, optimizer_state
-from chexfound.recipe import Recipe
+from chexfound.recipe import ARCHS, Recipe
 
 
 def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:

@@ -24,11 +24,15 @@ def crop(
     Args:
         image: uint8 (H, W).
         size: side of the result in pixels.
-        scale: range of the crop's share of the image's area; its aspect ratio is 3/4 to 4/3.
+        scale: range of the crop's share of the image's area; its aspect ratio is 3/4 to 4/3 as far
+            as such a crop fits into the image.
+        config: rotation, flip, gamma and blur.
+        rng: the stream that all is drawn from.
     """
     height, width = image.shape
-    area = rng.uniform(*scale) * height * width
+    area = max(rng.uniform(*scale) * height * width, 1.0)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    aspect = min(max(aspect, area / height**2), width**2 / area)  # what fits, so that the area is as drawn
     crop_w, crop_h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
     center_x = crop_w / 2 + rng.uniform() * (width - crop_w)
     center_y = crop_h / 2 + rng.uniform() * (height - crop_h)

@@ -17,15 +17,7 @@ from timm.layers import Mlp, SwiGLUPacked
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from chexfound.recipe import Input, Student
-
-ARCHS = {  # width, depth, heads
-    "vit_demo": (96, 4, 4),
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
-    "vit_large": (1024, 24, 16),
-}
+from chexfound.recipe import ARCHS, Input, Student
 
 
 class Normalize(nn.Module):

@@ -19,13 +19,18 @@ def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     """Teacher logits (N, K) to assignments (N, K): rows sum to 1, prototypes are used about equally.
 
     Each iteration normalises the prototypes first, then the samples.  Source: Caron et al. 2020
-    (SwAV); Ruan et al. 2023 for its use in DINO; one common factor is taken out before exp so that
-    nothing overflows, which cancels.
+    (SwAV); Ruan et al. 2023 for its use in DINO.
+
+    The first iteration's prototype step is taken in logs: at temperature 0.02 the exponents span
+    100, more than float32 holds, and a prototype far from every sample would be left out.  From
+    then on no sum is below 1 / (N·K).
     """
     n, k = logits.shape
     scaled = logits.float() / temp
-    q = torch.exp(scaled - scaled.max())
-    for _ in range(iterations):
+    scaled = scaled - scaled.logsumexp(dim=0, keepdim=True)
+    q = torch.exp(scaled - scaled.amax(dim=1, keepdim=True))
+    q = q / q.sum(dim=1, keepdim=True) / n
+    for _ in range(iterations - 1):
         q = q / q.sum(dim=0, keepdim=True).clamp_min(1e-30) / k
         q = q / q.sum(dim=1, keepdim=True).clamp_min(1e-30) / n
     return q * n

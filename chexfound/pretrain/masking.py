@@ -10,8 +10,9 @@ import numpy as np
 def block_mask(rows: int, columns: int, n_masked: int, rng: np.random.Generator) -> np.ndarray:
     """A bool mask (rows, columns) of at most `n_masked` True cells, made of rectangles.
 
-    Rectangles have an area of at least 4 cells and an aspect ratio of 0.3 to 1/0.3; when none fits
-    any more, fewer cells than asked are returned.
+    Rectangles are drawn with an area of at least 4 cells (less when fewer are wanted) and an aspect
+    ratio of 0.3 to 1/0.3, then rounded to whole cells; when none fits any more, fewer cells than
+    asked are returned.
     """
     mask = np.zeros((rows, columns), dtype=bool)
     low, high = math.log(0.3), math.log(1 / 0.3)

@@ -11,11 +11,12 @@ from chexfound.pretrain.schedules import Schedule
 from chexfound.recipe import Optim
 
 
-def multipliers(name: str, depth: int, config: Optim) -> tuple[float, float, bool]:
+def multipliers(name: str, ndim: int, depth: int, config: Optim) -> tuple[float, float, bool]:
     """(lr multiplier, weight-decay multiplier, is last layer) of a parameter, as DINOv2 sets them.
 
-    Biases, norms and LayerScale are not decayed; tokens and positions are.  With layer-wise decay a
-    block's rate falls with its distance from the top, and the stem's most.
+    Parameters of one dimension (biases, norms, LayerScale) are not decayed; tokens and positions
+    are.  With layer-wise decay a block's rate falls with its distance from the top, and the stem's
+    most.
     """
     layer = depth + 1
     if name.startswith("backbone."):
@@ -24,7 +25,7 @@ def multipliers(name: str, depth: int, config: Optim) -> tuple[float, float, boo
         elif ".blocks." in name:
             layer = int(name.split(".blocks.")[1].split(".")[0]) + 1
     lr = config.layerwise_decay ** (depth + 1 - layer)
-    decay = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
+    decay = 1.0 if ndim > 1 else 0.0
     if "patch_embed" in name:
         lr *= config.patch_embed_lr_mult
     return lr, decay, "last_layer" in name
@@ -35,7 +36,7 @@ def build(student: nn.Module, depth: int, config: Optim) -> torch.optim.Optimize
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            groups[multipliers(name, depth, config)].append(parameter)
+            groups[multipliers(name, parameter.ndim, depth, config)].append(parameter)
     options = [
         {"params": parameters, "lr_mult": lr, "wd_mult": decay, "is_last_layer": last}
         for (lr, decay, last), parameters in groups.items()

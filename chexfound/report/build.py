@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from chexfound.journal import write_bytes
 from chexfound.report import figures, story, tables
-from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Attention, Point, Run, read
+from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Attention, Point, Run, read
 
 FINDINGS_DRAWN = 4
 SAMPLES = 8  # of a site
@@ -35,23 +36,36 @@ def build(out: Path) -> Path:
 def render(run: Run) -> str:
     """The page."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     ranked = story.ranked_findings(run)
+    callouts = story.callouts(run)
+    drawn = [_finding(run, finding, index) for index, finding in enumerate(ranked[:FINDINGS_DRAWN])]
     return environment.get_template("template.html.j2").render(
         run=run,
         metrics=run.metrics,
         headline=story.headline(run),
-        callouts=story.callouts(run),
+        subline=story.subline(run),
+        first=[one for one in callouts if one.first],
+        further=[one for one in callouts if not one.first],
         percent=f"{100 * run.confidence:g} %",
         enough_steps=story.ENOUGH_STEPS,
-        drawn=[_finding(run, finding, index) for index, finding in enumerate(ranked[:FINDINGS_DRAWN])],
+        drawn=drawn,
         n_findings=len(run.findings),
+        starred=any(
+            "*" in one["words"] for finding in drawn for panel in finding["panels"] for _, one in panel["verdicts"]
+        ),
         samples=_samples(run),
         curves=_curves(run),
         stuck=story.stuck(run),
         results=tables.results(run),
         differences=tables.differences(run),
+        floors=any(arm in FLOORS for arm in run.arms),
+        n_seeds=max((len(one.seeds) for one in run.metrics.across_seeds), default=0),
         attention=_attention(run.attention),
         left_out=[(story.arm_name(one.arm), one.reason or "no reason was given") for one in run.metrics.not_trained],
         seconds=tables.seconds(run),
@@ -94,14 +108,27 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
         row = next(row for arm in run.arms if (row := run.result(arm, site, finding)) and row.auroc is not None)
         alt = f"AUROC for {story.shown(finding)} at {site}: " + "; ".join(_spoken(dot) for dot in rows)
         other = story.best_other(run, finding, site)
-        compared = (("own model", LOCAL + site), ("pooling", CENTRALIZED), ("random weights", RANDOM))
-        panels.append({
-            "site": site, "n": row.n, "positives": row.positives, "other": other.removeprefix(LOCAL) if other else None,
-            "svg": Markup(figures.dot_panel(rows, low, f"d{number}-{index}", alt)),  # noqa: S704 (drawn here; its alt text is escaped)
-            "verdicts": [(name, tables.said(one)) for name, arm in compared if (one := story.contrast(run, finding, site, arm))],
-        })  # fmt: skip
+        compared = [("own model", LOCAL + site), ("pooling", CENTRALIZED), ("random weights", RANDOM)]
+        compared += [(f"best other: {_short(other.removeprefix(LOCAL))}", other)] if other else []
+        panels.append(
+            {
+                "site": site,
+                "n": row.n,
+                "positives": row.positives,
+                "svg": Markup(figures.dot_panel(rows, low, f"d{number}-{index}", alt)),  # noqa: S704 (drawn here; its alt text is escaped)
+                "verdicts": [
+                    (name, tables.said(one))
+                    for name, arm in compared
+                    if (one := story.contrast(run, finding, site, arm))
+                ],
+            }
+        )
     reasons = [(site, row.reason if (row := run.result(FEDERATED, site, finding)) else None) for site in blank]
     return {"name": story.shown(finding), "panels": panels, "blank": reasons}
+
+
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _spoken(dot: figures.Dot) -> str:
@@ -112,7 +139,9 @@ def _spoken(dot: figures.Dot) -> str:
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     samples = run.samples or {}
-    order = [site for site in run.site_names if site in samples] + [site for site in samples if site not in run.site_names]
+    order = [site for site in run.site_names if site in samples] + [
+        site for site in samples if site not in run.site_names
+    ]
     return [{"site": site, "images": [figures.jpeg(image) for image in samples[site][:SAMPLES]]} for site in order]
 
 
@@ -125,11 +154,18 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     order = [site for site in run.site_names if site in named] + [site for site in named if site not in run.site_names]
     panels = []
     for index, site in enumerate(order or [None]):
+
         def of(phase: dict[str, list[Point]], arm: str, site: str | None = site) -> list[Point]:
             return [point for point in phase.get(arm, []) if arm != FEDERATED or site is None or point.site == site]
 
-        lines = [figures.Line(role, dashes, of(pretrain, arm), of(adapt, arm)) for role, dashes, arm in (
-            ("centralized", "dots", CENTRALIZED), ("local", "long", f"{LOCAL}{site}"), ("federated", "", FEDERATED))]  # fmt: skip
+        lines = [
+            figures.Line(role, dashes, of(pretrain, arm), of(adapt, arm))
+            for role, dashes, arm in (
+                ("centralized", "dots", CENTRALIZED),
+                ("local", "long", f"{LOCAL}{site}"),
+                ("federated", "", FEDERATED),
+            )
+        ]
         svg = figures.curves_panel(lines, f"c{index}", f"Learning curves at {site or 'all sites'}: {_ends(lines)}")
         if svg:
             panels.append({"site": site, "svg": Markup(svg)})  # noqa: S704 (drawn here; its alt text is escaped)
@@ -144,7 +180,9 @@ def _ends(lines: list[figures.Line]) -> str:
             points = line.adapt if strip == "loss" else line.pretrain
             values = [getattr(point, strip) for point in points if getattr(point, strip) is not None]
             if values:
-                said.append(f"{line.role} {'head' if strip == 'loss' else strip} from {values[0]:.3f} to {values[-1]:.3f}")
+                said.append(
+                    f"{line.role} {'head' if strip == 'loss' else strip} from {values[0]:.3f} to {values[-1]:.3f}"
+                )
     log_k = next((point.log_k for line in lines for point in line.pretrain if point.log_k), None)
     return "; ".join(said) + (f"; log K is {log_k:.3f}" if log_k else "")
 
@@ -155,16 +193,29 @@ def _attention(attention: Attention | None) -> dict[str, Any] | None:
         return None
     chosen = [(index, _telling(attention, index)) for index in range(min(len(attention.images), ATTENDED))]
     heats = [figures.relative(attention.maps[index, finding]) for index, finding in chosen]
-    top = max(2.0, max(float(heat.max()) for heat in heats))
+    top = max(2.0, float(np.percentile([heat.max() for heat in heats], 75)))  # a lone peak must not pale the others
     tiles = []
     for (index, finding), heat in zip(chosen, heats, strict=True):
         bare, covered = figures.overlay(attention.images[index], heat, top)
-        tiles.append({
-            "bare": figures.jpeg(bare), "heat": figures.jpeg(covered), "site": attention.sites[index], "caption": attention.captions[index],
-            "finding": story.shown(attention.findings[finding]), "score": f"{attention.scores[index, finding]:.2f}",
-            "label": {1: "present", 0: "absent"}.get(int(attention.labels[index, finding]), "unknown"), "peak": f"{heat.max():.1f}",
-        })  # fmt: skip
-    return {"tiles": tiles, "top": f"{top:.1f}", "gradient": figures.heat_css(), "shown": len(tiles), "of": len(attention.images)}
+        tiles.append(
+            {
+                "bare": figures.jpeg(bare),
+                "heat": figures.jpeg(covered),
+                "site": attention.sites[index],
+                "caption": attention.captions[index],
+                "finding": story.shown(attention.findings[finding]),
+                "score": f"{attention.scores[index, finding]:.2f}",
+                "label": {1: "present", 0: "absent"}.get(int(attention.labels[index, finding]), "unknown"),
+                "peak": f"{heat.max():.1f}",
+            }
+        )
+    return {
+        "tiles": tiles,
+        "top": f"{top:.1f}",
+        "gradient": figures.heat_css(),
+        "shown": len(tiles),
+        "of": len(attention.images),
+    }
 
 
 def _telling(attention: Attention, index: int) -> int:

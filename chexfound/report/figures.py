@@ -12,20 +12,25 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from markupsafe import escape
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from markupsafe import escape
 from PIL import Image
 
 from chexfound.report.run import Interval, Point
 
 # Role -> stand-in colour, replaced in the SVG by var(--role).  The values are the page's (Okabe and Ito's hues).
-ROLES = {role: f"#0000{index:02x}" for index, role in enumerate(
-    ("ink", "muted", "rule", "federated", "centralized", "local", "other", "floor", "paper"), start=1)}  # fmt: skip
-_STYLE = {
+ROLES = {
+    role: f"#0000{index:02x}"
+    for index, role in enumerate(
+        ("ink", "muted", "rule", "federated", "centralized", "local", "other", "floor", "paper"), start=1
+    )
+}
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
@@ -64,12 +69,14 @@ class Line:
 def axis_floor(dots: Sequence[Dot]) -> float:
     """Where the AUROC axis begins: 0.4, or lower where an interval needs it."""
     lowest = min((dot.ci[0] if dot.ci else dot.auroc for dot in dots if dot.auroc is not None), default=0.4)
-    return max(0.0, min(0.4, np.floor(lowest * 10) / 10))
+    return max(0.0, min(0.4, float(np.floor(lowest * 10)) / 10))
 
 
 def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
     """AUROC with interval of each arm at one site, a row an arm, the figures written beside it."""
-    rows = [float(index) + (0.5 if dot.floor else 0.0) for index, dot in enumerate(dots)]  # the floors stand a little apart
+    rows = [
+        float(index) + (0.5 if dot.floor else 0.0) for index, dot in enumerate(dots)
+    ]  # the floors stand a little apart
     pitch, top, bottom = 21.0, 6.0, 34.0
     height = top + bottom + pitch * (rows[-1] + 1)
     with rc_context(_STYLE):
@@ -88,13 +95,20 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
             _dot(axes, dot, row)
         if any(dot.floor for dot in dots) and not dots[0].floor:
             first = next(row for dot, row in zip(dots, rows, strict=True) if dot.floor)
-            axes.plot([-0.45, 1.55], [first - 0.75] * 2, transform=axes.get_yaxis_transform(), color=ROLES["rule"], linewidth=1, clip_on=False)
+            axes.plot(
+                [-0.45, 1.55],
+                [first - 0.75] * 2,
+                transform=axes.get_yaxis_transform(),
+                color=ROLES["rule"],
+                linewidth=1,
+                clip_on=False,
+            )
         return _svg(figure, name, alt)
 
 
 def _dot(axes: Axes, dot: Dot, row: float) -> None:
     strong = dot.role == "federated"
-    words = {"transform": axes.get_yaxis_transform(), "va": "center_baseline", "fontsize": 12.5}
+    words: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center_baseline", "fontsize": 12.5}
     axes.text(-0.04, row, dot.label, ha="right", color=ROLES["ink"], weight="bold" if strong else "normal", **words)
     if dot.auroc is None:
         axes.text(1.04, row, "no figure", ha="left", color=ROLES["muted"], **words)
@@ -102,16 +116,37 @@ def _dot(axes: Axes, dot: Dot, row: float) -> None:
     colour = ROLES[dot.role]
     if dot.ci:
         axes.plot(dot.ci, [row, row], color=colour, linewidth=3 if strong else 1.8, solid_capstyle="butt", zorder=2)
-    axes.plot([dot.auroc], [row], marker=dot.marker, markersize=9 if strong else 7.5, color=colour, linestyle="none", zorder=3,
-              markerfacecolor=colour if dot.filled else ROLES["paper"], markeredgecolor=colour, markeredgewidth=1.6, clip_on=False)  # fmt: skip
+    axes.plot(
+        [dot.auroc],
+        [row],
+        marker=dot.marker,
+        markersize=9 if strong else 7.5,
+        color=colour,
+        linestyle="none",
+        zorder=3,
+        markerfacecolor=colour if dot.filled else ROLES["paper"],
+        markeredgecolor=colour,
+        markeredgewidth=1.6,
+        clip_on=False,
+    )
     between = f"  {dot.ci[0]:.2f}–{dot.ci[1]:.2f}" if dot.ci else ""
-    axes.text(1.04, row, f"{dot.auroc:.2f}", ha="left", color=ROLES["ink"], weight="bold" if strong else "normal", **words)
+    axes.text(
+        1.04,
+        row,
+        f"{dot.auroc:.2f}",
+        ha="left",
+        color=ROLES["ink"],
+        weight="bold" if strong else "normal",
+        **words,
+    )
     axes.text(1.24, row, between.strip(), ha="left", color=ROLES["muted"], **{**words, "fontsize": 11.5})
 
 
 def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
     """DINO (with log K dashed), iBOT and KoLeo over the steps, then the head's loss; None without points."""
-    strips = [strip for strip in ("dino", "ibot", "koleo", "loss") if any(_series(line, strip)[0].size for line in lines)]
+    strips = [
+        strip for strip in ("dino", "ibot", "koleo", "loss") if any(_series(line, strip)[0].size for line in lines)
+    ]
     if not strips:
         return None
     titles = {"dino": "DINO", "ibot": "iBOT", "koleo": "KoLeo", "loss": "Head"}
@@ -125,11 +160,23 @@ def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
             y -= pitch + (gap if index else 0) + (extra if strip == "loss" and index else 0)
             axes = figure.add_axes((46 / WIDTH, y / height, (WIDTH - 46 - 8) / WIDTH, pitch / height))
             _strip(axes, lines, strip)
-            figure.text(46 / WIDTH, (y + pitch + 5) / height, f"{titles[strip]} loss", fontsize=12, weight="bold", color=ROLES["ink"])
+            figure.text(
+                46 / WIDTH,
+                (y + pitch + 5) / height,
+                f"{titles[strip]} loss",
+                fontsize=12,
+                weight="bold",
+                color=ROLES["ink"],
+            )
             last_of_axis = index + 1 == len(strips) or strips[index + 1] == "loss"
             axes.tick_params(labelbottom=last_of_axis)
             if last_of_axis:
-                axes.set_xlabel("step of the head" if strip == "loss" else "global step of pretraining", fontsize=11, color=ROLES["muted"], labelpad=2)
+                axes.set_xlabel(
+                    "step of the head" if strip == "loss" else "global step of pretraining",
+                    fontsize=11,
+                    color=ROLES["muted"],
+                    labelpad=2,
+                )
         return _svg(figure, name, alt)
 
 
@@ -144,8 +191,19 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
         steps, values = _series(line, strip)
         if steps.size:
             style = {"": "-", "long": (0, (6, 2)), "dots": (0, (1.2, 1.6))}[line.dashes]
-            axes.plot(steps, values, color=ROLES[line.role], linewidth=2.2 if not line.dashes else 1.7, linestyle=style, solid_capstyle="round")
-    log_k = next((point.log_k for line in lines for point in line.pretrain if point.log_k), None) if strip == "dino" else None
+            axes.plot(
+                steps,
+                values,
+                color=ROLES[line.role],
+                linewidth=2.2 if not line.dashes else 1.7,
+                linestyle=style,
+                solid_capstyle="round",
+            )
+    log_k = (
+        next((point.log_k for line in lines for point in line.pretrain if point.log_k), None)
+        if strip == "dino"
+        else None
+    )
     low, high = axes.get_ylim()
     if log_k is not None:
         low, high = min(low, log_k), max(high, log_k)
@@ -153,7 +211,15 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
     axes.set_ylim(low - margin, high + margin * (1.6 if log_k is not None else 1))
     if log_k is not None:
         axes.axhline(log_k, color=ROLES["ink"], linewidth=1.2, dashes=(5, 4))
-        axes.text(1, 1.06, f"dashed: log K = {log_k:.2f}", transform=axes.transAxes, ha="right", fontsize=11, color=ROLES["muted"])
+        axes.text(
+            1,
+            1.06,
+            f"dashed: log K = {log_k:.2f}",
+            transform=axes.transAxes,
+            ha="right",
+            fontsize=11,
+            color=ROLES["muted"],
+        )
 
 
 def _series(line: Line, strip: str) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +237,7 @@ def _series(line: Line, strip: str) -> tuple[np.ndarray, np.ndarray]:
         totals = np.concatenate([[0.0], np.cumsum(values)])
         values = (totals[span:] - totals[:-span]) / span
         steps = steps[span - 1 :]
-    keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS)).round().astype(int)) if len(steps) else []
+    keep = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), CURVE_POINTS)).round().astype(int))
     return steps[keep], values[keep]
 
 
@@ -201,7 +267,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     body = body[body.index(">") + 1 :]
     body = re.sub(r"<style.*?</style>", "", body, flags=re.S)
     body = re.sub(r"<defs>\s*</defs>", "", body)
-    body = re.sub(r'<(g|path) id="[a-zA-Z]+[._a-z]*_\d+"', r"<\1", body)
+    body = re.sub(r'<(g|path) id="[a-zA-Z][\w.]*_\d+"', r"<\1", body)
     body = re.sub(r'(id="|href="#|url\(#)([mp][0-9a-f]{10})', rf"\1{name}-\2", body)
     body = re.sub(r' transform="rotate\(-0 [^"]*\)"', "", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
@@ -212,8 +278,6 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     box = re.search(r'viewBox="([^"]*)"', text)
     assert box is not None
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">{body.strip()}'
-
-
 
 
 def jpeg(image: np.ndarray, quality: int = 88) -> str:
@@ -236,7 +300,8 @@ def relative(attention: np.ndarray) -> np.ndarray:
     """Attention (h, w) that sums to 1, as multiples of even attention, upsampled to HEAT_PX smoothly."""
     scaled = attention.astype(np.float32) * attention.size / max(float(attention.sum()), 1e-12)
     grown = Image.fromarray(scaled).resize((HEAT_PX, HEAT_PX), Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(grown), 0, None)
+    heat: np.ndarray = np.clip(np.asarray(grown), 0, None)
+    return heat
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, top: float) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from chexfound.errors import DataError, Problems
@@ -35,7 +35,12 @@ def _interval(value: Any) -> Any:
     """An interval as a pair in ascending order; one without ends is none."""
     if value is None or (isinstance(value, list) and all(end is None for end in value)):
         return None
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(end, int | float) for end in value) and value[0] > value[1]:
+    if (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(end, int | float) for end in value)
+        and value[0] > value[1]
+    ):
         raise ValueError("the interval's lower end is above its upper end")
     return value
 
@@ -61,12 +66,24 @@ class Result:
 
 @checked(frozen=True, kw_only=True, config=_lenient)
 class Difference:
-    """A paired difference federated − `against`, on one site's held-out patients."""
+    """The paired difference federated − centralized on one site's held-out patients."""
 
     finding: str
     tested_on: str
-    against: str = CENTRALIZED
-    value: float | None = Field(default=None, validation_alias=AliasChoices("federated_minus_centralized", "federated_minus"))
+    value: float | None = Field(default=None, validation_alias="federated_minus_centralized")
+    ci: Interval = None
+    reason: str | None = None
+
+
+@checked(frozen=True, kw_only=True, config=_lenient)
+class Comparison:
+    """The paired difference between two arms on one site's held-out patients: the first less the second."""
+
+    first: str
+    second: str
+    finding: str
+    tested_on: str
+    value: float | None = Field(default=None, validation_alias="difference")
     ci: Interval = None
     reason: str | None = None
 
@@ -78,7 +95,7 @@ class AcrossSeeds:
     finding: str
     tested_on: str
     seeds: list[int] = Field(default_factory=list)
-    value: float | None = Field(default=None, validation_alias=AliasChoices("mean_federated_minus_centralized", "value"))
+    value: float | None = Field(default=None, validation_alias="mean_federated_minus_centralized")
     ci: Interval = None
     reason: str | None = None
 
@@ -108,6 +125,7 @@ class Metrics:
     sites: list[str] = Field(default_factory=list)
     findings: list[str] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
     across_seeds: list[AcrossSeeds] = Field(default_factory=list)
     replicates: list[Replicate] = Field(default_factory=list)
     not_trained: list[NotTrained] = Field(default_factory=list)
@@ -224,6 +242,17 @@ class Run:
     def _index(self) -> dict[tuple[str, str, str], Result]:
         return {(row.arm, row.tested_on, row.finding): row for row in self.metrics.results}
 
+    def paired(self, against: str, site: str, finding: str) -> Difference | Comparison | None:
+        """The row that compares federated with an arm, tested on a site, for a finding."""
+        return self._paired.get((against, site, finding))
+
+    @cached_property
+    def _paired(self) -> dict[tuple[str, str, str], Difference | Comparison]:
+        rows: dict[tuple[str, str, str], Difference | Comparison] = {
+            (row.second, row.tested_on, row.finding): row for row in self.metrics.comparisons if row.first == FEDERATED
+        }
+        return rows | {(CENTRALIZED, row.tested_on, row.finding): row for row in self.metrics.differences}
+
     @property
     def arms(self) -> list[str]:
         """Arms that have rows: federated, centralized, the sites' own, random, the floors, others."""
@@ -283,12 +312,18 @@ def _json(path: Path) -> Any:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    return [f"{'.'.join(str(part) for part in entry['loc']) or 'the file'}: {entry['msg']} (got {entry['input']!r:.80})" for entry in error.errors()]
+    return [
+        f"{'.'.join(str(part) for part in entry['loc']) or 'the file'}: {entry['msg']} (got {entry['input']!r:.80})"
+        for entry in error.errors()
+    ]
 
 
 def _metrics(path: Path) -> Metrics:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; a report is made from a finished run's folder, so check the folder or let the run end")
+        raise DataError(
+            f"{path}: no such file; a report is made from a finished run's folder, "
+            "so check the folder or let the run end"
+        )
     try:
         values = _json(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -297,7 +332,8 @@ def _metrics(path: Path) -> Metrics:
         raise DataError(f"{path}: must hold a JSON object, not {type(values).__name__}; run the evaluation again")
     if values.get("schema") != SCHEMA:
         raise DataError(
-            f"{path}: schema {values.get('schema')!r} is unknown (this version reads {SCHEMA}); make the report with the version that made the run"
+            f"{path}: schema {values.get('schema')!r} is unknown (this version reads {SCHEMA}); "
+            "make the report with the version that made the run"
         )
     problems = Problems(DataError, str(path))
     try:
@@ -319,7 +355,15 @@ def _optional(absent: dict[str, str], part: str, path: Path, reader: Callable[[P
         return reader(path)
     except ValidationError as error:
         absent[part] = f"{where} is damaged: {_explain(error)[0]}."
-    except (OSError, EOFError, ValueError, KeyError, RecursionError, zipfile.BadZipFile, yaml.YAMLError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        RecursionError,
+        zipfile.BadZipFile,
+        yaml.YAMLError,
+    ) as error:
         absent[part] = f"{where} cannot be read: {error}."
     return None
 
@@ -337,8 +381,15 @@ def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _samples(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with (
+        open(path, "rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):  # numpy leaves a file that it cannot read open
         found = {name: arrays[name] for name in arrays.files}
+    names = path.with_suffix(".json")  # array -> site; without it, an array's name is the site's
+    if names.is_file():
+        sites = _checked(names, TypeAdapter(dict[str, str]))
+        found = {sites.get(name, name): images for name, images in found.items()}
     for name, images in found.items():
         if images.ndim != 3 or images.dtype != np.uint8:
             raise ValueError(f"the images of {name!r} must be (k, px, px) uint8, not {images.shape} {images.dtype}")
@@ -350,13 +401,16 @@ def _samples(path: Path) -> dict[str, np.ndarray]:
 
 def _attention(path: Path) -> Attention:
     texts = _checked(path.with_suffix(".json"), TypeAdapter(_Captions))
-    with np.load(path, allow_pickle=False) as arrays:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         images, maps, scores, labels = (arrays[name] for name in ("images", "maps", "scores", "labels"))
     n, wanted = len(images), (len(images), len(texts.findings))
     if images.ndim != 3 or images.dtype != np.uint8 or not images.size or not maps.size:
         raise ValueError(f"images must be (n, px, px) uint8 with at least one, not {images.shape} {images.dtype}")
     if maps.ndim != 4 or maps.shape[:2] != wanted or scores.shape != wanted or labels.shape != wanted:
-        raise ValueError(f"maps {maps.shape}, scores {scores.shape} and labels {labels.shape} do not fit {n} images and {wanted[1]} findings")
+        raise ValueError(
+            f"maps {maps.shape}, scores {scores.shape} and labels {labels.shape} "
+            f"do not fit {n} images and {wanted[1]} findings"
+        )
     if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
         raise ValueError("maps or scores are not finite")
     sites = [*texts.sites, *[""] * n][:n]

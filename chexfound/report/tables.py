@@ -26,13 +26,25 @@ def results(run: Run) -> list[dict[str, Any]]:
     """Per finding, tables of arms × at most SITES_ABREAST sites."""
     ranked = story.ranked_findings(run)
     order = [*ranked, *(finding for finding in run.findings if finding not in ranked)]
-    return [{"finding": story.shown(finding), "primary": finding == (ranked or [None])[0], **_of_finding(run, finding)} for finding in order]
+    return [
+        {
+            "finding": story.shown(finding),
+            "primary": ranked[:1] == [finding],
+            **_of_finding(run, finding),
+        }
+        for finding in order
+    ]
 
 
 def _of_finding(run: Run, finding: str) -> dict[str, Any]:
     rows_of = {site: [row for arm in run.arms if (row := run.result(arm, site, finding))] for site in run.site_names}
-    empty = [(site, rows[0].reason or "no reason was given") for site, rows in rows_of.items()
-             if rows and all(row.auroc is None and row.auprc is None for row in rows) and len({row.reason for row in rows}) == 1]  # fmt: skip
+    empty = [
+        (site, rows[0].reason or "no reason was given")
+        for site, rows in rows_of.items()
+        if rows
+        and all(row.auroc is None and row.auprc is None for row in rows)
+        and len({row.reason for row in rows}) == 1
+    ]
     sites = [site for site, rows in rows_of.items() if rows and site not in dict(empty)]
     arms = [arm for arm in run.arms if any(run.result(arm, site, finding) for site in sites)]
     chunks = [sites[start : start + SITES_ABREAST] for start in range(0, len(sites), SITES_ABREAST)]
@@ -54,18 +66,33 @@ def _table(run: Run, finding: str, sites: list[str], arms: list[str]) -> dict[st
             elif found.auroc is None and found.auprc is None:
                 cells.append({"reason": found.reason or "no reason was given"})
             else:
-                cells.append({"auroc": figure(found.auroc), "auroc_ci": between(found.auroc_ci), "auprc": figure(found.auprc),
-                              "auprc_ci": between(found.auprc_ci), "own": arm == story.own_model(site)})  # fmt: skip
+                cells.append(
+                    {
+                        "auroc": figure(found.auroc),
+                        "auroc_ci": between(found.auroc_ci),
+                        "auprc": figure(found.auprc),
+                        "auprc_ci": between(found.auprc_ci),
+                        "own": arm == story.own_model(site),
+                        "gap": found.reason,
+                    }
+                )
         lines.append({"arm": arm, "name": story.arm_name(arm), "cells": cells})
     return {"sites": heads, "lines": lines}
 
 
 def said(one: story.Contrast | None) -> dict[str, str] | None:
-    """A contrast in words and figures."""
+    """A contrast in words and figures; a star where no paired interval decided."""
     if one is None:
         return None
-    by = {"paired": "paired", "seeds": f"mean of {one.seeds} seeds", "overlap": "by the arms’ own intervals"}[one.how]
-    return {"value": story.signed(one.value), "ci": between(one.ci, sign=True), "verdict": one.verdict, "words": story.WORDS[one.verdict], "by": by}
+    words = story.WORDS[one.verdict] + ("*" if one.how == "overlap" else "")
+    seeds = f"{one.seeds} seeds" if one.how == "seeds" else ""
+    return {
+        "value": story.signed(one.value),
+        "ci": between(one.ci, sign=True),
+        "verdict": one.verdict,
+        "words": words,
+        "seeds": seeds,
+    }
 
 
 def differences(run: Run) -> list[dict[str, Any]]:
@@ -79,12 +106,21 @@ def differences(run: Run) -> list[dict[str, Any]]:
             pooled, seeds = _single_seed(run, finding, site)
             random = story.contrast(run, finding, site, RANDOM)
             row = run.result(FEDERATED, site, finding)
-            if row is None or not (row.auroc is not None or pooled or seeds):
-                continue
-            reason = next((one.reason for one in run.metrics.differences
-                           if (one.finding, one.tested_on, one.against) == (finding, site, CENTRALIZED) and one.reason), None)  # fmt: skip
-            lines.append({"finding": story.shown(finding), "site": site, "pooled": said(pooled), "seeds": said(seeds), "own": said(own),
-                          "random": said(random), "reason": reason})  # fmt: skip
+            pair = run.paired(CENTRALIZED, site, finding)
+            reason = pair.reason if pair else None
+            if not (own or pooled or seeds or random or (reason and row and row.auroc is not None)):
+                continue  # nothing to tell: the tables of results say why
+            lines.append(
+                {
+                    "finding": story.shown(finding),
+                    "site": site,
+                    "pooled": said(pooled),
+                    "seeds": said(seeds),
+                    "own": said(own),
+                    "random": said(random),
+                    "reason": reason,
+                }
+            )
     return lines
 
 
@@ -100,20 +136,27 @@ def seconds(run: Run) -> list[dict[str, Any]]:
     """Seconds by phase and arm, with each one's share of the longest; the total comes last."""
     parts = {name: value for name, value in run.metrics.seconds.items() if name != "total"}
     longest = max(parts.values(), default=0.0)
-    lines = [{"name": name, "text": duration(value), "share": 100 * value / longest if longest else 0} for name, value in parts.items()]
+    lines: list[dict[str, Any]] = [
+        {"name": name, "text": duration(value), "share": 100 * value / longest if longest else 0}
+        for name, value in parts.items()
+    ]
     if "total" in run.metrics.seconds:
         lines.append({"name": "total", "text": duration(run.metrics.seconds["total"]), "share": None})
     return lines
 
 
 def traffic(run: Run) -> list[dict[str, Any]]:
-    """Bytes by phase, down to the sites and up from them, with their share of the largest."""
-    longest = max((count for ways in run.metrics.bytes.values() for count in ways.values()), default=0)
-    lines = [{"name": name, **{way: {"text": size(ways[way]), "share": 100 * ways[way] / longest if longest else 0} if way in ways else None
-              for way in ("down", "up")}} for name, ways in run.metrics.bytes.items()]  # fmt: skip
+    """Bytes by phase, down to the sites and up from them, with their share of the largest; the sum comes last."""
+    moved = run.metrics.bytes
+    longest = max((count for ways in moved.values() for count in ways.values()), default=0)
+
+    def way_of(ways: dict[str, int], way: str) -> dict[str, Any] | None:
+        return {"text": size(ways[way]), "share": 100 * ways[way] / max(longest, 1)} if way in ways else None
+
+    lines = [{"name": name, "down": way_of(ways, "down"), "up": way_of(ways, "up")} for name, ways in moved.items()]
     if len(lines) > 1:
-        total = {way: sum(ways.get(way, 0) for ways in run.metrics.bytes.values()) for way in ("down", "up")}
-        lines.append({"name": "total", **{way: {"text": size(count), "share": None} for way, count in total.items()}})
+        total = {way: sum(ways.get(way, 0) for ways in moved.values()) for way in ("down", "up")}
+        lines.append({"name": "total", **{way: {"text": size(total[way]), "share": None} for way in total}})
     return lines
 
 
