@@ -1,4 +1,4 @@
-"""How requests reach the sites: over Flower's Grid.  (The simulation's arms call a site directly.)"""
+"""How requests reach the sites: over Flower's Grid; a lone site is called directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from chexfound import phases, wire
 from chexfound.errors import ConfigError, ProtocolError, SiteError
 from chexfound.phases import Reply, Request
 from chexfound.recipe import Recipe
-
 
 COUNTS = ("images", "patients", "train", "val", "test")
 ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_sha256"}

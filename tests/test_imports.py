@@ -17,8 +17,31 @@ MAY = {
     "client": {"chexfound", "client"},
     "sim": {"chexfound", "strategies", "server", "client", "sim"},
 }
-HEAVY = {"torch", "torchvision", "timm", "cv2", "matplotlib", "sklearn", "scipy", "pydicom", "flwr", "tensorboard", "rich", "numpy", "pydantic"}  # fmt: skip
+HEAVY = {
+    "torch",
+    "torchvision",
+    "timm",
+    "cv2",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pydicom",
+    "flwr",
+    "tensorboard",
+    "rich",
+    "numpy",
+    "pydantic",
+}
 LINE = "import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+
+HELP = """
+import sys, {module} as cli
+try:
+    cli.main(['--help'])
+except SystemExit as end:
+    assert not end.code
+print('modules:', *sorted(sys.modules))
+"""
 
 
 def imported(file: Path) -> set[str]:
@@ -71,7 +94,7 @@ def test_a_command_line_is_light(module: str) -> None:
 @pytest.mark.parametrize("module", ["chexfound.cli", "sim.cli"])
 def test_help_is_light(module: str) -> None:
     """Not timed: a busy machine would fail it.  What takes the time is not imported."""
-    code = f"import sys, {module} as cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as end:\n    assert not end.code\nprint('modules:', *sorted(sys.modules))"
+    code = HELP.format(module=module)
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     shown, _, modules = ran.stdout.partition("modules:")
     assert "usage:" in shown

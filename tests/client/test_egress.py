@@ -29,10 +29,18 @@ def text_of(message: Any) -> str:
 
 OURS = [kind(f"{kind.code}: {SECRET}") for kind in {*CODES.values()}]
 FOREIGN = [
-    OSError(28, f"No space left on device: {SECRET}"), FileNotFoundError(SECRET), KeyError(SECRET), RuntimeError(SECRET),
-    ValueError(SECRET), UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET), MemoryError(SECRET),
-    RecursionError(SECRET), ExceptionGroup(SECRET, [ValueError(SECRET)]), StopIteration(SECRET), Exception(Exception(SECRET)),
-]  # fmt: skip
+    OSError(28, f"No space left on device: {SECRET}"),
+    FileNotFoundError(SECRET),
+    KeyError(SECRET),
+    RuntimeError(SECRET),
+    ValueError(SECRET),
+    UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET),
+    MemoryError(SECRET),
+    RecursionError(SECRET),
+    ExceptionGroup(SECRET, [ValueError(SECRET)]),
+    StopIteration(SECRET),
+    Exception(Exception(SECRET)),
+]
 
 
 @pytest.mark.parametrize("error", [*OURS, *FOREIGN], ids=lambda error: type(error).__name__)
@@ -83,9 +91,18 @@ def test_undeclared_values_are_refused(phase: str) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "name"),
-    [("enrol", "x"), ("enrol", "student.x"), ("pretrain", "optimizer.x"), ("pretrain", "model.student.x"),
-     ("pretrain", "x.student."), ("features", "tokens"), ("features", "student.x"), ("evaluate", "scores"), ("evaluate", "")],
-)  # fmt: skip
+    [
+        ("enrol", "x"),
+        ("enrol", "student.x"),
+        ("pretrain", "optimizer.x"),
+        ("pretrain", "model.student.x"),
+        ("pretrain", "x.student."),
+        ("features", "tokens"),
+        ("features", "student.x"),
+        ("evaluate", "scores"),
+        ("evaluate", ""),
+    ],
+)
 def test_undeclared_tensors_are_refused(phase: str, name: str) -> None:
     with pytest.raises(PolicyError, match="may not leave"):
         egress.admit(phase, Reply(tensors={name: torch.zeros(1)}))

@@ -233,8 +233,10 @@ def test_findings_that_nobody_labels_are_told_before_any_training(
 
 
 def test_choose_findings(tiny_recipe: Any) -> None:
-    counts = [{"A": {"positives": 2, "negatives": 9}, "B": {"positives": 9, "negatives": 0}},
-              {"A": {"positives": 1, "negatives": 0}, "B": {"positives": 0, "negatives": 2}}]  # fmt: skip
+    counts = [
+        {"A": {"positives": 2, "negatives": 9}, "B": {"positives": 9, "negatives": 0}},
+        {"A": {"positives": 1, "negatives": 0}, "B": {"positives": 0, "negatives": 2}},
+    ]
     assert choose_findings(tiny_recipe, counts) == ("A",)
     with pytest.raises(ConfigError, match="the closest is 'A' with 3 and 9"):
         choose_findings(replace(tiny_recipe, adapt=replace(tiny_recipe.adapt, min_positives=4)), counts)
@@ -321,8 +323,20 @@ def row(**changes: Any) -> Callable[[Reply], Reply]:
 NAN, HUGE = float("nan"), 10**400
 HOSTILE: list[Any] = [
     *(("pretrain", values(images=value)) for value in (None, -1, "9", NAN, HUGE, True)),
-    *(("pretrain", values(history=value)) for value in (None, {}, [1], [{}], [{"step": 1}], [{"step": 0, "loss": NAN}],
-                                                        [{"step": 0, "loss": HUGE}], [{"step": 0, "loss": "1"}], [{"step": 0, "loss": 1, "a\nb": 1}])),
+    *(
+        ("pretrain", values(history=value))
+        for value in (
+            None,
+            {},
+            [1],
+            [{}],
+            [{"step": 1}],
+            [{"step": 0, "loss": NAN}],
+            [{"step": 0, "loss": HUGE}],
+            [{"step": 0, "loss": "1"}],
+            [{"step": 0, "loss": 1, "a\nb": 1}],
+        )
+    ),
     ("pretrain", tensors(lambda t: {})),
     ("pretrain", tensors(lambda t: {**t, "student.x": torch.zeros(1)})),
     ("pretrain", tensors(lambda t: {name: x.double() for name, x in t.items()})),
@@ -330,15 +344,42 @@ HOSTILE: list[Any] = [
     ("pretrain", tensors(lambda t: {name: x * NAN for name, x in t.items()})),
     *(("adapt", values(labelled=value)) for value in (None, [1], [1, 1, 1], [1, -1], [1, NAN], "11")),
     ("adapt", tensors(lambda t: {name: x[:1] if x.ndim else x for name, x in t.items()})),
-    *(("features", tensors(lambda t, k=key, v=value: t | {k: v})) for key in ("cls.count", "patches.sum", "cls.squares")
-      for value in (torch.tensor([NAN]).double(), torch.zeros(0).double(), torch.zeros(3, 3).double(), torch.tensor(1.0).double(), torch.full((1,), -1.0).double())),
+    *(
+        ("features", tensors(lambda t, k=key, v=value: t | {k: v}))
+        for key in ("cls.count", "patches.sum", "cls.squares")
+        for value in (
+            torch.tensor([NAN]).double(),
+            torch.zeros(0).double(),
+            torch.zeros(3, 3).double(),
+            torch.tensor(1.0).double(),
+            torch.full((1,), -1.0).double(),
+        )
+    ),
     ("features", tensors(lambda t: {name: x for name, x in t.items() if name != "cls.sum"})),
     *(("evaluate", values(results=value)) for value in (None, {}, [], [1], [{}], "x")),
-    *(("evaluate", row(**change)) for change in (
-        {"finding": "Other"}, {"tested_on": "alpha"}, {"extra": 1}, {"n": -1}, {"n": None}, {"positives": 10**9}, {"auroc": 1.5},
-        {"auroc": NAN}, {"auroc": "0.9"}, {"auprc": HUGE}, {"auroc_ci": 5}, {"auroc_ci": [0.1]}, {"auroc_ci": [0.1, "1"]},
-        {"auprc_ci": {"a": 1}}, {"reason": 3}, {"reason": "x" * 401}, {"arm": ["x"]})),
-]  # fmt: skip
+    *(
+        ("evaluate", row(**change))
+        for change in (
+            {"finding": "Other"},
+            {"tested_on": "alpha"},
+            {"extra": 1},
+            {"n": -1},
+            {"n": None},
+            {"positives": 10**9},
+            {"auroc": 1.5},
+            {"auroc": NAN},
+            {"auroc": "0.9"},
+            {"auprc": HUGE},
+            {"auroc_ci": 5},
+            {"auroc_ci": [0.1]},
+            {"auroc_ci": [0.1, "1"]},
+            {"auprc_ci": {"a": 1}},
+            {"reason": 3},
+            {"reason": "x" * 401},
+            {"arm": ["x"]},
+        )
+    ),
+]
 
 
 @pytest.fixture(scope="module")
