@@ -99,7 +99,10 @@ def _tensors(content: RecordDict) -> dict[str, Tensor]:
         size = math.prod(shape)
         if name in result or dtype not in left or size > left[dtype].size:
             raise ProtocolError(f"tensor {name!r}: listed twice, or not in the arrays that came with it")
-        result[name] = torch.from_numpy(left[dtype][:size].reshape(shape).copy())
+        try:
+            result[name] = torch.from_numpy(left[dtype][:size].reshape(shape).copy())
+        except (ValueError, OverflowError) as error:  # empty, with other sides beyond what an array can have
+            raise ProtocolError(f"tensor {name!r}: its shape cannot be") from error
         left[dtype] = left[dtype][size:]
     if any(rest.size for rest in left.values()):
         raise ProtocolError("the arrays hold more than the tensors that are listed")

@@ -144,7 +144,8 @@ class Run:
             if not labelled & set(self.findings):
                 raise DataError(
                     f"no site has a training image labelled with any of {', '.join(self.findings)}; "
-                    f"there are {', '.join(sorted(labelled)) or 'no labels'}: choose others as adapt.findings, or leave adapt out of phases"
+                    f"there are {', '.join(sorted(labelled)) or 'no labels'}: "
+                    "choose others as adapt.findings, or leave adapt out of phases"
                 )
         event = {
             "event": "start",

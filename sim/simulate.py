@@ -59,7 +59,9 @@ class Options:
                 recipe=values["recipe"],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged, so the run cannot be resumed; start it anew in another folder") from error
+            raise CheckpointError(
+                f"{path}: damaged, so the run cannot be resumed; start it anew in another folder"
+            ) from error
 
 
 def start(options: Options, out: Path) -> None:
@@ -73,7 +75,9 @@ def start(options: Options, out: Path) -> None:
     try:
         write_json(out / "simulation.json", asdict(options))
     except (NotADirectoryError, FileExistsError) as error:
-        raise ConfigError(f"{out}: cannot be a folder: a part of its path is a file; choose another with --out") from error
+        raise ConfigError(
+            f"{out}: cannot be a folder: a part of its path is a file; choose another with --out"
+        ) from error
 
 
 def abandon(out: Path) -> None:

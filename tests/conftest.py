@@ -27,9 +27,7 @@ def _find(name: str) -> tuple[Path | None, str]:
     """Where a thing that not every machine has lies, and what to say where it does not."""
     if name == "shared":
         folder = ROOT.parent / "shared"
-        return (
-            folder if folder.is_dir() else None
-        ), "no folder ../shared beside the repository (real X-rays)"
+        return (folder if folder.is_dir() else None), "no folder ../shared beside the repository (real X-rays)"
     if name == "chromium":
         found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         return (Path(found) if found else None), "no Chromium on the PATH"
@@ -210,7 +208,7 @@ def make_message() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid, in this process."""
+    """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid."""
     from chexfound import recipe as recipes
     from chexfound.data.store import Store
     from server.exchange import GridExchange

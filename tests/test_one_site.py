@@ -20,7 +20,9 @@ from chexfound.pretrain.train import Pretrainer, load_tensors
 from server.run import Run
 
 
-def centralized(recipe: Any, store: Store, ids: np.ndarray, findings: tuple[str, ...], folder: Path) -> dict[str, torch.Tensor]:
+def centralized(
+    recipe: Any, store: Store, ids: np.ndarray, findings: tuple[str, ...], folder: Path
+) -> dict[str, torch.Tensor]:
     """R·S steps in one go: no rounds, no server, no messages."""
     trainer = Pretrainer(recipe, lambda places: store.pixels(ids[places]), len(ids), 0)
     trainer.run(0, recipe.train.total_steps, recipe.train.pooled_batch_size)
@@ -63,5 +65,3 @@ def test_one_site_federated_is_centralized(
     for name, tensor in plain.items():
         assert outcome.tensors[name].numpy().tobytes() == tensor.numpy().tobytes(), name
     assert outcome.model_sha256 == checkpoint.digest(plain)
-
-

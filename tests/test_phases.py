@@ -112,7 +112,9 @@ def test_a_local_teacher_stays_at_the_site(make_site: Callable[..., Site], tiny_
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-def test_a_request_asked_again_gives_the_same_bits(make_site: Callable[..., Site], tiny_recipe: Any, cold: bool) -> None:
+def test_a_request_asked_again_gives_the_same_bits(
+    make_site: Callable[..., Site], tiny_recipe: Any, cold: bool
+) -> None:
     """The coordinator died before its checkpoint and asks for the round again; the site may have restarted too."""
 
     def again(site: Site) -> Site:
@@ -223,7 +225,9 @@ def test_adapt_again_gives_the_same_bits(make_site: Callable[..., Site], tiny_re
     second = phases.run(site, tiny_recipe, adapt(first.tensors, 3))
     cold = make_site("alpha")
     prepared(cold, tiny_recipe)  # as after a restart of the run
-    assert checkpoint.digest(phases.run(cold, tiny_recipe, adapt(first.tensors, 3)).tensors) == checkpoint.digest(second.tensors)
+    assert checkpoint.digest(phases.run(cold, tiny_recipe, adapt(first.tensors, 3)).tensors) == checkpoint.digest(
+        second.tensors
+    )
 
 
 def test_a_site_with_one_class_trains_nothing(make_site: Callable[..., Site], tiny_recipe: Any) -> None:

@@ -42,9 +42,15 @@ def content(fields: Any = None, arrays: dict[str, Array] | None = None, key: str
 
 def test_a_request_comes_back() -> None:
     request = Request(
-        phase="adapt", round=3, step=9, steps=3, batch_size=4, roster_index=1, findings=("A", "é|b"),
+        phase="adapt",
+        round=3,
+        step=9,
+        steps=3,
+        batch_size=4,
+        roster_index=1,
+        findings=("A", "é|b"),
         tensors={"x": torch.tensor([[1.5, -0.0]]), "y": torch.tensor(2.0).double(), "empty": torch.zeros(0, 3)},
-    )  # fmt: skip
+    )
     back = wire.unpack_request(wire.pack_request(request))
     for name in FIELDS:
         assert getattr(back, name) == getattr(request, name)
@@ -55,10 +61,16 @@ def test_a_request_comes_back() -> None:
         assert back.tensors[name].numpy().tobytes() == tensor.numpy().tobytes()
 
 
-@given(st.dictionaries(st.text(), st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8,
-)))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.text(),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            max_leaves=8,
+        ),
+    )
+)
 def test_a_reply_comes_back(values: dict[str, Any]) -> None:
     back = wire.unpack_reply(wire.pack_reply(Reply(values=values)))
     assert back.values == values
@@ -160,13 +172,76 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 @given(st.integers(0, 143), st.integers(1, 255))
 def test_a_changed_byte_gives_an_array_or_our_error(place: int, change: int) -> None:
-    data = bytearray(saved(np.arange(4, dtype=np.float32)))
+    sent = wire.pack_reply(Reply(tensors={"x": torch.arange(4.0)}))
+    data = bytearray(sent.array_records["arrays"]["float32"].data)
     data[place] ^= change
+    sent["arrays"] = ArrayRecord({"float32": array(bytes(data))})
     try:
-        tensors = wire.unpack_request(content(arrays={"x": array(bytes(data))})).tensors
+        tensors = wire.unpack_reply(sent).tensors
     except ProtocolError:
         return
-    assert tensors["x"].dtype in (torch.float32, torch.float64)
+    assert (tensors["x"].dtype, tensors["x"].shape) == (torch.float32, (4,))
+
+
+def with_table(*rows: Any, names: tuple[str, ...] = ("float32",)) -> RecordDict:
+    """A reply of one flat array of six numbers, with a table of one's own."""
+    whole = content("{}", {name: array(saved(np.arange(6, dtype=name))) for name in names}, "reply")
+    whole["table"] = ConfigRecord({"json": json.dumps({"tensors": list(rows)})})
+    return whole
+
+
+def test_the_table_cuts_the_flat_array() -> None:
+    back = wire.unpack_reply(
+        with_table(["a", "float32", [2, 2]], ["b", "float32", []], ["c", "float32", [0, 7]], ["d", "float32", [1]])
+    )
+    assert {name: tensor.tolist() for name, tensor in back.tensors.items()} == {
+        "a": [[0, 1], [2, 3]],
+        "b": 4,
+        "c": [],
+        "d": [5],
+    }
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [["a", "float32", [5]]],
+        [["a", "float32", [7]]],
+        [["a", "float32", [3]], ["a", "float32", [3]]],
+        [["a", "float64", [6]]],
+        [["a", "int64", [6]]],
+        [["a", "float32", [-6]]],
+        [["a", "float32", [-2, -3]]],
+        [["a", "float32", [True]]],
+        [["a", "float32", [6.0]]],
+        [["a", "float32", ["6"]]],
+        [["a", "float32", 6]],
+        [["a", "float32", [1] * 17]],
+        [["a", "float32", [10**30]]],
+        [["a", "float32", [6]], ["b", "float32", [0, 2**63]]],
+        [["a", "float32", [6]], ["b", "float32", [0, 10**30]]],
+        [["a", "float32", [6]], ["b", "float32", [0] + [2**31] * 15]],
+        [["a", "float32"]],
+        [["a", "float32", [6], 1]],
+        [[None, "float32", [6]]],
+        "table",
+        {"a": 1},
+    ],
+    ids=lambda rows: str(rows)[:40],
+)
+def test_a_table_that_does_not_fit(rows: Any) -> None:
+    with pytest.raises(ProtocolError, match="tensor|more than the tensors"):
+        wire.unpack_reply(with_table(*rows))
+
+
+def test_a_table_without_arrays_and_arrays_without_a_table() -> None:
+    with pytest.raises(ProtocolError, match="not in the arrays"):
+        wire.unpack_reply(with_table(["a", "float32", [6]], names=()))
+    alone = with_table(["a", "float32", [6]])
+    del alone["table"]
+    with pytest.raises(ProtocolError, match="no readable 'table'"):
+        wire.unpack_reply(alone)
 
 
 def test_missing_records() -> None:
@@ -180,9 +255,25 @@ def test_missing_records() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "null", "[]", '"x"', "1", "NaN", '{"a": NaN}', '{"a": Infinity}', '{"a": -Infinity}', '{"a": 1e999}',
-     '{"a": ' + "9" * 5000 + "}", "[" * 100_000, '{"a":' * 100_000, "\x00", "{}{}"],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        '"x"',
+        "1",
+        "NaN",
+        '{"a": NaN}',
+        '{"a": Infinity}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": ' + "9" * 5000 + "}",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "\x00",
+        "{}{}",
+    ],
+)
 def test_text_that_is_no_object_of_plain_values(text: str) -> None:
     with pytest.raises(ProtocolError):
         wire.unpack_reply(content(text, key="reply"))
@@ -239,7 +330,10 @@ def test_an_unknown_code_is_internal(make_message: Any) -> None:
     for reason in (None, "", "__class__", "no such", "storage "):
         reply = Message(Error(code=99, reason=reason), reply_to=make_message(RecordDict()))
         assert wire.unpack_error(reply) is ChexfoundError
-    assert wire.unpack_error(Message(Error(code=99, reason="storage"), reply_to=make_message(RecordDict()))) is StorageError
+    assert (
+        wire.unpack_error(Message(Error(code=99, reason="storage"), reply_to=make_message(RecordDict())))
+        is StorageError
+    )
 
 
 def test_finite_count_and_word() -> None:

@@ -40,7 +40,9 @@ def test_each_message_type_has_its_phase(make_message: Any, make_context: Any, m
     for phase, message_type in wire.MESSAGE_TYPES.items():
         assert app(make_message(wire.pack_request(Request(phase=phase)), message_type), make_context()).has_content()
         wrong = "query.enrol" if phase != "enrol" else "evaluate"
-        assert app(make_message(wire.pack_request(Request(phase=phase)), wrong), make_context()).error.reason == "protocol"
+        assert (
+            app(make_message(wire.pack_request(Request(phase=phase)), wrong), make_context()).error.reason == "protocol"
+        )
     assert seen == list(wire.MESSAGE_TYPES)
 
 

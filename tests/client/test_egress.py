@@ -29,10 +29,18 @@ def text_of(message: Any) -> str:
 
 OURS = [kind(f"{kind.code}: {SECRET}") for kind in {*CODES.values()}]
 FOREIGN = [
-    OSError(28, f"No space left on device: {SECRET}"), FileNotFoundError(SECRET), KeyError(SECRET), RuntimeError(SECRET),
-    ValueError(SECRET), UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET), MemoryError(SECRET),
-    RecursionError(SECRET), ExceptionGroup(SECRET, [ValueError(SECRET)]), StopIteration(SECRET), Exception(Exception(SECRET)),
-]  # fmt: skip
+    OSError(28, f"No space left on device: {SECRET}"),
+    FileNotFoundError(SECRET),
+    KeyError(SECRET),
+    RuntimeError(SECRET),
+    ValueError(SECRET),
+    UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET),
+    MemoryError(SECRET),
+    RecursionError(SECRET),
+    ExceptionGroup(SECRET, [ValueError(SECRET)]),
+    StopIteration(SECRET),
+    Exception(Exception(SECRET)),
+]
 
 
 @pytest.mark.parametrize("error", [*OURS, *FOREIGN], ids=lambda error: type(error).__name__)
@@ -40,7 +48,13 @@ def test_no_text_of_an_exception_leaves(error: Exception, make_message: Any, cap
     with caplog.at_level(logging.ERROR, "chexfound.client"):
         reply = egress.release(make_message(RecordDict()), "adapt", error)
     assert reply.has_error()
-    expected = error if isinstance(error, errors.ChexfoundError) else errors.StorageError() if isinstance(error, OSError) else errors.ChexfoundError()
+    expected = (
+        error
+        if isinstance(error, errors.ChexfoundError)
+        else errors.StorageError()
+        if isinstance(error, OSError)
+        else errors.ChexfoundError()
+    )
     assert (reply.error.code, reply.error.reason) == (expected.exit_code, expected.code)
     assert "Jane" not in text_of(reply)
     assert SECRET in caplog.text  # the site's own log tells
@@ -58,7 +72,10 @@ def test_an_exception_that_cannot_be_printed(make_message: Any, monkeypatch: Any
 
 
 def test_what_is_declared_leaves(make_message: Any) -> None:
-    sent = Reply(tensors={"student.x": torch.ones(2)}, values={"images": 3, "state": "kept", "history": [{"step": 0, "loss": 1.5}]})
+    sent = Reply(
+        tensors={"student.x": torch.ones(2)},
+        values={"images": 3, "state": "kept", "history": [{"step": 0, "loss": 1.5}]},
+    )
     reply = egress.release(make_message(RecordDict()), "pretrain", sent)
     back = wire.unpack_reply(reply.content)
     assert back.values == sent.values
@@ -74,9 +91,18 @@ def test_undeclared_values_are_refused(phase: str) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "name"),
-    [("enrol", "x"), ("enrol", "student.x"), ("pretrain", "optimizer.x"), ("pretrain", "model.student.x"),
-     ("pretrain", "x.student."), ("features", "tokens"), ("features", "student.x"), ("evaluate", "scores"), ("evaluate", "")],
-)  # fmt: skip
+    [
+        ("enrol", "x"),
+        ("enrol", "student.x"),
+        ("pretrain", "optimizer.x"),
+        ("pretrain", "model.student.x"),
+        ("pretrain", "x.student."),
+        ("features", "tokens"),
+        ("features", "student.x"),
+        ("evaluate", "scores"),
+        ("evaluate", ""),
+    ],
+)
 def test_undeclared_tensors_are_refused(phase: str, name: str) -> None:
     with pytest.raises(PolicyError, match="may not leave"):
         egress.admit(phase, Reply(tensors={name: torch.zeros(1)}))
@@ -91,11 +117,16 @@ def test_no_tensor_or_number_that_is_not_finite(value: float) -> None:
             egress.admit("pretrain", Reply(values={"history": nested}))
 
 
-@pytest.mark.parametrize("value", [np.float32(1), np.int64(1), (1, math.nan), {1}, b"x", object(), torch.ones(1)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [np.float32(1), np.int64(1), (1, math.nan), {1}, b"x", object(), torch.ones(1)], ids=repr
+)
 def test_what_is_no_plain_value_does_not_raise(value: Any, make_message: Any) -> None:
     with pytest.raises(PolicyError, match="not a plain value"):
         egress.admit("pretrain", Reply(values={"history": [value]}))
-    assert egress.release(make_message(RecordDict()), "pretrain", Reply(values={"history": [value]})).error.reason == "policy"
+    assert (
+        egress.release(make_message(RecordDict()), "pretrain", Reply(values={"history": [value]})).error.reason
+        == "policy"
+    )
 
 
 def test_a_reply_that_cannot_be_packed_is_a_code(make_message: Any) -> None:

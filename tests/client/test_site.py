@@ -15,7 +15,12 @@ from client.site import site_of
 
 @pytest.mark.parametrize(
     ("config", "what"),
-    [({}, "site and data"), ({"site": "A"}, "data"), ({"data": "x"}, "site"), ({"site": 1, "data": ""}, "site and data")],
+    [
+        ({}, "site and data"),
+        ({"site": "A"}, "data"),
+        ({"data": "x"}, "site"),
+        ({"site": 1, "data": ""}, "site and data"),
+    ],
 )
 def test_what_is_missing_is_named(config: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=f"lacks {what}; start it with --node-config"):
@@ -48,7 +53,12 @@ def test_a_folder_is_taken_in(make_images: Any, tmp_path: Path, monkeypatch: Any
 
 def test_a_shard_is_its_patients(tiny_store_path: Path, tmp_path: Path) -> None:
     (tmp_path / "shard.json").write_text(json.dumps(["beta/b03", "alpha/a00"]))
-    config = {"site": "S", "data": str(tiny_store_path), "home": str(tmp_path / "h"), "patients": str(tmp_path / "shard.json")}
+    config = {
+        "site": "S",
+        "data": str(tiny_store_path),
+        "home": str(tmp_path / "h"),
+        "patients": str(tmp_path / "shard.json"),
+    }
     site = site_of({**config, "shuffle-labels": True}, 64, enrolling=True)
     assert set(site.patients(site.view.ids)) == {"beta/b03", "alpha/a00"}
     assert site.home == tmp_path / "h"

@@ -16,10 +16,16 @@ from server.exchange import DirectExchange, GridExchange, checked_roster
 from server.flwr_private import LocalGrid, set_identity
 
 ENROLMENT: dict[str, Any] = {
-    "site": "A", "images": 10, "patients": 8, "train": 6, "val": 1, "test": 3,
+    "site": "A",
+    "images": 10,
+    "patients": 8,
+    "train": 6,
+    "val": 1,
+    "test": 3,
     "findings": {"Blob": {"positives": 2, "negatives": 3}},
-    "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"}, "store_sha256": "0" * 64,
-}  # fmt: skip
+    "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"},
+    "store_sha256": "0" * 64,
+}
 
 
 def enrolment(**changes: Any) -> Reply:
@@ -84,17 +90,21 @@ def test_each_site_gets_its_own_request(quick: Any) -> None:
     exchange = GridExchange(grid)
     exchange.enrol(quick)
     grid.asked.clear()
-    list(exchange.ask([Request(phase="adapt", roster_index=index, round=4) for index in range(2)]))
+    list(exchange.ask([Request(phase="adapt", roster_index=index, round=4, steps=1) for index in range(2)]))
     seen = {message.metadata.dst_node_id: message for message in grid.asked.values()}
     assert {node: wire.unpack_request(message.content).roster_index for node, message in seen.items()} == {9: 0, 7: 1}
     assert {message.metadata.message_type for message in seen.values()} == {"train.adapt"}
-    assert {message.metadata.group_id for message in seen.values()} == {"4"}
+    assert {message.metadata.group_id for message in seen.values()} == {
+        "5"
+    }  # only shown in the logs, where the first is 1
     assert {message.metadata.ttl for message in seen.values()} == {0.2}
 
 
 def test_too_few_sites(quick: Any) -> None:
     told: list[Any] = []
-    with pytest.raises(SiteError, match=r"only 1 of federation.min_sites 2 sites connected within 0.01 s; start the others"):
+    with pytest.raises(
+        SiteError, match=r"only 1 of federation.min_sites 2 sites connected within 0.01 s; start the others"
+    ):
         GridExchange(Scripted({1: node("A")}), lambda *counts: told.append(counts)).enrol(quick)
     assert told == [(1, 2)]
 
@@ -107,17 +117,21 @@ def test_a_name_taken_twice(quick: Any) -> None:
 def ask_two(quick: Any, later: Any) -> None:
     exchange = GridExchange(Scripted({1: node("A"), 2: node("B", later)}))
     exchange.enrol(quick)
-    list(exchange.ask([Request(phase="pretrain", round=2)] * 2))
+    list(exchange.ask([Request(phase="pretrain", round=2, steps=1)] * 2))
 
 
 @pytest.mark.parametrize("kind", [DataError, SiteError, ConfigError])
 def test_an_error_names_the_site_and_its_code(quick: Any, kind: Any) -> None:
-    with pytest.raises(SiteError, match=f"site 'B' in pretrain, round 3: replied with error '{kind.code}' .exit code {kind.exit_code}"):
+    with pytest.raises(
+        SiteError, match=f"site 'B' in pretrain, round 3: replied with error '{kind.code}' .exit code {kind.exit_code}"
+    ):
         ask_two(quick, lambda message: wire.pack_error(kind("Jane Doe"), message))
 
 
 def test_a_site_that_does_not_answer(quick: Any) -> None:
-    with pytest.raises(SiteError, match=r"site 'B' in pretrain, round 3: no reply within federation.round_timeout_s 0.2 s"):
+    with pytest.raises(
+        SiteError, match=r"site 'B' in pretrain, round 3: no reply within federation.round_timeout_s 0.2 s"
+    ):
         ask_two(quick, lambda message: None)
 
 
@@ -138,14 +152,30 @@ def test_a_node_that_is_gone_at_push(quick: Any, monkeypatch: Any) -> None:
 HUGE, NAN = 10**400, float("nan")
 HOSTILE = [
     *({"site": name} for name in (None, "", 3, "x" * 65, "a\nb", ["A"])),
-    *({key: value} for key in ("images", "patients", "train", "val", "test") for value in (None, -1, 1.5, True, "1", HUGE, NAN)),
-    *({"findings": value} for value in (None, [], "Blob", {"Blob": 3}, {"Blob": {}}, {"": ENROLMENT["findings"]["Blob"]},
-                                         {"Blob": {"positives": 1}}, {"Blob": {"positives": -1, "negatives": 1}},
-                                         {"Blob": {"positives": 1, "negatives": "1"}}, {"a\nb": ENROLMENT["findings"]["Blob"]})),
+    *(
+        {key: value}
+        for key in ("images", "patients", "train", "val", "test")
+        for value in (None, -1, 1.5, True, "1", HUGE, NAN)
+    ),
+    *(
+        {"findings": value}
+        for value in (
+            None,
+            [],
+            "Blob",
+            {"Blob": 3},
+            {"Blob": {}},
+            {"": ENROLMENT["findings"]["Blob"]},
+            {"Blob": {"positives": 1}},
+            {"Blob": {"positives": -1, "negatives": 1}},
+            {"Blob": {"positives": 1, "negatives": "1"}},
+            {"a\nb": ENROLMENT["findings"]["Blob"]},
+        )
+    ),
     *({"versions": value} for value in (None, [], {"torch": 2}, {"torch": ""}, {"torch": "x" * 65})),
     *({"store_sha256": value} for value in (None, 1, "", "x" * 65)),
     {"patients_list": ["Jane"]},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:40])

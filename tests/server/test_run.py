@@ -55,7 +55,9 @@ def undisturbed(calm: tuple[Path, Outcome], tmp_path: Path) -> Outcome:
 
 
 def rounds(folder: Path) -> list[Any]:
-    return [(e["phase"], e["round"], e["sha256"]) for e in read_journal(folder / "journal.jsonl") if e["event"] == "round"]
+    return [
+        (e["phase"], e["round"], e["sha256"]) for e in read_journal(folder / "journal.jsonl") if e["event"] == "round"
+    ]
 
 
 def test_what_the_journal_holds(undisturbed: Outcome, tmp_path: Path) -> None:
@@ -79,12 +81,16 @@ def test_what_the_journal_holds(undisturbed: Outcome, tmp_path: Path) -> None:
     assert not any(f"a{number:02d}" in json.dumps(start["roster"][0]["findings"]) for number in range(24))
 
 
-def test_the_order_of_the_nodes_does_not_matter(short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path) -> None:
+def test_the_order_of_the_nodes_does_not_matter(
+    short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path
+) -> None:
     again = Run(short, make_exchange(short, SITES[::-1], tmp_path / "other homes"), tmp_path / "other").run()
     assert again.model_sha256 == undisturbed.model_sha256
 
 
-def test_run_again_when_done_changes_nothing(short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path) -> None:
+def test_run_again_when_done_changes_nothing(
+    short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path
+) -> None:
     before = (tmp_path / "calm" / "journal.jsonl").read_bytes()
     again = Run(short, make_exchange(short, SITES, tmp_path / "calm homes"), tmp_path / "calm").run()
     assert again.model_sha256 == undisturbed.model_sha256
@@ -150,7 +156,9 @@ def test_another_recipe_roster_or_backbone_in_the_folder(
     other = replace(short, seed=1)
     with pytest.raises(ConfigError, match="another recipe_sha256.*choose another folder"):
         Run(other, make_exchange(other, SITES), folder).run()
-    alone = replace(short, federation=replace(short.federation, min_sites=1), adapt=replace(short.adapt, findings=("Bar", "Blob")))
+    alone = replace(
+        short, federation=replace(short.federation, min_sites=1), adapt=replace(short.adapt, findings=("Bar", "Blob"))
+    )
     with pytest.raises(ConfigError, match="roster"):
         Run(alone, make_exchange(alone, ["alpha"]), folder).run()
     checkpoint.save(tmp_path / "b.safetensors", {"x": torch.zeros(1)})
@@ -160,7 +168,9 @@ def test_another_recipe_roster_or_backbone_in_the_folder(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "absent", "another"])
-def test_a_damaged_round_file(short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_round_file(
+    short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path, damage: str
+) -> None:
     path = tmp_path / "calm" / "rounds" / "adapt-000001.safetensors"
     data = path.read_bytes()
     if damage == "flipped":
@@ -171,7 +181,9 @@ def test_a_damaged_round_file(short: Any, undisturbed: Outcome, make_exchange: A
         path.unlink()
     else:
         checkpoint.save(path, {"x": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="adapt-000001.safetensors: (is not what the journal says|not a readable)"):
+    with pytest.raises(
+        CheckpointError, match="adapt-000001.safetensors: (is not what the journal says|not a readable)"
+    ):
         Run(short, make_exchange(short, SITES), tmp_path / "calm").run()
 
 
@@ -211,7 +223,9 @@ def test_no_training_image(short: Any, make_exchange: Any, tmp_path: Path) -> No
         Run(bare, make_exchange(bare, SITES), tmp_path / "run").run()
 
 
-def test_findings_that_nobody_labels_are_told_before_any_training(short: Any, make_exchange: Any, tmp_path: Path) -> None:
+def test_findings_that_nobody_labels_are_told_before_any_training(
+    short: Any, make_exchange: Any, tmp_path: Path
+) -> None:
     odd = replace(short, adapt=replace(short.adapt, findings=("Blub",)))
     with pytest.raises(DataError, match="no site has a training image labelled with any of Blub"):
         Run(odd, make_exchange(odd, SITES), tmp_path / "run").run()
@@ -219,8 +233,10 @@ def test_findings_that_nobody_labels_are_told_before_any_training(short: Any, ma
 
 
 def test_choose_findings(tiny_recipe: Any) -> None:
-    counts = [{"A": {"positives": 2, "negatives": 9}, "B": {"positives": 9, "negatives": 0}},
-              {"A": {"positives": 1, "negatives": 0}, "B": {"positives": 0, "negatives": 2}}]  # fmt: skip
+    counts = [
+        {"A": {"positives": 2, "negatives": 9}, "B": {"positives": 9, "negatives": 0}},
+        {"A": {"positives": 1, "negatives": 0}, "B": {"positives": 0, "negatives": 2}},
+    ]
     assert choose_findings(tiny_recipe, counts) == ("A",)
     with pytest.raises(ConfigError, match="the closest is 'A' with 3 and 9"):
         choose_findings(replace(tiny_recipe, adapt=replace(tiny_recipe.adapt, min_positives=4)), counts)
@@ -232,7 +248,9 @@ def test_choose_findings(tiny_recipe: Any) -> None:
 
 def test_a_batch_that_cannot_be_divided(tiny_recipe: Any) -> None:
     assert Batches.of(tiny_recipe, 3) == Batches(pretrain=4, adapt=4)
-    with pytest.raises(ConfigError, match="pooled_batch_size 12 cannot be divided equally among 5 sites; choose a multiple of 5"):
+    with pytest.raises(
+        ConfigError, match="pooled_batch_size 12 cannot be divided equally among 5 sites; choose a multiple of 5"
+    ):
         Batches.of(tiny_recipe, 5)
 
 
@@ -305,8 +323,20 @@ def row(**changes: Any) -> Callable[[Reply], Reply]:
 NAN, HUGE = float("nan"), 10**400
 HOSTILE: list[Any] = [
     *(("pretrain", values(images=value)) for value in (None, -1, "9", NAN, HUGE, True)),
-    *(("pretrain", values(history=value)) for value in (None, {}, [1], [{}], [{"step": 1}], [{"step": 0, "loss": NAN}],
-                                                        [{"step": 0, "loss": HUGE}], [{"step": 0, "loss": "1"}], [{"step": 0, "loss": 1, "a\nb": 1}])),
+    *(
+        ("pretrain", values(history=value))
+        for value in (
+            None,
+            {},
+            [1],
+            [{}],
+            [{"step": 1}],
+            [{"step": 0, "loss": NAN}],
+            [{"step": 0, "loss": HUGE}],
+            [{"step": 0, "loss": "1"}],
+            [{"step": 0, "loss": 1, "a\nb": 1}],
+        )
+    ),
     ("pretrain", tensors(lambda t: {})),
     ("pretrain", tensors(lambda t: {**t, "student.x": torch.zeros(1)})),
     ("pretrain", tensors(lambda t: {name: x.double() for name, x in t.items()})),
@@ -314,15 +344,42 @@ HOSTILE: list[Any] = [
     ("pretrain", tensors(lambda t: {name: x * NAN for name, x in t.items()})),
     *(("adapt", values(labelled=value)) for value in (None, [1], [1, 1, 1], [1, -1], [1, NAN], "11")),
     ("adapt", tensors(lambda t: {name: x[:1] if x.ndim else x for name, x in t.items()})),
-    *(("features", tensors(lambda t, k=key, v=value: t | {k: v})) for key in ("cls.count", "patches.sum", "cls.squares")
-      for value in (torch.tensor([NAN]).double(), torch.zeros(0).double(), torch.zeros(3, 3).double(), torch.tensor(1.0).double(), torch.full((1,), -1.0).double())),
+    *(
+        ("features", tensors(lambda t, k=key, v=value: t | {k: v}))
+        for key in ("cls.count", "patches.sum", "cls.squares")
+        for value in (
+            torch.tensor([NAN]).double(),
+            torch.zeros(0).double(),
+            torch.zeros(3, 3).double(),
+            torch.tensor(1.0).double(),
+            torch.full((1,), -1.0).double(),
+        )
+    ),
     ("features", tensors(lambda t: {name: x for name, x in t.items() if name != "cls.sum"})),
     *(("evaluate", values(results=value)) for value in (None, {}, [], [1], [{}], "x")),
-    *(("evaluate", row(**change)) for change in (
-        {"finding": "Other"}, {"tested_on": "alpha"}, {"extra": 1}, {"n": -1}, {"n": None}, {"positives": 10**9}, {"auroc": 1.5},
-        {"auroc": NAN}, {"auroc": "0.9"}, {"auprc": HUGE}, {"auroc_ci": 5}, {"auroc_ci": [0.1]}, {"auroc_ci": [0.1, "1"]},
-        {"auprc_ci": {"a": 1}}, {"reason": 3}, {"reason": "x" * 401}, {"arm": ["x"]})),
-]  # fmt: skip
+    *(
+        ("evaluate", row(**change))
+        for change in (
+            {"finding": "Other"},
+            {"tested_on": "alpha"},
+            {"extra": 1},
+            {"n": -1},
+            {"n": None},
+            {"positives": 10**9},
+            {"auroc": 1.5},
+            {"auroc": NAN},
+            {"auroc": "0.9"},
+            {"auprc": HUGE},
+            {"auroc_ci": 5},
+            {"auroc_ci": [0.1]},
+            {"auroc_ci": [0.1, "1"]},
+            {"auprc_ci": {"a": 1}},
+            {"reason": 3},
+            {"reason": "x" * 401},
+            {"arm": ["x"]},
+        )
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -348,9 +405,12 @@ def test_hostile_replies(once: Any, recorded: Recorded, tmp_path: Path, number: 
     with pytest.raises(ProtocolError, match="a reply's moments|site 'beta'|the updates"):
         Run(once, Altered(recorded, phase, change), tmp_path / "run").run()
     events = [entry["event"] for entry in read_journal(tmp_path / "run" / "journal.jsonl")]
-    assert events == {
-        "pretrain": ["start"],
-        "features": ["start", "round"],
-        "adapt": ["start", "round", "features"],
-        "evaluate": ["start", "round", "features", "round"],
-    }[phase]
+    assert (
+        events
+        == {
+            "pretrain": ["start"],
+            "features": ["start", "round"],
+            "adapt": ["start", "round", "features"],
+            "evaluate": ["start", "round", "features", "round"],
+        }[phase]
+    )

@@ -31,7 +31,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="session")
 def simulate(tiny_images: Path, tiny_recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
-    """`simulate("--seeds", "3", out=…)` calls the command in this process, with the small recipe on the three hospitals."""
+    """`simulate("--seeds", "3", out=…)` calls the command in this process, on the three hospitals."""
 
     def run(*arguments: str, out: Path | None = None, data: Path | None = None, recipe: str | None = None) -> Ran:
         from sim.cli import main

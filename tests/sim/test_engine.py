@@ -22,7 +22,9 @@ def nodes(store: Path, homes: Path, names: list[str]) -> list[dict[str, Any]]:
 
 
 def test_messages_reach_their_nodes(tiny_store_path: Path, tiny_recipe: Any, tmp_path: Path) -> None:
-    grid = InProcessGrid(Pool(1), nodes(tiny_store_path, tmp_path, ["A", "B"]), {"recipe": recipes.to_json(tiny_recipe)})
+    grid = InProcessGrid(
+        Pool(1), nodes(tiny_store_path, tmp_path, ["A", "B"]), {"recipe": recipes.to_json(tiny_recipe)}
+    )
     assert list(grid.get_node_ids()) == [1, 2]
     messages = [
         grid.create_message(wire.pack_request(Request(phase="enrol")), "query.enrol", node, "0") for node in (2, 1)
@@ -41,7 +43,9 @@ def test_an_error_comes_as_a_code(tiny_recipe: Any, tmp_path: Path) -> None:
 def test_workers_work_raise_and_die() -> None:
     told: list[Any] = []
     with Pool(2, lambda *what: told.append(what)) as pool:
-        assert dict(pool.run([(str(n), ("operator:mul", (n, n))) for n in range(5)])) == {str(n): n * n for n in range(5)}
+        assert dict(pool.run([(str(n), ("operator:mul", (n, n))) for n in range(5)])) == {
+            str(n): n * n for n in range(5)
+        }
         tickets = [pool.submit(n, "t", ("operator:neg", (n,))) for n in range(4)]
         assert [pool.result(ticket) for ticket in reversed(tickets)] == [-3, -2, -1, 0]
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -50,7 +54,9 @@ def test_workers_work_raise_and_die() -> None:
             pool.result(pool.submit(1, "t", ("chexfound.data.sources:ingest", ("/no/such", "/no/store", 64))))
         mine = pool.result(pool.submit(0, "t", ("os:getpid", ())))
         assert mine != os.getpid()
-        with pytest.raises(SiteError, match=r"that works on site 'A' died \(killed by signal 9 \(SIGKILL\); the machine may"):
+        with pytest.raises(
+            SiteError, match=r"that works on site 'A' died \(killed by signal 9 \(SIGKILL\); the machine may"
+        ):
             pool.result(pool.submit(0, "site 'A'", ("os:kill", (mine, signal.SIGKILL))))
 
 

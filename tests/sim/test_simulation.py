@@ -61,7 +61,19 @@ def interval(value: Any, low: float = 0.0) -> bool:
 
 
 def check_results(rows: list[dict[str, Any]], arms: set[str], sites: list[str], findings: list[str]) -> None:
-    keys = ["arm", "trained_on", "tested_on", "finding", "n", "positives", "auroc", "auroc_ci", "auprc", "auprc_ci", "reason"]
+    keys = [
+        "arm",
+        "trained_on",
+        "tested_on",
+        "finding",
+        "n",
+        "positives",
+        "auroc",
+        "auroc_ci",
+        "auprc",
+        "auprc_ci",
+        "reason",
+    ]
     for row in rows:
         assert list(row) == keys
         assert isinstance(row["trained_on"], str)
@@ -183,7 +195,9 @@ def test_by_lot_with_fewer_arms(simulate: Any) -> None:
 
 def test_one_site_need_not_wait_for_another(simulate: Any) -> None:
     """`federation.min_sites` is 2 by default; a simulation has the sites that it dealt."""
-    ran = simulate("--by", "iid:1", "--arms", "federated", "--set", "phases=[pretrain]", "--set", "federation.min_sites=3")
+    ran = simulate(
+        "--by", "iid:1", "--arms", "federated", "--set", "phases=[pretrain]", "--set", "federation.min_sites=3"
+    )
     assert ran.code == 0, ran.stderr
     metrics = ran.metrics
     assert (metrics["sites"], metrics["results"]) == (["shard-0"], [])
@@ -191,7 +205,11 @@ def test_one_site_need_not_wait_for_another(simulate: Any) -> None:
 
 
 def test_small_sites_are_merged_and_it_is_printed(simulate: Any, make_images: Any, tmp_path: Path) -> None:
-    images = make_images(tmp_path / "images", {"alpha": 20, "beta": 5, "delta": 6}, {name: ["Blob"] for name in ("alpha", "beta", "delta")})
+    images = make_images(
+        tmp_path / "images",
+        {"alpha": 20, "beta": 5, "delta": 6},
+        {name: ["Blob"] for name in ("alpha", "beta", "delta")},
+    )
     ran = simulate("--arms", "site-view,histogram", "--set", "adapt.pooled_batch_size=2", data=images)
     assert ran.code == 0, ran.stderr
     note = "fewer than 8 patients: beta (5), delta (6); merged into other"

@@ -1,0 +1,101 @@
+"""Imports point one way, and what a command needs to say its help is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY = {
+    "chexfound": {"chexfound"},
+    "strategies": {"chexfound", "strategies"},
+    "server": {"chexfound", "strategies", "server"},
+    "client": {"chexfound", "client"},
+    "sim": {"chexfound", "strategies", "server", "client", "sim"},
+}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "timm",
+    "cv2",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pydicom",
+    "flwr",
+    "tensorboard",
+    "rich",
+    "numpy",
+    "pydantic",
+}
+LINE = "import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+
+HELP = """
+import sys, {module} as cli
+try:
+    cli.main(['--help'])
+except SystemExit as end:
+    assert not end.code
+print('modules:', *sorted(sys.modules))
+"""
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names that a file imports anywhere in it, in functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(str(node.module))
+    return names
+
+
+FILES = [
+    (package, file) for package in MAY for file in sorted((ROOT / package).rglob("*.py")) if "_app" not in file.parts
+]
+
+
+def test_all_packages_are_looked_at() -> None:
+    assert {package for package, _ in FILES} == set(MAY)
+    assert any(file.name == "wire.py" for _, file in FILES)
+
+
+@pytest.mark.parametrize(("package", "file"), FILES, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_imports_point_one_way(package: str, file: Path) -> None:
+    tops = {name.partition(".")[0] for name in imported(file)}
+    assert tops & set(MAY) <= MAY[package]
+    assert "tests" not in tops
+    if package == "chexfound" and file != ROOT / "chexfound" / "wire.py":
+        assert "flwr" not in tops
+
+
+def test_entry_packages_are_empty() -> None:
+    """`flwr run` executes them."""
+    for package in ("strategies", "server", "client", "sim"):
+        assert not (ROOT / package / "__init__.py").read_text().strip()
+
+
+@pytest.mark.parametrize("module", ["chexfound", "chexfound.cli", "sim.cli", "client.cli", "chexfound._launch"])
+def test_a_command_line_is_light(module: str) -> None:
+    if not (ROOT / Path(*module.split("."))).with_suffix(".py").exists() and not (ROOT / module).is_dir():
+        pytest.skip(f"there is no {module} yet")
+    ran = subprocess.run(
+        [sys.executable, "-c", LINE.format(module=module)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not HEAVY & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["chexfound.cli", "sim.cli"])
+def test_help_is_light(module: str) -> None:
+    """Not timed: a busy machine would fail it.  What takes the time is not imported."""
+    code = HELP.format(module=module)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown, _, modules = ran.stdout.partition("modules:")
+    assert "usage:" in shown
+    assert not HEAVY & {name.partition(".")[0] for name in modules.split()}
