@@ -109,8 +109,8 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
     torch.set_num_threads(recipe.threads)
     if site.view.store.px != recipe.image_px:
         raise DataError(
-            f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks for {recipe.image_px}; "
-            f"ingest again with --image-px {recipe.image_px}"
+            f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks "
+            f"for {recipe.image_px}; ingest again with --image-px {recipe.image_px}"
         )
     if request.phase not in _PHASES:
         raise ProtocolError(f"unknown phase {request.phase!r}")
@@ -280,7 +280,8 @@ def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
         return {}
     path = _state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
     if site._warm.get("path") == path:
-        return site._warm["state"]
+        state: dict[str, Tensor] = site._warm["state"]
+        return state
     return checkpoint.load(path) if path.exists() else {}
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -240,6 +240,12 @@ class Recipe:
 
 
 _adapter = TypeAdapter(Recipe)
+Section = TypeVar("Section")
+
+
+def changed(section: Section, **values: Any) -> Section:
+    """A recipe, or a section of one, with other values (not checked again)."""
+    return dataclasses.replace(section, **values)  # type: ignore[type-var]  (pydantic's dataclasses are dataclasses)
 
 
 def presets() -> list[str]:
@@ -340,7 +346,8 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
     for name, phase in (("train", recipe.train), ("adapt", recipe.adapt)):
         if (phase.batch_size is None) == (phase.pooled_batch_size is None):
             found.append(
-                f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), and set the other to null"
+                f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), "
+                "and set the other to null"
             )
     for key, low_high in (
         ("crops.global_crops_scale", recipe.crops.global_crops_scale),
@@ -370,7 +377,8 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         )
     if recipe.adapt.glori_dim % recipe.adapt.glori_heads:
         found.append(
-            f"adapt.glori_dim: must be a multiple of adapt.glori_heads (got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})"
+            f"adapt.glori_dim: must be a multiple of adapt.glori_heads "
+            f"(got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})"
         )
     if len(set(recipe.adapt.findings or ())) != len(recipe.adapt.findings or ()):
         found.append("adapt.findings: a finding is named twice")
@@ -400,7 +408,8 @@ def pooled_batch_size(phase: Train | Adapt, n_sites: int) -> int:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values, as YAML and JSON have them."""
-    return _adapter.dump_python(recipe, mode="json")
+    values: dict[str, Any] = _adapter.dump_python(recipe, mode="json")
+    return values
 
 
 def to_json(recipe: Recipe) -> str:

@@ -349,7 +349,8 @@ def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[s
             else "; no image is labelled"
         )
         raise ConfigError(
-            f"no finding has adapt.min_positives {minimum} positive and as many negative training images over all sites{closest}. "
+            f"no finding has adapt.min_positives {minimum} positive and as many negative training images "
+            f"over all sites{closest}. "
             "Lower adapt.min_positives, name adapt.findings, or leave out the head with --set phases=[pretrain]"
         )
     return chosen

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from chexfound.evaluate.metrics import Scores, load_scores
 from chexfound.journal import read_journal, write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Request, Site
-from chexfound.recipe import Recipe
+from chexfound.recipe import Recipe, changed
 
 FEDERATED_ARMS = ("federated", "random", "shuffled")
 FITTED_ARMS = ("site-view", "histogram")
@@ -87,10 +87,10 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
 
     recipe, backbone = plan.recipe, ""
     if arm != "federated":  # a head alone: on the weights that all arms start from, or on the federated ones
-        recipe = replace(recipe, phases=tuple(phase for phase in recipe.phases if phase != "pretrain"))
+        recipe = changed(recipe, phases=tuple(phase for phase in recipe.phases if phase != "pretrain"))
     if arm == "shuffled":
         backbone = str(_backbone_file(plan))
-    run_config = {
+    run_config: dict[str, bool | float | int | str] = {
         "recipe": recipes.to_json(recipe),
         "run-dir": str(plan.arm_folder(arm)),
         "backbone": backbone,
@@ -139,7 +139,7 @@ def run_alone(plan: Plan, arm: str) -> None:
         pretrain=recipes.pooled_batch_size(recipe.train, n_sites),
         adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
     )
-    training = replace(recipe, phases=tuple(phase for phase in recipe.phases if phase != "evaluate"))
+    training = changed(recipe, phases=tuple(phase for phase in recipe.phases if phase != "evaluate"))
     outcome = Run(training, DirectExchange(own), folder, batches=batches).run()
     if "evaluate" not in recipe.phases:
         return

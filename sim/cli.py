@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chexfound.errors import ChexfoundError, ConfigError
+
+if TYPE_CHECKING:
+    from sim.simulate import Options
 
 ARMS = "federated,centralized,local,random,shuffled,site-view,histogram"
 
@@ -28,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(
         prog="chexfound-sim",
-        description="Simulate federated chest X-ray pretraining on one machine and report how close it comes to pooling the images.",
+        description="Simulate federated chest X-ray pretraining on one machine, and report how close it comes to "
+        "pooling the images.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -109,7 +114,7 @@ def _simulate(given: argparse.Namespace) -> Path:
         return Simulation(options, out, workers, display).run()
 
 
-def _options(given: argparse.Namespace):  # noqa: ANN202 (imported late)
+def _options(given: argparse.Namespace) -> Options:
     from chexfound import recipe as recipes
     from sim.simulate import ARMS as KNOWN
     from sim.simulate import Options

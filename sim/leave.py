@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 
@@ -162,7 +162,7 @@ def _write_sites(out: Path, plan: Plan) -> None:
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with replace_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def _write_samples(out: Path, plan: Plan) -> None:
@@ -227,32 +227,16 @@ def _write_model(out: Path, plan: Plan, arm: str, metrics: dict[str, Any]) -> No
 
 
 def _card(plan: Plan, arm: str, metrics: dict[str, Any], parameters: int) -> str:
-    recipe = plan.recipe
-    rows = [row for row in metrics["results"] if row["arm"] == arm]
-    table = "\n".join(
-        f"| {row['tested_on']} | {row['finding']} | {row['n']} | {row['positives']} | "
-        + (f"{row['auroc']:.3f}" if row["auroc"] is not None else f"– ({row['reason']})")
-        + (" [{:.3f}, {:.3f}] |".format(*row["auroc_ci"]) if row["auroc_ci"] else " |")
-        for row in rows
+    """The model card, from sim/card.md.j2."""
+    text = (Path(__file__).parent / "card.md.j2").read_text()
+    template = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True).from_string(text)  # noqa: S701 (Markdown)
+    return template.render(
+        recipe=plan.recipe,
+        arm=arm,
+        parameters=parameters,
+        sites=list(plan.sites),
+        patients=sum(len(patients) for patients in plan.sites.values()),
+        seconds=metrics["seconds"],
+        sha256=metrics["model_sha256"][arm],
+        rows=[row for row in metrics["results"] if row["arm"] == arm],
     )
-    seconds = json.dumps(metrics["seconds"])
-    return f"""---
-license: other
-tags: [chest-x-ray, self-supervised, federated]
----
-# {recipe.name}: {arm} model
-
-A {recipe.student.arch} backbone ({parameters:,} parameters, {recipe.student.stem} stem, patch {recipe.student.patch_size}) and a
-{recipe.adapt.head} head, trained by federated CheXFound. Not a medical device; not for clinical use.
-
-- **Data**: {", ".join(plan.sites)} ({sum(len(p) for p in plan.sites.values())} patients). The images' licences bind what is done with the weights.
-- **Pretraining**: {recipe.train.total_steps if "pretrain" in recipe.phases else 0} global steps in {recipe.train.rounds} rounds (DINO + iBOT + KoLeo), teacher {recipe.teacher.policy}.
-- **Head**: {recipe.adapt.total_steps} global steps in {recipe.adapt.rounds} rounds on the frozen backbone.
-- **Input**: {recipe.image_px} × {recipe.image_px} px, grey uint8; normalisation `{recipe.input.normalization}` is done by the model (`config.json`).
-- **Seconds**: `{seconds}`
-- **Weights** (SHA-256 over names, dtypes, shapes, bytes): `{metrics["model_sha256"][arm]}`
-
-| tested on | finding | images | positives | AUROC [{recipe.evaluate.confidence:.0%} interval] |
-|---|---|---|---|---|
-{table}
-"""

@@ -7,7 +7,7 @@ import difflib
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.journal import Journal, write_json
-from chexfound.recipe import Recipe
+from chexfound.recipe import Recipe, changed
 from server.run import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
@@ -157,7 +157,8 @@ class Simulation:
                 )
                 self.display.clear()
                 self.display.say(
-                    f"{summary.images} images of {summary.patients} patients taken in, {len(summary.refused)} files refused"
+                    f"{summary.images} images of {summary.patients} patients taken in, "
+                    f"{len(summary.refused)} files refused"
                 )
         store = Store.open(path)
         if store.px != self.recipe.image_px:
@@ -206,12 +207,12 @@ class Simulation:
 
     def _plan(self, store_path: Path, sites: dict[str, list[str]], seed: int) -> Plan:
         # The in-process grid has all its sites at once: no other number is worth waiting for.
-        recipe = replace(self.recipe, seed=seed, federation=replace(self.recipe.federation, min_sites=len(sites)))
+        recipe = changed(self.recipe, seed=seed, federation=changed(self.recipe.federation, min_sites=len(sites)))
         if "adapt" in recipe.phases:
-            first = replace(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
-            recipe = replace(
+            first = changed(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
+            recipe = changed(
                 recipe,
-                adapt=replace(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))),
+                adapt=changed(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))),
             )
         plan = Plan(
             recipe=recipe,
@@ -258,9 +259,9 @@ class Simulation:
         if done := [arm for arm in names if arm not in FITTED_ARMS and arm not in todo]:
             self.display.say(f"seed {seed}: already done: {escape(', '.join(done))}")
         for arm in (arm for arm in todo if arm in FEDERATED_ARMS):
-            started = time.monotonic()
+            began = time.monotonic()
             arms.run_federated(plan, arm, pool)
-            self._done(plan, arm, time.monotonic() - started)
+            self._done(plan, arm, time.monotonic() - began)
         alone = [arm for arm in todo if arm not in FEDERATED_ARMS]
         started = {arm: time.monotonic() for arm in alone[: pool.size]}
         waiting = alone[pool.size :]

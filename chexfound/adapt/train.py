@@ -56,7 +56,8 @@ def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: 
 
 def trainable_findings(labels: np.ndarray) -> np.ndarray:
     """Which findings (F) have both classes among the labels (N, F); the others train no row."""
-    return (labels == 1).any(0) & (labels == 0).any(0)
+    both: np.ndarray = (labels == 1).any(0) & (labels == 0).any(0)
+    return both
 
 
 class HeadTrainer:
@@ -136,7 +137,7 @@ class HeadTrainer:
             if not torch.isfinite(loss):
                 raise DataError(f"adapt step {step}: the loss is {loss.item()}; lower adapt.lr")
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if config.clip_grad:
                 torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_grad)
             self.optimizer.step()

@@ -88,12 +88,8 @@ def read(path: Path, namer: Callable[[str], str] = pseudonym) -> tuple[np.ndarra
             reason = None if grey is not None else "constant pixels"
     except InvalidDicomError as error:
         raise DataError(f"{path}: not a DICOM file (no DICM preamble)") from error
-    except (
-        Exception
-    ) as error:  # a damaged file may fail anywhere in the parser or a codec, with any exception
-        raise DataError(
-            f"{path}: cannot be decoded ({type(error).__name__}, transfer syntax {syntax})"
-        ) from error
+    except Exception as error:  # a damaged file may fail anywhere in the parser or a codec, with any exception
+        raise DataError(f"{path}: cannot be decoded ({type(error).__name__}, transfer syntax {syntax})") from error
     if reason is not None:
         raise DataError(f"{path}: {reason}")
     assert grey is not None
@@ -118,12 +114,7 @@ def frontal(view: str) -> bool:
 
 
 def _text(dataset: Any, *keywords: str) -> str:
-    return (
-        " ".join(str(dataset.get(keyword, "") or "") for keyword in keywords)
-        .upper()
-        .replace("_", " ")
-        .strip()
-    )
+    return " ".join(str(dataset.get(keyword, "") or "") for keyword in keywords).upper().replace("_", " ").strip()
 
 
 def _refusal(dataset: Any) -> str | None:
@@ -194,9 +185,7 @@ def _age(dataset: Any) -> float:
     if stated := re.fullmatch(r"(\d{1,3})([YMWD]?)", _text(dataset, "PatientAge")):
         return int(stated[1]) * _YEARS[stated[2] or "Y"]
     try:
-        born, taken = (
-            datetime.strptime(_text(dataset, key), "%Y%m%d") for key in ("PatientBirthDate", "StudyDate")
-        )
+        born, taken = (datetime.strptime(_text(dataset, key), "%Y%m%d") for key in ("PatientBirthDate", "StudyDate"))
     except ValueError:
         return math.nan
     years = (taken - born).days / 365.25

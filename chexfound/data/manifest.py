@@ -78,9 +78,7 @@ def read_labelled(path: Path) -> dict[str, list[str]]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(
-            f"{path}: must be an object of source -> list of findings, not {type(value).__name__}"
-        )
+        raise DataError(f"{path}: must be an object of source -> list of findings, not {type(value).__name__}")
     value.pop("about", None)
     for source, findings in value.items():
         if not isinstance(findings, list) or not all(
@@ -119,8 +117,7 @@ def _check_header(path: Path, header: list[str]) -> None:
     for name in REQUIRED:
         if name not in header:
             faults.add(
-                f"no column {name!r}; it must have {', '.join(REQUIRED)}"
-                f" (found: {', '.join(header) or 'nothing'})"
+                f"no column {name!r}; it must have {', '.join(REQUIRED)} (found: {', '.join(header) or 'nothing'})"
             )
     for name in sorted({name for name in header if header.count(name) > 1 and name in REQUIRED + OPTIONAL}):
         faults.add(f"column {name!r} stands twice")
@@ -144,9 +141,7 @@ def _entry(
         faults.add(f"line {line}: source {row['source']!r} must not hold a '/'")
     split = row.get("split") or None
     if split is not None and split not in SPLITS:
-        faults.add(
-            f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}; leave it blank if there is none"
-        )
+        faults.add(f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}; leave it blank if there is none")
     age = _age(row.get("age", ""), faults, line)
     if path is None or len(faults.found) > before:
         return None

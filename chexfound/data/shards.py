@@ -27,9 +27,7 @@ def shard_path(folder: Path, number: int) -> Path:
 def npy_header(rows: int, px: int) -> bytes:
     """The header of a .npy file; NumPy pads it so that it keeps its length while `rows` grows."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": "|u1", "fortran_order": False, "shape": (rows, px, px)}
-    )
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (rows, px, px)})
     return buffer.getvalue()
 
 
@@ -42,9 +40,7 @@ def map_shard(folder: Path, number: int, rows: int, px: int) -> np.ndarray:
     """The first `rows` images; there may be more, which an ingestion that did not end left."""
     path = shard_path(folder, number)
     if not path.is_file():
-        raise DataError(
-            f"{folder}: the store is damaged: {path.name} is missing; remove the store and ingest again"
-        )
+        raise DataError(f"{folder}: the store is damaged: {path.name} is missing; remove the store and ingest again")
     try:
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)

@@ -79,11 +79,7 @@ def ingest(
         raise DataError(f"{source}: no such folder; give the folder that holds the images")
     found = find(source, leave=store)
     if not found.entries:
-        hint = (
-            f"; {found.loose} PNG or JPEG files lie there, and need a {MANIFEST} beside them"
-            if found.loose
-            else ""
-        )
+        hint = f"; {found.loose} PNG or JPEG files lie there, and need a {MANIFEST} beside them" if found.loose else ""
         raise DataError(f"{source}: no images: neither DICOM files nor a {MANIFEST}{hint}")
     with writing(store, image_px) as writer:
         return _fill(writer, source, found.entries, progress, namer)
@@ -98,15 +94,11 @@ def find(root: Path, leave: Path | None = None) -> _Found:
     left = None if leave is None else leave.resolve()
 
     def unreadable(error: OSError) -> None:
-        found.entries.append(
-            replace(_loose_dicom(Path(error.filename), root), refusal="the folder may not be read")
-        )
+        found.entries.append(replace(_loose_dicom(Path(error.filename), root), refusal="the folder may not be read"))
 
     for folder, folders, files in os.walk(root, onerror=unreadable):
         here = Path(folder)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (here / name).resolve() != left
-        )
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != left)
         if MANIFEST in files:
             folders.clear()  # a manifest speaks for all that lies below it
             found.entries += read_manifest(here, root)

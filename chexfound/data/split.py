@@ -46,9 +46,7 @@ class View:
             return View(store, store.ids, name)
         wanted = set(patients)
         if absent := sorted(wanted.difference(store.keys)):
-            raise DataError(
-                f"site {name!r}: {len(absent)} patients are not in {store.path}, such as {absent[0]!r}"
-            )
+            raise DataError(f"site {name!r}: {len(absent)} patients are not in {store.path}, such as {absent[0]!r}")
         if not wanted:
             raise DataError(f"site {name!r}: no patients")
         ids = store.ids[np.fromiter((key in wanted for key in store.keys), bool, len(store))]

@@ -259,9 +259,7 @@ class Writer:
             " UNION ALL SELECT file, source, size, mtime_ns, 1 FROM refused WHERE root = ?1",
             (root,),
         )
-        return {
-            file: (source, size, mtime_ns, bool(refused)) for file, source, size, mtime_ns, refused in rows
-        }
+        return {file: (source, size, mtime_ns, bool(refused)) for file, source, size, mtime_ns, refused in rows}
 
     def add(self, image: Image, pixels: np.ndarray, labels: Mapping[str, int]) -> str | None:
         """Add an image, in place of an earlier one of the same file.
@@ -290,8 +288,7 @@ class Writer:
             return str(twin[0])
         shard, row = same[1:] if same is not None else self.shards.append(pixels)
         self._index.execute(
-            "INSERT INTO shards VALUES (?, ?)"
-            " ON CONFLICT (number) DO UPDATE SET rows = max(rows, excluded.rows)",
+            "INSERT INTO shards VALUES (?, ?) ON CONFLICT (number) DO UPDATE SET rows = max(rows, excluded.rows)",
             (shard, row + 1),
         )
         cursor = self._index.execute(
@@ -330,18 +327,14 @@ class Writer:
         """The findings with any label and the sources, as they now stand, sorted."""
         findings = "SELECT DISTINCT name FROM labels JOIN findings ON findings.id = finding ORDER BY name"
         sources = "SELECT DISTINCT source FROM images ORDER BY source"
-        return [row[0] for row in self._index.execute(findings)], [
-            row[0] for row in self._index.execute(sources)
-        ]
+        return [row[0] for row in self._index.execute(findings)], [row[0] for row in self._index.execute(sources)]
 
     def _label(self, number: int, labels: Mapping[str, int]) -> None:
         for finding, value in sorted(labels.items()):
             if finding not in self._findings:
                 cursor = self._index.execute("INSERT INTO findings (name) VALUES (?)", (finding,))
                 self._findings[finding] = cursor.lastrowid or 0
-            self._index.execute(
-                "INSERT INTO labels VALUES (?, ?, ?)", (number, self._findings[finding], value)
-            )
+            self._index.execute("INSERT INTO labels VALUES (?, ?, ?)", (number, self._findings[finding], value))
 
     def check(self) -> None:
         """Raise DataError if a patient now stands in two splits."""
@@ -350,9 +343,7 @@ class Writer:
         ).fetchall()
         if rows:
             named = ", ".join(repr(f"{source}/{patient}") for source, patient in rows[:5])
-            raise DataError(
-                f"with these images, patients would be in two splits: {named}; mend the manifests"
-            )
+            raise DataError(f"with these images, patients would be in two splits: {named}; mend the manifests")
 
     def commit(self) -> None:
         """Make everything durable: pixels first, then the index that names them."""

@@ -28,9 +28,7 @@ def histogram_features(images: np.ndarray) -> np.ndarray:
     return np.array(counts, dtype=np.float64).reshape(len(images), BINS) / bins.shape[1]
 
 
-def site_view_features(
-    sites: Sequence[str], views: Sequence[str], columns: Sequence[tuple[str, str]]
-) -> np.ndarray:
+def site_view_features(sites: Sequence[str], views: Sequence[str], columns: Sequence[tuple[str, str]]) -> np.ndarray:
     """One-hot site, view, and pair of the two: (n, number of columns) float64.
 
     The pair lets a view mean one thing at one site and another elsewhere.  `columns` comes from
@@ -58,9 +56,7 @@ def histogram_floor(
     train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, findings: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, str]]:
     """Scores by the grey-level histogram alone, of images (n, h, w) uint8; the rest as `fit_scores`."""
-    return fit_scores(
-        histogram_features(train_images), train_labels, histogram_features(test_images), findings
-    )
+    return fit_scores(histogram_features(train_images), train_labels, histogram_features(test_images), findings)
 
 
 def site_view_floor(

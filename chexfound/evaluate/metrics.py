@@ -64,9 +64,7 @@ class Scores:
         for column, name in enumerate(self.findings):
             bad = int(np.isnan(self.scores[:, column]).sum()) if name not in self.unscored else 0
             if bad:
-                problems.add(
-                    f"{bad} of {shape[0]} for {name!r} are NaN: the model diverged; lower its learning rate"
-                )
+                problems.add(f"{bad} of {shape[0]} for {name!r} are NaN: the model diverged; lower its learning rate")
         problems.check()
 
 
@@ -121,9 +119,7 @@ def auprc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
     return _area(1, labels, scores, weights)
 
 
-def _area(
-    which: int, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
-) -> float | np.ndarray:
+def _area(which: int, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None) -> float | np.ndarray:
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise DataError(f"labels {labels.shape!r} and scores {scores.shape!r} must be vectors of one length")
@@ -146,9 +142,7 @@ def _check_labels(labels: np.ndarray) -> None:
         raise DataError(f"label {other.item()!r}: give 1 (present), 0 (absent) or -1 (unknown)")
 
 
-def _areas(
-    labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _areas(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """AUROC (R,) and average precision (R,) of one finding; weights (R, n), or None for (1, n) ones.
 
     One sort serves all draws.  With whole-number weights every sum of the AUROC is exact.
@@ -236,9 +230,7 @@ def _lone(patients: Iterable[str], labels: Iterable[int]) -> str | None:
     return None
 
 
-def _bounded(
-    values: np.ndarray, confidence: float, lone: str | None
-) -> tuple[list[float] | None, str | None]:
+def _bounded(values: np.ndarray, confidence: float, lone: str | None) -> tuple[list[float] | None, str | None]:
     """The interval, or None with the reason why there is none."""
     limits = None if lone else interval(values, confidence)
     if limits is not None or lone:
@@ -277,9 +269,7 @@ def result_rows(
 def _check_paired(first: Scores, second: Scores, where: str) -> None:
     _check_findings(first, second, where)
     if list(first.patients) != list(second.patients) or not np.array_equal(first.labels, second.labels):
-        raise DataError(
-            f"{where}: a paired difference needs both models' scores on the same images in one order"
-        )
+        raise DataError(f"{where}: a paired difference needs both models' scores on the same images in one order")
 
 
 def _check_findings(first: Scores, second: Scores, where: str) -> None:
@@ -293,9 +283,7 @@ def _unpaired(pair: tuple[Scores, Scores], column: int, names: tuple[str, str]) 
     """Why a finding has no difference, or None; a reason of one model is preceded by its name."""
     finding = pair[0].findings[column]
     told = [
-        f"{name}: {one.unscored[finding]}"
-        for name, one in zip(names, pair, strict=True)
-        if finding in one.unscored
+        f"{name}: {one.unscored[finding]}" for name, one in zip(names, pair, strict=True) if finding in one.unscored
     ]
     return _absence(pair[0].labels[:, column]) or "; ".join(told) or None
 

@@ -62,7 +62,8 @@ class DINOHead(nn.Module):
         x = self.mlp(x)
         if self.centered and len(x) > 1:
             x = x - x.mean(dim=0, keepdim=True)
-        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6))
+        logits: Tensor = self.last_layer(F.normalize(x, dim=-1, eps=1e-6))
+        return logits
 
 
 def token_statistics(patches: Tensor) -> Tensor:

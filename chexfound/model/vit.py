@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, SwiGLUPacked
+from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -51,7 +51,8 @@ class LinearStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed."""
-        return self.proj(x).permute(0, 2, 3, 1)
+        x = self.proj(x)
+        return x.permute(0, 2, 3, 1)
 
 
 class ConvStem(nn.Module):
@@ -75,7 +76,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed."""
-        return self.proj(self.convs(x)).permute(0, 2, 3, 1)
+        x = self.proj(self.convs(x))
+        return x.permute(0, 2, 3, 1)
 
 
 def _swiglu(in_features: int, hidden_features: int, **_: object) -> nn.Module:

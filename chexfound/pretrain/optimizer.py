@@ -101,4 +101,5 @@ def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: M
     if left:
         raise CheckpointError(f"optimizer state does not fit: it holds {sorted(left)[:3]}, which is no parameter's")
     optimizer.state.clear()
-    optimizer.state.update(states)
+    for parameter, state in states.items():
+        optimizer.state[parameter] = state

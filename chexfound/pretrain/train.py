@@ -16,7 +16,7 @@ from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import CheckpointError, DataError
 from chexfound.pretrain import masking, optimizer, schedules
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
-from chexfound.recipe import Recipe
+from chexfound.recipe import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
 
@@ -71,7 +71,7 @@ class Pretrainer:
             raise DataError("no training image: pretraining needs at least one")
         self.recipe, self.pixels, self.n_images, self.roster_index = recipe, pixels, n_images, roster_index
         self.model = _fresh(recipe)
-        self.optimizer = optimizer.build(self.model.student, self.model.student["backbone"].depth, recipe.optim)
+        self.optimizer = optimizer.build(self.model.student, ARCHS[recipe.student.arch][1], recipe.optim)
 
     def load_global(self, tensors: dict[str, Tensor]) -> None:
         """Start a round from the coordinator's weights; a teacher or moments that it does not send stay.

@@ -45,9 +45,7 @@ def test_edges_are_found_at_each_source_and_told_as_json(stripes):
     done = run("--data", str(stripes), "--seeds", "0,1", "--json")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(line["seed"], line["tested_on"]) for line in lines] == [
-        (s, n) for s in (0, 1) for n in ("a", "b", "mute")
-    ]
+    assert [(line["seed"], line["tested_on"]) for line in lines] == [(s, n) for s in (0, 1) for n in ("a", "b", "mute")]
     for line in lines:
         assert (line["name"], line["finding"], line["trained_on"]) == ("hog_floor", "Pneumonia", ["a", "b"])
         if line["tested_on"] == "mute":

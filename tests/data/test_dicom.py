@@ -85,9 +85,7 @@ class TestHeader:
         assert "Doe" not in repr(header)
 
     def test_namer(self, tmp_path, make_dicom):
-        assert (
-            read(make_dicom(tmp_path / "a.dcm", RAMP), lambda number: f"n{number}")[1].patient == "n1234567"
-        )
+        assert read(make_dicom(tmp_path / "a.dcm", RAMP), lambda number: f"n{number}")[1].patient == "n1234567"
 
     def test_without_patient(self, tmp_path, make_dicom):
         assert read(make_dicom(tmp_path / "a.dcm", RAMP, PatientID=""))[1].patient == ""
@@ -104,9 +102,7 @@ class TestHeader:
         ],
     )
     def test_age(self, tmp_path, make_dicom, tags, years):
-        assert read(make_dicom(tmp_path / "a.dcm", RAMP, **tags))[1].age == pytest.approx(
-            years, abs=0.01, nan_ok=True
-        )
+        assert read(make_dicom(tmp_path / "a.dcm", RAMP, **tags))[1].age == pytest.approx(years, abs=0.01, nan_ok=True)
 
     def test_view_from_the_description(self, tmp_path, make_dicom):
         file = make_dicom(tmp_path / "a.dcm", RAMP, ViewPosition="", SeriesDescription="Chest AP portable")

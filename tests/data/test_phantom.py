@@ -179,19 +179,14 @@ def test_cardiomegaly_is_a_wide_heart(index: int) -> None:
 def test_an_effusion_whitens_the_angle_of_its_side(side: int) -> None:
     case = well()
     frame = Frame(case)
-    change = attenuation(replace(case, findings=(Finding("Effusion", side, 0.5, (0.5, 0.5)),))) - attenuation(
-        case
-    )
+    change = attenuation(replace(case, findings=(Finding("Effusion", side, 0.5, (0.5, 0.5)),))) - attenuation(case)
     angle = box(side * 0.8 * frame.half_width, frame.angle - 4.5)
     other = box(-side * 0.8 * frame.half_width, frame.angle - 4.5)
     apex = box(side * 0.35 * frame.half_width, APEX + 4)
     assert change[angle].mean() > 0.8
     assert np.abs(change[other]).max() < 1e-5
     assert np.abs(change[apex]).max() < 0.02
-    level = [
-        np.argmax(change[:, round((side * u * frame.half_width + WIDTH / 2) * SCALE)] > 0.5)
-        for u in (0.6, 0.9)
-    ]
+    level = [np.argmax(change[:, round((side * u * frame.half_width + WIDTH / 2) * SCALE)] > 0.5) for u in (0.6, 0.9)]
     assert level[1] < level[0]  # the meniscus climbs the chest wall
 
 
@@ -199,9 +194,7 @@ def test_an_effusion_whitens_the_angle_of_its_side(side: int) -> None:
 def test_a_pneumothorax_is_air_without_vessels_beyond_a_line(side: int) -> None:
     case = well()
     frame = Frame(case)
-    change = attenuation(
-        replace(case, findings=(Finding("Pneumothorax", side, 0.6, (0.5, 0.5)),))
-    ) - attenuation(case)
+    change = attenuation(replace(case, findings=(Finding("Pneumothorax", side, 0.6, (0.5, 0.5)),))) - attenuation(case)
     y = APEX + 0.3 * frame.height
     wall = float(frame.cage_soft(np.array([y]))[0]) * (1 if side < 0 else 0.97)
     assert change[box(side * (wall - 0.9), y, 0.4)].mean() < -0.05
@@ -225,9 +218,7 @@ def test_a_nodule_and_a_consolidation_are_dense_and_small() -> None:
 @pytest.mark.parametrize("kind", ["endotracheal", "central"])
 def test_a_tube_is_a_thin_dense_line_that_ends_where_it_should(kind: str) -> None:
     case = well()
-    change = attenuation(replace(case, findings=(Finding("Tube", -1, 0.5, (0.5, 0.5), kind),))) - attenuation(
-        case
-    )
+    change = attenuation(replace(case, findings=(Finding("Tube", -1, 0.5, (0.5, 0.5), kind),))) - attenuation(case)
     seen = np.flatnonzero((change > 0.1).any(1)) / SCALE
     carina = Frame(case).carina
     low, high = (carina - 6, carina - 2) if kind == "endotracheal" else (carina + 1.5, carina + 5.5)
@@ -281,9 +272,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_an_empty_folder_is_filled_and_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     told: list[tuple[int, int]] = []
-    summary = generate(
-        tmp_path / "out", sites=1, patients=2, size_px=64, progress=lambda *step: told.append(step)
-    )
+    summary = generate(tmp_path / "out", sites=1, patients=2, size_px=64, progress=lambda *step: told.append(step))
     assert told == [(1, 2), (2, 2)]
     assert summary.patients == 2
     assert summary.images == {"northfield": len(list((tmp_path / "out").rglob("*.dcm")))}

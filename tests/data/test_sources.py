@@ -317,9 +317,7 @@ class TestRefusedFiles:
             return scan(path)
 
         monkeypatch.setattr(os, "scandir", closed)
-        assert ingest(tmp_path / "in", tmp_path / "s", PX).refused == [
-            ("closed", "the folder may not be read")
-        ]
+        assert ingest(tmp_path / "in", tmp_path / "s", PX).refused == [("closed", "the folder may not be read")]
 
 
 class TestPictures:
@@ -484,9 +482,7 @@ class TestKilled:
             before = Store.open(tmp_path / "s").digest()
             make_manifest(folder, rows(12))
         command = [sys.executable, "-c", KILL, str(folder), str(tmp_path / "s"), when]
-        died = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
-        )
+        died = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
         assert died.returncode == -signal.SIGKILL, died.stderr
         if there:
             assert Store.open(tmp_path / "s").digest() == before

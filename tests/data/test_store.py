@@ -29,9 +29,7 @@ def pixels(number: int) -> np.ndarray:
 
 def image(number: int, **fields) -> Image:
     patient = f"p{number // 2}"
-    return Image(
-        **({"source": "a", "patient": patient, "root": "/in", "file": f"{number:03}.png", "size": 1} | fields)
-    )
+    return Image(**({"source": "a", "patient": patient, "root": "/in", "file": f"{number:03}.png", "size": 1} | fields))
 
 
 def fill(path: Path, numbers, **fields) -> Store:
@@ -203,9 +201,7 @@ class TestWriter:
 
 class TestRefusedStores:
     def test_absent(self, tmp_path):
-        with pytest.raises(
-            DataError, match=r"no store here \(no index.sqlite\); make one with `chexfound ingest`"
-        ):
+        with pytest.raises(DataError, match=r"no store here \(no index.sqlite\); make one with `chexfound ingest`"):
             Store.open(tmp_path)
 
     def test_other_schema(self, tmp_path):

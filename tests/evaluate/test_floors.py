@@ -104,9 +104,7 @@ def test_unknown_labels_take_no_part():
 def test_a_finding_with_one_class_is_null_with_its_reason():
     labels = np.array([[1, 0, -1, 1], [1, -1, -1, 0]])
     names = ["f", "g", "h", "i"]
-    scores, unscored = floors.fit_scores(
-        np.array([[0.0], [1.0]]), labels, np.array([[0.0], [1.0], [2.0]]), names
-    )
+    scores, unscored = floors.fit_scores(np.array([[0.0], [1.0]]), labels, np.array([[0.0], [1.0], [2.0]]), names)
     assert unscored == {
         "f": "no negative among the 2 training images",
         "g": "no positive among the 1 training image",
@@ -115,9 +113,7 @@ def test_a_finding_with_one_class_is_null_with_its_reason():
     assert np.isnan(scores[:, :3]).all()
     assert scores[0, 3] > scores[1, 3] > scores[2, 3]
     held_out = np.array([[1] * 4, [0] * 4, [1] * 4])
-    rows = result_rows(
-        "histogram", "all", "A", Scores(["a", "b", "c"], held_out, scores, names, unscored), 20, 0.95, 0
-    )
+    rows = result_rows("histogram", "all", "A", Scores(["a", "b", "c"], held_out, scores, names, unscored), 20, 0.95, 0)
     assert [row["reason"] for row in rows[:3]] == list(unscored.values())
     assert rows[3]["auroc"] == 0.5
 
@@ -139,9 +135,7 @@ def test_shapes_that_do_not_fit_are_refused():
 @st.composite
 def cohorts(draw: st.DrawFn) -> tuple[np.ndarray, list[str]]:
     patients = draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=25))
-    labels = draw(
-        st.lists(st.sampled_from([-1, 0, 1]), min_size=2 * len(patients), max_size=2 * len(patients))
-    )
+    labels = draw(st.lists(st.sampled_from([-1, 0, 1]), min_size=2 * len(patients), max_size=2 * len(patients)))
     return np.array(labels, np.int8).reshape(-1, 2), patients
 
 

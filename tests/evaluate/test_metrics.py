@@ -85,9 +85,7 @@ def test_equal_to_sklearn(problem):
     labels, scores = problem
     known = labels >= 0
     assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels[known], scores[known]), abs=1e-12)
-    assert auprc(labels, scores) == pytest.approx(
-        average_precision_score(labels[known], scores[known]), abs=1e-12
-    )
+    assert auprc(labels, scores) == pytest.approx(average_precision_score(labels[known], scores[known]), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -115,9 +113,7 @@ def test_a_weight_is_a_repetition(problem, seed):
     counts[:2] += 1
     repeated = np.repeat(np.arange(len(labels)), counts)
     assert float(auroc(labels, scores, counts)) == auroc(labels[repeated], scores[repeated])
-    assert float(auprc(labels, scores, counts)) == pytest.approx(
-        auprc(labels[repeated], scores[repeated]), abs=1e-12
-    )
+    assert float(auprc(labels, scores, counts)) == pytest.approx(auprc(labels[repeated], scores[repeated]), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -286,9 +282,7 @@ def test_scores_that_do_not_fit_are_refused(labels, scores, more, message):
 
 
 def test_a_column_that_is_unscored_may_be_nan():
-    scores = Scores(
-        ["a", "b"], np.array([[1], [0]]), np.full((2, 1), np.nan), ["Edema"], {"Edema": "one class"}
-    )
+    scores = Scores(["a", "b"], np.array([[1], [0]]), np.full((2, 1), np.nan), ["Edema"], {"Edema": "one class"})
     assert difference_rows(scores, one_like(scores), "A", 10, 0.95, 0) == [
         {
             "finding": "Edema",
@@ -310,16 +304,11 @@ def test_differences_are_paired():
     rows = difference_rows(first, second, "A", 300, 0.95, 0)
     weights = bootstrap_weights(first.patients, 300, 0, "bootstrap", "A")
     for column, row in enumerate(rows):
-        one, two = (
-            result_rows("arm", "all", "A", scores, 300, 0.95, 0)[column]["auroc"]
-            for scores in (first, second)
-        )
+        one, two = (result_rows("arm", "all", "A", scores, 300, 0.95, 0)[column]["auroc"] for scores in (first, second))
         assert list(row) == ["finding", "tested_on", "federated_minus_centralized", "ci", "reason"]
         assert row["federated_minus_centralized"] == one - two
         labels = first.labels[:, column]
-        drawn = auroc(labels, first.scores[:, column], weights) - auroc(
-            labels, second.scores[:, column], weights
-        )
+        drawn = auroc(labels, first.scores[:, column], weights) - auroc(labels, second.scores[:, column], weights)
         assert row["ci"] == interval(drawn, 0.95)
     # a model against itself has no difference in any draw; unpaired draws would scatter
     for row in difference_rows(first, first, "A", 300, 0.95, 0, names=("federated", "random")):
@@ -332,9 +321,7 @@ def test_other_images_cannot_be_paired():
     with pytest.raises(DataError, match="same images"):
         difference_rows(first, second, "A", 10, 0.95, 0)
     with pytest.raises(DataError, match="findings"):
-        difference_rows(
-            first, Scores(first.patients, first.labels, first.scores, ["x", "y", "z"]), "A", 10, 0.95, 0
-        )
+        difference_rows(first, Scores(first.patients, first.labels, first.scores, ["x", "y", "z"]), "A", 10, 0.95, 0)
 
 
 def test_one_seed_is_the_difference_of_that_seed():
@@ -363,18 +350,14 @@ def test_a_patient_who_recurs_is_drawn_once_for_all_seeds():
     alone = across_seeds([(0, first, second)], "A", 2000, 0.95)
     for twice, independent, once in zip(same, apart, alone, strict=True):
         assert twice["seeds"] == [0, 1]
-        assert twice["mean_federated_minus_centralized"] == pytest.approx(
-            once["mean_federated_minus_centralized"]
-        )
+        assert twice["mean_federated_minus_centralized"] == pytest.approx(once["mean_federated_minus_centralized"])
         # the same patients again tell nothing new; as many others narrow the interval by the root of two
         assert width(twice) / width(once) == pytest.approx(1, abs=0.12)
         assert width(independent) / width(once) == pytest.approx(0.5**0.5, abs=0.12)
 
 
 def renamed(scores: Scores) -> Scores:
-    return Scores(
-        [f"other-{name}" for name in scores.patients], scores.labels, scores.scores, scores.findings
-    )
+    return Scores([f"other-{name}" for name in scores.patients], scores.labels, scores.scores, scores.findings)
 
 
 def width(row: dict) -> float:

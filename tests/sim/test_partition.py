@@ -66,8 +66,7 @@ class TestMerging:
         sites, notes = partition(of_sizes(a=20, b=9, d=9, c=5), "source", 0)
         assert {name: len(patients) for name, patients in sites.items()} == {"a": 20, "b": 14, "d": 9}
         assert notes == [
-            "fewer than 8 patients: c (5); merged into b, the smallest other site:"
-            " together they are still fewer"
+            "fewer than 8 patients: c (5); merged into b, the smallest other site: together they are still fewer"
         ]
 
     def test_a_site_that_is_called_other(self):
@@ -92,16 +91,12 @@ class TestMerging:
 @st.composite
 def stores(draw) -> Store:
     names = st.sampled_from(["", "A", "B", "A|C"])
-    row = st.tuples(
-        st.sampled_from("ab"), st.integers(0, 40).map(str), st.sampled_from(["", "x", "y"]), names
-    )
+    row = st.tuples(st.sampled_from("ab"), st.integers(0, 40).map(str), st.sampled_from(["", "x", "y"]), names)
     return make_store(draw(st.lists(row, min_size=12, max_size=60)))
 
 
 class TestAlways:
-    @given(
-        stores(), st.sampled_from(["source", "site", "iid:2", "dirichlet:2:0.3", "iid:1"]), st.integers(0, 9)
-    )
+    @given(stores(), st.sampled_from(["source", "site", "iid:2", "dirichlet:2:0.3", "iid:1"]), st.integers(0, 9))
     def test_disjoint_complete_sorted_repeatable(self, store, by, seed):
         if len(set(store.keys)) < 2:
             return
@@ -133,9 +128,7 @@ class TestLots:
         finding = {key: n % 4 for n, key in enumerate(store.keys)}
         shards = partition(store, f"dirichlet:4:{alpha}", 0).sites.values()
         assert [len(patients) for patients in shards] == [100] * 4
-        return float(
-            np.mean([Counter(finding[p] for p in patients).most_common(1)[0][1] / 100 for patients in shards])
-        )
+        return float(np.mean([Counter(finding[p] for p in patients).most_common(1)[0][1] / 100 for patients in shards]))
 
     def test_alpha_sets_how_far_the_mixtures_differ(self):
         assert self.share_of_commonest(0.05) > 0.7
@@ -144,9 +137,7 @@ class TestLots:
     def test_a_patient_counts_by_its_first_positive(self):
         # One class would be dealt as in a shuffle; with alpha near 0 each shard is (nearly) of one class.
         rows = [
-            ("a", f"p{n:02}", "", findings)
-            for n in range(20)
-            for findings in (("", "B|A") if n < 10 else ("B", ""))
+            ("a", f"p{n:02}", "", findings) for n in range(20) for findings in (("", "B|A") if n < 10 else ("B", ""))
         ]
         sites = partition(make_store(rows), "dirichlet:2:0.00001", 3).sites
         assert sorted(sites.values()) == [

@@ -37,9 +37,7 @@ def torso(frame: Frame) -> Plane:
     armpit = APEX + 0.42 * frame.height
     heights = np.array([-9, -5.5, -4.2, -3.2, -2.4, -1.6, -0.6, 1.0, 3.5]) + APEX
     halves = np.array([6.2, 6.3, 7.4, 9.2, 11.8, 14.6, 17.4, 20.0, 21.0]) * trunk / 18
-    heights = np.append(
-        heights, [armpit, armpit + 3, armpit + 8, APEX + frame.height, APEX + 1.5 * frame.height]
-    )
+    heights = np.append(heights, [armpit, armpit + 3, armpit + 8, APEX + frame.height, APEX + 1.5 * frame.height])
     halves = np.append(halves, [trunk + 1.6, trunk + 0.3, trunk, trunk - 0.3, trunk - 0.6])
     half = np.interp(y, heights, halves).astype(np.float32)
     deep = body.half_depth + 1.2 + 0.6 * body.wall
@@ -89,9 +87,7 @@ def lungs(frame: Frame) -> Plane:
     reach = along_y(np.maximum(frame.cage_soft(y) - middle, 0.1))
     across = np.clip((frame.away - middle) / reach, -1, 1)
     deep = (
-        2
-        * frame.case.body.half_depth
-        * np.interp(y, APEX + np.array([0, 1.0, 3, 8, 14]), [0.06, 0.28, 0.54, 0.84, 1])
+        2 * frame.case.body.half_depth * np.interp(y, APEX + np.array([0, 1.0, 3, 8, 14]), [0.06, 0.28, 0.54, 0.84, 1])
     )
     depth = along_y(deep) * np.sqrt(1 - across * across)
     behind = np.clip(1 - frame.below * 0.25, 0, 1)  # lung in the sulcus behind the diaphragm's dome
@@ -122,14 +118,10 @@ def mediastinum(frame: Frame) -> Plane:
     """Heart and great vessels: what takes the place of lung in the middle."""
     drawing = blank()
     fill(drawing, _silhouette(frame))
-    inside = cv2.distanceTransform((drawing > 127).astype(np.uint8), cv2.DIST_L2, 5) * (
-        WIDTH / drawing.shape[1]
-    )
+    inside = cv2.distanceTransform((drawing > 127).astype(np.uint8), cv2.DIST_L2, 5) * (WIDTH / drawing.shape[1])
     _, y = grid()
     reach = along_y(np.interp(y, [frame.carina - 2, frame.carina + 7], [2.2, 4.0]))
-    deep = along_y(
-        np.interp(y, [frame.carina - 2, frame.carina + 7], [1.55, 1.90]) * frame.case.body.half_depth
-    )
+    deep = along_y(np.interp(y, [frame.carina - 2, frame.carina + 7], [1.55, 1.90]) * frame.case.body.half_depth)
     near = np.clip(1 - inside / reach, 0, 1)
     thickness = soften(deep * np.sqrt(1 - near * near), 0.5)
     return np.maximum(thickness, 2.2) * as_plane(drawing)

@@ -120,11 +120,7 @@ def _body(rng: np.random.Generator, sex: str, age: float, large_heart: bool) -> 
     man = sex == "M"
     old = (age - 20) / 70
     half_width = rng.normal(14.3 if man else 12.9, 0.6)
-    ratio = (
-        rng.uniform(0.53, 0.65)
-        if large_heart
-        else np.clip(rng.normal(0.435 + 0.03 * old, 0.022), 0.38, 0.485)
-    )
+    ratio = rng.uniform(0.53, 0.65) if large_heart else np.clip(rng.normal(0.435 + 0.03 * old, 0.022), 0.38, 0.485)
     return Body(
         sex=sex,
         half_width=float(half_width),
@@ -155,9 +151,7 @@ def _chronic(rng: np.random.Generator, site: Site) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def _visit(
-    stream: tuple[int | str, ...], image: int, site: Site, body: Body, chronic: tuple[Finding, ...]
-) -> Case:
+def _visit(stream: tuple[int | str, ...], image: int, site: Site, body: Body, chronic: tuple[Finding, ...]) -> Case:
     rng = numpy_generator(*stream, "visit", image)
     acute = []
     for name in FINDINGS:
@@ -168,14 +162,10 @@ def _visit(
         kind = ("endotracheal", "central")[int(draws[3] > 0.5)] if name == "Tube" else ""
         acute.append(Finding(name, side, size, (float(draws[2]), float(draws[3])), kind))
         if name == "Effusion" and draws[2] < 0.25:
-            acute.append(
-                Finding(name, -side, size * float(draws[3]), (float(draws[2]), float(draws[3])), kind)
-            )
+            acute.append(Finding(name, -side, size * float(draws[3]), (float(draws[2]), float(draws[3])), kind))
     sick = sum(finding.name in ("Tube", "Effusion", "Consolidation") for finding in acute)
     portable = rng.random() < min(site.portable + 0.12 * sick, 0.95)
     breath = rng.normal(0.93, 0.03) if portable else rng.normal(0.985, 0.02)
     order = {name: place for place, name in enumerate(FINDINGS)}
     found = sorted((*chronic, *acute), key=lambda finding: (order[finding.name], finding.side))
-    return Case(
-        stream, image, body, "AP" if portable else "PA", float(np.clip(breath, 0.86, 1.02)), tuple(found)
-    )
+    return Case(stream, image, body, "AP" if portable else "PA", float(np.clip(breath, 0.86, 1.02)), tuple(found))

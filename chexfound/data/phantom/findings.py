@@ -47,9 +47,7 @@ def _effusion(frame: Frame, layers: Layers, finding: Finding) -> None:
     side = finding.side
     x, y = grid()
     u = np.clip(x * side / (0.97 * frame.half_width), 0, 1)
-    level = (
-        float(frame.diaphragm(side, np.array([0.985 * frame.half_width]))[0]) - 2.6 - 10.5 * finding.size**1.3
-    )
+    level = float(frame.diaphragm(side, np.array([0.985 * frame.half_width]))[0]) - 2.6 - 10.5 * finding.size**1.3
     rise = 2.2 + 2.4 * finding.size
     surface = level + rise * 0.55 - rise * u * u**4 - 0.5 * rise * np.clip(0.3 - u, 0, 1)
     depth = np.asarray(y - surface, np.float32)

@@ -49,9 +49,7 @@ def expose(attenuation: Plane, case: Case, site: Site, size_px: int) -> Exposure
     return Exposure(_coded(_film(log, site, rng), site, rng), spacing * 10, _window(site))
 
 
-def _posed(
-    attenuation: Plane, case: Case, site: Site, rng: np.random.Generator, size: tuple[int, int]
-) -> Plane:
+def _posed(attenuation: Plane, case: Case, site: Site, rng: np.random.Generator, size: tuple[int, int]) -> Plane:
     """The field of the detector, placed over the patient with a little turn and shift: (rows, columns)."""
     loose = 1.0 if case.view == "PA" else 2.2
     columns, rows = size
@@ -81,22 +79,18 @@ def _marker(beam: Plane, site: Site, rng: np.random.Generator) -> Plane:
     y = rows * (0.12 + abs(rng.normal(0, 0.015)))
     drawing = np.zeros(beam.shape, np.uint8)
     thick = max(int(round(rows / 150)), 1)
-    cv2.putText(
-        drawing, site.marker, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, size / 22, 255, thick, cv2.LINE_AA
-    )
+    cv2.putText(drawing, site.marker, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, size / 22, 255, thick, cv2.LINE_AA)
     return np.asarray(beam + drawing.astype(np.float32) * np.float32(8.0 / 255))
 
 
 def _scattered(primary: Plane, site: Site) -> Plane:
     """Light from elsewhere, which greys what is dense: a wide blur of the beam and a constant."""
     rows, columns = primary.shape
-    small = cv2.resize(
-        np.minimum(primary, 0.25), (columns // 16 + 1, rows // 16 + 1), interpolation=cv2.INTER_AREA
-    )
+    small = cv2.resize(np.minimum(primary, 0.25), (columns // 16 + 1, rows // 16 + 1), interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), rows / 16 / 14)
-    return cv2.resize(small, (columns, rows), interpolation=cv2.INTER_LINEAR) * np.float32(
-        site.scatter
-    ) + np.float32(0.006)
+    return cv2.resize(small, (columns, rows), interpolation=cv2.INTER_LINEAR) * np.float32(site.scatter) + np.float32(
+        0.006
+    )
 
 
 def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
@@ -123,9 +117,7 @@ def _coded(grey: Plane, site: Site, rng: np.random.Generator) -> np.ndarray[Any,
     rows, columns = grey.shape
     widest, shade = site.border
     if widest:
-        left, right, top, bottom = (
-            int(side) for side in rng.uniform(0, widest, 4) * (columns, columns, rows, rows)
-        )
+        left, right, top, bottom = (int(side) for side in rng.uniform(0, widest, 4) * (columns, columns, rows, rows))
         mask = np.zeros(grey.shape, np.float32)
         mask[top : rows - bottom, left : columns - right] = 1
         soft = cv2.GaussianBlur(mask, (0, 0), 0.8)

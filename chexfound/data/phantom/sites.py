@@ -118,7 +118,5 @@ def site(seed: int, index: int) -> Site:
         contrast=base.contrast * float(rng.uniform(0.85, 1.2)),
         brightness=base.brightness + float(rng.uniform(-0.05, 0.05)),
         age=base.age + float(rng.uniform(-6, 6)),
-        prevalence={
-            name: min(value * float(rng.uniform(0.6, 1.5)), 0.5) for name, value in base.prevalence.items()
-        },
+        prevalence={name: min(value * float(rng.uniform(0.6, 1.5)), 0.5) for name, value in base.prevalence.items()},
     )

@@ -18,13 +18,10 @@ _END = (2.50, 2.52, 2.52, 2.50, 2.46, 2.40, 2.32, 2.22, 2.10, 1.95, 1.6)
 
 
 _BODY = np.array(
-    [(-0.5, -0.5), (0, -0.43), (0.5, -0.5), (0.45, 0), (0.5, 0.5)]
-    + [(0, 0.43), (-0.5, 0.5), (-0.45, 0), (-0.5, -0.5)]
+    [(-0.5, -0.5), (0, -0.43), (0.5, -0.5), (0.45, 0), (0.5, 0.5)] + [(0, 0.43), (-0.5, 0.5), (-0.45, 0), (-0.5, -0.5)]
 )
 """A vertebral body of unit size: endplates a little hollow, sides waisted."""
-_PROCESS = np.array(
-    [(0.35, -0.42), (0.55, -0.40), (0.76, -0.48), (0.74, -0.30), (0.55, -0.16), (0.35, -0.10)]
-)
+_PROCESS = np.array([(0.35, -0.42), (0.55, -0.40), (0.76, -0.48), (0.74, -0.30), (0.55, -0.16), (0.35, -0.10)])
 """A transverse process in the same units."""
 
 
@@ -50,9 +47,7 @@ def _ribs(frame: Frame) -> Plane:
     for number in range(1, 12):
         end = _END[number - 1]
         phi = np.linspace(0.13, min(1.68, end), 28)
-        outline = band(
-            _rib(frame, number, phi), np.interp(phi, [0.1, 0.5, 1.2, 1.7], [0.72, 0.92, 1.05, 0.95])
-        )
+        outline = band(_rib(frame, number, phi), np.interp(phi, [0.1, 0.5, 1.2, 1.7], [0.72, 0.92, 1.05, 0.95]))
         fill(behind, _both(outline), 105)
         lines(edges, _both(outline[28:]), 0.13, 255)
         lines(edges, _both(outline[:28]), 0.10, 170)
@@ -126,8 +121,7 @@ def _shoulders(frame: Frame) -> Plane:
         lines(edges, border, 0.28, 110)
         lines(edges, curve(blade[3:7]), 0.5, 120)
         crest = curve(
-            s
-            * np.array([(9.4 + away, APEX + 3.4), (12.2 + away, APEX + 1.6), (15.6 + 0.5 * away, APEX + 0.3)])
+            s * np.array([(9.4 + away, APEX + 3.4), (12.2 + away, APEX + 1.6), (15.6 + 0.5 * away, APEX + 0.3)])
         )
         lines(edges, crest, 0.35, 80)
         fill(flat, _oval(side * (17.6 * size + 0.2 * away), APEX + 3.4, 2.3, 2.5), 110)

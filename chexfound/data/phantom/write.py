@@ -34,13 +34,9 @@ def uid(*name: int | str) -> UID:
     return UID(f"2.25.{derive(*name, 'high') << 63 | derive(*name, 'low')}")
 
 
-def write(
-    path: Path, site: Site, person: Patient, date: datetime.date, case: Case, exposure: Exposure
-) -> None:
+def write(path: Path, site: Site, person: Patient, date: datetime.date, case: Case, exposure: Exposure) -> None:
     """Write one radiograph. The caller makes the folder."""
-    kind = (
-        DigitalXRayImageStorageForPresentation if site.modality == "DX" else ComputedRadiographyImageStorage
-    )
+    kind = DigitalXRayImageStorageForPresentation if site.modality == "DX" else ComputedRadiographyImageStorage
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = kind
     meta.MediaStorageSOPInstanceUID = uid(*case.stream, "instance", case.image)
