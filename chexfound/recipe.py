@@ -244,8 +244,8 @@ Section = TypeVar("Section")
 
 
 def changed(section: Section, **values: Any) -> Section:
-    """A recipe, or a section of one, with other values (not checked again)."""
-    return dataclasses.replace(section, **values)  # type: ignore[type-var]  (pydantic's dataclasses are dataclasses)
+    """A recipe, or a section of one, with other values (not checked again)."""  # pydantic's dataclasses are dataclasses
+    return dataclasses.replace(section, **values)  # type: ignore[type-var]
 
 
 def presets() -> list[str]:
