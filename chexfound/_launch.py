@@ -39,7 +39,8 @@ def _enter(module: str) -> int:
                 file=sys.stderr,
             )
             return 2
-    return importlib.import_module(module).main()
+    code: int = importlib.import_module(module).main()
+    return code
 
 
 def chexfound() -> int:

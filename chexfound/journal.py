@@ -151,7 +151,7 @@ class Journal:
         """Add a record and return its hash once it is on the disk."""
         data = json.loads(json.dumps(data, allow_nan=False))  # as it is read back: a key that is a number becomes text
         record = {"seq": len(self.records), "prev": self._head, "data": data}
-        record["sha256"] = hashlib.sha256(canonical(record)).hexdigest()
+        record["sha256"] = head = hashlib.sha256(canonical(record)).hexdigest()
         with storage(self.path):
             try:
                 self._file.truncate(self._size)  # an append that failed may have left a torn line
@@ -165,8 +165,8 @@ class Journal:
                 raise
         self._size = os.fstat(self._file.fileno()).st_size
         self.records.append(record)
-        self._head = record["sha256"]
-        return self._head
+        self._head = head
+        return head
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,10 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
     return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
 
 
+def _features(model: nn.ModuleDict, crops: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
+    return cast(vit.VisionTransformer, model["backbone"]).forward_features(crops, masks)
+
+
 class SSLMetaArch(nn.Module):
     """The self-supervised model of one site, or of the pooled data.
 
@@ -94,7 +99,7 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temp: float) -> tuple[Tensor, Tensor]:
         """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
-        output = self.teacher["backbone"].forward_features(batch.global_crops)
+        output = _features(self.teacher, batch.global_crops)
         first, second = output["x_norm_clstoken"].chunk(2)
         cls = self.teacher["dino_head"](torch.cat([second, first]))
         patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
@@ -109,12 +114,12 @@ class SSLMetaArch(nn.Module):
         """
         recipe = self.recipe
         dino_targets, ibot_targets = self.teacher_targets(batch, teacher_temp)
-        output = self.student["backbone"].forward_features(batch.global_crops, batch.masks)
+        output = _features(self.student, batch.global_crops, batch.masks)
         global_cls = output["x_norm_clstoken"]  # (2·B, D), before the head: KoLeo's input
         cls = [global_cls]
         n_local = len(batch.local_crops) // batch.size
         if n_local:
-            cls.append(self.student["backbone"].forward_features(batch.local_crops)["x_norm_clstoken"])
+            cls.append(_features(self.student, batch.local_crops)["x_norm_clstoken"])
         logits = self.student["dino_head"](torch.cat(cls))
         global_logits, local_logits = logits[: 2 * batch.size], logits[2 * batch.size :]
         pairs = 2 + 2 * n_local
