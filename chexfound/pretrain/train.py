@@ -19,6 +19,7 @@ from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.recipe import Recipe
 
 Progress = Callable[[int, int], None]
+Moments = dict[torch.nn.Parameter, dict[str, Tensor]]
 
 
 def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int) -> Batch:
@@ -94,11 +95,12 @@ class Pretrainer:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`.
 
-        Raises: CheckpointError.
+        Raises: CheckpointError; nothing was changed then.
         """
+        moments = _moments(self.model.student, tensors)
         model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         load_tensors(self.model, model, list(self.model.state_dict()))
-        load_optimizer(self.optimizer, self.model.student, tensors)
+        _set_moments(self.optimizer, moments)
 
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
@@ -108,7 +110,7 @@ class Pretrainer:
         Returns:
             One row a step: step, loss and its parts, log_k.
 
-        Raises: DataError naming the step when the loss is not finite; nothing was updated by it.
+        Raises: DataError naming the step when loss or gradient is not finite; nothing was updated by it.
         """
         recipe = self.recipe
         sampler = EndlessSampler(self.n_images, batch_size, recipe.seed, "pretrain", self.roster_index)
@@ -134,9 +136,14 @@ class Pretrainer:
                 f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
             )
         loss.backward()
-        if self.recipe.optim.clip_grad:
-            for name in SUBMODULES:
-                torch.nn.utils.clip_grad_norm_(self.model.student[name].parameters(), self.recipe.optim.clip_grad)
+        for name in SUBMODULES:
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.model.student[name].parameters(), self.recipe.optim.clip_grad or math.inf
+            )
+            if not torch.isfinite(norm):
+                raise DataError(
+                    f"pretraining step {step}: the gradient of the {name} has the norm {norm.item()}; lower optim.lr"
+                )
         self.optimizer.step()
         self.model.update_teacher(values.momentum)
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
@@ -178,10 +185,35 @@ def optimizer_state(optim: torch.optim.Optimizer, module: torch.nn.Module) -> di
 
 
 def load_optimizer(optim: torch.optim.Optimizer, module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_state`; other names are ignored, what is absent starts afresh."""
+    """The inverse of `optimizer_state`; names of another kind are ignored, what is absent starts afresh.
+
+    Raises: CheckpointError if a moment fits no parameter, is incomplete or not finite; nothing was changed then.
+    """
+    _set_moments(optim, _moments(module, tensors))
+
+
+def _set_moments(optim: torch.optim.Optimizer, moments: Moments) -> None:
     optim.state.clear()
-    for name, parameter in module.named_parameters():
-        prefix = f"optimizer.{name}."
-        found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
-        if found:
-            optim.state[parameter] = found
+    optim.state.update(moments)
+
+
+def _moments(module: torch.nn.Module, tensors: dict[str, Tensor]) -> Moments:
+    parameters = dict(module.named_parameters())
+    result: Moments = {}
+    for key, tensor in tensors.items():
+        if not key.startswith("optimizer."):
+            continue
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        if name not in parameters:
+            raise CheckpointError(f"optimizer state does not fit: {key} belongs to no parameter")
+        shape = torch.Size() if kind == "step" else parameters[name].shape
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"optimizer state does not fit: {key} is of shape {tuple(tensor.shape)}, not {tuple(shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"optimizer state does not fit: {key} holds a value that is not finite")
+        result.setdefault(parameters[name], {})[kind] = tensor.clone()
+    if len({frozenset(kinds) for kinds in result.values()}) > 1:
+        raise CheckpointError("optimizer state does not fit: some parameters lack a moment that others have")
+    return result
