@@ -151,7 +151,8 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     ids = site.training_ids(recipe)
     store = site.view.store
     trainer = Pretrainer(recipe, lambda places: store.pixels(ids[places]), len(ids), request.roster_index)
-    kept = _carried(site, recipe, request)
+    travels = _all_travels(recipe)
+    kept = {} if travels else _carried(site, recipe, request)
     if kept:
         trainer.load_state(kept)
     trainer.load_global(request.tensors)
@@ -163,13 +164,14 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
         request.batch_size,
         site.report("pretrain", request.step, recipe.train.total_steps),
     )
-    _carry(site, recipe, request, trainer.state())
+    if not travels:
+        _carry(site, recipe, request, trainer.state())
     tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
     if recipe.train.optimizer_state == "average":
         tensors |= trainer.moments()
     return Reply(
         tensors=tensors,
-        values={"images": len(ids), "state": "kept" if kept else "fresh", "history": rows},
+        values={"images": len(ids), "state": "travels" if travels else "kept" if kept else "fresh", "history": rows},
     )
 
 
@@ -210,18 +212,20 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     if not trainable.any():
         return Reply(values={**values, "history": []})
     trainer = HeadTrainer(recipe, features.load(site.home / "features"), labels, request.roster_index)
+    own_moments = recipe.adapt.optimizer_state == "local"
+    if own_moments:
+        trainer.load_state(_carried(site, recipe, request))
     trainer.load_global(request.tensors)
-    kept = _carried(site, recipe, request)
-    trainer.load_state(kept)
     rows = trainer.run(
         request.step,
         request.steps,
         request.batch_size,
         site.report("adapt", request.step, recipe.adapt.total_steps),
     )
-    _carry(site, recipe, request, trainer.state())
     tensors = trainer.global_tensors()
-    if recipe.adapt.optimizer_state == "average":
+    if own_moments:
+        _carry(site, recipe, request, trainer.state())
+    else:
         tensors |= trainer.state()
     return Reply(tensors=tensors, values={**values, "history": rows})
 
@@ -271,6 +275,15 @@ def _backbone(recipe: Recipe, tensors: dict[str, Tensor]) -> vit.VisionTransform
 
 def _state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
     return site.home / "state" / hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16] / phase
+
+
+def _all_travels(recipe: Recipe) -> bool:
+    """Whether a pretraining round stands on nothing but what the coordinator sends."""
+    return (
+        recipe.teacher.policy == "average"
+        and recipe.train.optimizer_state == "average"
+        and recipe.train.centering == "sinkhorn_knopp"
+    )
 
 
 def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:

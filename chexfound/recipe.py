@@ -244,7 +244,7 @@ Section = TypeVar("Section")
 
 
 def changed(section: Section, **values: Any) -> Section:
-    """A recipe, or a section of one, with other values (not checked again)."""  # pydantic's dataclasses are dataclasses
+    """A recipe, or a section of one, with other values (not checked again)."""
     return dataclasses.replace(section, **values)  # type: ignore[type-var]
 
 

@@ -24,6 +24,12 @@ from chexfound.pretrain.train import initial_weights
 FINDINGS = ("Bar", "Blob")
 
 
+def own_moments(recipe: Any) -> Any:
+    """The recipe with each site keeping its optimizer's moments."""
+    train, adapt = (replace(part, optimizer_state="local") for part in (recipe.train, recipe.adapt))
+    return replace(recipe, train=train, adapt=adapt)
+
+
 def student(recipe: Any) -> dict[str, torch.Tensor]:
     return initial_weights(recipe)
 
@@ -99,13 +105,13 @@ def test_pretrain_moves_the_weights(make_site: Callable[..., Site], tiny_recipe:
     assert set(reply.tensors) == set(start)
     assert any(not torch.equal(reply.tensors[name], start[name]) for name in start)
     assert reply.values["images"] == len(site.training_ids(tiny_recipe))
-    assert reply.values["state"] == "fresh"
+    assert reply.values["state"] == "travels"
     assert [row["step"] for row in reply.values["history"]] == [0, 1]
     assert told == [("pretrain", 1, 4), ("pretrain", 2, 4)]
 
 
 def test_a_local_teacher_stays_at_the_site(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
-    recipe = replace(tiny_recipe, teacher=replace(tiny_recipe.teacher, policy="local"))
+    recipe = replace(own_moments(tiny_recipe), teacher=replace(tiny_recipe.teacher, policy="local"))
     only = {name: tensor for name, tensor in student(recipe).items() if name.startswith("student.")}
     reply = phases.run(make_site("alpha"), recipe, pretrain(recipe, only))
     assert set(reply.tensors) == set(only)
@@ -129,10 +135,32 @@ def test_a_request_asked_again_gives_the_same_bits(
     assert first.values == second.values
     later = [phases.run(again(site), tiny_recipe, pretrain(tiny_recipe, first.tensors, 2)) for _ in range(3)]
     assert {checkpoint.digest(reply.tensors) for reply in later} == {checkpoint.digest(later[0].tensors)}
-    assert [reply.values["state"] for reply in later] == ["kept"] * 3
+    assert [reply.values["state"] for reply in later] == ["travels"] * 3
+
+
+def test_a_site_that_lost_its_disk_goes_on_where_all_travels(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
+    """With teacher and moments averaged a round stands on the request alone."""
+    site = make_site("alpha")
+    first = phases.run(site, tiny_recipe, pretrain(tiny_recipe, student(tiny_recipe)))
+    kept = phases.run(site, tiny_recipe, pretrain(tiny_recipe, first.tensors, 2))
+    shutil.rmtree(site.home, ignore_errors=True)
+    lost = phases.run(make_site("alpha"), tiny_recipe, pretrain(tiny_recipe, first.tensors, 2))
+    assert kept.values["state"] == lost.values["state"] == "travels"
+    assert checkpoint.digest(kept.tensors) == checkpoint.digest(lost.tensors)
+
+
+def test_averaged_moments_are_taken_up_in_adapt(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
+    site = make_site("alpha")
+    first = phases.run(site, tiny_recipe, adapt(prepared(site, tiny_recipe))).tensors
+    zeroed = {
+        name: torch.zeros_like(tensor) if name.startswith("optimizer.") else tensor for name, tensor in first.items()
+    }
+    replies = [phases.run(site, tiny_recipe, adapt(tensors, 3)).tensors for tensors in (first, zeroed)]
+    assert checkpoint.digest(replies[0]) != checkpoint.digest(replies[1])
 
 
 def test_a_site_that_lost_its_state_says_so(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
+    tiny_recipe = own_moments(tiny_recipe)
     site = make_site("alpha")
     first = phases.run(site, tiny_recipe, pretrain(tiny_recipe, student(tiny_recipe)))
     kept = phases.run(site, tiny_recipe, pretrain(tiny_recipe, first.tensors, 2))
@@ -144,6 +172,7 @@ def test_a_site_that_lost_its_state_says_so(make_site: Callable[..., Site], tiny
 
 def test_state_of_another_recipe_is_not_taken(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
     """One process serves one run after another; the step alone does not say whose state is warm."""
+    tiny_recipe = own_moments(tiny_recipe)
     site, other = make_site("alpha"), replace(tiny_recipe, seed=7)
     first = phases.run(site, tiny_recipe, pretrain(tiny_recipe, student(tiny_recipe)))
     expected = phases.run(site, tiny_recipe, pretrain(tiny_recipe, first.tensors, 2))
@@ -154,6 +183,7 @@ def test_state_of_another_recipe_is_not_taken(make_site: Callable[..., Site], ti
 
 
 def test_damaged_state_is_told(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
+    tiny_recipe = own_moments(tiny_recipe)
     site = make_site("alpha")
     first = phases.run(site, tiny_recipe, pretrain(tiny_recipe, student(tiny_recipe)))
     (path,) = site.home.rglob("00000002.safetensors")
@@ -163,6 +193,7 @@ def test_damaged_state_is_told(make_site: Callable[..., Site], tiny_recipe: Any)
 
 
 def test_no_more_than_two_states_are_kept(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
+    tiny_recipe = own_moments(tiny_recipe)
     site, tensors = make_site("alpha"), student(tiny_recipe)
     for step in (0, 2, 4, 6):
         tensors = phases.run(site, tiny_recipe, pretrain(tiny_recipe, tensors, step)).tensors
@@ -208,6 +239,7 @@ def test_features_without_labels(make_site: Callable[..., Site], tiny_recipe: An
 
 def test_adapt_trains_what_has_both_classes(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
     """Of beta only Blob is known: Bar counts no image and its row has the weight 0."""
+    tiny_recipe = own_moments(tiny_recipe)
     site = make_site("beta")
     head = prepared(site, tiny_recipe)
     reply = phases.run(site, tiny_recipe, adapt(head))

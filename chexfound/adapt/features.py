@@ -5,6 +5,7 @@ Shapes: V views (the image itself first), N images, n last blocks, P patches, D 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def extract(
     with replace_file(folder / "patches.npy") as patch_file, replace_file(folder / "cls.npy") as cls_file:
         patches = np.lib.format.open_memmap(patch_file, "w+", np.float32, (views, n_images, n_patches, width))
         cls = np.lib.format.open_memmap(cls_file, "w+", np.float32, (views, n_images, width))
+        _reserve(patch_file)
+        _reserve(cls_file)
         done = 0
         for view in range(views):
             generator = rng.numpy_generator(recipe.seed, "features", view, roster_index)
@@ -79,6 +82,16 @@ def extract(
         patches.flush()
         cls.flush()
     return load(folder)
+
+
+def _reserve(path: Path) -> None:
+    """Have the system allot every block of a sparse file, or say now that the disk is full.
+
+    Otherwise a full disk ends the process by a signal at the first page that has no room.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def load(folder: Path) -> Features:

@@ -90,9 +90,10 @@ class HeadTrainer:
         """
         moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
         weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
+        states = optimizer.checked_moments(self.head, moments)
         load_tensors(self.head, weights, list(self.head.state_dict()))
         if moments:
-            optimizer.load_moments(self.optimizer, self.head, moments)
+            optimizer.set_moments(self.optimizer, states)
 
     def global_tensors(self) -> dict[str, Tensor]:
         """Copies of the tensors that travel."""
@@ -107,7 +108,7 @@ class HeadTrainer:
 
         Raises: CheckpointError.
         """
-        optimizer.load_moments(self.optimizer, self.head, tensors)
+        optimizer.set_moments(self.optimizer, optimizer.checked_moments(self.head, tensors))
 
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,9 +40,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
         try:
             safetensors.torch.save_file(data, temporary, metadata=dict(metadata or {}))
         except SafetensorError as error:  # hides the operating system's error in its text
-            if "os error 28" in str(error) or "No space" in str(error):
-                raise OSError(28, "No space left on device") from error
-            raise
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load(path: Path) -> dict[str, Tensor]:

@@ -48,9 +48,14 @@ def load(folder: Path) -> tuple[Recipe, tuple[str, ...], vit.VisionTransformer, 
             )
         recipe = recipes.validate(config["recipe"], f"{folder}/config.json")
         findings = tuple(str(name) for name in config["findings"])
+        stated = config["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{folder}: not a model directory: {error}") from error
     tensors = checkpoint.load(folder / "model.safetensors")
+    if checkpoint.digest(tensors) != stated:
+        raise CheckpointError(
+            f"{folder}: model.safetensors is not the file that config.json was written for: changed or damaged"
+        )
     backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
     load_tensors(backbone, checkpoint.with_prefix(tensors, "backbone."), list(backbone.state_dict()))
     head_tensors = checkpoint.with_prefix(tensors, "head.")

@@ -73,6 +73,7 @@ class SSLMetaArch(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("dino_center", torch.zeros(1, recipe.dino.head_n_prototypes))
         self.register_buffer("ibot_center", torch.zeros(1, recipe.ibot.head_n_prototypes))
+        self._means: dict[str, Tensor] = {}  # of the last step's teacher logits, by centre
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Set the student's mode; the teacher always evaluates."""
@@ -82,19 +83,21 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Teacher ← m · teacher + (1 − m) · student."""
+        """Teacher ← m · teacher + (1 − m) · student; softmax centering's centres follow the last step's logits."""
         torch._foreach_lerp_(
             list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
         )
+        for name, mean in self._means.items():
+            getattr(self, name).lerp_(mean, 1 - CENTER_MOMENTUM)
+        self._means.clear()
 
     @torch.no_grad()
-    def _targets(self, logits: Tensor, center: Tensor, temp: float) -> Tensor:
+    def _targets(self, logits: Tensor, center: str, temp: float) -> Tensor:
         if self.recipe.train.centering == "sinkhorn_knopp":
             return losses.sinkhorn_knopp(logits, temp)
-        targets = losses.softmax_center(logits, center, temp)
         if self.training:
-            center.lerp_(logits.float().mean(0, keepdim=True), 1 - CENTER_MOMENTUM)
-        return targets
+            self._means[center] = logits.float().mean(0, keepdim=True)
+        return losses.softmax_center(logits, getattr(self, center), temp)
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temp: float) -> tuple[Tensor, Tensor]:
@@ -103,8 +106,8 @@ class SSLMetaArch(nn.Module):
         first, second = output["x_norm_clstoken"].chunk(2)
         cls = self.teacher["dino_head"](torch.cat([second, first]))
         patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
-        ibot = self._targets(patches, self.ibot_center, temp) if len(patches) else patches
-        return self._targets(cls, self.dino_center, temp), ibot
+        ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
+        return self._targets(cls, "dino_center", temp), ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss that is back-propagated, and its parts for display.

@@ -13,6 +13,7 @@ from chexfound.pretrain.schedules import Schedule
 from chexfound.recipe import Optim
 
 PREFIX = "optimizer."  # of the moments' names
+Moments = dict[nn.Parameter, dict[str, Tensor]]
 
 
 def multipliers(name: str, ndim: int, depth: int, config: Optim) -> tuple[float, float, bool]:
@@ -78,28 +79,35 @@ def zero_moments(module: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `moments`, all or none; a parameter without any starts afresh.
+def checked_moments(module: nn.Module, tensors: Mapping[str, Tensor]) -> Moments:
+    """Moments by parameter, from their names; a parameter without any will start afresh.
 
-    Raises: CheckpointError if a moment belongs to no parameter, has another shape, or cannot be one.
+    Raises: CheckpointError if one belongs to no parameter, has another shape, cannot be a moment, or
+        some parameters lack one that others have.
     """
-    left = dict(tensors)
-    states: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for name, parameter in module.named_parameters():
-        prefix = f"{PREFIX}{name}."
-        found = {key.removeprefix(prefix): left.pop(key).clone() for key in list(left) if key.startswith(prefix)}
-        for key, value in found.items():
-            shape = torch.Size() if key == "step" else parameter.shape
-            if value.shape != shape or not bool(torch.isfinite(value).all()):
-                raise CheckpointError(
-                    f"optimizer state does not fit: {prefix}{key} is not finite or not of shape {tuple(shape)}"
-                )
-            if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
-                raise CheckpointError(f"optimizer state does not fit: {prefix}{key} is negative")
-        if found:
-            states[parameter] = found
-    if left:
-        raise CheckpointError(f"optimizer state does not fit: it holds {sorted(left)[:3]}, which is no parameter's")
+    parameters = dict(module.named_parameters())
+    result: Moments = {}
+    for full_name, value in tensors.items():
+        name, _, key = full_name.removeprefix(PREFIX).rpartition(".")
+        if name not in parameters:
+            raise CheckpointError(f"optimizer state does not fit: {full_name} belongs to no parameter")
+        shape = torch.Size() if key == "step" else parameters[name].shape
+        if value.shape != shape:
+            raise CheckpointError(
+                f"optimizer state does not fit: {full_name} is of shape {tuple(value.shape)}, not {tuple(shape)}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"optimizer state does not fit: {full_name} holds a value that is not finite")
+        if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
+            raise CheckpointError(f"optimizer state does not fit: {full_name} is negative")
+        result.setdefault(parameters[name], {})[key] = value.clone()
+    if len({frozenset(state) for state in result.values()}) > 1:
+        raise CheckpointError("optimizer state does not fit: some parameters lack a moment that others have")
+    return result
+
+
+def set_moments(optimizer: torch.optim.Optimizer, moments: Moments) -> None:
+    """Put an optimizer into the state that `checked_moments` gave."""
     optimizer.state.clear()
-    for parameter, state in states.items():
+    for parameter, state in moments.items():
         optimizer.state[parameter] = state

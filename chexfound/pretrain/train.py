@@ -81,9 +81,10 @@ class Pretrainer:
         moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
         weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
         expected = self.global_names(teacher=any(name.startswith("teacher.") for name in weights))
+        states = optimizer.checked_moments(self.model.student, moments)
         load_tensors(self.model, weights, expected)
         if moments:
-            optimizer.load_moments(self.optimizer, self.model.student, moments)
+            optimizer.set_moments(self.optimizer, states)
 
     def global_names(self, *, teacher: bool) -> list[str]:
         """Names of the tensors that travel."""
@@ -107,12 +108,13 @@ class Pretrainer:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`.
 
-        Raises: CheckpointError.
+        Raises: CheckpointError; nothing was changed then.
         """
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        states = optimizer.checked_moments(self.model.student, moments)
         model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         load_tensors(self.model, model, list(self.model.state_dict()))
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
-        optimizer.load_moments(self.optimizer, self.model.student, moments)
+        optimizer.set_moments(self.optimizer, states)
 
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
@@ -122,7 +124,7 @@ class Pretrainer:
         Returns:
             One row a step: step, loss and its parts, log_k.
 
-        Raises: DataError naming the step when the loss is not finite; nothing was updated by it.
+        Raises: DataError naming the step when loss or gradient is not finite; nothing was updated by it.
         """
         recipe = self.recipe
         sampler = EndlessSampler(self.n_images, batch_size, recipe.seed, "pretrain", self.roster_index)
@@ -148,9 +150,14 @@ class Pretrainer:
                 f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
             )
         loss.backward()
-        if self.recipe.optim.clip_grad:
-            for name in SUBMODULES:
-                torch.nn.utils.clip_grad_norm_(self.model.student[name].parameters(), self.recipe.optim.clip_grad)
+        for name in SUBMODULES:
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.model.student[name].parameters(), self.recipe.optim.clip_grad or math.inf
+            )
+            if not torch.isfinite(norm):
+                raise DataError(
+                    f"pretraining step {step}: the gradient of the {name} has the norm {norm.item()}; lower optim.lr"
+                )
         self.optimizer.step()
         self.model.update_teacher(values.momentum)
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}

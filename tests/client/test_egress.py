@@ -94,7 +94,7 @@ def test_undeclared_values_are_refused(phase: str) -> None:
     [
         ("enrol", "x"),
         ("enrol", "student.x"),
-        ("pretrain", "optimizer.x"),
+        ("pretrain", "moments.x"),
         ("pretrain", "model.student.x"),
         ("pretrain", "x.student."),
         ("features", "tokens"),
