@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,12 @@ def _backbone_file(plan: Plan) -> Path:
     return path
 
 
-def run_alone(plan: Plan, arm: str) -> None:
-    """The centralized arm, or a site alone: one site, asked directly; then tested at every site."""
+def run_alone(plan: Plan, arm: str) -> float:
+    """The centralized arm, or a site alone: one site, asked directly; then tested at every site.
+
+    Returns: the seconds that it took.
+    """
+    began = time.monotonic()
     from client import site as site_module
     from server.exchange import DirectExchange
     from server.run import Batches, Run
@@ -141,12 +146,11 @@ def run_alone(plan: Plan, arm: str) -> None:
     )
     training = changed(recipe, phases=tuple(phase for phase in recipe.phases if phase != "evaluate"))
     outcome = Run(training, DirectExchange(own), folder, batches=batches).run()
-    if "evaluate" not in recipe.phases:
-        return
-    for name, shard in plan.sites.items():
+    for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))
         request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)
         phases.run(tested, recipe, request)
+    return time.monotonic() - began
 
 
 def trained_on(arm: str) -> str:

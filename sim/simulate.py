@@ -113,8 +113,7 @@ class Simulation:
                 raise ConfigError(f"{self.out}: another process has just started a run here; choose another folder")
             plans, arm_names = self._begin()
             with Pool(self.workers, self.display.update) as pool:
-                for plan in plans:
-                    self._run_arms(plan, arm_names, pool)
+                self._run_arms(plans, arm_names, pool)
             self.display.clear()
             self.display.say("comparing the arms, drawing the report")
             journal.append({"event": "finished", "seconds": round(time.monotonic() - started, 1)})
@@ -253,22 +252,23 @@ class Simulation:
 
     # -- the arms
 
-    def _run_arms(self, plan: Plan, names: Sequence[str], pool: Pool) -> None:
-        seed = plan.recipe.seed
-        todo = [arm for arm in names if arm not in FITTED_ARMS and not arms.finished(plan, arm)]
-        if done := [arm for arm in names if arm not in FITTED_ARMS and arm not in todo]:
-            self.display.say(f"seed {seed}: already done: {escape(', '.join(done))}")
-        for arm in (arm for arm in todo if arm in FEDERATED_ARMS):
-            began = time.monotonic()
-            arms.run_federated(plan, arm, pool)
-            self._done(plan, arm, time.monotonic() - began)
-        alone = [arm for arm in todo if arm not in FEDERATED_ARMS]
-        started = {arm: time.monotonic() for arm in alone[: pool.size]}
-        waiting = alone[pool.size :]
-        for arm, _ in pool.run([(arm, ("sim.arms:run_alone", (plan, arm))) for arm in alone]):
-            self._done(plan, arm, time.monotonic() - started[arm])
-            if waiting:
-                started[waiting.pop(0)] = time.monotonic()
+    def _run_arms(self, plans: Sequence[Plan], names: Sequence[str], pool: Pool) -> None:
+        """All arms of all seeds: first those in which all sites take part, then the lone sites side by side."""
+        alone: dict[str, tuple[Plan, str]] = {}
+        for plan in plans:
+            seed = plan.recipe.seed
+            todo = [arm for arm in names if arm not in FITTED_ARMS and not arms.finished(plan, arm)]
+            if done := [arm for arm in names if arm not in FITTED_ARMS and arm not in todo]:
+                self.display.say(f"seed {seed}: already done: {escape(', '.join(done))}")
+            for arm in todo:
+                if arm in FEDERATED_ARMS:
+                    began = time.monotonic()
+                    arms.run_federated(plan, arm, pool)
+                    self._done(plan, arm, time.monotonic() - began)
+                else:
+                    alone[f"{arm} (seed {seed})"] = (plan, arm)
+        for label, seconds in pool.run([(label, ("sim.arms:run_alone", task)) for label, task in alone.items()]):
+            self._done(*alone[label], seconds)
 
     def _done(self, plan: Plan, arm: str, seconds: float) -> None:
         self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
