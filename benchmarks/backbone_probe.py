@@ -96,8 +96,8 @@ def _probe(recipe: Any, tensors: dict[str, Any], store: Any, groups: list[np.nda
     from chexfound.adapt.features import tokens
     from chexfound.evaluate.metrics import auroc
     from chexfound.model import vit
+    from chexfound.model.checkpoint import load_tensors
     from chexfound.model.heads import token_statistics
-    from chexfound.pretrain.train import load_tensors
 
     backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
     load_tensors(backbone, tensors, list(backbone.state_dict()))

@@ -13,33 +13,13 @@ from chexfound import rng
 from chexfound.adapt.features import Features, tokens
 from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import DataError
-from chexfound.model.glori import GLoRI
-from chexfound.model.heads import LinearHead
+from chexfound.model.checkpoint import load_tensors
+from chexfound.model.glori import build_head
 from chexfound.model.vit import VisionTransformer
 from chexfound.pretrain import optimizer
 from chexfound.pretrain.schedules import cosine
-from chexfound.pretrain.train import Progress, load_tensors
-from chexfound.recipe import ARCHS, Recipe
-
-
-def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
-    """The recipe's head, with fresh weights that depend on the seed alone."""
-    config, dim = recipe.adapt, ARCHS[recipe.student.arch][0]
-    with rng.torch_stream(recipe.seed, "init", "adapt"):
-        if config.head == "linear":
-            return LinearHead(n_findings, dim, config.n_last_blocks, stats=config.glori_stats)
-        return GLoRI(
-            n_findings,
-            dim,
-            config.n_last_blocks,
-            embed_dim=config.glori_dim,
-            heads=config.glori_heads,
-            ffn_dim=config.glori_ffn_dim,
-            dropout=config.dropout,
-            cls=config.glori_cls,
-            stats=config.glori_stats,
-            positions=(recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
-        )
+from chexfound.pretrain.train import Progress
+from chexfound.recipe import Recipe
 
 
 def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None) -> Tensor:
