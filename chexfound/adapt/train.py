@@ -22,16 +22,18 @@ from chexfound.pretrain.train import Progress
 from chexfound.recipe import Recipe
 
 
-def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None) -> Tensor:
+def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Binary cross entropy over the known labels: logits (B, F), labels (B, F) in {1, 0, −1 = unknown}.
 
-    The mean over the known labels, or their sum over `divisor`: masked means do not add up over
-    shards, sums over a constant do.
+    The mean over an image's known labels, then over all B images; one without any counts as 0.  So every
+    image weighs the same, however many findings its source labels, and the losses of shards, weighted by
+    their images, add up to that of the whole (the mean over all known labels of a batch would not:
+    its divisor differs from shard to shard).
     """
     known = labels >= 0
     targets = labels.clamp_min(0).float() * (1 - smoothing) + smoothing / 2
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * known
-    return loss.sum() / (known.sum().clamp_min(1) if divisor is None else divisor)
+    return (loss.sum(1) / known.sum(1).clamp_min(1)).mean()
 
 
 def trainable_findings(labels: np.ndarray) -> np.ndarray:
