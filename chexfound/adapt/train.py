@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,9 @@ class HeadTrainer:
                 raise DataError(f"adapt step {step}: the loss is {loss.item()}; lower adapt.lr")
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            if config.clip_grad:
-                torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_grad)
+            norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_grad or math.inf)
+            if not torch.isfinite(norm):
+                raise DataError(f"adapt step {step}: the gradient has the norm {norm.item()}; lower adapt.lr")
             self.optimizer.step()
             rows.append({"step": step, "loss": loss.item()})
             if progress is not None:
