@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
 def _progress(title: str) -> tuple[object, Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
     task = bar.add_task(title)
     return bar, lambda done, total: bar.update(task, completed=done, total=total)
 
