@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class HeadTrainer:
     ) -> list[dict[str, Any]]:
         """Take global steps first_step … first_step + steps − 1; one row (step, loss) a step.
 
-        Raises: DataError if no image is labelled, or the loss is not finite.
+        Raises: DataError if no image is labelled, or loss or gradient is not finite (nothing was updated by it).
         """
         if not len(self.labelled):
             raise DataError("no labelled training image: this site cannot train a head")
@@ -139,8 +140,9 @@ class HeadTrainer:
                 raise DataError(f"adapt step {step}: the loss is {loss.item()}; lower adapt.lr")
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            if config.clip_grad:
-                torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_grad)
+            norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_grad or math.inf)
+            if not torch.isfinite(norm):
+                raise DataError(f"adapt step {step}: the gradient has the norm {norm.item()}; lower adapt.lr")
             self.optimizer.step()
             rows.append({"step": step, "loss": loss.item()})
             if progress is not None:

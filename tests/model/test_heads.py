@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chexfound.model.heads import DINOHead, LinearHead, Prototypes, Standardize, token_statistics
+
+torch.set_num_threads(1)
+
+
+def test_prototypes_are_normalised():
+    layer = Prototypes(4, 3)
+    x = torch.nn.functional.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    before = layer(x)
+    assert before.abs().max() <= 1 + 1e-6  # cosines
+    with torch.no_grad():
+        layer.weight_v *= torch.tensor([[2.0], [30.0], [0.1]])
+    assert torch.allclose(layer(x), before, atol=1e-6)
+    with torch.no_grad():
+        layer.weight_v.copy_(torch.tensor([[3.0, 4.0, 0.0, 0.0]]).expand(3, -1))
+    assert torch.allclose(layer(torch.eye(4)), torch.tensor([0.6, 0.8, 0.0, 0.0])[:, None].expand(-1, 3))
+
+
+def test_prototypes_equal_torch_s_weight_norm():
+    layer = Prototypes(4, 3)
+    other = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3, bias=False))
+    with torch.no_grad():
+        other.parametrizations.weight.original0.copy_(layer.weight_g)
+        other.parametrizations.weight.original1.copy_(layer.weight_v)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(layer(x), other(x), atol=1e-6)
+
+
+def test_the_gain_is_not_trained():
+    assert [name for name, p in Prototypes(4, 3).named_parameters() if p.requires_grad] == ["weight_v"]
+
+
+def head(**values: object) -> DINOHead:
+    torch.manual_seed(0)
+    return DINOHead(6, 10, 12, 5, **{"nlayers": 3, **values})  # type: ignore[arg-type]
+
+
+X = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("nlayers", [1, 2, 3])
+def test_a_dino_head_ends_in_cosines(nlayers):
+    model = head(nlayers=nlayers)
+    assert sum(isinstance(layer, torch.nn.Linear) for layer in model.mlp) == nlayers
+    assert not isinstance(model.mlp[-1], torch.nn.GELU)
+    logits = model(X)
+    assert logits.shape == (7, 10)
+    assert logits.abs().max() <= 1 + 1e-6
+
+
+def test_centring_takes_out_what_the_batch_shares():
+    centered, plain = head(centered=True), head()
+    shift = torch.zeros(5)
+    bottleneck = plain.mlp(X)
+    expected = centered.last_layer(torch.nn.functional.normalize(bottleneck - bottleneck.mean(0), dim=-1))
+    assert torch.allclose(centered(X), expected, atol=1e-6)
+    before = centered(X), plain(X)
+    with torch.no_grad():
+        shift += 3.0
+        centered.mlp[-1].bias += shift
+        plain.mlp[-1].bias += shift
+    assert torch.allclose(centered(X), before[0], atol=1e-4)
+    assert not torch.allclose(plain(X), before[1], atol=1e-2)
+
+
+def test_centring_leaves_a_lone_row_alone():
+    centered, plain = head(centered=True), head()
+    assert torch.equal(centered(X[:1]), plain(X[:1]))
+
+
+def test_without_centring_rows_do_not_know_of_each_other():
+    assert torch.allclose(head()(X)[:3], head()(X[:3]), atol=1e-6)
+    assert not torch.allclose(head(centered=True)(X)[:3], head(centered=True)(X[:3]), atol=1e-3)
+
+
+def test_statistics_by_hand():
+    patches = torch.tensor([[[1.0, -2.0], [3.0, 0.0]]])
+    assert torch.equal(token_statistics(patches), torch.tensor([[2.0, -1.0, 1.0, 1.0, 3.0, 0.0]]))
+
+
+def test_standardize_by_hand():
+    layer = Standardize(2)
+    x = torch.tensor([[1.0, 2.0]])
+    assert torch.equal(layer(x), x)
+    layer.load_state_dict({"mean": torch.tensor([1.0, 0.0]), "std": torch.tensor([5.0, 4.0])})
+    assert torch.equal(layer(x), torch.tensor([[0.0, 0.5]]))
+    assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_a_linear_head_by_hand(stats):
+    model = LinearHead(2, 3, 2, stats=stats)
+    generator = torch.Generator().manual_seed(0)
+    patches = [torch.randn(4, 5, 3, generator=generator) for _ in range(2)]
+    cls = [torch.randn(4, 3, generator=generator) for _ in range(2)]
+    assert not model(patches, cls).any()  # starts at probability one half
+    with torch.no_grad():
+        model.weight.normal_(generator=generator)
+        model.bias.normal_(generator=generator)
+    joined = torch.cat(patches, -1)
+    parts = [*cls, joined.mean(1), joined.std(1, correction=0), joined.amax(1)] if stats else cls
+    expected = torch.cat(parts, -1) @ model.weight.T + model.bias
+    assert torch.allclose(model(patches, cls), expected, atol=1e-5)
+    assert all(model.state_dict()[name].shape[0] == 2 for name in model.row_parameters)
