@@ -207,9 +207,15 @@ def test_norms_biases_and_positions_are_not_decayed(small):
     assert "query_embed.weight" not in {names[id(parameter)] for parameter in plain["params"]}
 
 
-@pytest.mark.parametrize(("head", "cls", "stats", "positions"), [
-    ("glori", True, True, True), ("glori", False, False, False), ("linear", True, True, True), ("linear", True, False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "cls", "stats", "positions"),
+    [
+        ("glori", True, True, True),
+        ("glori", False, False, False),
+        ("linear", True, True, True),
+        ("linear", True, False, True),
+    ],
+)
 def test_predict_gives_probabilities_of_the_recipe_s_head(small, head, cls, stats, positions):
     recipe = small(adapt__head=head, adapt__glori_cls=cls, adapt__glori_stats=stats, adapt__glori_positions=positions)
     torch.manual_seed(0)
