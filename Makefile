@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO   ?= out/demo
+DATA   ?= ../shared/data/cxr
 
 .PHONY: setup demo test lint bench clean
 .DEFAULT_GOAL := help
@@ -40,8 +41,10 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## the benchmarks that need no data of one's own
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file --help | head -3; done
+bench: setup  ## the benchmarks that need no run of one's own; DATA=… names labelled X-rays
+	@test -d $(DATA) || { echo "error: no folder $(DATA); give DATA=, a folder with a manifest.csv (docs/data.md)"; exit 2; }
+	$(BIN)/python benchmarks/hog_floor.py --data $(DATA)
+	@echo "On a simulation's folder: benchmarks/hog_floor.py --run OUT, benchmarks/backbone_probe.py --run OUT"
 
 clean:  ## remove .venv and what the demo wrote
 	rm -rf $(VENV) $(DEMO) $(DEMO)-phantoms

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from chexfound.errors import ChexfoundError
+from chexfound import __version__
+from chexfound.errors import ChexfoundError, ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), "
         "flwr run (the coordinator).",
     )
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     phantom = commands.add_parser("phantom", help="draw DICOM chest phantoms of several sites, with labelled findings")
@@ -51,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
 def _progress(title: str) -> tuple[object, Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
     task = bar.add_task(title)
     return bar, lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -97,6 +100,10 @@ def _recipe(given: argparse.Namespace) -> int:
         return 0
     from chexfound.journal import write_text
 
+    if not given.toml.endswith(".toml"):
+        raise ConfigError(
+            f"--toml {given.toml!r}: the name must end in .toml; Flower reads any other as key=value text"
+        )
     write_text(Path(given.toml), recipes.to_run_config(resolved))
     print(f"wrote {given.toml}; run it with: flwr run . NAME --stream -c {given.toml}")
     return 0

@@ -22,12 +22,14 @@ from torch import Tensor
 import chexfound
 from chexfound import recipe as recipes
 from chexfound.adapt import features
-from chexfound.adapt.train import HeadTrainer, build_head, predict, trainable_findings
+from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
 from chexfound.data.split import View
 from chexfound.errors import DataError, ProtocolError
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.model import checkpoint, vit
-from chexfound.pretrain.train import Pretrainer, load_tensors
+from chexfound.model.checkpoint import load_tensors
+from chexfound.model.glori import build_head
+from chexfound.pretrain.train import Pretrainer
 from chexfound.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]  # phase, done, of how many

@@ -19,10 +19,10 @@ from torch import Tensor
 from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.adapt import features
-from chexfound.adapt.train import build_head
 from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolError
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
+from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights

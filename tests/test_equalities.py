@@ -4,9 +4,10 @@ K sites hold disjoint shards of one batch.  Each takes one step of SGD from the 
 (`strategies.aggregate.Fold`) averages them with the numbers of images as weights.  A second model
 takes one step with the whole batch.
 
-1. Heads, BCE over the known labels divided by a constant (the batch size): equal to 1e-6, for both
-   heads and shards of unequal size.  Divided by the number of known labels, which differs from
-   shard to shard, the two steps are not equal: masked means do not add up.
+1. Heads, whose loss is a mean over images: equal to 1e-6, for both heads and shards of unequal size.
+   The mean over all known labels, whose divisor differs from shard to shard, does not add up.  Nor do
+   a finding's rows when they are averaged by its labelled images, as FedAvg does so that a site without
+   the finding cannot dilute it; where every image has every label the two weights are the same.
 2. The SSL step, with softmax centering at one centre, KoLeo 0, no batch-centred bottleneck, no drop
    path, no clipping, crops and masks fixed per image: equal to 1e-6, for one loss alone and for both.
    The EMA teacher is linear in the student, so the mean of the sites' teachers is equal too.
@@ -24,14 +25,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chexfound import recipe as recipes
 from chexfound.adapt.train import build_head, masked_bce
+from chexfound.phases import Reply
 from chexfound.pretrain.meta_arch import Batch
 from chexfound.pretrain.train import Pretrainer, make_batch
 from chexfound.recipe import ARCHS, Recipe
 from strategies.aggregate import Fold
+from strategies.fedavg import FedAvg
 
 SHARDS = ([0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11])  # of 12 images: 4, 2 and 6
 TOLERANCE = 1e-6  # of any weight
@@ -97,45 +101,79 @@ def step_difference(federated: Tensors, centralized: Tensors, start: Tensors) ->
 # --- 1: heads
 
 
-def head_step(recipe: Recipe, rows: Sequence[int], divisor: Callable[[int], float | None]) -> tuple[Tensors, Tensors]:
+def mean_over_all_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    known = labels >= 0
+    loss = F.binary_cross_entropy_with_logits(logits, labels.clamp_min(0).float(), reduction="none")
+    return (loss * known).sum() / known.sum()
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def head_labels(*, complete: bool = False) -> Tensor:
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0 if complete else -1, 2, (12, 3)))
+    if not complete:
+        labels[::3, 1:] = -1  # some images with one label, some with three
+        labels[:, 0] = torch.arange(12) % 2
+    return labels
+
+
+def head_step(recipe: Recipe, rows: Sequence[int], criterion: Loss, labels: Tensor) -> tuple[Tensors, Tensors]:
     """Weights before and after one SGD step on the given images."""
     generator = np.random.default_rng(0)
     patches = torch.from_numpy(generator.normal(size=(12, 4, 48)).astype(np.float32))
     cls = torch.from_numpy(generator.normal(size=(12, 48)).astype(np.float32))
-    labels = torch.from_numpy(generator.integers(-1, 2, (12, 3)))
     head: nn.Module = build_head(recipe, 3)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=0.5)
-    loss = masked_bce(head([patches[rows]], [cls[rows]]), labels[rows], divisor=divisor(len(rows)))
-    loss.backward()
+    criterion(head([patches[rows]], [cls[rows]]), labels[rows]).backward()
     optimizer.step()
     return before, {name: tensor.clone() for name, tensor in head.state_dict().items()}
 
 
-def both_head_steps(kind: str, divisor: Callable[[int], float | None]) -> tuple[Tensors, Tensors, Tensors]:
-    recipe = recipes.load("demo", {**SMALL, "adapt.head": kind})
-    start, centralized = head_step(recipe, range(12), divisor)
-    federated = fedavg([head_step(recipe, shard, divisor)[1] for shard in SHARDS], start)
+def both_head_steps(kind: str, criterion: Loss) -> tuple[Tensors, Tensors, Tensors]:
+    recipe, labels = recipes.load("demo", {**SMALL, "adapt.head": kind}), head_labels()
+    start, centralized = head_step(recipe, range(12), criterion, labels)
+    federated = fedavg([head_step(recipe, shard, criterion, labels)[1] for shard in SHARDS], start)
     return start, federated, centralized
 
 
 @pytest.mark.parametrize("kind", ["linear", "glori"])
-def test_1_heads_with_a_constant_divisor_are_equal(kind):
-    start, federated, centralized = both_head_steps(kind, lambda n: float(n))
+def test_1_heads_are_equal(kind):
+    start, federated, centralized = both_head_steps(kind, masked_bce)
     assert largest(centralized, start) > 1e-2
     assert largest(federated, centralized) < TOLERANCE
     assert step_difference(federated, centralized, start) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", ["linear", "glori"])
-def test_1_masked_means_do_not_add_up(kind, capsys):
-    start, federated, centralized = both_head_steps(kind, lambda n: None)
+def test_1_means_over_all_labels_do_not_add_up(kind, capsys):
+    start, federated, centralized = both_head_steps(kind, mean_over_all_labels)
     difference = step_difference(federated, centralized, start)
     with capsys.disabled():
-        print(f"\n  masked mean instead of a sum, {kind} head: the step differs by {100 * difference:.1f} %")
+        print(f"\n  mean over all labels of a batch, {kind} head: the step differs by {100 * difference:.1f} %")
+    assert difference > 0.01
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "glori"])
+def test_1_rows_averaged_by_their_finding_s_labels(kind, complete, capsys):
+    recipe, labels = recipes.load("demo", {**SMALL, "adapt.head": kind}), head_labels(complete=complete)
+    start, centralized = head_step(recipe, range(12), masked_bce, labels)
+    average = FedAvg("adapt", 3, build_head(recipe, 3).row_parameters)
+    for shard in SHARDS:
+        labelled = (labels[shard] >= 0).sum(0).tolist()
+        tensors = head_step(recipe, shard, masked_bce, labels)[1]
+        average.add(Reply(tensors=tensors, values={"images": len(shard), "labelled": labelled}))
+    difference = step_difference(average.result(start), centralized, start)
+    if complete:
+        assert difference < ROUNDING
+        return
+    with capsys.disabled():
+        print(f"\n  rows averaged by their finding's labels, {kind} head: the step differs by {100 * difference:.1f} %")
     assert difference > 0.01
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from chexfound.adapt import features
-from chexfound.adapt.train import HeadTrainer, build_head, trainable_findings
+from chexfound.adapt.train import HeadTrainer, trainable_findings
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.model import checkpoint, vit
-from chexfound.pretrain.train import Pretrainer, load_tensors
+from chexfound.model.checkpoint import load_tensors
+from chexfound.model.glori import build_head
+from chexfound.pretrain.train import Pretrainer
 from server.run import Run
 
 

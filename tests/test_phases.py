@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from chexfound import phases
-from chexfound.adapt.train import build_head
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, DataError, ProtocolError
 from chexfound.model import checkpoint
+from chexfound.model.glori import build_head
 from chexfound.phases import Request, Site
 from chexfound.pretrain.train import initial_weights
 

@@ -14,45 +14,27 @@ from chexfound import rng
 from chexfound.adapt.features import Features, tokens
 from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import DataError
-from chexfound.model.glori import GLoRI
-from chexfound.model.heads import LinearHead
+from chexfound.model.checkpoint import load_tensors
+from chexfound.model.glori import build_head
 from chexfound.model.vit import VisionTransformer
 from chexfound.pretrain import optimizer
 from chexfound.pretrain.schedules import cosine
-from chexfound.pretrain.train import Progress, load_tensors
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.pretrain.train import Progress
+from chexfound.recipe import Recipe
 
 
-def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
-    """The recipe's head, with fresh weights that depend on the seed alone."""
-    config, dim = recipe.adapt, ARCHS[recipe.student.arch][0]
-    with rng.torch_stream(recipe.seed, "init", "adapt"):
-        if config.head == "linear":
-            return LinearHead(n_findings, dim, config.n_last_blocks, stats=config.glori_stats)
-        return GLoRI(
-            n_findings,
-            dim,
-            config.n_last_blocks,
-            embed_dim=config.glori_dim,
-            heads=config.glori_heads,
-            ffn_dim=config.glori_ffn_dim,
-            dropout=config.dropout,
-            cls=config.glori_cls,
-            stats=config.glori_stats,
-            positions=(recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
-        )
-
-
-def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0, divisor: float | None = None) -> Tensor:
+def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Binary cross entropy over the known labels: logits (B, F), labels (B, F) in {1, 0, −1 = unknown}.
 
-    The mean over the known labels, or their sum over `divisor`: masked means do not add up over
-    shards, sums over a constant do.
+    The mean over an image's known labels, then over all B images; one without any counts as 0.  So every
+    image weighs the same, however many findings its source labels, and the losses of shards, weighted by
+    their images, add up to that of the whole (the mean over all known labels of a batch would not:
+    its divisor differs from shard to shard).
     """
     known = labels >= 0
     targets = labels.clamp_min(0).float() * (1 - smoothing) + smoothing / 2
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * known
-    return loss.sum() / (known.sum().clamp_min(1) if divisor is None else divisor)
+    return (loss.sum(1) / known.sum(1).clamp_min(1)).mean()
 
 
 def trainable_findings(labels: np.ndarray) -> np.ndarray:

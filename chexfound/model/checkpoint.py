@@ -11,7 +11,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
 from chexfound.journal import replace_file
@@ -67,3 +67,28 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors with `prefix` before their names."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[str]) -> None:
+    """Copy tensors into a module's state, all or none.
+
+    Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
+    """
+    state = module.state_dict()
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted(set(tensors) - set(expected))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for name in expected:
+        if tensors[name].shape != state[name].shape or tensors[name].dtype != state[name].dtype:
+            raise CheckpointError(
+                f"weights do not fit: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"not {state[name].dtype} {tuple(state[name].shape)}"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise CheckpointError(f"weights do not fit: {name} holds a value that is not finite")
+    with torch.no_grad():
+        for name in expected:
+            state[name].copy_(tensors[name])

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chexfound.model.heads import Standardize, token_statistics
+from chexfound import rng
+from chexfound.model.heads import LinearHead, Standardize, token_statistics
+from chexfound.recipe import ARCHS, Recipe
 
 
 class DecoderLayer(nn.Module):
@@ -102,3 +104,23 @@ class GLoRI(nn.Module):
         if pooled:  # the same for every finding: multiply once instead of repeating it F times
             logits = logits + F.linear(self.drop(torch.cat(pooled, dim=-1)), weight[:, x.shape[-1] :])
         return (logits, attention) if return_attention else logits
+
+
+def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
+    """The recipe's head, with fresh weights that depend on the seed alone."""
+    config, dim = recipe.adapt, ARCHS[recipe.student.arch][0]
+    with rng.torch_stream(recipe.seed, "init", "adapt"):
+        if config.head == "linear":
+            return LinearHead(n_findings, dim, config.n_last_blocks, stats=config.glori_stats)
+        return GLoRI(
+            n_findings,
+            dim,
+            config.n_last_blocks,
+            embed_dim=config.glori_dim,
+            heads=config.glori_heads,
+            ffn_dim=config.glori_ffn_dim,
+            dropout=config.dropout,
+            cls=config.glori_cls,
+            stats=config.glori_stats,
+            positions=(recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
+        )

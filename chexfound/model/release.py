@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from chexfound import recipe as recipes
-from chexfound.adapt.train import build_head
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.journal import write_json, write_text
 from chexfound.model import checkpoint, vit
-from chexfound.pretrain.train import load_tensors
+from chexfound.model.checkpoint import load_tensors
+from chexfound.model.glori import build_head
 from chexfound.recipe import Recipe
 
 FORMAT = 1

@@ -13,7 +13,8 @@ from torch import Tensor
 from chexfound import rng
 from chexfound.data import augment
 from chexfound.data.sampler import EndlessSampler
-from chexfound.errors import CheckpointError, DataError
+from chexfound.errors import DataError
+from chexfound.model.checkpoint import load_tensors
 from chexfound.pretrain import masking, optimizer, schedules
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.recipe import ARCHS, Recipe
@@ -161,28 +162,3 @@ class Pretrainer:
         self.optimizer.step()
         self.model.update_teacher(values.momentum)
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-
-
-def load_tensors(module: torch.nn.Module, tensors: dict[str, Tensor], expected: list[str]) -> None:
-    """Copy tensors into a module's state, all or none.
-
-    Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
-    """
-    state = module.state_dict()
-    missing = sorted(set(expected) - set(tensors))
-    unexpected = sorted(set(tensors) - set(expected))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
-        )
-    for name in expected:
-        if tensors[name].shape != state[name].shape or tensors[name].dtype != state[name].dtype:
-            raise CheckpointError(
-                f"weights do not fit: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, "
-                f"not {state[name].dtype} {tuple(state[name].shape)}"
-            )
-        if not torch.isfinite(tensors[name]).all():
-            raise CheckpointError(f"weights do not fit: {name} holds a value that is not finite")
-    with torch.no_grad():
-        for name in expected:
-            state[name].copy_(tensors[name])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError, DataError
+from chexfound.model.checkpoint import load_tensors
 from chexfound.pretrain import train
-from chexfound.pretrain.train import Pretrainer, initial_weights, load_tensors, make_batch
+from chexfound.pretrain.train import Pretrainer, initial_weights, make_batch
 from chexfound.recipe import Recipe
 
 Small = Callable[..., Recipe]

@@ -1,0 +1,125 @@
+"""How much a frozen backbone knows: a logistic probe, cross-validated over the patients that are not test patients.
+
+    python benchmarks/backbone_probe.py --run OUT [--finding Pneumonia] [--json]
+
+OUT is a simulation's folder.  For each seed and arm, and for the random weights that all arms start
+from: the last blocks' CLS tokens and patch statistics, standardised, a logistic regression (C 0.003)
+trained on all sites that have both classes, five folds by patient, the mean of three partitions; AUROC
+by site.  The test patients are not looked at, so settings of pretraining may be chosen by it, and it
+has several times the images that the validation patients have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chexfound import rng
+from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.machine import RUN_PACKAGES, benchmark_line
+
+PARTITIONS, FOLDS, C = 3, 5, 0.003
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="a simulation's folder")
+    parser.add_argument("--finding", default="Pneumonia")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    options = parser.parse_args()
+    try:
+        for row in measure(options.run, options.finding):
+            if options.json:
+                print(benchmark_line("backbone_probe", RUN_PACKAGES, **row), flush=True)
+            else:
+                print(
+                    f"seed {row['seed']}  {row['arm']:<28} {row['tested_on']:<24} AUROC {row['auroc']:.3f}", flush=True
+                )
+    except ChexfoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def measure(out: Path, finding: str) -> Any:
+    """Yield a row for each seed, arm and site."""
+    import torch
+
+    from chexfound.data.split import View
+    from chexfound.data.store import Store
+    from chexfound.model import checkpoint
+    from chexfound.pretrain.train import initial_weights
+    from chexfound.recipe import changed, validate
+    from sim.partition import partition
+    from sim.simulate import Options
+
+    options = Options.read(out)
+    recipe = validate(options.recipe, str(out))
+    torch.set_num_threads(recipe.threads)
+    store = Store.open(out / "store" if (out / "store").is_dir() else Path(options.data))
+    if finding not in store.findings:
+        raise ConfigError(f"--finding {finding!r}: no image has a label for it; there are {', '.join(store.findings)}")
+    views = [View.of(store, name, keys) for name, keys in partition(store, options.by, options.seeds[0]).sites.items()]
+    for seed in options.seeds:
+        seeded = changed(recipe, seed=seed)
+        arms = {"random weights": checkpoint.with_prefix(initial_weights(seeded), "student.backbone.")}
+        for path in sorted((out / "work" / f"seed-{seed}").glob("*/model.safetensors")):
+            if path.parent.name not in ("random", "shuffled"):  # the same backbones again
+                arms[path.parent.name] = checkpoint.with_prefix(checkpoint.load(path), "backbone.")
+        held = [_not_tested(view, seeded, finding) for view in views]
+        held = [(name, ids) for name, ids in held if len(np.unique(store.labels(ids, [finding]))) == 2]
+        for arm, tensors in arms.items():
+            for (name, ids), score in zip(
+                held, _probe(seeded, tensors, store, [i for _, i in held], finding), strict=True
+            ):
+                yield {"seed": seed, "arm": arm, "tested_on": name, "finding": finding, "n": len(ids), "auroc": score}
+
+
+def _not_tested(view: Any, recipe: Any, finding: str) -> tuple[str, np.ndarray]:
+    test = set(view.split(recipe.seed, recipe.split, "test").tolist())
+    ids = np.array([place for place in view.ids.tolist() if place not in test], np.int64)
+    return view.name, ids[view.store.labels(ids, [finding])[:, 0] >= 0]
+
+
+def _probe(recipe: Any, tensors: dict[str, Any], store: Any, groups: list[np.ndarray], finding: str) -> list[float]:
+    """AUROC of each group's out-of-fold scores."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    from chexfound.adapt.features import tokens
+    from chexfound.evaluate.metrics import auroc
+    from chexfound.model import vit
+    from chexfound.model.checkpoint import load_tensors
+    from chexfound.model.heads import token_statistics
+
+    backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+    load_tensors(backbone, tensors, list(backbone.state_dict()))
+    ids = np.concatenate(groups)
+    patches, cls = tokens(backbone, store.pixels(ids), recipe.adapt.n_last_blocks)
+    features = np.concatenate([cls, token_statistics(torch.from_numpy(patches)).numpy()], axis=1)
+    labels = store.labels(ids, [finding])[:, 0]
+    scores = np.zeros(len(ids))
+    for turn in range(PARTITIONS):
+        fold = np.array(
+            [int(FOLDS * rng.unit_interval(recipe.seed, "probe", turn, store.keys[place])) for place in ids]
+        )
+        part = np.zeros(len(ids))
+        for number in range(FOLDS):
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=3000))
+            with threadpool_limits(1):
+                model.fit(features[fold != number], labels[fold != number])
+                part[fold == number] = model.decision_function(features[fold == number])
+        scores += part
+    bounds = np.cumsum([0, *(len(group) for group in groups)])
+    return [float(auroc(labels[a:b], scores[a:b])) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
