@@ -98,7 +98,7 @@ class HeadTrainer:
     ) -> list[dict[str, Any]]:
         """Take global steps first_step … first_step + steps − 1; one row (step, loss) a step.
 
-        Raises: DataError if no image is labelled, or the loss is not finite.
+        Raises: DataError if no image is labelled, or loss or gradient is not finite (nothing was updated by it).
         """
         if not len(self.labelled):
             raise DataError("no labelled training image: this site cannot train a head")
