@@ -84,7 +84,7 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
         axes = figure.add_axes((90 / WIDTH, bottom / height, 196 / WIDTH, 1 - (top + bottom) / height))
         axes.set(xlim=(low, 1.0), ylim=(rows[-1] + 0.5, -0.5), yticks=[])
         step = 0.1 if low >= 0.4 else 0.2
-        ticks = np.arange(np.ceil(low / step - 1e-9) * step, 1.001, step)
+        ticks = np.arange(np.ceil(low / step - 1e-9) * step, 1.001, step) + 0.0  # + 0.0: no tick at −0
         _bare(axes, ticks, [f"{tick:.1f}" for tick in ticks])
         axes.axvline(0.5, color=ROLES["muted"], linewidth=1, dashes=(3, 3), zorder=1)
         axes.set_xlabel("AUROC (0.5: chance, 1: perfect)", fontsize=11, color=ROLES["muted"], labelpad=3)
