@@ -181,6 +181,7 @@ class Adapt:
     glori_ffn_dim: Positive = 192
     glori_cls: bool = True  # concatenate the CLS tokens of the last blocks
     glori_stats: bool = True  # concatenate mean, deviation and maximum over the patch tokens
+    glori_grid: Count = 4  # concatenate the mean of each of so many by so many cells of the image; 0: none
     glori_positions: bool = True  # add position embeddings to the memory
 
     @property

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chexfound import rng
-from chexfound.model.heads import LinearHead, Standardize, token_statistics
+from chexfound.model.heads import LinearHead, Standardize, grid_means, token_statistics
 from chexfound.recipe import ARCHS, Recipe
 
 
@@ -45,8 +45,8 @@ class GLoRI(nn.Module):
     """Global and local representations integration.
 
     The queries are random and never trained, so they must be the same at every site: they come
-    from the coordinator's first weights and travel with the head.  `cls`, `stats`, `positions` and
-    the standardisation of the tokens are ours, for small backbones; all off is the paper's head.
+    from the coordinator's first weights and travel with the head.  `cls`, `stats`, `grid`,
+    `positions` and the standardisation of the tokens are ours, for small backbones; all off is the paper's head.
 
     Per-finding parameters: `query_embed.weight` (F, E), `duplicate_pooling` (F, channels) and
     `duplicate_pooling_bias` (F); a finding's rows are averaged over the sites that label it.
@@ -66,19 +66,20 @@ class GLoRI(nn.Module):
         dropout: float = 0.1,
         cls: bool = False,
         stats: bool = False,
+        grid: int = 0,
         positions: int = 0,
     ) -> None:
         super().__init__()
         memory = dim * n_blocks
-        self.use_cls, self.use_stats = cls, stats
+        self.use_cls, self.use_stats, self.grid = cls, stats, grid
         self.token_norm, self.cls_norm = Standardize(memory), Standardize(memory)
         self.embed_standart = nn.Linear(memory, embed_dim)
         self.position_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if positions else None
         self.query_embed = nn.Embedding(n_findings, embed_dim)
         self.query_embed.weight.requires_grad_(False)
         self.layers = nn.ModuleList([DecoderLayer(embed_dim, heads, ffn_dim, dropout)])
-        channels = embed_dim + memory * (int(cls) + 3 * int(stats))
-        self.drop = nn.Dropout(dropout) if cls or stats else nn.Identity()
+        channels = embed_dim + memory * (int(cls) + 3 * int(stats) + grid**2)
+        self.drop = nn.Dropout(dropout) if channels > embed_dim else nn.Identity()
         self.duplicate_pooling = nn.Parameter(torch.empty(n_findings, channels))
         self.duplicate_pooling_bias = nn.Parameter(torch.zeros(n_findings))
         nn.init.xavier_normal_(self.duplicate_pooling)
@@ -99,6 +100,8 @@ class GLoRI(nn.Module):
             pooled.append(self.cls_norm(torch.cat(list(cls), dim=-1)))
         if self.use_stats:
             pooled.append(token_statistics(tokens))
+        if self.grid:
+            pooled.append(grid_means(tokens, self.grid))
         weight = self.duplicate_pooling
         logits = (x * weight[:, : x.shape[-1]]).sum(-1) + self.duplicate_pooling_bias
         if pooled:  # the same for every finding: multiply once instead of repeating it F times
@@ -111,7 +114,7 @@ def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
     config, dim = recipe.adapt, ARCHS[recipe.student.arch][0]
     with rng.torch_stream(recipe.seed, "init", "adapt"):
         if config.head == "linear":
-            return LinearHead(n_findings, dim, config.n_last_blocks, stats=config.glori_stats)
+            return LinearHead(n_findings, dim, config.n_last_blocks, stats=config.glori_stats, grid=config.glori_grid)
         return GLoRI(
             n_findings,
             dim,
@@ -122,5 +125,6 @@ def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
             dropout=config.dropout,
             cls=config.glori_cls,
             stats=config.glori_stats,
+            grid=config.glori_grid,
             positions=(recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,12 @@ def token_statistics(patches: Tensor) -> Tensor:
     return torch.cat([patches.mean(1), patches.std(1, correction=0), patches.amax(1)], dim=-1)
 
 
+def grid_means(patches: Tensor, side: int) -> Tensor:
+    """Mean over each of side × side cells of a square image, channel by channel: (B, P, D) to (B, D·side²)."""
+    rows = math.isqrt(patches.shape[1])
+    return F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, (rows, rows)), side).flatten(1)
+
+
 class Standardize(nn.Module):
     """Per-channel standardisation by moments that are given, not learned: they come from all sites."""
 
@@ -88,17 +95,17 @@ class Standardize(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Logistic regression on the CLS tokens (and, if asked, patch statistics) of the last blocks.
+    """Logistic regression on the CLS tokens (and, if asked, patch statistics and a grid of means) of the last blocks.
 
     Per-finding parameters: `weight` (F, channels) and `bias` (F).
     """
 
     row_parameters = ("weight", "bias")
 
-    def __init__(self, n_findings: int, dim: int, n_blocks: int, *, stats: bool = True) -> None:
+    def __init__(self, n_findings: int, dim: int, n_blocks: int, *, stats: bool = True, grid: int = 0) -> None:
         super().__init__()
-        channels = dim * n_blocks * (4 if stats else 1)
-        self.stats = stats
+        channels = dim * n_blocks * (1 + 3 * int(stats) + grid**2)
+        self.stats, self.grid = stats, grid
         self.token_norm = Standardize(dim * n_blocks)
         self.cls_norm = Standardize(dim * n_blocks)
         self.weight = nn.Parameter(torch.zeros(n_findings, channels))
@@ -107,6 +114,9 @@ class LinearHead(nn.Module):
     def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor]) -> Tensor:
         """Patch tokens n × (B, P, D) and CLS n × (B, D) of the last blocks to logits (B, F)."""
         features = [self.cls_norm(torch.cat(list(cls), dim=-1))]
+        tokens = self.token_norm(torch.cat(list(patches), dim=-1))
         if self.stats:
-            features.append(token_statistics(self.token_norm(torch.cat(list(patches), dim=-1))))
+            features.append(token_statistics(tokens))
+        if self.grid:
+            features.append(grid_means(tokens, self.grid))
         return F.linear(torch.cat(features, dim=-1), self.weight, self.bias)

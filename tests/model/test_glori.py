@@ -87,7 +87,7 @@ def build(**values: object) -> GLoRI:
 def tokens(seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return (
-        [torch.randn(5, 6, 8, generator=generator) for _ in range(2)],
+        [torch.randn(5, 9, 8, generator=generator) for _ in range(2)],
         [torch.randn(5, 8, generator=generator) for _ in range(2)],
     )
 
@@ -105,7 +105,7 @@ def test_without_positions_the_order_of_patches_does_not_matter():
     turned = [tensor.flip(1) for tensor in patches]
     plain = build(stats=True)
     assert torch.allclose(plain(patches, cls), plain(turned, cls), atol=1e-5)
-    placed = build(positions=6)
+    placed = build(positions=9)
     with torch.no_grad():
         placed.position_embed.normal_()  # type: ignore[union-attr]
     assert not torch.allclose(placed(patches, cls), placed(turned, cls), atol=1e-3)
@@ -123,13 +123,15 @@ def test_a_finding_s_logit_hangs_on_its_own_rows_only():
     assert not torch.allclose(before[:, 1], after[:, 1], atol=1e-3)
 
 
-def test_global_tokens_and_statistics_are_concatenated():
+@pytest.mark.parametrize("grid", [0, 1])
+def test_global_tokens_and_statistics_are_concatenated(grid):
     """The product in two parts equals the product with what the paper concatenates."""
-    head, (patches, cls) = build(cls=True, stats=True), tokens()
+    head, (patches, cls) = build(cls=True, stats=True, grid=grid), tokens()
     joined = torch.cat(patches, -1)
     memory = torch.relu(head.embed_standart(joined))
     x, _ = head.layers[0](head.query_embed.weight.expand(5, -1, -1), memory, False)
-    pooled = torch.cat([*cls, joined.mean(1), joined.std(1, correction=0), joined.amax(1)], -1)
+    cells = [joined.mean(1)] * grid
+    pooled = torch.cat([*cls, joined.mean(1), joined.std(1, correction=0), joined.amax(1), *cells], -1)
     channels = torch.cat([x, pooled[:, None].expand(-1, 3, -1)], -1)
     expected = (channels * head.duplicate_pooling).sum(-1) + head.duplicate_pooling_bias
     assert torch.allclose(head(patches, cls), expected, atol=1e-5)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chexfound.model.heads import DINOHead, LinearHead, Prototypes, Standardize, token_statistics
+from chexfound.model.heads import DINOHead, LinearHead, Prototypes, Standardize, grid_means, token_statistics
 
 torch.set_num_threads(1)
 
@@ -92,18 +92,29 @@ def test_standardize_by_hand():
     assert not list(layer.parameters())
 
 
-@pytest.mark.parametrize("stats", [True, False])
-def test_a_linear_head_by_hand(stats):
-    model = LinearHead(2, 3, 2, stats=stats)
+def test_grid_means_keep_the_place():
+    """4 × 4 patches in 2 × 2 cells: each the mean of its quarter, channel by channel."""
+    quarters = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    patches = torch.stack([quarters.flatten(), 10 * quarters.flatten()], dim=-1)[None]  # (1, 16, 2)
+    assert torch.equal(grid_means(patches, 2), torch.tensor([[1.0, 2, 3, 4, 10, 20, 30, 40]]))
+    assert torch.equal(grid_means(patches, 1), patches.mean(1))
+    assert grid_means(patches, 3).shape == (1, 18)  # cells overlap where they do not divide
+
+
+@pytest.mark.parametrize(("stats", "grid"), [(True, 0), (False, 0), (True, 2)])
+def test_a_linear_head_by_hand(stats, grid):
+    model = LinearHead(2, 3, 2, stats=stats, grid=grid)
     generator = torch.Generator().manual_seed(0)
-    patches = [torch.randn(4, 5, 3, generator=generator) for _ in range(2)]
+    patches = [torch.randn(4, 4, 3, generator=generator) for _ in range(2)]
     cls = [torch.randn(4, 3, generator=generator) for _ in range(2)]
     assert not model(patches, cls).any()  # starts at probability one half
     with torch.no_grad():
         model.weight.normal_(generator=generator)
         model.bias.normal_(generator=generator)
     joined = torch.cat(patches, -1)
-    parts = [*cls, joined.mean(1), joined.std(1, correction=0), joined.amax(1)] if stats else cls
+    parts = [*cls, joined.mean(1), joined.std(1, correction=0), joined.amax(1)] if stats else [*cls]
+    if grid:
+        parts.append(joined.transpose(1, 2).flatten(1))  # a cell is a patch here
     expected = torch.cat(parts, -1) @ model.weight.T + model.bias
     assert torch.allclose(model(patches, cls), expected, atol=1e-5)
     assert all(model.state_dict()[name].shape[0] == 2 for name in model.row_parameters)
