@@ -41,42 +41,8 @@ def write(
     write_text(out / "recipe.yaml", recipes.to_yaml(plan.recipe))
     trained = [arm for arm in arms if arm not in FITTED_ARMS]
     judged = "adapt" in plan.recipe.phases and "evaluate" in plan.recipe.phases
-    scores = [compare.all_scores(one, arms) if judged else {} for one in plans]
-    figures = [compare.figures(one, by_arm) for one, by_arm in zip(plans, scores, strict=True)]
-    hashes = [{arm: finished(one, arm)["model_sha256"] for arm in trained} for one in plans]
-    phase_seconds, moved = result.costs(plan.arm_folder("federated")) if "federated" in arms else ({}, {})
-    results, differences, comparisons = figures[0]
-    over_seeds, others_over_seeds = compare.over_seeds(plans, scores)
-    metrics: dict[str, Any] = {
-        "schema": SCHEMA,
-        "seed": plan.recipe.seed,
-        "sites": list(plan.sites),
-        "findings": list(plan.recipe.adapt.findings or ()),
-        "results": results,
-        "differences": differences,
-        "model_sha256": hashes[0],
-        "seconds": {f"federated/{phase}": value for phase, value in phase_seconds.items()} | seconds,
-        "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
-        "comparisons": comparisons,
-        "replicates": [
-            {
-                "seed": one.recipe.seed,
-                "results": rows[0],
-                "differences": rows[1],
-                "comparisons": rows[2],
-                "model_sha256": sha,
-            }
-            for one, rows, sha in list(zip(plans, figures, hashes, strict=True))[1:]
-        ],
-        "across_seeds": over_seeds,
-        "comparisons_across_seeds": others_over_seeds,
-        "not_trained": list(not_trained),
-        "void": None,
-        "notes": list(notes),
-        "machine": machine(),
-        "versions": versions(*RUN_PACKAGES),
-        "date": datetime.date.today().isoformat(),
-    }
+    metrics = _metrics(plans, arms, judged) | {"not_trained": list(not_trained), "notes": list(notes)}
+    metrics["seconds"] |= seconds
     write_json(out / "metrics.json", metrics)
     _write_history(out, plan, trained)
     _write_sites(out, plan)
@@ -89,6 +55,41 @@ def write(
     from chexfound.report.build import build
 
     return build(out)
+
+
+def _metrics(plans: Sequence[Plan], arms: Sequence[str], judged: bool) -> dict[str, Any]:
+    """All figures: the first seed's at the top, the others' under `replicates`."""
+    plan = plans[0]
+    scores = [compare.all_scores(one, arms) if judged else {} for one in plans]
+    by_seed = []
+    for one, by_arm in zip(plans, scores, strict=True):
+        results, differences, comparisons = compare.figures(one, by_arm)
+        by_seed.append(
+            {
+                "seed": one.recipe.seed,
+                "results": results,
+                "differences": differences,
+                "comparisons": comparisons,
+                "model_sha256": {arm: finished(one, arm)["model_sha256"] for arm in arms if arm not in FITTED_ARMS},
+            }
+        )
+    over_seeds, others_over_seeds = compare.over_seeds(plans, scores)
+    phase_seconds, moved = result.costs(plan.arm_folder("federated")) if "federated" in arms else ({}, {})
+    return {
+        "schema": SCHEMA,
+        "sites": list(plan.sites),
+        "findings": list(plan.recipe.adapt.findings or ()),
+        **by_seed[0],
+        "replicates": by_seed[1:],
+        "across_seeds": over_seeds,
+        "comparisons_across_seeds": others_over_seeds,
+        "seconds": {f"federated/{phase}": value for phase, value in phase_seconds.items()},
+        "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
+        "void": None,
+        "machine": machine(),
+        "versions": versions(*RUN_PACKAGES),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _write_history(out: Path, plan: Plan, arms: Sequence[str]) -> None:

@@ -75,7 +75,8 @@ def token_statistics(patches: Tensor) -> Tensor:
 def grid_means(patches: Tensor, side: int) -> Tensor:
     """Mean over each of side × side cells of a square image, channel by channel: (B, P, D) to (B, D·side²)."""
     rows = math.isqrt(patches.shape[1])
-    return F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, (rows, rows)), side).flatten(1)
+    places = patches.transpose(1, 2).reshape(len(patches), -1, rows, rows)
+    return F.adaptive_avg_pool2d(places, side).flatten(1)
 
 
 class Standardize(nn.Module):
