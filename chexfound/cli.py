@@ -55,7 +55,7 @@ def _progress(title: str) -> tuple[object, Callable[[int, int], None]]:
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
-    task = bar.add_task(title)
+    task = bar.add_task(title, total=None)
     return bar, lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -92,7 +92,7 @@ def _recipe(given: argparse.Namespace) -> int:
 
     if not given.recipe:
         for name in recipes.presets():
-            print(name)
+            print(f"{name:<8} {recipes.about(name)}")
         return 0
     resolved = recipes.load(given.recipe, recipes.parse_overrides(given.set))
     if not given.toml:

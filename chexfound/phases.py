@@ -250,7 +250,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     save_scores(site.home / "scores.npz", scores)
     rows = result_rows(
         "federated",
-        "federated",
+        "all sites, federated",
         site.name,
         scores,
         recipe.evaluate.bootstrap_samples,

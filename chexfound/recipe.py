@@ -258,6 +258,11 @@ def presets() -> list[str]:
     )
 
 
+def about(preset: str) -> str:
+    """What a preset is for: the first line of its file."""
+    return _read(preset)[0].partition("\n")[0].removeprefix("# ")
+
+
 def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a preset by name, or a YAML file by path, and apply overrides such as {"train.rounds": 3}.
 
@@ -395,9 +400,10 @@ def site_batch_size(phase: Train | Adapt, n_sites: int, section: str) -> int:
         return phase.batch_size
     assert phase.pooled_batch_size is not None
     if phase.pooled_batch_size % n_sites:
+        near = -(-phase.pooled_batch_size // n_sites) * n_sites
         raise ConfigError(
             f"{section}.pooled_batch_size {phase.pooled_batch_size} cannot be divided equally among {n_sites} sites; "
-            f"choose a multiple of {n_sites}, or give {section}.batch_size and set {section}.pooled_batch_size to null"
+            f"choose a multiple of {n_sites}: --set {section}.pooled_batch_size={near}"
         )
     return phase.pooled_batch_size // n_sites
 

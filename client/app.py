@@ -42,8 +42,8 @@ def _answer(message: Message, context: Context, phase: str) -> Reply:
     here = site.site_of(context.node_config, run_recipe.image_px, enrolling=phase == "enrol")
     reply = phases.run(here, run_recipe, request)
     log.info(
-        "phase=%s round=%d step=%d steps=%d site=%s images=%s seconds=%.1f",
-        phase, request.round + 1, request.step, request.steps, here.name,
+        "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
+        phase, request.round + 1, request.step, request.step + request.steps, here.name,
         reply.values.get("images", "-"), time.monotonic() - started,
     )  # fmt: skip
     return reply

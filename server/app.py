@@ -38,6 +38,8 @@ def log_event(event: Event) -> None:
     if event["event"] == "start":
         names = ",".join(member["site"] for member in event["roster"])
         log.info("event=start sites=%d names=%s findings=%d", len(event["roster"]), names, len(event["findings"]))
+    elif event["event"] == "resume":
+        log.info("event=resume pretrain_rounds_done=%d adapt_rounds_done=%d", event["pretrain"], event["adapt"])
     elif event["event"] == "round":
         last = [site["history"][-1]["loss"] for site in event["sites"] if site["history"]]
         loss = sum(last) / len(last) if last else float("nan")

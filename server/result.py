@@ -1,4 +1,4 @@
-"""metrics.json of a run with the federated arm only (a deployed one): the schema is the simulation's."""
+"""What a run with the federated arm only (a deployed one) leaves: as a simulation's, figures and model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from chexfound.journal import read_journal, write_json
 from chexfound.machine import RUN_PACKAGES, machine, versions
+from chexfound.model import release
+from chexfound.model.card import card
 from chexfound.recipe import Recipe
 from server.run import Outcome
 
@@ -57,35 +59,33 @@ def site_rows(recipe: Recipe, roster: list[dict[str, Any]], pretrain_batch: int)
 
 
 def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
-    """Write metrics.json, history.json and sites.json into the run's folder, as the report reads them."""
+    """Write history.json, sites.json, model/ and, last, metrics.json into the run's folder."""
     seconds, moved = costs(folder)
     entries = read_journal(folder / "journal.jsonl")
     write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
     batch = recipe.train.batch_size or (recipe.train.pooled_batch_size or 0) // len(outcome.roster)
     write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"], batch))
-    write_json(
-        folder / "metrics.json",
-        {
-            "schema": SCHEMA,
-            "seed": recipe.seed,
-            "sites": [member.name for member in outcome.roster],
-            "findings": list(outcome.findings),
-            "results": outcome.results,
-            "differences": [],
-            "model_sha256": {"federated": outcome.model_sha256},
-            "seconds": {f"federated/{phase}": value for phase, value in seconds.items()},
-            "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
-            "rounds": {phase: getattr(recipe, section).rounds for phase, section in ROUNDS if phase in recipe.phases},
-            "replicates": [],
-            "across_seeds": [],
-            "not_trained": [],
-            "void": None,
-            "notes": [
-                "A deployed run: the federated arm only. "
-                "Centralized and single-site models would need the pooled images."
-            ],
-            "machine": machine(),
-            "versions": versions(*RUN_PACKAGES),
-            "date": datetime.date.today().isoformat(),
-        },
-    )
+    metrics: dict[str, Any] = {
+        "schema": SCHEMA,
+        "seed": recipe.seed,
+        "sites": [member.name for member in outcome.roster],
+        "findings": list(outcome.findings),
+        "results": outcome.results,
+        "differences": [],
+        "model_sha256": {"federated": outcome.model_sha256},
+        "seconds": {f"federated/{phase}": value for phase, value in seconds.items()},
+        "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
+        "rounds": {phase: getattr(recipe, section).rounds for phase, section in ROUNDS if phase in recipe.phases},
+        "replicates": [],
+        "across_seeds": [],
+        "not_trained": [],
+        "void": None,
+        "notes": ["A deployed run trains the federated arm only; chexfound-sim compares."],
+        "machine": machine(),
+        "versions": versions(*RUN_PACKAGES),
+        "date": datetime.date.today().isoformat(),
+    }
+    patients = sum(member.values["patients"] for member in outcome.roster)
+    text = card(recipe, "federated", outcome.tensors, metrics, patients)
+    release.save(folder / "model", recipe, outcome.findings, outcome.tensors, text)
+    write_json(folder / "metrics.json", metrics)

@@ -19,7 +19,7 @@ from torch import Tensor
 from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.adapt import features
-from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolError
+from chexfound.errors import CheckpointError, ConfigError, DataError, Problems, ProtocolError
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
@@ -56,11 +56,19 @@ class Batches:
 
     @staticmethod
     def of(recipe: Recipe, n_sites: int) -> Batches:
-        """Each site's share of the recipe's work."""
-        return Batches(
-            pretrain=recipes.site_batch_size(recipe.train, n_sites, "train") if "pretrain" in recipe.phases else 0,
-            adapt=recipes.site_batch_size(recipe.adapt, n_sites, "adapt") if "adapt" in recipe.phases else 0,
-        )
+        """Each site's share of the recipe's work.
+
+        Raises: ConfigError with every batch that cannot be divided among the sites.
+        """
+        sizes, problems = {"pretrain": 0, "adapt": 0}, Problems(ConfigError, "recipe")
+        for phase, section in (("pretrain", "train"), ("adapt", "adapt")):
+            try:
+                if phase in recipe.phases:
+                    sizes[phase] = recipes.site_batch_size(getattr(recipe, section), n_sites, section)
+            except ConfigError as error:
+                problems.add(str(error))
+        problems.check()
+        return Batches(**sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +172,8 @@ class Run:
                 f"{self.folder}: this folder holds a run with another {' and '.join(changed)}; "
                 "resume it with the same recipe, sites and images, or choose another folder"
             )
+        elif self.on_event is not None:
+            self.on_event({"event": "resume", **{phase: len(self._rounds(phase)) for phase in ("pretrain", "adapt")}})
 
     def _rounds(self, phase: str) -> list[Event]:
         return [entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase]

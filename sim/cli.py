@@ -116,6 +116,7 @@ def _simulate(given: argparse.Namespace) -> Path:
 
 def _options(given: argparse.Namespace) -> Options:
     from chexfound import recipe as recipes
+    from sim.partition import Rule
     from sim.simulate import ARMS as KNOWN
     from sim.simulate import Options
 
@@ -124,6 +125,7 @@ def _options(given: argparse.Namespace) -> Options:
     data = Path(given.data)
     if not data.is_dir():
         raise ConfigError(f"--data {given.data!r}: no such folder")
+    Rule.parse(given.by or "source")
     recipe = recipes.load(given.recipe or "laptop", recipes.parse_overrides(given.set))
     try:
         seeds = tuple(int(part) for part in given.seeds.split(",")) if given.seeds else (recipe.seed,)

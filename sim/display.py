@@ -16,6 +16,7 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.arm = ""  # whose sites are at work
         self._bars: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("  {task.description:<44}"),
@@ -36,7 +37,8 @@ class Display:
         self._progress.stop()
 
     def update(self, who: str, phase: str, done: int, total: int) -> None:
-        """A site or arm has done `done` of `total` in a phase."""
+        """A site, or a lone arm, has done `done` of `total` in a phase."""
+        who = f"{self.arm}: {who}" if self.arm else who
         key = f"{who} · {phase}"
         if key not in self._bars:
             for old in [name for name in self._bars if name.startswith(f"{who} · ")]:

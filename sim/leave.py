@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
@@ -19,6 +18,7 @@ from chexfound.data.store import Store
 from chexfound.journal import replace_file, write_json, write_text
 from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import checkpoint, release
+from chexfound.model.card import card
 from server import result
 from server.result import SCHEMA
 from server.run import Batches
@@ -223,21 +223,5 @@ def _write_attention(out: Path, plan: Plan) -> None:
 
 def _write_model(out: Path, plan: Plan, arm: str, metrics: dict[str, Any]) -> None:
     tensors = checkpoint.load(plan.arm_folder(arm) / "model.safetensors")
-    card = _card(plan, arm, metrics, sum(t.numel() for name, t in tensors.items() if name.startswith("backbone.")))
-    release.save(out / "model", plan.recipe, plan.recipe.adapt.findings or (), tensors, card)
-
-
-def _card(plan: Plan, arm: str, metrics: dict[str, Any], parameters: int) -> str:
-    """The model card, from sim/card.md.j2."""
-    text = (Path(__file__).parent / "card.md.j2").read_text()
-    template = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True).from_string(text)  # noqa: S701 (Markdown)
-    return template.render(
-        recipe=plan.recipe,
-        arm=arm,
-        parameters=parameters,
-        sites=list(plan.sites),
-        patients=sum(len(patients) for patients in plan.sites.values()),
-        seconds=metrics["seconds"],
-        sha256=metrics["model_sha256"][arm],
-        rows=[row for row in metrics["results"] if row["arm"] == arm],
-    )
+    text = card(plan.recipe, arm, tensors, metrics, sum(len(patients) for patients in plan.sites.values()))
+    release.save(out / "model", plan.recipe, plan.recipe.adapt.findings or (), tensors, text)

@@ -23,6 +23,29 @@ _EXAMPLES = {"source": "source", "site": "site", "iid": "iid:4", "dirichlet": "d
 Groups = dict[str, list[str]]
 
 
+class Rule(NamedTuple):
+    """How patients are dealt: by a form of `--by`, and its numbers."""
+
+    form: str
+    shards: int = 0
+    alpha: float = 0.0
+
+    @staticmethod
+    def parse(by: str) -> Rule:
+        """Read `source`, `site`, `iid:N` or `dirichlet:N:ALPHA`.
+
+        Raises: ConfigError.
+        """
+        form, *numbers = by.split(":")
+        if form in ("source", "site") and not numbers:
+            return Rule(form)
+        if form == "iid" and len(numbers) == 1:
+            return Rule(form, _shards(by, numbers[0]))
+        if form == "dirichlet" and len(numbers) == 2:
+            return Rule(form, _shards(by, numbers[0]), _alpha(by, numbers[1]))
+        raise ConfigError(_unknown(by, form))
+
+
 class Partition(NamedTuple):
     """Site -> its patients ("source/patient", sorted), sites by name; and what the user should be told."""
 
@@ -46,25 +69,24 @@ def partition(store: Store, by: str, seed: int) -> Partition:
 
     Raises: ConfigError if `by` has another form, N < 1, or a shard would be empty.
     """
-    form, *numbers = by.split(":")
-    patients = sorted(set(store.keys))
-    if form == "source" and not numbers:
+    rule = Rule.parse(by)
+    n, patients = rule.shards, sorted(set(store.keys))
+    if n > len(patients):
+        raise ConfigError(
+            f"--by {by!r}: {len(patients)} patients cannot fill {n} sites: some would be empty; ask for fewer"
+        )
+    if rule.form == "source":
         groups = _by_majority(store.keys, store.sources)
-    elif form == "site" and not numbers:
+    elif rule.form == "site":
         groups = _by_majority(
             store.keys, [site or source for site, source in zip(store.sites, store.sources, strict=True)]
         )
-    elif form == "iid" and len(numbers) == 1:
-        n = _shards(by, numbers[0], patients)
+    elif rule.form == "iid":
         order = numpy_generator(seed, "partition", "iid", n).permutation(len(patients))
         groups = _named([[patients[place] for place in part] for part in np.array_split(order, n)])
-    elif form == "dirichlet" and len(numbers) == 2:
-        n, alpha = _shards(by, numbers[0], patients), _alpha(by, numbers[1])
-        groups = _named(
-            _dirichlet(_classes(store), n, alpha, numpy_generator(seed, "partition", "dirichlet", n, numbers[1]))
-        )
     else:
-        raise ConfigError(_unknown(by, form))
+        lots = numpy_generator(seed, "partition", "dirichlet", n, by.split(":")[2])
+        groups = _named(_dirichlet(_classes(store), n, rule.alpha, lots))
     return _merged(groups)
 
 
@@ -74,17 +96,13 @@ def _unknown(by: str, form: str) -> str:
     return f"--by {by!r}: {hint}write {_FORMS}"
 
 
-def _shards(by: str, text: str, patients: list[str]) -> int:
+def _shards(by: str, text: str) -> int:
     try:
         n = int(text)
     except ValueError:
         raise ConfigError(f"--by {by!r}: {text!r} is not a number of sites") from None
     if n < 1:
         raise ConfigError(f"--by {by!r}: there must be at least 1 site (got {n!r})")
-    if n > len(patients):
-        raise ConfigError(
-            f"--by {by!r}: {len(patients)} patients cannot fill {n} sites: some would be empty; ask for fewer"
-        )
     return n
 
 

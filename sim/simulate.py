@@ -255,6 +255,7 @@ class Simulation:
     def _run_arms(self, plans: Sequence[Plan], names: Sequence[str], pool: Pool) -> None:
         """All arms of all seeds: first those in which all sites take part, then the lone sites side by side."""
         alone: dict[str, tuple[Plan, str]] = {}
+        self.left = sum(arm not in FITTED_ARMS and not arms.finished(plan, arm) for plan in plans for arm in names)
         for plan in plans:
             seed = plan.recipe.seed
             todo = [arm for arm in names if arm not in FITTED_ARMS and not arms.finished(plan, arm)]
@@ -262,11 +263,12 @@ class Simulation:
                 self.display.say(f"seed {seed}: already done: {escape(', '.join(done))}")
             for arm in todo:
                 if arm in FEDERATED_ARMS:
-                    began = time.monotonic()
+                    began, self.display.arm = time.monotonic(), arm
                     arms.run_federated(plan, arm, pool)
                     self._done(plan, arm, time.monotonic() - began)
                 else:
                     alone[f"{arm} (seed {seed})"] = (plan, arm)
+        self.display.arm = ""
         for label, seconds in pool.run([(label, ("sim.arms:run_alone", task)) for label, task in alone.items()]):
             self._done(*alone[label], seconds)
 
@@ -274,7 +276,9 @@ class Simulation:
         self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
         arms.discard(plan, arm)
         self.display.clear()
-        self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s")
+        self.left -= 1
+        left = f"; {self.left} to go" if self.left else ""
+        self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s{left}")
 
     def _seconds(self) -> dict[str, float]:
         """Wall seconds, added over resumptions; arms of replicates are named arm@seed."""

@@ -47,6 +47,7 @@ def test_there_are_presets_and_each_is_valid_and_named():
     for name in recipes.presets():
         recipe = recipes.load(name)
         assert recipe.name == name
+        assert recipes.about(name)[0].isupper()
         assert recipes.validate(recipes.to_dict(recipe), "again") == recipe
 
 

@@ -15,7 +15,7 @@ from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.store import Store
 from chexfound.journal import read_journal
-from chexfound.model import checkpoint
+from chexfound.model import checkpoint, release
 from chexfound.report import build
 from sim.arms import Plan, run_federated
 from sim.partition import partition
@@ -128,6 +128,8 @@ def test_stopped_and_resumed_gives_the_same_bits(deployed: Deployed) -> None:
         re.findall(r"event=round phase=pretrain round=(\d)", text) for text in (deployed.stopped, *deployed.streams)
     ]
     assert rounds == [["1"], ["1", "2"], ["2"]]
+    resumed = "event=resume pretrain_rounds_done=1 adapt_rounds_done=0"
+    assert [resumed in text for text in deployed.streams] == [False, True]
     backbones = [
         checkpoint.with_prefix(checkpoint.load(folder / "model.safetensors"), "backbone.")
         for folder in deployed.folders
@@ -148,6 +150,8 @@ def test_a_run_leaves_what_the_report_needs(deployed: Deployed, federation: Any)
         ("federated", "A", "Nodule"), ("federated", "B", "Nodule"),
     }  # fmt: skip
     assert all(row["auroc"] is not None for row in written["results"])
+    _, findings, _, head = release.load(folder / "model")
+    assert (findings, head is None) == (("Nodule",), False)
     assert recipes.load(str(folder / "recipe.yaml")) == RECIPE
     assert read_journal(folder / "journal.jsonl")[-1]["event"] == "done"
     page = build.build(folder).read_text()

@@ -140,7 +140,7 @@ def test_a_folder_that_was_there_stays(simulate: Any, tmp_path: Path) -> None:
         ("crops.global_crops_size=30", ["multiple of student.patch_size 16 (got 30)"]),
         (
             "train.pooled_batch_size=11",
-            ["train.pooled_batch_size 11 cannot be divided equally among 3 sites; choose a multiple of 3"],
+            ["train.pooled_batch_size 11 cannot be divided equally among 3 sites", "--set train.pooled_batch_size=12"],
         ),
         ("adapt.pooled_batch_size=11", ["adapt.pooled_batch_size 11 cannot be divided"]),
         ("adapt.min_positives=500", ["no finding has adapt.min_positives 500", "the closest is 'Blob'"]),
