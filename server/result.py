@@ -80,10 +80,8 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
             "across_seeds": [],
             "not_trained": [],
             "void": None,
-            "notes": [
-                "A deployed run: the federated arm only. "
-                "Centralized and single-site models would need the pooled images."
-            ],
+            "deployed": True,  # the federated arm only, and no image leaves a site: the report says so
+            "notes": [],
             "machine": machine(),
             "versions": versions(*RUN_PACKAGES),
             "date": datetime.date.today().isoformat(),
