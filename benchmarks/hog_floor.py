@@ -1,7 +1,7 @@
 """HOG and a logistic regression: what the centralized arm has to reach before a comparison counts.
 
     python benchmarks/hog_floor.py --data DIR [--finding Pneumonia] [--seeds 0,1,2] [--sources A,B] [--json]
-    python benchmarks/hog_floor.py --run OUT [--finding Pneumonia] [--json]
+    python benchmarks/hog_floor.py --run OUT [--finding NAME] [--json]
 
 DIR is a store, or a folder of images, which is then read into a temporary store.  The patients are
 split as in a run of the same seed.  One model is fitted on the training images of all sources that
@@ -9,8 +9,10 @@ label the finding; the penalty is the one with the best mean AUROC over the sour
 patients; the test patients are looked at once, with it.  Source: Dalal and Triggs 2005.
 
 OUT is a simulation's folder: the floor is measured on its store, sites and seeds, and the centralized
-arm held against it.  Where the arm stays more than 0.02 below (mean over the seeds), the comparison is
-declared void in OUT's metrics.json and report; where it does not, an earlier such word is taken back.
+arm held against it; the finding is Pneumonia where the run has it, else the one that leads its report.
+The figures go into OUT's metrics.json (`floor`) and report.  Where the arm stays more than 0.02 below
+(mean over the seeds), the comparison is declared void there; where it does not, an earlier such word is
+taken back.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ HOG = {"orientations": 9, "pixels_per_cell": (16, 16), "cells_per_block": (2, 2)
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, strongest first
 MARGIN = 0.02  # of AUROC that the centralized arm may stay below the floor
 MIN_JUDGED = 5  # validation images of each class
+FINDING = "Pneumonia"
 PACKAGES = ("numpy", "scikit-learn", "scikit-image")
 
 
@@ -49,7 +52,7 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--data", type=Path, help="a store, or a folder of images to ingest")
     where.add_argument("--run", type=Path, help="a simulation's folder: hold its centralized arm against the floor")
-    parser.add_argument("--finding", default="Pneumonia")
+    parser.add_argument("--finding", help=f"default {FINDING}, or what leads the report of a run without it")
     parser.add_argument("--seeds", default="0,1,2", help="of the split by patient (default 0,1,2)")
     parser.add_argument("--sources", help="comma-separated; default: all that label the finding")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -58,12 +61,13 @@ def main() -> int:
         if options.run:
             return judge_run(options.run, options.finding, options.json)
         seeds = parse_seeds(options.seeds)
+        finding = options.finding or FINDING
         with tempfile.TemporaryDirectory() as scratch:
             store = open_data(options.data, Path(scratch) / "store")
             views = source_views(store, options.sources.split(",") if options.sources else None)
-            rows = measure(store, options.finding, seeds, views)
+            rows = measure(store, finding, seeds, views)
     except ChexfoundError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for row in rows:
         print(benchmark_line("hog_floor", PACKAGES, **row) if options.json else _told(row))
@@ -129,32 +133,47 @@ def measure(store: Store, finding: str, seeds: Sequence[int], views: Sequence[Vi
     return [row for seed in seeds for row in _measure_seed(store, finding, seed, views, features)]
 
 
-def judge_run(out: Path, finding: str, as_json: bool) -> int:
-    """Hold a simulation's centralized arm against the floor, and tell its report."""
+def judge_run(out: Path, finding: str | None, as_json: bool) -> int:
+    """Hold a simulation's centralized arm against the floor, and tell its report.
+
+    Raises: ConfigError if there is no such arm; DataError if both have figures at no site.
+    """
     from chexfound.journal import write_json
     from chexfound.report.build import build
+    from chexfound.report.run import read
+    from chexfound.report.story import listed, ranked_findings
     from sim.partition import partition
     from sim.simulate import Options
 
-    options = Options.read(out)
+    options, run = Options.read(out), read(out)
+    if "centralized" not in run.arms:
+        raise ConfigError(f"{out}: the run has no centralized arm to hold against the floor; run it with that arm")
+    finding = finding or (FINDING if FINDING in run.findings else [*ranked_findings(run), *run.findings][0])
     store = Store.open(out / "store" if (out / "store").is_dir() else Path(options.data))
     sites = partition(store, options.by, options.seeds[0]).sites
     floor = measure(store, finding, options.seeds, [View.of(store, name, keys) for name, keys in sites.items()])
     metrics = json.loads((out / "metrics.json").read_text())
     arm = [row for one in (metrics, *metrics["replicates"]) for row in one["results"] if row["arm"] == "centralized"]
-    short = []
+    held: list[dict[str, Any]] = []
     for site in sites:
         reached = [row["auroc"] for row in arm if (row["tested_on"], row["finding"]) == (site, finding)]
         bar = [row["auroc"] for row in floor if row["tested_on"] == site and row["auroc_ci"]]
         if not reached or len(reached) != len(bar) or None in reached:
             continue
         ours, rival = float(np.mean(reached)), float(np.mean(bar))
-        values = {"finding": finding, "tested_on": site, "seeds": list(options.seeds), "ours": ours, "rival": rival}
-        line = benchmark_line("hog_floor", PACKAGES, **values, unit="AUROC", ratio=ours / rival)
+        held.append({"finding": finding, "tested_on": site, "seeds": list(options.seeds), "ours": ours, "rival": rival})
+        line = benchmark_line("hog_floor", PACKAGES, **held[-1], unit="AUROC", ratio=ours / rival)
         print(line if as_json else f"{site:<24} centralized {ours:.3f}, HOG + logistic regression {rival:.3f}")
-        if ours < rival - MARGIN:
-            short.append(f"at {site} pooling reaches {ours:.3f}, HOG with a logistic regression {rival:.3f}")
-    metrics["void"] = f"{finding}: {'; '.join(short)}. The arms are too weak to compare." if short else None
+    if not held:
+        raise DataError(f"{out}, {finding!r}: no site has a figure of both in each seed")
+    short = [row["tested_on"] for row in held if row["ours"] < row["rival"] - MARGIN]
+    metrics["floor"] = held
+    metrics["void"] = (
+        f"{finding}: the pooled model is more than {MARGIN:g} AUROC below HOG with a logistic regression "
+        f"at {listed(short)}. The arms are too weak to compare."
+        if short
+        else None
+    )
     write_json(out / "metrics.json", metrics)
     verdict = f"void: {metrics['void']}" if short else f"the comparison counts (bar: the floor less {MARGIN})"
     print(f"{verdict}\nreport: {build(out)}", file=sys.stderr)

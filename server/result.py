@@ -80,7 +80,8 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "across_seeds": [],
         "not_trained": [],
         "void": None,
-        "notes": ["A deployed run trains the federated arm only; chexfound-sim compares."],
+        "deployed": True,  # the federated arm only, and no image leaves a site: the report says so
+        "notes": [],
         "machine": machine(),
         "versions": versions(*RUN_PACKAGES),
         "date": datetime.date.today().isoformat(),

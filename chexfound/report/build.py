@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
 from chexfound.journal import write_bytes
-from chexfound.report import figures, story, tables
+from chexfound.report import callouts, figures, story, tables
 from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Attention, Point, Run, read
 
 FINDINGS_DRAWN = 4
@@ -43,38 +42,48 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     ranked = story.ranked_findings(run)
-    callouts = story.callouts(run)
+    said = callouts.callouts(run)
+    curves = _curves(run)
     drawn = [_finding(run, finding, index) for index, finding in enumerate(ranked[:FINDINGS_DRAWN])]
     return environment.get_template("template.html.j2").render(
         run=run,
         metrics=run.metrics,
         headline=story.headline(run),
         subline=story.subline(run),
-        first=[one for one in callouts if one.first],
-        further=[one for one in callouts if not one.first],
+        first=[one for one in said if one.first],
+        further=[one for one in said if not one.first],
         percent=f"{100 * run.confidence:g} %",
-        enough_steps=story.ENOUGH_STEPS,
         drawn=drawn,
         n_findings=len(run.findings),
         starred=any(
             "*" in one["words"] for finding in drawn for panel in finding["panels"] for _, one in panel["verdicts"]
         ),
         samples=_samples(run),
-        curves=_curves(run),
-        stuck=story.stuck(run),
+        curves=curves,
+        legend={role for panel in curves for role in panel["roles"]},
+        hidden=[part for part in ("samples", "attention") if run.metrics.deployed and getattr(run, part) is None],
         results=tables.results(run),
         differences=tables.differences(run),
         floors=any(arm in FLOORS for arm in run.arms),
-        n_seeds=max((len(one.seeds) for one in run.metrics.across_seeds), default=0),
+        floor=tables.floor(run),
+        arms=_kinds(run),
         attention=_attention(run.attention),
-        left_out=[(story.arm_name(one.arm), one.reason or "no reason was given") for one in run.metrics.not_trained],
+        left_out=tables.left_out(run),
         seconds=tables.seconds(run),
+        side_by_side=tables.side_by_side(run),
         traffic=tables.traffic(run),
         versions=tables.flat(run.metrics.versions),
         machine=tables.flat(run.metrics.machine),
         shown=story.shown,
         arm_name=story.arm_name,
     )
+
+
+def _kinds(run: Run) -> set[str]:
+    """Which arms the run has; the page speaks of no other.  `local`: a site's own; `other`: another site's here."""
+    kinds = {"local" if arm.startswith(LOCAL) else arm for arm in run.trained}
+    found = (story.best_other(run, finding, site) for finding in run.findings for site in run.site_names)
+    return kinds | ({"other"} if any(found) else set())
 
 
 def _dots(run: Run, finding: str, site: str) -> list[figures.Dot]:
@@ -123,7 +132,7 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
                 ],
             }
         )
-    reasons = [(site, row.reason if (row := run.result(FEDERATED, site, finding)) else None) for site in blank]
+    reasons = [(site, row.reason if (row := story.lead_row(run, site, finding)) else None) for site in blank]
     return {"name": story.shown(finding), "panels": panels, "blank": reasons}
 
 
@@ -150,7 +159,8 @@ def _curves(run: Run) -> list[dict[str, Any]]:
         return []
     pretrain, adapt = run.history.pretrain, run.history.adapt
     points = [*pretrain.get(FEDERATED, []), *adapt.get(FEDERATED, [])]
-    named = list(dict.fromkeys(point.site for point in points if point.site is not None))
+    own = [arm.removeprefix(LOCAL) for arm in (*pretrain, *adapt) if arm.startswith(LOCAL)]
+    named = list(dict.fromkeys([*(point.site for point in points if point.site is not None), *own]))
     order = [site for site in run.site_names if site in named] + [site for site in named if site not in run.site_names]
     panels = []
     for index, site in enumerate(order or [None]):
@@ -168,7 +178,9 @@ def _curves(run: Run) -> list[dict[str, Any]]:
         ]
         svg = figures.curves_panel(lines, f"c{index}", f"Learning curves at {site or 'all sites'}: {_ends(lines)}")
         if svg:
-            panels.append({"site": site, "svg": Markup(svg)})  # noqa: S704 (drawn here; its alt text is escaped)
+            roles = [line.role for line in lines if line.pretrain or line.adapt]
+            panel = {"site": site, "roles": roles, "own": "local" in roles}
+            panels.append({**panel, "svg": Markup(svg)})  # noqa: S704 (drawn here; its alt text is escaped)
     return panels
 
 
@@ -188,12 +200,12 @@ def _ends(lines: list[figures.Line]) -> str:
 
 
 def _attention(attention: Attention | None) -> dict[str, Any] | None:
-    """Tiles of image and overlay; one scale for all, in multiples of even attention."""
+    """Tiles of image and overlay; one scale for all, in multiples of even attention, up to the highest peak."""
     if attention is None:
         return None
     chosen = [(index, _telling(attention, index)) for index in range(min(len(attention.images), ATTENDED))]
     heats = [figures.relative(attention.maps[index, finding]) for index, finding in chosen]
-    top = max(2.0, float(np.percentile([heat.max() for heat in heats], 75)))  # a lone peak must not pale the others
+    top = max(2.0, *(float(heat.max()) for heat in heats))
     tiles = []
     for (index, finding), heat in zip(chosen, heats, strict=True):
         bare, covered = figures.overlay(attention.images[index], heat, top)
@@ -202,7 +214,7 @@ def _attention(attention: Attention | None) -> dict[str, Any] | None:
                 "bare": figures.jpeg(bare),
                 "heat": figures.jpeg(covered),
                 "site": attention.sites[index],
-                "caption": attention.captions[index],
+                "where": _where(attention.sites[index], attention.captions[index]),
                 "finding": story.shown(attention.findings[finding]),
                 "score": f"{attention.scores[index, finding]:.2f}",
                 "label": {1: "present", 0: "absent"}.get(int(attention.labels[index, finding]), "unknown"),
@@ -216,6 +228,11 @@ def _attention(attention: Attention | None) -> dict[str, Any] | None:
         "shown": len(tiles),
         "of": len(attention.images),
     }
+
+
+def _where(site: str, caption: str) -> str:
+    """Site and caption, the site named once."""
+    return caption if caption.startswith(site) else " · ".join(part for part in (site, caption) if part)
 
 
 def _telling(attention: Attention, index: int) -> int:

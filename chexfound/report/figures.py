@@ -38,7 +38,7 @@ _STYLE: Any = {
     "axes.unicode_minus": True,
     "path.simplify": True,
 }
-WIDTH = 400  # units of a panel; the page scales it to the column
+WIDTH = 340  # units of a panel, about a phone's: the page scales it to the column, and its text with it
 CURVE_POINTS = 120  # of a line, at most
 RUNNING = 30  # a running mean spans 1/30 of the steps
 
@@ -81,10 +81,9 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
     height = top + bottom + pitch * (rows[-1] + 1)
     with rc_context(_STYLE):
         figure = _figure(height)
-        axes = figure.add_axes((90 / WIDTH, bottom / height, 196 / WIDTH, 1 - (top + bottom) / height))
+        axes = figure.add_axes((86 / WIDTH, bottom / height, 142 / WIDTH, 1 - (top + bottom) / height))
         axes.set(xlim=(low, 1.0), ylim=(rows[-1] + 0.5, -0.5), yticks=[])
-        step = 0.1 if low >= 0.4 else 0.2
-        ticks = np.arange(np.ceil(low / step - 1e-9) * step, 1.001, step) + 0.0  # + 0.0: no tick at −0
+        ticks = np.arange(np.ceil(low / 0.2 - 1e-9) * 0.2, 1.001, 0.2) + 0.0  # + 0.0: no tick at −0
         _bare(axes, ticks, [f"{tick:.1f}" for tick in ticks])
         axes.axvline(0.5, color=ROLES["muted"], linewidth=1, dashes=(3, 3), zorder=1)
         axes.set_xlabel("AUROC (0.5: chance, 1: perfect)", fontsize=11, color=ROLES["muted"], labelpad=3)
@@ -96,7 +95,7 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
         if any(dot.floor for dot in dots) and not dots[0].floor:
             first = next(row for dot, row in zip(dots, rows, strict=True) if dot.floor)
             axes.plot(
-                [-0.45, 1.55],
+                [-0.6, 1.78],
                 [first - 0.75] * 2,
                 transform=axes.get_yaxis_transform(),
                 color=ROLES["rule"],
@@ -139,7 +138,7 @@ def _dot(axes: Axes, dot: Dot, row: float) -> None:
         weight="bold" if strong else "normal",
         **words,
     )
-    axes.text(1.24, row, between.strip(), ha="left", color=ROLES["muted"], **{**words, "fontsize": 11.5})
+    axes.text(1.3, row, between.strip(), ha="left", color=ROLES["muted"], **{**words, "fontsize": 11.5})
 
 
 def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
@@ -305,9 +304,12 @@ def relative(attention: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, top: float) -> tuple[np.ndarray, np.ndarray]:
-    """The image (px, px) uint8 at HEAT_PX, bare and under its heat: clear at 1 × even attention, full at `top` ×."""
+    """The image (px, px) uint8 at HEAT_PX, bare and under its heat: clear at 1 × even attention, full at `top` ×.
+
+    The colour goes with the logarithm of the heat, so that one high peak does not pale the others.
+    """
     bare = np.asarray(Image.fromarray(image).resize((HEAT_PX, HEAT_PX), Image.Resampling.LANCZOS))
-    share = np.clip((heat - 1) / max(top - 1, 1e-6), 0, 1)[..., None]
+    share = np.clip(np.log(np.maximum(heat, 1)) / np.log(top), 0, 1)[..., None]
     colour = _HEAT[(share[..., 0] * 255).astype(int)] * 255
     alpha = 0.78 * share**0.7
     return bare, (bare[..., None] * (1 - alpha) + colour * alpha).round().astype(np.uint8)

@@ -101,6 +101,17 @@ class AcrossSeeds:
 
 
 @checked(frozen=True, kw_only=True, config=_lenient)
+class Floor:
+    """The bar at one site, as `benchmarks/hog_floor.py --run` leaves it: mean AUROC over the seeds."""
+
+    finding: str
+    tested_on: str
+    seeds: list[int] = Field(default_factory=list)
+    ours: float  # the centralized arm
+    rival: float  # HOG and a logistic regression
+
+
+@checked(frozen=True, kw_only=True, config=_lenient)
 class NotTrained:
     """An arm that could not be trained, and why."""
 
@@ -130,6 +141,8 @@ class Metrics:
     replicates: list[Replicate] = Field(default_factory=list)
     not_trained: list[NotTrained] = Field(default_factory=list)
     void: str | None = None
+    floor: list[Floor] | None = None  # None: not checked
+    deployed: bool = False
     notes: list[str] = Field(default_factory=list)
     model_sha256: dict[str, str] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
@@ -259,6 +272,12 @@ class Run:
         found = {row.arm for row in self.metrics.results}
         order = [FEDERATED, CENTRALIZED, *(LOCAL + site for site in self.site_names), RANDOM, *FLOORS]
         return [arm for arm in order if arm in found] + sorted(found - set(order))
+
+    @property
+    def trained(self) -> set[str]:
+        """Arms that the run trained or tested, also where there are no results."""
+        history = self.history or History()
+        return {*self.arms, *self.metrics.model_sha256, *history.pretrain, *history.adapt}
 
     def setting(self, *keys: str) -> Any:
         """A value of the recipe, or None where the recipe or the key is absent."""

@@ -1,8 +1,9 @@
 """The sentences of the report: what the figures allow to be said, bad news first, and no more.
 
-A comparison is called lower or higher only where its interval leaves 0 out.  Where the run left a
-paired interval, that one decides; elsewhere two
-arms are told apart only if their own intervals do not overlap, which is stricter than pairing.
+A comparison is called lower or higher only where its interval leaves 0 out; a bound of 0 does not.
+Where the run left a paired interval, that one decides; elsewhere two arms are told apart only if their
+own intervals do not overlap, which is stricter than pairing.  Without an interval nothing can be judged:
+such a comparison is shown, but no sentence and no count has it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Interval, Run
+from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Result, Run
 
-ENOUGH_STEPS = 300  # below it, gains of pretraining were inside the noise of the seeds
-STUCK = 0.01  # of log K
+ZERO = 1e-9  # a bound as small as this is 0: sums of floats hit it only nearly
 
-Verdict = Literal["lower", "unclear", "higher"]
+Verdict = Literal["lower", "unclear", "higher", "unjudged"]
 ORDER: tuple[Verdict, ...] = ("lower", "unclear", "higher")
-WORDS: dict[Verdict, str] = {"lower": "lower", "unclear": "no clear difference", "higher": "higher"}
+WORDS: dict[Verdict, str] = {
+    "lower": "lower",
+    "unclear": "no clear difference",
+    "higher": "higher",
+    "unjudged": "cannot be judged",
+}
 
 
 @dataclass(frozen=True)
@@ -32,24 +37,20 @@ class Contrast:
     verdict: Verdict
     how: Literal["paired", "seeds", "overlap"]
     seeds: int = 1
-
-
-@dataclass(frozen=True)
-class Callout:
-    """A statement beside the headline; kind `bad`, `warn`, `good` or `note`, in this order.
-
-    One that is `first` stands above the figure, since without it the headline would mislead.
-    """
-
-    kind: str
-    text: str
-    first: bool = False
+    reason: str | None = None  # why it cannot be judged
 
 
 def _verdict(ci: Interval) -> Verdict:
-    if ci is None or ci[0] <= 0 <= ci[1]:
+    if ci is None:
+        return "unjudged"
+    if ci[0] <= ZERO and ci[1] >= -ZERO:
         return "unclear"
     return "lower" if ci[1] < 0 else "higher"
+
+
+def _why(ci: Interval, reason: str | None) -> str | None:
+    """Why there is no interval, or None where there is one."""
+    return None if ci else (reason or "no interval").removeprefix("no interval: ")
 
 
 def contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool = True) -> Contrast | None:
@@ -60,27 +61,35 @@ def contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool
     if against == CENTRALIZED and across_seeds:
         for seeds in run.metrics.across_seeds:
             if (seeds.finding, seeds.tested_on) == (finding, site) and seeds.value is not None:
-                return Contrast(site, against, seeds.value, seeds.ci, _verdict(seeds.ci), "seeds", len(seeds.seeds))
+                verdict, why = _verdict(seeds.ci), _why(seeds.ci, seeds.reason)
+                return Contrast(site, against, seeds.value, seeds.ci, verdict, "seeds", len(seeds.seeds), why)
     pair = run.paired(against, site, finding)
     if pair is not None and pair.value is not None:
-        return Contrast(site, against, pair.value, pair.ci, _verdict(pair.ci), "paired")
+        why = _why(pair.ci, pair.reason)
+        return Contrast(site, against, pair.value, pair.ci, _verdict(pair.ci), "paired", reason=why)
     own, other = run.result(FEDERATED, site, finding), run.result(against, site, finding)
     if own is None or other is None or own.auroc is None or other.auroc is None:
         return None
-    apart: Verdict = "unclear"
-    if own.auroc_ci and other.auroc_ci:
-        apart = (
-            "lower"
-            if own.auroc_ci[1] < other.auroc_ci[0]
-            else "higher"
-            if own.auroc_ci[0] > other.auroc_ci[1]
-            else "unclear"
-        )
-    return Contrast(site, against, own.auroc - other.auroc, None, apart, "overlap")
+    why = _why(own.auroc_ci, own.reason) or _why(other.auroc_ci, other.reason)
+    return Contrast(site, against, own.auroc - other.auroc, None, _apart(own, other), "overlap", reason=why)
+
+
+def _apart(own: Result, other: Result) -> Verdict:
+    """Told by their own intervals."""
+    if own.auroc_ci is None or other.auroc_ci is None:
+        return "unjudged"
+    if own.auroc_ci[1] < other.auroc_ci[0]:
+        return "lower"
+    return "higher" if own.auroc_ci[0] > other.auroc_ci[1] else "unclear"
 
 
 def contrasts(run: Run, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
-    """Over the sites, against the arm that `against(site)` names; where there are figures."""
+    """Over the sites, against the arm that `against(site)` names; where it can be judged."""
+    return [one for one in every_contrast(run, finding, against) if one.verdict != "unjudged"]
+
+
+def every_contrast(run: Run, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
+    """As `contrasts`, with those that have a figure but cannot be judged."""
     found = []
     for site in run.site_names:
         arm = against(site)
@@ -96,7 +105,10 @@ def own_model(site: str) -> str:
 
 
 def best_other(run: Run, finding: str, site: str) -> str | None:
-    """Of the arms trained at one other site alone, the one that does best on this site's patients."""
+    """Of the arms trained at one other site alone, the one that does best on this site's patients.
+
+    It is picked by the AUROC that is then shown, so it flatters that arm; the report says so.
+    """
     found = [
         (row.auroc, arm)
         for arm in run.arms
@@ -107,23 +119,29 @@ def best_other(run: Run, finding: str, site: str) -> str | None:
 
 
 def ranked_findings(run: Run) -> list[str]:
-    """Findings with a federated figure somewhere; the first is the primary one.
+    """Findings with a figure of the federated model (in a run without one: of any) somewhere; the first leads.
 
-    Order: sites at which both federated and the site's own model have figures, then sites with a
-    federated figure, then positives among the patients tested, then the run's order.
+    Order: sites at which both it and the site's own model have an interval, then sites at which it
+    has one, then positives among the patients tested, then the run's order.
     """
+    keyed = [(_weight(run, finding), finding) for finding in run.findings]
+    return [finding for key, finding in sorted(keyed, key=lambda pair: pair[0], reverse=True) if key[3]]
 
-    def figures(finding: str) -> tuple[int, int, int]:
-        rows = [
-            (site, row)
-            for site in run.site_names
-            if (row := run.result(FEDERATED, site, finding)) and row.auroc is not None
-        ]
-        both = sum(1 for site, _ in rows if (own := run.result(LOCAL + site, site, finding)) and own.auroc is not None)
-        return both, len(rows), sum(row.positives or 0 for _, row in rows)
 
-    keyed = [(figures(finding), finding) for finding in run.findings]
-    return [finding for key, finding in sorted(keyed, key=lambda pair: pair[0], reverse=True) if key[1]]
+def _weight(run: Run, finding: str) -> tuple[int, int, int, bool]:
+    rows = [row for site in run.site_names if (row := lead_row(run, site, finding)) and row.auroc is not None]
+    judged = [row for row in rows if row.auroc_ci]
+    own = [run.result(LOCAL + row.tested_on, row.tested_on, finding) for row in judged]
+    both = sum(row is not None and row.auroc_ci is not None for row in own)
+    return both, len(judged), sum(row.positives or 0 for row in rows), bool(rows)
+
+
+def lead_row(run: Run, site: str, finding: str) -> Result | None:
+    """The federated row; in a run without that arm, the first one that has a figure."""
+    if FEDERATED in run.arms:
+        return run.result(FEDERATED, site, finding)
+    rows = [row for arm in run.arms if (row := run.result(arm, site, finding))]
+    return next((row for row in rows if row.auroc is not None), rows[0] if rows else None)
 
 
 def shown(finding: str) -> str:
@@ -144,42 +162,53 @@ def amount(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """An AUROC difference with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
+    """An AUROC difference with its sign; "0.000" is nothing but 0."""
+    if abs(value) <= ZERO:
+        return "0.000"
+    return (f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.1g}").replace("-", "−")
 
 
-def _group(found: Sequence[Contrast], verdict: Verdict) -> list[Contrast]:
+def grouped(found: Sequence[Contrast], verdict: Verdict) -> list[Contrast]:
+    """Those of one verdict; what differs, largest first."""
     return sorted(
         (one for one in found if one.verdict == verdict),
         key=lambda one: -abs(one.value) if verdict != "unclear" else 0,
     )
 
 
-def _amounts(group: Sequence[Contrast], unit: str) -> str:
+def amounts(group: Sequence[Contrast], unit: str) -> str:
+    """How much and where, the unit said once."""
     parts = [f"{amount(one.value)}{unit if index == 0 else ''} at {one.site}" for index, one in enumerate(group)]
     return listed(parts)
 
 
-def clause(found: Sequence[Contrast], other: str, unit: str = " AUROC") -> str:
-    """What `found` says of federating against `other`: losses, then what is unclear, then gains."""
-    lower, unclear, higher = (_group(found, verdict) for verdict in ORDER)
+def clause(found: Sequence[Contrast], other: str, sites: int, unit: str = " AUROC") -> str:
+    """What `found`, of a run with so many sites, says against `other`: losses, then what is unclear, then gains."""
+    lower, unclear, higher = (grouped(found, verdict) for verdict in ORDER)
     parts = []
     if lower:
-        parts.append(f"lost {_amounts(lower, unit)} against {other}")
+        parts.append(f"lost {amounts(lower, unit)} against {other}")
     if unclear:
         where = f"at {listed([one.site for one in unclear])}"
         if len(unclear) == len(found) > 1:
-            where = "at either site" if len(found) == 2 else f"at any of {len(found)} sites"
+            where = f"at {'either' if len(found) == 2 else 'any'} {_of_sites(len(found), sites)}"
         parts.append(f"shows no clear difference from {'it' if lower else other} {where}")
     if higher:
         over = "" if lower else " over it" if unclear else f" over {other}"
-        parts.append(f"gained {_amounts(higher, unit if not lower else '')}{over}")
+        parts.append(f"gained {amounts(higher, unit if not lower else '')}{over}")
     joint = ", but " if lower and len(parts) == 2 else " and "
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}{joint}{parts[-1]}"
 
 
+def _of_sites(judged: int, sites: int) -> str:
+    """`either …` or `any …`: of all sites, or of those that can be judged."""
+    if judged < sites:
+        return f"of the {judged} sites that can be judged"
+    return "site" if judged == 2 else f"of {judged} sites"
+
+
 def headline(run: Run) -> str:
-    """The one sentence: what federating gained each site, and what it lost against pooling."""
+    """What federating gained each site, what it lost against pooling, and whether random weights do better."""
     ranked = ranked_findings(run)
     if not ranked:
         return (
@@ -187,6 +216,13 @@ def headline(run: Run) -> str:
             "so nothing can be said of what federating gained or lost."
         )
     finding = ranked[0]
+    if FEDERATED not in run.arms:
+        return f"{shown(finding)}: this run trained no federated model, so what federating gains or loses is not known."
+    worse = below_random(run, finding)
+    return _compared(run, finding) + (f" The federated backbone {worse}." if worse else "")
+
+
+def _compared(run: Run, finding: str) -> str:
     own = contrasts(run, finding, own_model)
     pooled = contrasts(run, finding, lambda _: CENTRALIZED)
     if not own and not pooled:
@@ -196,244 +232,55 @@ def headline(run: Run) -> str:
             if (row := run.result(FEDERATED, site, finding)) and row.auroc is not None
         ]
         figures = listed([f"{value:.2f} at {site}" for site, value in rows])
+        rivals = every_contrast(run, finding, own_model) + every_contrast(run, finding, lambda _: CENTRALIZED)
+        why = (
+            "no site has enough held-out patients to judge a difference"
+            if rivals
+            else "this run has nothing to compare it with"
+        )
         return (
             f"{shown(finding)}: the federated model reaches an AUROC of {figures}; "
-            "this run has nothing to compare it with, so what federating gained or lost is not known."
+            f"{why}, so what federating gained or lost is not known."
         )
     sides = [(own, "the site’s own model"), (pooled, "pooling all images")]
     sides = [side for side in sides if side[0]]
     sides.sort(key=lambda side: not any(one.verdict == "lower" for one in side[0]))  # stable: own model first
-    first = f"federating {clause(*sides[0])}"
-    rest = f"; it {clause(*sides[1], unit='' if 'AUROC' in first else ' AUROC')}" if len(sides) > 1 else ""
+    n = len(run.site_names)
+    first = f"federating {clause(*sides[0], n)}"
+    rest = f"; it {clause(*sides[1], n, unit='' if 'AUROC' in first else ' AUROC')}" if len(sides) > 1 else ""
     return f"{shown(finding)}: {first}{rest}."
+
+
+def below_random(run: Run, finding: str) -> str | None:
+    """Says that the point estimate is below random weights at most judged sites, where it is."""
+    found = contrasts(run, finding, lambda _: RANDOM)
+    below, lower = [one for one in found if one.value < 0], [one for one in found if one.verdict == "lower"]
+    if 2 * len(below) <= len(found):
+        return None
+    judged = "" if len(found) == len(run.site_names) else " that can be judged"
+    where = f"at {below[0].site}"
+    if len(found) > 1:
+        all_of = "both" if len(found) == 2 else f"all {len(found)}"
+        where = f"at {all_of if len(below) == len(found) else f'{len(below)} of the {len(found)}'} sites{judged}"
+    how = "significantly" if lower else "not significantly"
+    if len(below) > 1:
+        how = "each" if len(lower) == len(below) else str(len(lower)) if lower else "none"
+        how = f"{how} of them significantly"
+    return f"is below random weights {where}, {how}"
 
 
 def subline(run: Run) -> str:
     """What the figures of the headline are."""
-    found = contrasts(run, (ranked_findings(run) or [""])[0], lambda _: CENTRALIZED)
+    finding = (ranked_findings(run) or [""])[0]
+    found = contrasts(run, finding, lambda _: CENTRALIZED)
     seeds = max((one.seeds for one in found if one.how == "seeds"), default=1)
     over = f"; against pooling, the mean of {seeds} seeds" if seeds > 1 else ""
-    if not found and not any(arm.startswith(LOCAL) for arm in run.arms):
+    if not found and not contrasts(run, finding, own_model) and not contrasts(run, finding, lambda _: RANDOM):
         return "AUROC on each site’s own held-out patients."
     return (
         f"AUROC on each site’s own held-out patients{over}; "
         f"a difference counts where its {100 * run.confidence:g} % interval leaves 0 out."
     )
-
-
-def callouts(run: Run) -> list[Callout]:
-    """The statements beside the headline, bad ones first."""
-    ranked = ranked_findings(run)
-    found = [*_short(run)]
-    if ranked:
-        for part in (_random, _floors, _elsewhere, _others, _missing):
-            found += part(run, ranked[0])
-    found += [Callout("warn", text) for text in stuck(run, [FEDERATED])]
-    kinds = ("bad", "warn", "good", "note")
-    return sorted(found, key=lambda one: kinds.index(one.kind))
-
-
-def _short(run: Run) -> list[Callout]:
-    steps = run.pretrain_steps
-    if steps is None:
-        return [
-            Callout(
-                "note",
-                "How many steps the model was pretrained for is not known: the run left neither recipe nor history.",
-            )
-        ]
-    if steps == 0:
-        return [
-            Callout(
-                "warn",
-                "This run did no self-supervised pretraining, so it says nothing about what pretraining gives.",
-                first=True,
-            )
-        ]
-    if steps < ENOUGH_STEPS:
-        return [
-            Callout(
-                "bad",
-                f"This run pretrained for {steps} steps only: too short to show that self-supervised learning helps "
-                f"(take at least {ENOUGH_STEPS}). It shows that the machinery works.",
-                first=True,
-            )
-        ]
-    return []
-
-
-def _random(run: Run, finding: str) -> list[Callout]:
-    found = contrasts(run, finding, lambda _: RANDOM)
-    lower, unclear, higher = (_group(found, verdict) for verdict in ORDER)
-    said = []
-    if lower:
-        said.append(
-            Callout(
-                "bad",
-                f"The federated backbone does worse than random weights with the same head: "
-                f"by {_amounts(lower, ' AUROC')}.",
-                first=True,
-            )
-        )
-    if unclear:
-        points = listed([f"{signed(one.value)} at {one.site}" for one in unclear])
-        said.append(
-            Callout(
-                "warn",
-                f"The federated backbone does not clearly beat random weights with the same head ({points}): "
-                "a benefit of pretraining is not shown there.",
-                first=True,
-            )
-        )
-    if higher and not lower:
-        said.append(Callout("good", f"Above random weights with the same head by {_amounts(higher, ' AUROC')}."))
-    return said
-
-
-def _floors(run: Run, finding: str) -> list[Callout]:
-    said = []
-    names = {
-        "histogram": "grey-level histogram alone, which sees no anatomy,",
-        "site-view": "site and view alone, without the image,",
-    }
-    for arm, name in names.items():
-        near = []
-        for site in run.site_names:
-            floor, own = run.result(arm, site, finding), run.result(FEDERATED, site, finding)
-            if (
-                floor
-                and own
-                and floor.auroc is not None
-                and own.auroc is not None
-                and floor.auroc >= (own.auroc_ci or (own.auroc,))[0]
-            ):
-                near.append(f"{floor.auroc:.2f} at {site} (federated {own.auroc:.2f})")
-        if near:
-            said.append(
-                Callout(
-                    "warn",
-                    f"The {name} reaches {listed(near)}: "
-                    "what is measured there may be the scanner or the clinic, not the lung.",
-                )
-            )
-    odd = [
-        f"{row.auroc:.2f} at {site}"
-        for site in run.site_names
-        if (row := run.result("shuffled", site, finding))
-        and row.auroc is not None
-        and row.auroc_ci
-        and row.auroc_ci[0] > 0.5
-    ]
-    if odd:
-        said.append(
-            Callout(
-                "warn",
-                f"A head trained on shuffled labels should be near 0.5 and reaches {listed(odd)}: "
-                "look for a leak or a chance hit.",
-            )
-        )
-    return said
-
-
-def _elsewhere(run: Run, finding: str) -> list[Callout]:
-    found = contrasts(run, finding, lambda site: best_other(run, finding, site))
-    lower, _, higher = (_group(found, verdict) for verdict in ORDER)
-    said = []
-    if lower:
-        said.append(
-            Callout(
-                "bad",
-                f"A model of another site alone does better than the federated one: by {_amounts(lower, ' AUROC')}.",
-                first=True,
-            )
-        )
-    if higher:
-        said.append(Callout("good", f"Above the best model of any other single site by {_amounts(higher, ' AUROC')}."))
-    return said
-
-
-def _others(run: Run, finding: str) -> list[Callout]:
-    said = []
-    for against, name in ((own_model, "the site’s own model"), (lambda _: CENTRALIZED, "pooling")):
-        found = [(other, one) for other in run.findings if other != finding for one in contrasts(run, other, against)]
-        lost = [
-            f"{shown(other)} at {one.site} (by {amount(one.value)})" for other, one in found if one.verdict == "lower"
-        ]
-        if lost:
-            said.append(
-                Callout(
-                    "warn",
-                    f"Among the other findings, federated is clearly below {name} in {len(lost)} of {len(found)} "
-                    f"comparisons: {listed(lost, 5)}.",
-                )
-            )
-    return said
-
-
-def _missing(run: Run, finding: str) -> list[Callout]:
-    said = []
-    arms = set(run.arms)
-    lacking = [
-        name
-        for name, there in (
-            ("pooled", CENTRALIZED in arms),
-            ("local", any(arm.startswith(LOCAL) for arm in arms)),
-            ("random-weights", RANDOM in arms),
-            ("floor", any(arm in arms for arm in FLOORS)),
-        )
-        if not there
-    ]
-    if lacking:
-        said.append(
-            Callout(
-                "note",
-                f"Not in this run: the {listed(lacking)} {'arms' if len(lacking) > 1 else 'arm'}. "
-                "What those would have shown is not known.",
-            )
-        )
-    if any(arm.startswith(LOCAL) for arm in arms):
-        alone = [
-            site
-            for site in run.site_names
-            if (row := run.result(FEDERATED, site, finding))
-            and row.auroc is not None
-            and contrast(run, finding, site, LOCAL + site) is None
-        ]
-        if alone:
-            said.append(
-                Callout(
-                    "note",
-                    f"{listed(alone)} trained no model of its own for this finding, "
-                    "so what federating gained there is not known.",
-                )
-            )
-    return said
-
-
-def stuck(run: Run, arms: Sequence[str] | None = None) -> list[str]:
-    """A plain warning for each of `arms` (default: all) whose DINO loss ended within 1 % of log K, or above it."""
-    said = []
-    history = run.history.pretrain if run.history else {}
-    for arm, points in history.items():
-        if arms is not None and arm not in arms:
-            continue
-        where = []
-        for site in dict.fromkeys(point.site for point in points):
-            pairs = [
-                (point.dino, point.log_k)
-                for point in sorted(points, key=lambda point: point.step)
-                if point.site == site and point.dino is not None and point.log_k
-            ]
-            last = pairs[-max(1, len(pairs) // 10) :]
-            if last and (end := sum(dino for dino, _ in last) / len(last)) >= (1 - STUCK) * (log_k := last[-1][1]):
-                where.append(f"{end:.3f} of {log_k:.3f}" + (f" at {site}" if site and arm != LOCAL + site else ""))
-        if where:
-            said.append(
-                f"{arm_name(arm)}: the DINO loss ended at log K, its value for a model that tells no images apart "
-                f"({listed(where)}). "
-                "Its image-level objective learned nothing, even where iBOT and KoLeo still fall."
-            )
-    return said
 
 
 def arm_name(arm: str) -> str:

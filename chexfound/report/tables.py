@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from chexfound.report import story
-from chexfound.report.run import CENTRALIZED, FEDERATED, RANDOM, Interval, Run
+from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Run
 
 SITES_ABREAST = 4  # columns of a results table; more sites go into a table below, so that A4 holds them
 
@@ -84,7 +84,7 @@ def said(one: story.Contrast | None) -> dict[str, str] | None:
     """A contrast in words and figures; a star where no paired interval decided."""
     if one is None:
         return None
-    words = story.WORDS[one.verdict] + ("*" if one.how == "overlap" else "")
+    words = story.WORDS[one.verdict] + (f" ({one.reason})" if one.reason else "*" if one.how == "overlap" else "")
     seeds = f"{one.seeds} seeds" if one.how == "seeds" else ""
     return {
         "value": story.signed(one.value),
@@ -95,33 +95,49 @@ def said(one: story.Contrast | None) -> dict[str, str] | None:
     }
 
 
-def differences(run: Run) -> list[dict[str, Any]]:
-    """Federated against pooling, the site's own model and random weights, a line per finding and site."""
+def differences(run: Run) -> dict[str, Any]:
+    """Federated against pooling, the site's own model and random weights: columns, a line per finding and site.
+
+    A column in which nothing could be compared is left out.
+    """
     ranked = story.ranked_findings(run)
     order = [*ranked, *(finding for finding in run.findings if finding not in ranked)]
-    lines = []
+    lines: list[dict[str, Any]] = []
     for finding in order:
         for site in run.site_names:
-            own = story.contrast(run, finding, site, story.own_model(site))
-            pooled, seeds = _single_seed(run, finding, site)
-            random = story.contrast(run, finding, site, RANDOM)
             row = run.result(FEDERATED, site, finding)
-            pair = run.paired(CENTRALIZED, site, finding)
-            reason = pair.reason if pair else None
-            if not (own or pooled or seeds or random or (reason and row and row.auroc is not None)):
+            if row is None or row.auroc is None:
                 continue  # nothing to tell: the tables of results say why
-            lines.append(
-                {
-                    "finding": story.shown(finding),
-                    "site": site,
-                    "pooled": said(pooled),
-                    "seeds": said(seeds),
-                    "own": said(own),
-                    "random": said(random),
-                    "reason": reason,
-                }
-            )
-    return lines
+            cells = _differences_at(run, finding, site)
+            lines.append({"finding": story.shown(finding), "site": site, "cells": cells})
+    seeds = max((len(one.seeds) for one in run.metrics.across_seeds), default=0)
+    titles = {
+        "pooled": "− pooled" + (f", seed {run.metrics.seed}" if seeds else ""),
+        "seeds": f"− pooled, mean of {seeds} seeds",
+        "own": "− own local",
+        "random": "− random weights",
+    }
+    columns = {name: title for name, title in titles.items() if any("value" in line["cells"][name] for line in lines)}
+    return {"columns": columns, "lines": lines if columns else []}
+
+
+def _differences_at(run: Run, finding: str, site: str) -> dict[str, dict[str, str]]:
+    own = story.own_model(site)
+    pooled, seeds = _single_seed(run, finding, site)
+    found = {
+        "pooled": (CENTRALIZED, pooled),
+        "seeds": (CENTRALIZED, seeds),
+        "own": (own, story.contrast(run, finding, site, own)),
+        "random": (RANDOM, story.contrast(run, finding, site, RANDOM)),
+    }
+    return {name: said(one) or {"reason": _lacks(run, finding, site, arm)} for name, (arm, one) in found.items()}
+
+
+def _lacks(run: Run, finding: str, site: str, arm: str) -> str:
+    """Why an arm cannot be compared."""
+    row = run.result(arm, site, finding)
+    absent = next((one.reason for one in run.metrics.not_trained if one.arm == arm), None)
+    return (row.reason if row else absent) or "not in this run"
 
 
 def _single_seed(run: Run, finding: str, site: str) -> tuple[story.Contrast | None, story.Contrast | None]:
@@ -132,17 +148,84 @@ def _single_seed(run: Run, finding: str, site: str) -> tuple[story.Contrast | No
     return story.contrast(run, finding, site, CENTRALIZED, across_seeds=False), found
 
 
+def floor(run: Run) -> list[dict[str, str]]:
+    """The pooled model against HOG and a logistic regression."""
+    return [
+        {
+            "finding": story.shown(row.finding),
+            "site": row.tested_on,
+            "seeds": ", ".join(map(str, row.seeds)),
+            "ours": figure(row.ours),
+            "rival": figure(row.rival),
+            "difference": story.signed(row.ours - row.rival),
+        }
+        for row in run.metrics.floor or ()
+    ]
+
+
+def left_out(run: Run) -> list[tuple[str, str]]:
+    """What has no figure, and why: arms, then an arm's findings, then sites' findings."""
+    arms = [
+        (story.arm_name(one.arm), f"was not trained: {one.reason or 'no reason was given'}")
+        for one in run.metrics.not_trained
+    ]
+    by_arm: dict[tuple[str, str], list[str]] = {}
+    by_site: dict[tuple[str, str], list[str]] = {}
+    for finding in run.findings:
+        for site in run.site_names:
+            rows = [row for arm in run.arms if (row := run.result(arm, site, finding))]
+            told = {row.reason for row in rows if row.auroc is None}
+            if len(told) == 1 and all(row.auroc is None for row in rows):
+                by_site.setdefault((site, told.pop() or "no reason was given"), []).append(finding)
+                continue
+            for row in rows:
+                names = by_arm.setdefault((row.arm, row.reason or "no reason was given"), [])
+                if row.auroc is None and finding not in names:
+                    names.append(finding)
+    return [
+        *arms,
+        *((story.arm_name(arm), f"{_no_figure(names)}: {why}") for (arm, why), names in by_arm.items() if names),
+        *((site, f"{_no_figure(names)}: {why}") for (site, why), names in by_site.items()),
+    ]
+
+
+def _no_figure(findings: list[str]) -> str:
+    return f"has no figure for {story.listed([story.shown(name) for name in findings], len(findings))}"
+
+
 def seconds(run: Run) -> list[dict[str, Any]]:
-    """Seconds by phase and arm, with each one's share of the longest; the total comes last."""
-    parts = {name: value for name, value in run.metrics.seconds.items() if name != "total"}
-    longest = max(parts.values(), default=0.0)
+    """Seconds by arm, below it those of its phases, with each one's share of the longest; the total comes last."""
+    found = {name: value for name, value in run.metrics.seconds.items() if name != "total"}
+    longest = max(found.values(), default=0.0)
+    parts = {name: name.split("/")[0] for name in found if "/" in name and name.split("/")[0] in found}
+    order = [one for name in found if name not in parts for one in (name, *(p for p in parts if parts[p] == name))]
     lines: list[dict[str, Any]] = [
-        {"name": name, "text": duration(value), "share": 100 * value / longest if longest else 0}
-        for name, value in parts.items()
+        {
+            "name": name.split("/", 1)[1] if name in parts else _timed(name),
+            "part": name in parts,
+            "text": duration(found[name]),
+            "share": 100 * found[name] / longest if longest else 0,
+        }
+        for name in order
     ]
     if "total" in run.metrics.seconds:
-        lines.append({"name": "total", "text": duration(run.metrics.seconds["total"]), "share": None})
+        total = duration(run.metrics.seconds["total"])
+        lines.append({"name": "total", "part": False, "text": total, "share": None})
     return lines
+
+
+def _timed(name: str) -> str:
+    """`arm`, `arm@seed` or `arm/phase` in words."""
+    arm, _, seed = name.partition("@")
+    arm, _, phase = arm.partition("/")
+    return story.arm_name(arm) + (f": {phase}" if phase else "") + (f", seed {seed}" if seed else "")
+
+
+def side_by_side(run: Run) -> bool:
+    """Whether the rows of `seconds` add up to more than the total since arms ran at the same time."""
+    wholes = {name: value for name, value in run.metrics.seconds.items() if "/" not in name and name != "total"}
+    several = sum(name.startswith((CENTRALIZED, LOCAL)) for name in wholes) > 1  # a federated arm runs alone
+    return several and sum(wholes.values()) > run.metrics.seconds.get("total", float("inf"))
 
 
 def traffic(run: Run) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,27 @@ def stripes(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def simulated(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`simulated(reached, finding)`: a run's folder whose centralized arm reaches that AUROC at both sources."""
+    from chexfound.data.sources import ingest
+
+    def make(reached: float | None, finding: str = "Pneumonia") -> Path:
+        for name in ("manifest.csv", "labelled.json"):
+            (stripes / name).write_text((stripes / name).read_text().replace("Pneumonia", finding))
+        out = tmp_path_factory.mktemp("run")
+        ingest(stripes, out / "store", 128)
+        options = {"data": str(stripes), "by": "source", "seeds": [0, 1], "arms": ["centralized"], "recipe": {}}
+        (out / "simulation.json").write_text(json.dumps(options))
+        row = {"arm": "centralized", "finding": finding, "auroc": reached, "n": 20, "positives": 10}
+        results = [{**row, "tested_on": site} for site in ("a", "b")]
+        metrics = {"schema": 1, "seed": 0, "results": results, "replicates": [{"seed": 1, "results": results}]}
+        (out / "metrics.json").write_text(json.dumps({**metrics, "void": None}))
+        return out
+
+    return make
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "benchmarks/hog_floor.py", *arguments]
@@ -59,5 +81,52 @@ def test_edges_are_found_at_each_source_and_told_as_json(stripes):
 def test_an_unknown_finding_is_told_with_those_that_there_are(stripes):
     done = run("--data", str(stripes), "--finding", "Pnumonia")
     assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
     assert "'Pnumonia': no image has a label for it; there are No Finding, Pneumonia" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("reached", "void"), [(0.6, True), (0.999, False)])
+def test_a_run_is_held_against_the_floor_and_its_report_has_the_figures(simulated, reached, void):
+    out = simulated(reached)
+    done = run("--run", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [(row["finding"], row["tested_on"], row["seeds"]) for row in metrics["floor"]] == [
+        ("Pneumonia", "a", [0, 1]),
+        ("Pneumonia", "b", [0, 1]),
+    ]
+    assert all(row["ours"] == pytest.approx(reached) and row["rival"] > 0.95 for row in metrics["floor"])
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["ours"], line["rival"]) for line in told] == [(row["ours"], row["rival"]) for row in metrics["floor"]]
+    assert (metrics["void"] is not None) == void
+    page = (out / "report.html").read_text()
+    assert ("This comparison is void." in page) == void
+    assert f'<td class="number">{reached:.3f}</td>' in page
+
+
+def test_a_run_without_pneumonia_is_judged_by_the_finding_that_leads_it(simulated):
+    out = simulated(0.6, "Effusion")
+    assert run("--run", str(out)).returncode == 0
+    assert {row["finding"] for row in json.loads((out / "metrics.json").read_text())["floor"]} == {"Effusion"}
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"), [("federated", "has no centralized arm"), ("centralized", "no site has a figure of both")]
+)
+def test_a_run_with_nothing_to_hold_against_the_floor_is_left_as_it_is(simulated, arm, said):
+    out = simulated(None)
+    text = (out / "metrics.json").read_text().replace("centralized", arm)
+    (out / "metrics.json").write_text(text)
+    done = run("--run", str(out))
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert (out / "metrics.json").read_text() == text
+
+
+def test_a_folder_without_a_run_is_told(tmp_path):
+    done = run("--run", str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

@@ -109,7 +109,14 @@ def test_tells_the_reasons_and_what_was_left_out(page):
     assert "Local: hannover-mhh was not trained: its training images hold no finding with both classes" in text
     assert "covid-chestxray: 3 files were refused" in text
     assert "batch 32 gives each of the sites 8 images a step" in text
-    assert "the DINO loss ended at log K" in text
+    assert text.count("The DINO loss stands at log K") == 1
+    assert "Best otherOf the models that other sites trained alone, the one with the highest AUROC" in text
+    assert "It is picked on the patients that it is then shown on" in text
+    assert "a bound of exactly 0 (0.000) counts as including it" in text
+    assert (
+        "hannover-mhh has no figure for Effusion, Pneumonia, Cardiomegaly, Pleural Thickening and Hernia: no negative"
+        in text
+    )
     for word in (
         "48.2 MB",
         "6 min 41 s",
@@ -135,8 +142,44 @@ def test_void_comes_first(make_run):
     page = build(
         make_run(sites=SITES, change=lambda metrics: metrics.update(void="the pooled arm is below HOG"))
     ).read_text()
-    assert Outline(page).titles(1) == ["This comparison is void: the pooled arm is below HOG"]
-    assert "Conclude nothing from the figures below." in page
+    assert Outline(page).titles(1) == ["This comparison is void."]
+    assert "Conclude nothing from the figures below.</b> the pooled arm is below HOG" in page
+
+
+FLOOR = {"finding": "Pneumonia", "tested_on": SITES[0], "seeds": [0, 1], "ours": 0.711, "rival": 0.813}
+
+
+@pytest.mark.parametrize("void", ["too weak", None])
+def test_the_bar_that_the_pooled_model_was_held_against_is_a_table(make_run, void):
+    page = build(make_run(change=lambda metrics: metrics.update(void=void, floor=[FLOOR]))).read_text()
+    text = re.sub(r"<[^>]+>", " ", page)
+    assert re.search(r"nih-chestxray14\s+Pneumonia, seeds 0, 1\s+0\.711\s+0\.813\s+−0\.102", text)
+    assert "Not checked against HOG" not in text
+    assert Outline(page).titles(1)[0].startswith("This comparison is void." if void else "Pneumonia: federating")
+
+
+def test_an_unchecked_comparison_says_how_to_check_it(make_run, page):
+    assert "python benchmarks/hog_floor.py --run OUT" in page
+    assert "hog_floor" not in build(make_run(change=_only_federated)).read_text()
+
+
+def test_speaks_of_no_arm_that_was_not_run(make_run):
+    def few(metrics):
+        metrics["results"] = [row for row in metrics["results"] if row["arm"] in ("federated", "centralized")]
+        metrics["comparisons"], metrics["not_trained"] = [], []
+        metrics["model_sha256"] = {"federated": "0", "centralized": "1"}
+
+    out = make_run(change=few)
+    history = json.loads((out / "history.json").read_text())
+    for phase, arms in history.items():
+        history[phase] = {arm: rows for arm, rows in arms.items() if arm in ("federated", "centralized")}
+    (out / "history.json").write_text(json.dumps(history))
+    text = re.sub(r"<[^>]+>", " ", build(out).read_text())
+    text = text.replace("Not in this run: the local, random-weights and floor arms.", "")
+    for word in ("own model", "Own local", "own local", "Best other", "local 50", "andom weights", "not available"):
+        assert word not in text.split("How it was made")[0], word
+    assert "federated 12.5" in text
+    assert "centralized 14.1" in text
 
 
 def _only_federated(metrics):
@@ -162,6 +205,35 @@ def test_a_deployed_run_has_the_federated_arm_and_metrics_alone(make_run):
         "artifacts/attention.npz",
     ):
         assert f"The run left no {name}." in page
+
+
+def test_a_deployed_run_shows_no_image_and_says_why(make_run):
+    out = make_run(change=lambda metrics: (_only_federated(metrics), metrics.update(deployed=True)))
+    shutil.rmtree(out / "artifacts")
+    history = json.loads((out / "history.json").read_text())
+    history = {phase: {"federated": arms["federated"]} for phase, arms in history.items()}
+    (out / "history.json").write_text(json.dumps(history))
+    page = build(out).read_text()
+    outline = Outline(page)
+    assert "No image leaves a site, so neither sample images nor attention maps are shown." in page
+    assert "A deployed run trains the federated arm only" in page
+    assert ".npz" not in page
+    assert not {"samples", "attention"} & set(outline.ids)
+    assert set(re.findall(r'href="#([^"]+)', page)) <= {*outline.ids, *re.findall(r' id="([^"]+)', page)}
+    assert "Federated, at this site" in page
+    assert "The site’s own model</li>" not in page
+    assert "Pooled" not in page
+
+
+def test_an_attention_caption_names_the_site_once_and_no_peak_is_beyond_the_scale(make_run):
+    out = make_run()
+    captions = json.loads((out / "artifacts/attention.json").read_text())
+    captions["captions"] = [f"{site}, PA" for site in captions["sites"]]
+    (out / "artifacts/attention.json").write_text(json.dumps(captions))
+    page = build(out).read_text()
+    assert ">nih-chestxray14, PA · peak" in page
+    peaks = [float(found) for found in re.findall(r"peak ([\d.]+) × even", page)]
+    assert float(re.search(r"([\d.]+) × even, the highest peak here", page)[1]) == max(peaks)
 
 
 def test_no_result_at_all_is_said(make_run):
@@ -291,6 +363,32 @@ def _shown(browser, path):
 def test_every_figure_is_visible_in_chromium(whole, browser, width):
     browser.open(whole, width)
     _shown(browser, whole)
+
+
+LETTERS = """
+(() => {
+  const shown = one => one.getBoundingClientRect().width > 0;
+  return {sizes: [...document.querySelectorAll(".panel svg")].map(
+            svg => 12.5 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width),
+          hinted: [...document.querySelectorAll(".box")].filter(box => box.scrollWidth > box.clientWidth + 1)
+            .map(box => Boolean(box.previousElementSibling?.matches(".hint") && shown(box.previousElementSibling))),
+          lines: [...document.querySelectorAll(".verdicts tbody tr")].map(row => row.getBoundingClientRect().height),
+          border: getComputedStyle(document.querySelector(".shots img")).borderTopWidth};
+})()
+"""
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_letters_are_of_one_size_and_a_wide_table_says_so(whole, browser, width):
+    browser.open(whole, width)
+    seen = browser.evaluate(LETTERS)
+    assert max(seen["sizes"]) - min(seen["sizes"]) < 0.5
+    assert min(seen["sizes"]) > 12
+    assert seen["border"] == "1px"
+    if width == 390:
+        assert len(seen["hinted"]) > 5
+        assert all(seen["hinted"])
+        assert max(seen["lines"]) < 3 * 14 * 1.35 + 8  # two lines; a long name may take three
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

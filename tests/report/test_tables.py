@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chexfound.report import tables
-from chexfound.report.run import Metrics, Result, Run, read
+from chexfound.report.run import Comparison, Metrics, Result, Run, read
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,76 @@ def test_a_site_without_figures_is_told_once_and_a_gap_in_its_cell():
 
 
 def test_differences_name_each_comparison_once(make_run):
-    lines = tables.differences(read(make_run()))
+    found = tables.differences(read(make_run()))
+    lines = found["lines"]
+    assert list(found["columns"]) == ["pooled", "own", "random"]
     assert len(lines) == len({(line["finding"], line["site"]) for line in lines}) == 10
-    first = lines[0]
-    assert first["finding"] == "Pneumonia"
+    assert lines[0]["finding"] == "Pneumonia"
+    first = lines[0]["cells"]
     assert first["pooled"]["ci"].startswith("[")
     assert first["own"]["ci"].startswith("[")
     assert "*" not in first["own"]["words"]
-    assert next(line for line in lines if line["site"] == "hannover-mhh")["own"] is None
+    lone = next(line for line in lines if line["site"] == "hannover-mhh")
+    assert lone["cells"]["own"] == {"reason": "its training images hold no finding with both classes"}
 
 
-def test_shares_are_of_the_longest(make_run):
-    lines = tables.seconds(read(make_run()))
+def test_a_column_of_an_arm_that_was_not_run_is_left_out(make_run):
+    def no_random(metrics):
+        for rows, key in (("results", "arm"), ("comparisons", "second")):
+            metrics[rows] = [row for row in metrics[rows] if row[key] != "random" and "local:" not in row[key]]
+
+    assert list(tables.differences(read(make_run(change=no_random)))["columns"]) == ["pooled"]
+
+
+def test_a_difference_without_an_interval_cannot_be_judged():
+    rows = [Result(arm=arm, tested_on="a", finding="f", auroc=0.8) for arm in ("federated", "random")]
+    pair = {"first": "federated", "second": "random", "finding": "f", "tested_on": "a", "difference": 0.2}
+    reason = "no interval: all positives are of one patient"
+    metrics = Metrics(results=rows, comparisons=[Comparison(**pair, reason=reason)])
+    (line,) = tables.differences(Run(out=None, metrics=metrics))["lines"]
+    assert line["cells"]["random"]["words"] == "cannot be judged (all positives are of one patient)"
+    assert line["cells"]["random"]["verdict"] == "unjudged"
+
+
+def test_phases_stand_below_their_arm():
+    seconds = {"federated/pretrain": 10, "federated/adapt": 5, "ingest": 1, "federated": 20, "random@1": 3, "total": 24}
+    run = Run(out=None, metrics=Metrics(results=[], seconds=seconds))
+    lines = tables.seconds(run)
+    assert [(line["name"], line["part"]) for line in lines] == [
+        ("ingest", False),
+        ("Federated", False),
+        ("pretrain", True),
+        ("adapt", True),
+        ("Random weights, seed 1", False),
+        ("total", False),
+    ]
     assert max(line["share"] for line in lines[:-1]) == 100
-    assert (lines[-1]["name"], lines[-1]["share"]) == ("total", None)
+    assert lines[-1]["share"] is None
+    assert not tables.side_by_side(run)
+
+
+def test_phases_without_their_arm_stand_alone_and_arms_side_by_side_are_told():
+    deployed = Run(out=None, metrics=Metrics(results=[], seconds={"federated/pretrain": 10}))
+    assert [(line["name"], line["part"]) for line in tables.seconds(deployed)] == [("Federated: pretrain", False)]
+    beside = {"centralized": 9, "local:a": 8, "total": 10}
+    assert tables.side_by_side(Run(out=None, metrics=Metrics(results=[], seconds=beside)))
+
+
+def test_what_was_left_out_names_findings_and_sites():
+    untrained = "not trained: b has not both classes among its training images"
+    rows = [
+        Result(arm=arm, tested_on=site, finding=finding, auroc=0.8)
+        for arm in ("federated", "local:b")
+        for site in ("a", "b")
+        for finding in ("one",)
+    ]
+    rows += [Result(arm="federated", tested_on="a", finding="two_x", auroc=0.8)]
+    rows += [Result(arm="local:b", tested_on="a", finding="two_x", reason=untrained)]
+    rows += [Result(arm=arm, tested_on="b", finding="two_x", reason="no positive") for arm in ("federated", "local:b")]
+    assert tables.left_out(Run(out=None, metrics=Metrics(results=rows))) == [
+        ("Local: b", f"has no figure for two x: {untrained}"),
+        ("b", "has no figure for two x: no positive"),
+    ]
 
 
 def test_flat_names_nested_values():
@@ -77,7 +133,7 @@ def test_flat_names_nested_values():
 
 
 def test_without_comparisons_a_star_says_how_two_were_told_apart(make_run):
-    first = tables.differences(read(make_run(change=lambda metrics: metrics.pop("comparisons"))))[0]
+    first = tables.differences(read(make_run(change=lambda metrics: metrics.pop("comparisons"))))["lines"][0]["cells"]
     assert first["own"]["words"].endswith("*")
     assert first["own"]["ci"] == ""
     assert "*" not in first["pooled"]["words"]

@@ -1,0 +1,281 @@
+"""The statements beside the headline: what the figures would hide, bad news first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result, Run
+from chexfound.report.story import (
+    ORDER,
+    amount,
+    amounts,
+    arm_name,
+    below_random,
+    best_other,
+    contrast,
+    contrasts,
+    every_contrast,
+    grouped,
+    listed,
+    own_model,
+    ranked_findings,
+    shown,
+    signed,
+)
+
+ENOUGH_STEPS = 300  # below it, gains of pretraining were inside the noise of the seeds
+STUCK = 0.01  # of log K: the loss stands this near to it
+STUCK_STEPS = 100  # below it, a loss that will leave log K may not have done so yet
+NEAR = 0.05  # of AUROC: a floor this little below the model is near it
+ABOVE_CHANCE = 0.6  # AUROC that is clearly above chance where there is no interval
+
+
+@dataclass(frozen=True)
+class Callout:
+    """A statement beside the headline; kind `bad`, `warn`, `good` or `note`, in this order.
+
+    One that is `first` stands above the figure, since without it the headline would mislead.
+    """
+
+    kind: str
+    text: str
+    first: bool = False
+
+
+def callouts(run: Run) -> list[Callout]:
+    """The statements beside the headline, bad ones first."""
+    ranked = ranked_findings(run)
+    found = [*_short(run)]
+    if ranked:
+        for part in (_random, _floors, _elsewhere, _others, _unjudged, _alone):
+            found += part(run, ranked[0])
+    found += [*_missing(run), *_stuck(run)]
+    kinds = ("bad", "warn", "good", "note")
+    return sorted(found, key=lambda one: kinds.index(one.kind))
+
+
+def _short(run: Run) -> list[Callout]:
+    steps = run.pretrain_steps
+    if steps is None:
+        return [
+            Callout(
+                "note",
+                "How many steps the model was pretrained for is not known: the run left neither recipe nor history.",
+            )
+        ]
+    if steps == 0:
+        return [
+            Callout(
+                "warn",
+                "This run did no self-supervised pretraining, so it says nothing about what pretraining gives.",
+                first=True,
+            )
+        ]
+    if steps < ENOUGH_STEPS:
+        return [
+            Callout(
+                "bad",
+                f"This run pretrained for {steps} steps only: too short to show that self-supervised learning helps "
+                f"(take at least {ENOUGH_STEPS}). It shows that the machinery works.",
+                first=True,
+            )
+        ]
+    return []
+
+
+def _random(run: Run, finding: str) -> list[Callout]:
+    found = contrasts(run, finding, lambda _: RANDOM)
+    lower, unclear, higher = (grouped(found, verdict) for verdict in ORDER)
+    if worse := below_random(run, finding):
+        points = listed([f"{signed(one.value)} at {one.site}" for one in found])
+        text = f"The federated backbone {worse} ({points}; the same head): pretraining is not shown to help."
+        return [Callout("bad", text, first=True)]
+    said = []
+    if lower:
+        by = amounts(lower, " AUROC")
+        text = f"The federated backbone does worse than random weights with the same head: by {by}."
+        said.append(Callout("bad", text, first=True))
+    if unclear:
+        points = listed([f"{signed(one.value)} at {one.site}" for one in unclear])
+        text = (
+            f"The federated backbone does not clearly beat random weights with the same head ({points}): "
+            "a benefit of pretraining is not shown there."
+        )
+        said.append(Callout("warn", text, first=True))
+    if higher and not lower:
+        said.append(Callout("good", f"Above random weights with the same head by {amounts(higher, ' AUROC')}."))
+    return said
+
+
+def _floors(run: Run, finding: str) -> list[Callout]:
+    said = []
+    names = {
+        "histogram": "grey-level histogram alone, which sees no anatomy,",
+        "site-view": "site and view alone, without the image,",
+    }
+    for arm, name in names.items():
+        near = []
+        for site in run.site_names:
+            floor, own = run.result(arm, site, finding), run.result(FEDERATED, site, finding)
+            if floor is None or own is None or floor.auroc is None or own.auroc is None:
+                continue
+            if _above_chance(floor) and floor.auroc >= own.auroc - NEAR:
+                near.append(f"{floor.auroc:.2f} at {site} (federated {own.auroc:.2f})")
+        if near:
+            said.append(
+                Callout(
+                    "warn",
+                    f"The {name} reaches {listed(near)}: "
+                    "what is measured there may be the scanner or the clinic, not the lung.",
+                )
+            )
+    odd = [
+        f"{row.auroc:.2f} at {site}"
+        for site in run.site_names
+        if (row := run.result("shuffled", site, finding))
+        and row.auroc is not None
+        and row.auroc_ci
+        and row.auroc_ci[0] > 0.5
+    ]
+    if odd:
+        said.append(
+            Callout(
+                "warn",
+                f"A head trained on shuffled labels should be near 0.5 and reaches {listed(odd)}: "
+                "look for a leak or a chance hit.",
+            )
+        )
+    return said
+
+
+def _above_chance(row: Result) -> bool:
+    if row.auroc_ci:
+        return row.auroc_ci[0] > 0.5
+    return row.auroc is not None and row.auroc >= ABOVE_CHANCE
+
+
+def _elsewhere(run: Run, finding: str) -> list[Callout]:
+    found = contrasts(run, finding, lambda site: best_other(run, finding, site))
+    lower, _, higher = (grouped(found, verdict) for verdict in ORDER)
+    said = []
+    if lower:
+        said.append(
+            Callout(
+                "bad",
+                f"A model of another site alone does better than the federated one: by {amounts(lower, ' AUROC')} "
+                "(the best of them, picked on the same patients).",
+                first=True,
+            )
+        )
+    if higher:
+        said.append(Callout("good", f"Above the best model of any other single site by {amounts(higher, ' AUROC')}."))
+    return said
+
+
+def _others(run: Run, finding: str) -> list[Callout]:
+    said = []
+    for against, name in ((own_model, "the site’s own model"), (lambda _: CENTRALIZED, "pooling")):
+        found = [(other, one) for other in run.findings if other != finding for one in contrasts(run, other, against)]
+        lost = [
+            f"{shown(other)} at {one.site} (by {amount(one.value)})" for other, one in found if one.verdict == "lower"
+        ]
+        if lost:
+            said.append(
+                Callout(
+                    "warn",
+                    f"Among the other findings, federated is clearly below {name} in {len(lost)} of {len(found)} "
+                    f"comparisons: {listed(lost, 5)}.",
+                )
+            )
+    return said
+
+
+def _unjudged(run: Run, finding: str) -> list[Callout]:
+    """Sites that have figures of both models and yet are not in the headline."""
+    found = every_contrast(run, finding, own_model) + every_contrast(run, finding, lambda _: CENTRALIZED)
+    reasons = {one.site: one.reason for one in found if one.verdict == "unjudged"}
+    if not reasons:
+        return []
+    where = listed([f"{site} ({reason})" for site, reason in reasons.items()])
+    return [Callout("note", f"Differences that cannot be judged are left out above: at {where}.")]
+
+
+def _alone(run: Run, finding: str) -> list[Callout]:
+    if not any(arm.startswith(LOCAL) for arm in run.arms):
+        return []
+    alone = [
+        site
+        for site in run.site_names
+        if (row := run.result(FEDERATED, site, finding))
+        and row.auroc is not None
+        and contrast(run, finding, site, LOCAL + site) is None
+    ]
+    if not alone:
+        return []
+    text = (
+        f"{listed(alone)} trained no model of its own for this finding, so what federating gained there is not known."
+    )
+    return [Callout("note", text)]
+
+
+def _missing(run: Run) -> list[Callout]:
+    if run.metrics.deployed:
+        text = (
+            "A deployed run trains the federated arm only: what pooling the images, a site alone or "
+            "random weights would reach is not known."
+        )
+        return [Callout("note", text)]
+    lacking = [
+        name
+        for name, there in (
+            ("federated", FEDERATED in run.arms),
+            ("pooled", CENTRALIZED in run.arms),
+            ("local", any(arm.startswith(LOCAL) for arm in run.arms)),
+            ("random-weights", RANDOM in run.arms),
+            ("floor", any(arm in run.arms for arm in FLOORS)),
+        )
+        if not there
+    ]
+    if not lacking or not run.arms:
+        return []
+    text = f"Not in this run: the {listed(lacking, 5)} {'arms' if len(lacking) > 1 else 'arm'}. "
+    return [Callout("note", f"{text}What those would have shown is not known.")]
+
+
+def _stuck(run: Run) -> list[Callout]:
+    """One warning that names each arm whose DINO loss stands at log K, or one note that the run is too short."""
+    stuck, short = [], 0
+    for arm, points in (run.history.pretrain if run.history else {}).items():
+        where = []
+        for site in dict.fromkeys(point.site for point in points):
+            ordered = sorted((point for point in points if point.site == site), key=lambda point: point.step)
+            pairs = [(point.dino, point.log_k) for point in ordered if point.dino is not None and point.log_k]
+            if len(pairs) < 3:
+                continue
+            steps = ordered[-1].step + 1
+            short = max(short, steps) if steps < STUCK_STEPS else short
+            if steps >= STUCK_STEPS and (end := _stands_at_log_k(pairs)) is not None:
+                alone = len({point.site for point in points}) == 1
+                where.append(f"{end:.3f} of {pairs[-1][1]:.3f}" + ("" if alone else f" at {site}"))
+        if where:
+            stuck.append(f"{arm_name(arm)} ({listed(where)})")
+    if stuck:
+        text = (
+            "The DINO loss stands at log K, its value for a model that tells no images apart: "
+            f"{listed(stuck, len(stuck))}. "
+            "Up to here the image-level objective has learned nothing, even where iBOT and KoLeo fall."
+        )
+        return [Callout("warn", text)]
+    if short:
+        text = f"{short} steps are too few to judge whether the DINO loss leaves log K (take at least {STUCK_STEPS})."
+        return [Callout("note", text)]
+    return []
+
+
+def _stands_at_log_k(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """The mean over the last third of (loss, log K), if it is at log K or above and no longer falls."""
+    third = len(pairs) // 3
+    before, end = (sum(dino for dino, _ in part) / third for part in (pairs[-2 * third : -third], pairs[-third:]))
+    log_k = pairs[-1][1]
+    return end if end >= (1 - STUCK) * log_k and before - end < STUCK / 2 * log_k else None

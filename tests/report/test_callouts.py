@@ -1,0 +1,186 @@
+"""The statements beside the headline: each fires where the figures ask for it, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from chexfound.report import callouts
+from chexfound.report.run import Comparison, History, Metrics, Point, Result, Run
+
+LOG_K = 5.545
+
+
+def row(arm, site, auroc, half=0.03, finding="Pneumonia", reason=None):
+    ci = None if half is None else (auroc - half, auroc + half)
+    return Result(
+        arm=arm, tested_on=site, finding=finding, n=100, positives=40, auroc=auroc, auroc_ci=ci, reason=reason
+    )
+
+
+def comparison(site, second, value, half=0.5, finding="Pneumonia"):
+    ci = None if half is None else (value - half, value + half)
+    reason = "no interval: all positives are of one patient" if half is None else None
+    return Comparison(
+        first="federated", second=second, finding=finding, tested_on=site, difference=value, ci=ci, reason=reason
+    )
+
+
+def run(*results, steps=300, history=None, **metrics):
+    recipe = {"train": {"rounds": 1, "local_steps": steps}}
+    return Run(out=None, metrics=Metrics(results=list(results), **metrics), recipe=recipe, history=history)
+
+
+def texts(some, kind=None):
+    return [one.text for one in callouts.callouts(some) if kind in (None, one.kind)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (299, "This run pretrained for 299 steps only: too short to show"),
+        (0, "This run did no self-supervised pretraining"),
+        (300, None),
+    ],
+)
+def test_short_runs_are_told(steps, said):
+    found = [one.text for one in callouts.callouts(run(row("federated", "A", 0.8), steps=steps)) if one.first]
+    assert [text.startswith(said) for text in found] == [True] if said else found == []
+
+
+@pytest.mark.parametrize(
+    ("random", "kind", "said"),
+    [
+        (0.9, "bad", "is below random weights at A, significantly (−0.100 at A; the same head)"),
+        (0.81, "bad", "is below random weights at A, not significantly"),
+        (0.79, "warn", "does not clearly beat random weights"),
+        (0.6, "good", "Above random weights"),
+    ],
+)
+def test_random_weights_are_told(random, kind, said):
+    found = callouts.callouts(run(row("federated", "A", 0.8), row("random", "A", random)))
+    assert [one.kind for one in found if said in one.text] == [kind]
+    assert [one.first for one in found if said in one.text] == [kind != "good"]
+
+
+def test_a_loss_to_random_weights_at_few_sites_is_still_bad_news():
+    others = [one for site in "BC" for one in (row("federated", site, 0.8), row("random", site, 0.6))]
+    found = texts(run(row("federated", "A", 0.8), row("random", "A", 0.9), *others), "bad")
+    assert found == ["The federated backbone does worse than random weights with the same head: by 0.10 AUROC at A."]
+
+
+def test_bad_callouts_come_before_good_ones():
+    some = run(row("federated", "A", 0.8), row("random", "A", 0.6), row("local:B", "A", 0.9), steps=10)
+    kinds = [one.kind for one in callouts.callouts(some)]
+    assert kinds == sorted(kinds, key=["bad", "warn", "good", "note"].index)
+    (other,) = (text for text in texts(some, "bad") if text.startswith("A model of another site alone does better"))
+    assert "picked on the same patients" in other
+
+
+@pytest.mark.parametrize(
+    ("floor", "half", "told"),
+    [
+        (0.78, 0.03, True),  # near and above chance
+        (0.90, 0.03, True),  # above the model
+        (0.78, 0.30, False),  # its interval holds 0.5
+        (0.70, 0.03, False),  # far below the model
+        (0.41, 0.03, False),  # below chance
+        (0.78, None, True),  # no interval, but clearly above chance
+    ],
+)
+def test_a_floor_is_told_where_it_is_above_chance_and_near_the_model(floor, half, told):
+    some = run(row("federated", "A", 0.8, half=0.4), row("histogram", "A", floor, half))
+    assert [text.startswith("The grey-level histogram alone") for text in texts(some, "warn")] == [True] * told
+
+
+def test_a_weak_floor_near_a_weak_model_needs_to_be_clearly_above_chance():
+    def told(floor, half):
+        return texts(run(row("federated", "A", 0.55), row("site-view", "A", floor, half)), "warn")
+
+    assert told(0.55, None) == []
+    assert told(0.55, 0.2) == []
+    assert "site and view alone, without the image, reaches 0.55 at A (federated 0.55)" in told(0.55, 0.02)[0]
+
+
+def test_odd_shuffles_are_told():
+    some = run(row("federated", "A", 0.8), row("shuffled", "A", 0.6))
+    assert any("shuffled labels should be near 0.5 and reaches 0.60 at A" in text for text in texts(some))
+
+
+def test_a_loss_in_another_finding_is_told_among_those_that_can_be_judged():
+    results = [
+        row(arm, site, auroc, half, finding="Mass_x")
+        for site, half in (("A", 0.03), ("B", None))
+        for arm, auroc in (("federated", 0.6), (f"local:{site}", 0.9))
+    ]
+    lead = [one for site in "AB" for one in (row("federated", site, 0.8), row(f"local:{site}", site, 0.8))]
+    assert any(
+        "below the site’s own model in 1 of 1 comparisons: Mass x at A (by 0.30)" in text
+        for text in texts(run(*lead, *results))
+    )
+
+
+def test_what_cannot_be_judged_is_named_with_its_reason():
+    some = run(
+        *(row(arm, site, 0.8) for site in "AB" for arm in ("federated", f"local:{site}")),
+        comparisons=[comparison("A", "local:A", 0.0), comparison("B", "local:B", 0.1, half=None)],
+    )
+    assert "Differences that cannot be judged are left out above: at B (all positives are of one patient)." in texts(
+        some, "note"
+    )
+
+
+def points(values, site="A"):
+    return [Point(step=step, site=site, dino=value, log_k=LOG_K) for step, value in enumerate(values)]
+
+
+def falls(first, last, steps):
+    return [first + (last - first) * step / (steps - 1) for step in range(steps)]
+
+
+def dino(text_of):
+    return [text for text in text_of if "log K" in text]
+
+
+def with_history(**pretrain):
+    return run(row("federated", "A", 0.8), history=History(pretrain=pretrain))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([6.2] * 20 + [5.54] * 100, True),
+        ([6.2] * 120, True),  # above log K and no longer falling
+        ([6.2] * 20 + [5.0] * 100, False),  # below it
+        (falls(6.3, 5.5, 120), False),  # still falling
+        (falls(6.3, 5.6, 120), False),  # above it, still falling
+        ([6.2] * 20 + [5.48] * 100, False),  # out of the band
+    ],
+)
+def test_a_dino_loss_that_stands_at_log_k_is_told(values, told):
+    found = dino(texts(with_history(federated=points(values)), "warn"))
+    assert ["stands at log K" in text for text in found] == [True] * told
+
+
+def test_ten_steps_judge_nothing():
+    found = dino(texts(with_history(federated=points(falls(6.4, 5.65, 10)))))
+    assert found == ["10 steps are too few to judge whether the DINO loss leaves log K (take at least 100)."]
+    assert dino(texts(with_history(federated=points([5.545] * 99)), "warn")) == []
+
+
+def test_one_warning_names_every_arm_at_log_k_and_no_other():
+    flat, learns = [5.54] * 120, [6.2] * 20 + [5.0] * 100
+    some = with_history(
+        federated=[*points(flat, "A"), *points(learns, "B")],
+        centralized=points(flat, "all sites, pooled"),
+        **{"local:A": points(flat, "A"), "local:B": points(learns, "B")},
+    )
+    (text,) = dino(texts(some))
+    assert "Federated (5.540 of 5.545 at A), Pooled (centralized) (5.540 of 5.545) and Local: A (5.5" in text
+    assert "Local: B" not in text
+
+
+def test_a_deployed_run_is_not_told_to_lack_arms():
+    (text,) = texts(run(row("federated", "A", 0.8), deployed=True), "note")
+    assert text.startswith("A deployed run trains the federated arm only")
+    (text,) = texts(run(row("federated", "A", 0.8)), "note")
+    assert text.startswith("Not in this run: the pooled, local, random-weights and floor arms.")
