@@ -247,7 +247,7 @@ class Run:
         assert self.batches is not None
         for number in range(done, config.rounds):
             weights = self._train_round(
-                "pretrain", FedAvg("pretrain"), weights, number, config.local_steps, self.batches.pretrain
+                "pretrain", FedAvg("pretrain", weights), weights, number, config.local_steps, self.batches.pretrain
             )
         return weights
 
@@ -271,7 +271,7 @@ class Run:
                     "history": curve,
                 }
             )
-        weights = strategy.result(weights)
+        weights = strategy.result()
         self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
         return weights
 
@@ -313,7 +313,7 @@ class Run:
         moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
         assert self.batches is not None
         for number in range(done, config.rounds):
-            strategy = FedAvg("adapt", len(self.findings), [*head_module.row_parameters, *moments])
+            strategy = FedAvg("adapt", head, len(self.findings), [*head_module.row_parameters, *moments])
             head = self._train_round("adapt", strategy, head, number, config.local_steps, self.batches.adapt)
         return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
 
