@@ -138,7 +138,7 @@ def _check_moment(
     if key == "step":
         fits = bool(((value >= 0) & (value <= steps.stop)).all())
     elif key == "exp_avg_sq":
-        highest = max(_largest(sent[name]), pace.gradient**2)
+        highest = max(_largest(sent[name]), pace.gradient * pace.gradient)
         fits = bool(((value >= 0) & (value <= highest * ROUNDING)).all())
     else:  # below 1e-15 squares fall out of float32, and Adam's eps of 1e-8 leaves nothing of them
         fits = not bool((value**2 > pace.squared * ROUNDING * update[f"{parameter}.exp_avg_sq"].double() + 1e-30).any())
