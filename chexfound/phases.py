@@ -32,6 +32,7 @@ from chexfound.model.glori import build_head
 from chexfound.pretrain.train import Pretrainer
 from chexfound.recipe import Recipe
 
+ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
 
@@ -116,14 +117,15 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
         )
     if request.phase not in _PHASES:
         raise ProtocolError(f"unknown phase {request.phase!r}")
+    if request.phase in ("pretrain", "adapt") and not (request.steps > 0 and request.batch_size > 0):
+        raise ProtocolError(f"phase {request.phase!r} asks for no step, or for no image a step")
     return _PHASES[request.phase](site, recipe, request)
 
 
 def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     """Counts, versions and hashes; no image, no patient."""
     store = site.view.store
-    ids = site.training_ids(recipe)
-    labels = store.labels(ids, store.findings)
+    labels = site.training_labels(recipe, tuple(store.findings))
     findings = {
         name: {
             "positives": int((labels[:, column] == 1).sum()),
@@ -249,8 +251,8 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     )
     save_scores(site.home / "scores.npz", scores)
     rows = result_rows(
-        "federated",
-        "all sites, federated",
+        ARM,
+        TRAINED_ON,
         site.name,
         scores,
         recipe.evaluate.bootstrap_samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,12 @@ class Exchange(Protocol):
         """Send one request to each site of the roster; replies in roster order, one at a time."""
 
 
-def checked_roster(replies: Sequence[Reply]) -> list[Member]:
-    """Sort the enrolled by name.
+def checked_roster(replies: Sequence[Reply], senders: Sequence[str]) -> list[Member]:
+    """Sort the enrolled by name; `senders` is what they are called until they have one.
 
     Raises: ProtocolError for a reply that is not an enrolment; ConfigError for a name taken twice.
     """
-    members = [_checked_member(reply.values) for reply in replies]
+    members = [_checked_member(reply.values, sender) for reply, sender in zip(replies, senders, strict=True)]
     members.sort(key=lambda member: member.name)
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -51,23 +52,30 @@ def checked_roster(replies: Sequence[Reply]) -> list[Member]:
     return members
 
 
-def _checked_member(values: dict[str, Any]) -> Member:
+def _checked_member(values: dict[str, Any], sender: str) -> Member:
     name, findings, built = values.get("site"), values.get("findings"), values.get("versions")
     if not isinstance(name, str) or not wire.word(name):
-        raise ProtocolError("a site enrolled without a usable name")
+        raise ProtocolError(f"{sender} enrolled without a usable name")
     if set(values) != ENROLMENT or not all(wire.count(values[key]) for key in COUNTS):
         raise ProtocolError(f"site {name!r} enrolled without its counts")
+    images, patients, train, val, test = (values[key] for key in COUNTS)
+    if train + val + test != images or patients > images:
+        raise ProtocolError(
+            f"site {name!r} enrolled without counts that add up: {images} images of {patients} patients, "
+            f"{train} + {val} + {test} for training, validation and test"
+        )
     if not isinstance(findings, dict) or not all(
         wire.word(finding)
         and isinstance(both, dict)
         and set(both) == {"positives", "negatives"}
         and all(wire.count(number) for number in both.values())
+        and 0 < sum(both.values()) <= train
         for finding, both in findings.items()
     ):
         raise ProtocolError(f"site {name!r} enrolled without usable counts of its findings")
     if not isinstance(built, dict) or not all(wire.word(part) for pair in built.items() for part in pair):
         raise ProtocolError(f"site {name!r} enrolled without its versions")
-    if not wire.word(values["store_sha256"]):
+    if not isinstance(values["store_sha256"], str) or not re.fullmatch("[0-9a-f]{64}", values["store_sha256"]):
         raise ProtocolError(f"site {name!r} enrolled without its store's hash")
     return Member(name=name, values=values)
 
@@ -94,7 +102,7 @@ class GridExchange:
         nodes = self._wait(recipe.federation.min_sites, recipe.federation.wait_s)
         self._nodes, self._names = nodes, [f"node {node}" for node in nodes]  # as `flwr supernode list` shows them
         replies = list(self.ask([Request(phase="enrol") for _ in nodes]))
-        roster = checked_roster(replies)
+        roster = checked_roster(replies, self._names)
         node_of = {reply.values["site"]: node for reply, node in zip(replies, nodes, strict=True)}
         self._names = [f"site {member.name!r}" for member in roster]
         self._nodes = [node_of[member.name] for member in roster]
@@ -172,7 +180,7 @@ class DirectExchange:
     def enrol(self, recipe: Recipe) -> list[Member]:
         """A roster of one."""
         self._recipe = recipe
-        return checked_roster([phases.run(self.site, recipe, Request(phase="enrol"))])
+        return checked_roster([phases.run(self.site, recipe, Request(phase="enrol"))], [f"site {self.site.name!r}"])
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Do what is asked, here and now."""

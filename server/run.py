@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,28 +24,15 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, Problems, 
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply, Request
+from chexfound.phases import Request
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import Recipe
+from server import checks
 from server.exchange import Exchange, Member
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
-RESULT_KEYS = (
-    "arm",
-    "trained_on",
-    "tested_on",
-    "finding",
-    "n",
-    "positives",
-    "auroc",
-    "auroc_ci",
-    "auprc",
-    "auprc_ci",
-    "reason",
-)
-TEXTS = ("arm", "trained_on", "tested_on", "finding", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,23 +233,33 @@ class Run:
             if self.backbone is not None:
                 _load_backbone(weights, self.backbone)
         assert self.batches is not None
+        gains = {name for name in weights if name.endswith(".weight_g")}  # never trained, see model/heads.py
         for number in range(done, config.rounds):
+            strategy = FedAvg("pretrain", weights)
             weights = self._train_round(
-                "pretrain", FedAvg("pretrain"), weights, number, config.local_steps, self.batches.pretrain
+                "pretrain", strategy, weights, gains, number, config.local_steps, self.batches.pretrain
             )
         return weights
 
     def _train_round(
-        self, phase: str, strategy: FedAvg, weights: dict[str, Tensor], number: int, steps: int, batch: int
+        self,
+        phase: str,
+        strategy: FedAvg,
+        weights: dict[str, Tensor],
+        frozen: set[str],
+        number: int,
+        steps: int,
+        batch: int,
     ) -> dict[str, Tensor]:
         started, replies = time.monotonic(), []
         requests = self._requests(phase, weights, number, steps, batch)
+        taken, pace = range(number * steps, (number + 1) * steps), checks.Pace.of(self.recipe, phase)
         for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
-            try:
+            with _blaming(member, f"{phase}, round {number + 1}"):
+                checks.check_counts(phase, reply, member, self.findings)
                 strategy.add(reply)
-                curve = _checked_history(reply)
-            except ProtocolError as error:
-                raise ProtocolError(f"site {member.name!r} in {phase}, round {number + 1}: {error}") from error
+                checks.check_update(reply.tensors, weights, frozen, pace, taken)
+                curve = checks.check_history(reply, self.recipe, phase, taken)
             replies.append(
                 {
                     "site": member.name,
@@ -271,7 +269,7 @@ class Run:
                     "history": curve,
                 }
             )
-        weights = strategy.result(weights)
+        weights = strategy.result()
         self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
         return weights
 
@@ -290,14 +288,20 @@ class Run:
         done, head = self._last("adapt")
         started = time.monotonic()
         requests = self._requests("features", backbone)
-        sums = [reply.tensors for reply in self.exchange.ask(requests) if reply.tensors]
+        sums = []
+        for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
+            with _blaming(member, "features"):
+                checks.check_counts("features", reply, member, self.findings)
+                checks.check_moments(reply, self.recipe, backbone)
+            sums.append(reply.tensors)
+        sums = [moments for moments in sums if moments]
         if not sums:
             raise DataError(
                 "no site has a labelled training image; choose other findings, or leave adapt out of phases"
             )
         if head is None:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
-            head |= features.standardization(_checked_moments(sums, head))
+            head |= features.standardization(sums)
             if config.optimizer_state == "average":
                 head |= zero_moments(head_module)
             self._record(
@@ -311,10 +315,12 @@ class Run:
                 }
             )
         moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
+        trained = {name for name, parameter in head_module.named_parameters() if parameter.requires_grad}
+        frozen = set(head_module.state_dict()) - trained
         assert self.batches is not None
         for number in range(done, config.rounds):
-            strategy = FedAvg("adapt", len(self.findings), [*head_module.row_parameters, *moments])
-            head = self._train_round("adapt", strategy, head, number, config.local_steps, self.batches.adapt)
+            strategy = FedAvg("adapt", head, len(self.findings), [*head_module.row_parameters, *moments])
+            head = self._train_round("adapt", strategy, head, frozen, number, config.local_steps, self.batches.adapt)
         return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
 
     def _unscored(self) -> dict[str, str]:
@@ -332,8 +338,18 @@ class Run:
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
         results = []
         for member, reply in zip(self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True):
-            results += _checked_results(reply, member.name, self.findings)
+            with _blaming(member, "evaluate"):
+                results += checks.check_results(reply, member, self.findings)
         return results
+
+
+@contextmanager
+def _blaming(member: Member, where: str) -> Iterator[None]:
+    """Name the site, and where in the run it was, in a ProtocolError about its reply."""
+    try:
+        yield
+    except ProtocolError as error:
+        raise ProtocolError(f"site {member.name!r} in {where}: {error}") from error
 
 
 def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -395,48 +411,3 @@ def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str,
         | dict.fromkeys(("auroc", "auroc_ci", "auprc", "auprc_ci"))
         | {"reason": row["reason"] or unscored[row["finding"]]}
     )
-
-
-def _checked_history(reply: Reply) -> list[dict[str, float]]:
-    rows = reply.values.get("history")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict)
-        and {"step", "loss"} <= set(row)
-        and all(wire.word(key) and wire.finite(value) for key, value in row.items())
-        for row in rows
-    ):
-        raise ProtocolError("a reply's history must be rows of finite numbers, each with its step and loss")
-    return rows
-
-
-def _checked_moments(sums: list[dict[str, Tensor]], head: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    for moments in sums:
-        for name, module in (("patches", "token_norm"), ("cls", "cls_norm")):
-            width = head[f"{module}.mean"].shape
-            for part, shape in (("count", (1,)), ("sum", width), ("squares", width)):
-                tensor = moments.get(f"{name}.{part}")
-                if tensor is None or tensor.shape != shape or not bool(tensor.isfinite().all()):
-                    raise ProtocolError(f"a reply's moments are not what they should be: {name}.{part}")
-            if not 0 < float(moments[f"{name}.count"]) < 2**53 or bool((moments[f"{name}.squares"] < 0).any()):
-                raise ProtocolError(f"a reply's moments are not what they should be: {name}.count, {name}.squares")
-    return sums
-
-
-def _checked_results(reply: Reply, site: str, findings: tuple[str, ...]) -> list[dict[str, Any]]:
-    rows = reply.values.get("results")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows):
-        raise ProtocolError(f"site {site!r}: its results are not rows of {', '.join(RESULT_KEYS)}")
-    if [row["finding"] for row in rows] != list(findings) or any(row["tested_on"] != site for row in rows):
-        raise ProtocolError(f"site {site!r}: its results are not for the findings asked, or not its own")
-    for row in rows:
-        limits = [row["auroc_ci"], row["auprc_ci"]]
-        if not wire.count(row["n"]) or not wire.count(row["positives"]) or row["positives"] > row["n"]:
-            raise ProtocolError(f"site {site!r}: its results are without counts")
-        if any(limit is not None and not (isinstance(limit, list) and len(limit) == 2) for limit in limits):
-            raise ProtocolError(f"site {site!r}: an interval must be two numbers, or null")
-        figures = [row["auroc"], row["auprc"], *(number for limit in limits for number in limit or ())]
-        if any(figure is not None and not (wire.finite(figure) and 0 <= figure <= 1) for figure in figures):
-            raise ProtocolError(f"site {site!r}: a figure is not a number between 0 and 1")
-        if any(row[key] is not None and not (isinstance(row[key], str) and len(row[key]) <= 400) for key in TEXTS):
-            raise ProtocolError(f"site {site!r}: a result's text is not text, or too long")
-    return rows

@@ -19,22 +19,22 @@ class Fold:
     which is why updates are folded in roster order.
 
     Args:
+        previous: what the sites were sent; every update holds the same names, shapes and dtypes.
         rows: names of tensors whose first axis is the findings: each row has a weight of its own.
     """
 
-    def __init__(self, rows: Sequence[str] = ()) -> None:
-        self.rows = frozenset(rows)
+    def __init__(self, previous: Mapping[str, Tensor], rows: Sequence[str] = ()) -> None:
+        self.previous, self.rows = previous, frozenset(rows)
         self.count = 0
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
         self._row_weights: Tensor | None = None
-        self._dtypes: dict[str, torch.dtype] = {}
 
     def add(self, update: Mapping[str, Tensor], weight: float, row_weights: Sequence[float] | None = None) -> None:
         """Add one site's update.
 
         Args:
-            update: tensors by name; the same names and shapes from every site.
+            update: tensors by name, as those that were sent.
             weight: of the tensors that are not rows; 0 leaves the update out of them.
             row_weights: (F,), for the row tensors.
 
@@ -42,8 +42,6 @@ class Fold:
         """
         rows = None if row_weights is None else torch.tensor(list(row_weights), dtype=torch.float64)
         self._check(update, weight, rows)
-        if not self._dtypes:
-            self._dtypes = {name: tensor.dtype for name, tensor in update.items()}
         for name, tensor in update.items():
             by_row = name in self.rows and rows is not None
             part = tensor.double() * (_over(rows, tensor) if by_row else weight)  # type: ignore[arg-type]
@@ -59,12 +57,11 @@ class Fold:
             rows is not None and not bool(((rows >= 0) & torch.isfinite(rows)).all())
         ):
             raise ProtocolError("an update's weight must be a finite number that is not negative")
-        if self._sums and set(update) != set(self._sums):
-            odd = sorted(set(update) ^ set(self._sums))
-            raise ProtocolError(f"an update holds other tensors than the one before: {odd[:3]}")
+        if odd := sorted(set(update) ^ set(self.previous)):
+            raise ProtocolError(f"an update holds other tensors than were sent: {odd[:3]}")
         for name, tensor in update.items():
-            if self._sums and (tensor.shape != self._sums[name].shape or tensor.dtype != self._dtypes[name]):
-                raise ProtocolError(f"an update's {name!r} has another shape or dtype than the one before")
+            if tensor.shape != self.previous[name].shape or tensor.dtype != self.previous[name].dtype:
+                raise ProtocolError(f"an update's {name!r} has another shape or dtype than was sent")
             if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
                 raise ProtocolError(
                     f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows"
@@ -72,18 +69,13 @@ class Fold:
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise ProtocolError(f"an update's {name!r} holds a value that is not a finite number")
 
-    def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean; what no site gave any weight stays as in `previous` (rows one by one).
+    def result(self) -> dict[str, Tensor]:
+        """The mean; what no site gave any weight stays as it was sent (rows one by one).
 
-        Raises: ProtocolError if the updates hold other tensors than `previous`, or of another shape or dtype.
+        Raises: ProtocolError if a mean is not finite.
         """
-        if self._sums and set(self._sums) != set(previous):
-            raise ProtocolError("the updates hold other tensors than the model")
-        for name, held in self._sums.items():
-            if held.shape != previous[name].shape or self._dtypes[name] != previous[name].dtype:
-                raise ProtocolError(f"the updates' {name!r} has another shape or dtype than the model's")
         result = {}
-        for name, before in previous.items():
+        for name, before in self.previous.items():
             total = self._sums.get(name)
             if total is None:
                 result[name] = before.clone()
@@ -93,6 +85,8 @@ class Fold:
                 result[name] = torch.where(weights > 0, mean, before)
             else:
                 result[name] = (total / self._weight).to(before.dtype) if self._weight else before.clone()
+            if not bool(torch.isfinite(result[name]).all()):
+                raise ProtocolError(f"the mean of the updates' {name!r} is not finite")
         return result
 
 

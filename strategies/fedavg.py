@@ -23,11 +23,16 @@ class FedAvg:
 
     A site is left out of a finding's rows unless it has both classes of it, and a row that no site
     trained stays as it was.
+
+    Args:
+        previous: what the sites were sent.
     """
 
-    def __init__(self, phase: str, n_findings: int = 0, rows: Sequence[str] = ()) -> None:
+    def __init__(
+        self, phase: str, previous: Mapping[str, Tensor], n_findings: int = 0, rows: Sequence[str] = ()
+    ) -> None:
         self.phase, self.n_findings = phase, n_findings
-        self._fold = Fold(rows)
+        self._fold = Fold(previous, rows)
 
     def add(self, reply: Reply) -> None:
         """Fold in one site's reply.
@@ -42,9 +47,14 @@ class FedAvg:
         if not isinstance(labelled, list) or len(labelled) != self.n_findings:
             raise ProtocolError(f"a reply's labelled must be {self.n_findings} counts")
         weights = [_count(number, "a reply's labelled") for number in labelled]
-        if reply.tensors:
+        if any(weights):
             self._fold.add(reply.tensors, images, weights)
+        elif images or reply.tensors:
+            raise ProtocolError("a reply without a labelled image counts images, or holds tensors")
 
-    def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The aggregated weights."""
-        return self._fold.result(previous)
+    def result(self) -> dict[str, Tensor]:
+        """The aggregated weights.
+
+        Raises: ProtocolError if one is not finite.
+        """
+        return self._fold.result()

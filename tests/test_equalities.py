@@ -82,10 +82,10 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fedavg(updates: Sequence[Tensors], start: Tensors) -> Tensors:
-    fold = Fold()
+    fold = Fold(start)
     for update, shard in zip(updates, SHARDS, strict=True):
         fold.add(update, len(shard))
-    return fold.result(start)
+    return fold.result()
 
 
 def largest(one: Tensors, other: Tensors) -> float:
@@ -163,12 +163,12 @@ def test_1_means_over_all_labels_do_not_add_up(kind, capsys):
 def test_1_rows_averaged_by_their_finding_s_labels(kind, complete, capsys):
     recipe, labels = recipes.load("demo", {**SMALL, "adapt.head": kind}), head_labels(complete=complete)
     start, centralized = head_step(recipe, range(12), masked_bce, labels)
-    average = FedAvg("adapt", 3, build_head(recipe, 3).row_parameters)
+    average = FedAvg("adapt", start, 3, build_head(recipe, 3).row_parameters)
     for shard in SHARDS:
         labelled = (labels[shard] >= 0).sum(0).tolist()
         tensors = head_step(recipe, shard, masked_bce, labels)[1]
         average.add(Reply(tensors=tensors, values={"images": len(shard), "labelled": labelled}))
-    difference = step_difference(average.result(start), centralized, start)
+    difference = step_difference(average.result(), centralized, start)
     if complete:
         assert difference < ROUNDING
         return

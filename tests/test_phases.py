@@ -304,6 +304,17 @@ def test_evaluate_without_a_test_image(make_site: Callable[..., Site], tiny_reci
     assert [(row["n"], row["auroc"], bool(row["reason"])) for row in rows] == [(0, None, True)] * 2
 
 
+def test_a_shuffled_site_enrols_with_the_labels_that_it_trains_with(
+    make_site: Callable[..., Site], tiny_recipe: Any
+) -> None:
+    """Where patients have unequally many images, the shuffled counts are others; the coordinator holds them equal."""
+    site = make_site("alpha", shuffle_labels=True)
+    counts = phases.run(site, tiny_recipe, Request(phase="enrol")).values["findings"]
+    assert counts != phases.run(make_site("alpha"), tiny_recipe, Request(phase="enrol")).values["findings"]
+    reply = phases.run(site, tiny_recipe, adapt(prepared(site, tiny_recipe)))
+    assert reply.values["labelled"] == [sum(counts[finding].values()) for finding in FINDINGS]
+
+
 def test_shuffled_labels_are_the_training_images_only(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
     site, shuffled = make_site("alpha"), make_site("alpha", shuffle_labels=True)
     true, drawn = (one.training_labels(tiny_recipe, FINDINGS) for one in (site, shuffled))

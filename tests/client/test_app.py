@@ -85,6 +85,16 @@ def test_a_message_that_is_an_error_or_of_an_unknown_type(make_message: Any, mak
     assert handle(odd, make_context()).error.reason == "protocol"
 
 
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"batch_size": 0}, {"round": -1}, {"step": -1}, {"roster_index": -1}], ids=str
+)
+@pytest.mark.parametrize("phase", ["pretrain", "adapt"])
+def test_a_request_for_no_work_is_refused(make_message: Any, make_context: Any, phase: str, change: Any) -> None:
+    request = Request(phase=phase, **{"steps": 1, "batch_size": 1, "findings": ("Bar",)} | change)
+    reply = app(make_message(wire.pack_request(request), wire.MESSAGE_TYPES[phase]), make_context())
+    assert reply.error.reason == "protocol"
+
+
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)
 fields = st.dictionaries(st.sampled_from([*wire._RequestFields.__dataclass_fields__, "x"]), values)
 
@@ -98,7 +108,7 @@ def test_it_never_raises(make_message: Any, make_context: Any, given: Any, phase
     reply = app(make_message(content, wire.MESSAGE_TYPES[phase]), make_context())
     assert reply.has_content() != reply.has_error()
     if reply.has_error():
-        assert reply.error.reason in ("protocol", "checkpoint", "data", "internal", "storage")
+        assert reply.error.reason in ("protocol", "checkpoint", "data", "storage")
 
 
 def test_images_are_taken_in_at_enrolment_only(

@@ -62,7 +62,7 @@ class Scripted(LocalGrid):
 def node(name: str, later: Callable[[Message], Message | None] | None = None, **changes: Any) -> Any:
     def answer(message: Message) -> Message | None:
         if message.metadata.message_type == "query.enrol" or later is None:
-            return Message(wire.pack_reply(enrolment(site=name, **changes)), reply_to=message)
+            return Message(wire.pack_reply(enrolment(**{"site": name} | changes)), reply_to=message)
         return later(message)
 
     return answer
@@ -170,10 +170,15 @@ HOSTILE = [
             {"Blob": {"positives": -1, "negatives": 1}},
             {"Blob": {"positives": 1, "negatives": "1"}},
             {"a\nb": ENROLMENT["findings"]["Blob"]},
+            {"Blob": {"positives": 4, "negatives": 3}},  # of 6 training images
+            {"Blob": {"positives": 0, "negatives": 0}},  # is left out
         )
     ),
     *({"versions": value} for value in (None, [], {"torch": 2}, {"torch": ""}, {"torch": "x" * 65})),
-    *({"store_sha256": value} for value in (None, 1, "", "x" * 65)),
+    *({"images": value} for value in (9, 11)),  # not the sum of train, val and test
+    {"train": 7},
+    {"patients": 11},
+    *({"store_sha256": value} for value in (None, 1, "", "x" * 65, "g" * 64, "0" * 63, "0" * 64 + "\n")),
     {"patients_list": ["Jane"]},
 ]
 
@@ -181,13 +186,27 @@ HOSTILE = [
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:40])
 def test_hostile_enrolments(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
-        checked_roster([enrolment(site="B"), enrolment(**change)])
+        checked_roster([enrolment(site="B"), enrolment(**change)], ["node 1", "node 2"])
 
 
 @pytest.mark.parametrize("key", list(ENROLMENT))
 def test_incomplete_enrolments(key: str) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
-        checked_roster([Reply(values={name: value for name, value in ENROLMENT.items() if name != key})])
+        checked_roster([Reply(values={name: value for name, value in ENROLMENT.items() if name != key})], ["node 1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"site": "<\n>"}, "node 7 enrolled without a usable name"),
+        ({"train": 2**39}, "site 'B' enrolled without counts that add up: 10 images of 8 patients"),
+        ({"patients": 11}, "site 'B' enrolled without counts that add up"),
+        ({"store_sha256": "g" * 64}, "site 'B' enrolled without its store's hash"),
+    ],
+)
+def test_a_bad_enrolment_names_its_sender(quick: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        GridExchange(Scripted({9: node("A"), 7: node("B", **change)})).enrol(quick)
 
 
 def test_a_direct_exchange_is_one_site(make_site: Any, tiny_recipe: Any) -> None:

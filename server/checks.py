@@ -1,0 +1,272 @@
+"""A site's reply, held against what it enrolled with, what it was sent and what the recipe makes of it.
+
+These checks find the faulty site before its reply counts, so that no honest one is blamed, or fails,
+in the round after.  They are no defence against poisoning: what an honest site could have sent passes.
+Each raises ProtocolError; the caller names the site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chexfound import wire
+from chexfound.errors import ProtocolError
+from chexfound.phases import ARM, TRAINED_ON, Reply
+from chexfound.pretrain.optimizer import PREFIX
+from chexfound.recipe import Recipe
+from server.exchange import Member
+
+RESULT_KEYS = (
+    "arm",
+    "trained_on",
+    "tested_on",
+    "finding",
+    "n",
+    "positives",
+    "auroc",
+    "auroc_ci",
+    "auprc",
+    "auprc_ci",
+    "reason",
+)
+LARGEST = float(torch.finfo(torch.float32).max)
+ROUNDING = 1 + 1e-3  # float32 over many operations
+UNBOUNDED = 2.0**20  # of a step over its learning rate, where the optimizer sets no bound
+
+
+# -- counts
+
+
+def labelled_of(member: Member, findings: Sequence[str], *, both: bool = False) -> list[int]:
+    """Labelled training images by finding, as enrolled; with `both`, 0 where a class is absent."""
+    result = []
+    for finding in findings:
+        counts = member.values["findings"].get(finding, {"positives": 0, "negatives": 0})
+        usable = not both or all(counts.values())
+        result.append(sum(counts.values()) if usable else 0)
+    return result
+
+
+def check_counts(phase: str, reply: Reply, member: Member, findings: Sequence[str]) -> None:
+    """A reply's images, and in `adapt` its labels by finding, are those of the enrolment."""
+    images, train = reply.values.get("images"), member.values["train"]
+    if not wire.count(images):
+        raise ProtocolError("a reply's images must be a count")
+    if phase == "pretrain":
+        if images != train:
+            raise ProtocolError(f"a reply counts {images} images, its enrolment {train} for training")
+        return
+    labelled = labelled_of(member, findings, both=phase == "adapt")
+    if phase == "adapt" and reply.values.get("labelled") != labelled:
+        raise ProtocolError(f"a reply's labelled are not the counts enrolled, {labelled}")
+    if not max(labelled, default=0) <= images <= min(train, sum(labelled)):  # type: ignore[operator]
+        raise ProtocolError(f"a reply counts {images} labelled images, which does not fit what it enrolled")
+
+
+# -- weights and moments of a round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How far an optimizer can go.
+
+    Adam's moments m and v are sums over the same gradients, so m² ≤ `squared` · v (Cauchy-Schwarz) with
+    squared = (1 − β₁)² / ((1 − β₂)(1 − β₁²/β₂)), from whatever state that holds it already.  Means over
+    sites keep it: the square is convex.  Hence a step is at most lr · √squared, times what the bias
+    corrections add; weight decay only shrinks.  None of this depends on the gradients.
+    """
+
+    step: float  # of a weight, at most
+    squared: float  # inf: no bound
+    gradient: float  # of a weight, at most; inf if not clipped
+
+    @staticmethod
+    def of(recipe: Recipe, phase: str) -> Pace:
+        """The pace of pretraining, or of the head (AdamW with torch's betas)."""
+        if phase == "adapt":
+            return _adam(recipe.adapt.lr, 0.9, 0.999, recipe.adapt.clip_grad or math.inf)
+        config, clip = recipe.optim, recipe.optim.clip_grad or math.inf
+        lr = config.lr * max(1.0, config.patch_embed_lr_mult)
+        if config.optimizer == "sgd":
+            return Pace(step=lr * min(clip, UNBOUNDED), squared=math.inf, gradient=clip)
+        return _adam(lr, config.adamw_beta1, config.adamw_beta2, clip)
+
+
+def _adam(lr: float, beta1: float, beta2: float, clip: float) -> Pace:
+    if beta1**2 >= beta2 or beta2 >= 1:
+        return Pace(step=lr * UNBOUNDED, squared=math.inf, gradient=clip)
+    squared = (1 - beta1) ** 2 / (1 - beta2) / (1 - beta1**2 / beta2)
+    corrections = 2 * max(1.0, math.sqrt(1 - beta2) / (1 - beta1))
+    return Pace(step=lr * math.sqrt(squared) * corrections, squared=squared, gradient=clip)
+
+
+def check_update(
+    update: Mapping[str, Tensor], sent: Mapping[str, Tensor], frozen: Collection[str], pace: Pace, steps: range
+) -> None:
+    """An update, of the names and shapes that were sent, is one that these steps can lead to.
+
+    No weight is beyond the largest that was sent by more than the steps can add (the teacher, a mean of
+    students, neither); what is not trained is as it was sent; the optimizer's moments can be moments.
+    """
+    trained = [name for name in update if not name.startswith(PREFIX) and name not in frozen]
+    largest = max((_largest(sent[name]) for name in trained), default=0.0) + len(steps) * pace.step
+    for name, tensor in update.items():
+        if name in frozen:
+            if not torch.equal(tensor, sent[name]):
+                raise ProtocolError(f"a reply's {name!r}, which is not trained, is not what was sent")
+        elif name in trained:
+            if _largest(tensor) > largest * ROUNDING:
+                raise ProtocolError(
+                    f"a reply's {name!r} holds a weight of {_largest(tensor):.3g}, beyond {largest:.3g}: "
+                    f"as far as {len(steps)} steps can lead"
+                )
+        else:
+            _check_moment(name, update, sent, pace, steps)
+
+
+def _check_moment(
+    name: str, update: Mapping[str, Tensor], sent: Mapping[str, Tensor], pace: Pace, steps: range
+) -> None:
+    parameter, _, key = name.rpartition(".")
+    value = update[name].double()
+    if key == "step":
+        fits = bool(((value >= 0) & (value <= steps.stop)).all())
+    elif key == "exp_avg_sq":
+        highest = max(_largest(sent[name]), pace.gradient * pace.gradient)
+        fits = bool(((value >= 0) & (value <= highest * ROUNDING)).all())
+    else:  # below 1e-15 squares fall out of float32, and Adam's eps of 1e-8 leaves nothing of them
+        fits = not bool((value**2 > pace.squared * ROUNDING * update[f"{parameter}.exp_avg_sq"].double() + 1e-30).any())
+    if not fits:
+        raise ProtocolError(f"a reply's {name!r} holds what cannot be a moment of the optimizer")
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+# -- learning curves
+
+
+def check_history(reply: Reply, recipe: Recipe, phase: str, steps: range) -> list[dict[str, float]]:
+    """A row for each of the steps, in order, with the losses of the phase as finite numbers.
+
+    Returns: the rows.  A site that trains no finding's row took no step.
+    """
+    rows = reply.values.get("history")
+    always, at_times = _history_keys(recipe, phase)
+    if phase == "adapt" and not any(reply.values["labelled"]):
+        steps = range(0)
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict)
+        and always <= set(row) <= always | at_times
+        and wire.count(row["step"])
+        and all(wire.finite(value) and abs(value) <= LARGEST for value in row.values())
+        for row in rows
+    ):
+        raise ProtocolError(f"a reply's history must be rows of finite numbers: {', '.join(sorted(always))}")
+    if [row["step"] for row in rows] != list(steps):
+        raise ProtocolError(f"a reply's history must have a row for each of its {len(steps)} steps, in order")
+    return rows
+
+
+def _history_keys(recipe: Recipe, phase: str) -> tuple[set[str], set[str]]:
+    if phase == "adapt":
+        return {"step", "loss"}, set()
+    koleo = {"koleo"} if recipe.dino.koleo_loss_weight else set()
+    # A batch may have no masked patch, and then no iBOT.
+    return {"step", "loss", "dino", "log_k"} | koleo, {"ibot"} if recipe.ibot.loss_weight else set()
+
+
+# -- moments of the features
+
+
+def check_moments(reply: Reply, recipe: Recipe, backbone: Mapping[str, Tensor]) -> None:
+    """Count, sum and squares of each channel are those of the images counted, as the backbone can see them.
+
+    Tokens leave the backbone's last LayerNorm: none is beyond √D · max|weight| + max|bias|.
+    """
+    images, moments = reply.values["images"], reply.tensors
+    expected = _moment_shapes(recipe, backbone["norm.weight"].numel()) if images else {}
+    if {name: tuple(tensor.shape) for name, tensor in moments.items()} != expected:
+        raise ProtocolError("a reply's moments are not what they should be: its tensors")
+    if any(tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()) for tensor in moments.values()):
+        raise ProtocolError("a reply's moments are not what they should be: finite float64 numbers")
+    width = backbone["norm.weight"].numel()
+    largest = math.sqrt(width) * _largest(backbone["norm.weight"]) + _largest(backbone["norm.bias"])
+    patches = (recipe.image_px // recipe.student.patch_size) ** 2
+    for part, tokens in (("patches", patches), ("cls", 1)) if images else ():
+        total, squares = moments[f"{part}.sum"], moments[f"{part}.squares"]
+        count = (1 + recipe.adapt.views) * tokens * images
+        if float(moments[f"{part}.count"]) != count:
+            raise ProtocolError(f"a reply's moments are not what they should be: {part}.count of {images} images")
+        if bool((squares > count * largest**2 * ROUNDING).any()):
+            raise ProtocolError(f"a reply's moments are not what they should be: {part}.squares are too large")
+        if bool((total**2 > count * squares * ROUNDING).any()):
+            raise ProtocolError(f"a reply's moments are not what they should be: {part}.sum is too large")
+
+
+def _moment_shapes(recipe: Recipe, width: int) -> dict[str, tuple[int, ...]]:
+    channels = recipe.adapt.n_last_blocks * width
+    return {
+        f"{part}.{key}": (size,)
+        for part in ("patches", "cls")
+        for key, size in (("count", 1), ("sum", channels), ("squares", channels))
+    }
+
+
+# -- results
+
+
+def check_results(reply: Reply, member: Member, findings: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each finding, of this site and of the federated model, with figures that can be.
+
+    Returns: the rows.
+    """
+    rows = reply.values.get("results")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) == set(RESULT_KEYS) for row in rows):
+        raise ProtocolError(f"its results are not rows of {', '.join(RESULT_KEYS)}")
+    if [row["finding"] for row in rows] != list(findings):
+        raise ProtocolError("its results are not for the findings asked")
+    for row in rows:
+        if (row["arm"], row["trained_on"], row["tested_on"]) != (ARM, TRAINED_ON, member.name):
+            raise ProtocolError("a result is not its own, or not of the federated model")
+        if not wire.count(row["n"]) or not wire.count(row["positives"]):
+            raise ProtocolError("a result is without counts")
+        if not row["positives"] <= row["n"] <= member.values["test"]:
+            raise ProtocolError(
+                f"a result counts {row['positives']} positives of {row['n']} images; "
+                f"{member.values['test']} are enrolled for the test"
+            )
+        _check_figures(row)
+    return rows
+
+
+def _check_figures(row: dict[str, Any]) -> None:
+    """Both figures where both classes are, both intervals or none, and a reason where one is absent."""
+    figures, limits = [row["auroc"], row["auprc"]], [row["auroc_ci"], row["auprc_ci"]]
+    if not 0 < row["positives"] < row["n"]:
+        if any(value is not None for value in figures + limits):
+            raise ProtocolError("a result has figures, but not both classes")
+    elif not all(_share(figure) for figure in figures):
+        raise ProtocolError("a figure is not a number between 0 and 1")
+    if (limits[0] is None) != (limits[1] is None) or not all(limit is None or _interval(limit) for limit in limits):
+        raise ProtocolError("an interval must be two numbers between 0 and 1, the lower first, or null as its fellow")
+    reason = row["reason"]
+    if (reason is None) != (limits[0] is not None):
+        raise ProtocolError("a result has a reason exactly where its intervals are null")
+    if reason is not None and not (isinstance(reason, str) and len(reason) <= 400 and reason.isprintable()):
+        raise ProtocolError("a result's reason is not text, or too long")
+
+
+def _share(value: object) -> bool:
+    return wire.finite(value) and 0 <= value <= 1  # type: ignore[operator]
+
+
+def _interval(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_share, value)) and value[0] <= value[1]

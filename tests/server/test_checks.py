@@ -1,0 +1,129 @@
+"""What no honest site is refused for, whatever it was sent; the refusals are in test_run.py, with their site."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chexfound import recipe as recipes
+from chexfound.errors import ProtocolError
+from chexfound.phases import Reply
+from chexfound.pretrain import optimizer
+from server import checks
+from server.checks import Pace, check_history, check_update
+from server.exchange import Member
+from strategies.aggregate import Fold
+
+gradients = st.floats(-1e3, 1e3) | st.sampled_from([0.0, 1e-30, 1e-20, -1e-6, 1e3])
+
+
+def pace_of(kind: str, beta1: float, beta2: float, clip: float) -> Pace:
+    overrides = {"optim.optimizer": kind, "optim.adamw_beta1": beta1, "optim.adamw_beta2": beta2}
+    return Pace.of(recipes.load("demo", {**overrides, "optim.clip_grad": clip}), "pretrain")
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(
+        [("adamw", 0.9, 0.99), ("adamw", 0.9, 0.999), ("adamw", 0.0, 0.9), ("adamw", 0.9, 0.5), ("sgd", 0, 0)]
+    ),
+    st.sampled_from([0.0, 3.0, 1e200]),
+    st.lists(st.lists(gradients, min_size=4, max_size=4), min_size=2, max_size=2),
+)
+def test_no_honest_site_is_refused(kind: Any, clip: float, wild: list[list[float]]) -> None:
+    """Two sites, three rounds of four steps, any gradients: every update passes, from their means on too."""
+    pace = pace_of(*kind, clip)
+    config = recipes.load("demo").optim
+    sent = {"w": torch.linspace(-1, 1, 3)}
+    if kind[0] == "adamw":
+        sent |= {f"{optimizer.PREFIX}w.{key}": torch.zeros(3) for key in ("exp_avg", "exp_avg_sq")}
+        sent[f"{optimizer.PREFIX}w.step"] = torch.zeros(())
+    for number in range(3):
+        fold, steps = Fold(sent), range(4 * number, 4 * number + 4)
+        for site in range(2):
+            module = torch.nn.ParameterDict({"w": torch.nn.Parameter(sent["w"].clone())})
+            given_state = {name: tensor for name, tensor in sent.items() if name != "w"}
+            one: Any = torch.optim.SGD(module.parameters(), lr=config.lr)
+            if kind[0] == "adamw":
+                one = torch.optim.AdamW(
+                    module.parameters(), lr=config.lr, betas=kind[1:], weight_decay=0.04, fused=True
+                )
+                optimizer.set_moments(one, optimizer.checked_moments(module, given_state))
+            for gradient in wild[site]:
+                module["w"].grad = torch.tensor([gradient, gradient * 1e-3, -gradient])
+                torch.nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)
+                one.step()
+            update = {"w": module["w"].detach().clone()} | optimizer.moments(one, module)
+            check_update(update, sent, set(), pace, steps)
+            fold.add(update, 3 + site)
+        sent = fold.result()
+
+
+@pytest.mark.parametrize("moment", [0.0, 1e-3])
+def test_the_worst_that_passes_leads_no_honest_site_astray(moment: float) -> None:
+    """A step of 0 and the largest first moment for its second: the next step is within the pace."""
+    pace = pace_of("adamw", 0.9, 0.999, 3.0)
+    sent = {"w": torch.ones(1)} | {f"optimizer.w.{key}": torch.zeros(1) for key in ("exp_avg", "exp_avg_sq")}
+    sent |= {"optimizer.w.step": torch.zeros(())}
+    worst = sent | {
+        "optimizer.w.exp_avg": torch.tensor([moment * math.sqrt(pace.squared)]),
+        "optimizer.w.exp_avg_sq": torch.tensor([moment**2]),
+    }
+    check_update(worst, sent, set(), pace, range(1))
+    beyond = worst | {"optimizer.w.exp_avg": 1.01 * worst["optimizer.w.exp_avg"] + 1e-14}
+    with pytest.raises(ProtocolError, match="cannot be a moment"):
+        check_update(beyond, sent, set(), pace, range(1))
+    module = torch.nn.ParameterDict({"w": torch.nn.Parameter(worst["w"].clone())})
+    one = torch.optim.AdamW(module.parameters(), lr=recipes.load("demo").optim.lr, fused=True)
+    optimizer.set_moments(one, optimizer.checked_moments(module, {n: t for n, t in worst.items() if n != "w"}))
+    module["w"].grad = torch.zeros(1)
+    one.step()
+    update = {"w": module["w"].detach().clone()} | optimizer.moments(one, module)
+    check_update(update, worst, set(), pace, range(1, 2))
+
+
+@pytest.mark.parametrize("kind", [("sgd", 0.9, 0.99, 0.0), ("adamw", 0.99, 0.9, 0.0), ("adamw", 0.9, 1.0, 0.0)])
+def test_without_a_bound_of_the_optimizer_a_weight_has_one(kind: Any) -> None:
+    pace, sent = pace_of(*kind), {"w": torch.ones(2)}
+    check_update({"w": torch.full((2,), 1e3)}, sent, set(), pace, range(1))
+    with pytest.raises(ProtocolError, match="'w' holds a weight of 3e.38, beyond"):
+        check_update({"w": torch.full((2,), 3e38)}, sent, set(), pace, range(1))
+
+
+def test_a_batch_without_masked_patches_has_no_ibot() -> None:
+    recipe = recipes.load("demo")
+    row = {"step": 3, "loss": 1.0, "dino": 1.0, "koleo": -0.5, "log_k": 5.5}
+    for rows in ([row], [row | {"ibot": 2.0}]):
+        assert check_history(Reply(values={"history": rows}), recipe, "pretrain", range(3, 4)) == rows
+    bare = recipes.load("demo", {"dino.koleo_loss_weight": 0.0, "ibot.loss_weight": 0.0})
+    with pytest.raises(ProtocolError, match="rows of finite numbers: dino, log_k, loss, step"):
+        check_history(Reply(values={"history": [row]}), bare, "pretrain", range(3, 4))
+
+
+def test_counts_of_a_site_without_a_finding() -> None:
+    both = {"A": {"positives": 2, "negatives": 3}, "B": {"positives": 4, "negatives": 0}}
+    member = Member(name="x", values={"train": 9, "findings": both})
+    assert checks.labelled_of(member, ["A", "B", "C"]) == [5, 4, 0]
+    assert checks.labelled_of(member, ["A", "B", "C"], both=True) == [5, 0, 0]
+    checks.check_counts("features", Reply(values={"images": 9}), member, ["A", "B", "C"])
+    checks.check_counts("adapt", Reply(values={"images": 5, "labelled": [5, 0, 0]}), member, ["A", "B", "C"])
+    checks.check_counts("features", Reply(values={"images": 0}), member, ["C"])
+
+
+def test_an_interval_may_be_absent_with_a_reason() -> None:
+    row: dict[str, Any] = dict.fromkeys(checks.RESULT_KEYS)
+    row |= {"arm": "federated", "trained_on": "all sites, federated", "tested_on": "x", "finding": "A"}
+    row |= {
+        "n": 4,
+        "positives": 2,
+        "auroc": 1.0,
+        "auprc": 1.0,
+        "reason": "no interval: all positives are of one patient",
+    }
+    member = Member(name="x", values={"test": 4})
+    assert checks.check_results(Reply(values={"results": [row]}), member, ["A"]) == [row]
