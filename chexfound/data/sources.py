@@ -141,29 +141,43 @@ def _fill(
     namer: Callable[[str], str] | None,
 ) -> Summary:
     known = writer.known(str(root.resolve()))
-    refused: list[tuple[str, str]] = []
-    patients: list[str] = []
-    old_images = old_refused = 0
+    fates: dict[str, _Fate] = {}
     for done, (entry, result) in enumerate(_decoded(entries, known, writer.px, namer), start=1):
-        image = entry.image
+        file = entry.image.file
         if result is None:
-            was_refused = known[image.file][-1]
             if entry.listed:
-                writer.describe(image, entry.labels)
-            old_refused += was_refused
-            old_images += not was_refused
-        elif reason := _store(writer, entry, result):
-            writer.refuse(result.image, reason)
-            refused.append((image.file, reason))
+                writer.describe(entry.image, entry.labels)
+            fates[file] = _Fate(old=True, refused=known[file][-1])
         else:
-            patients.append(f"{image.source}/{result.image.patient}")
+            fates[file] = _store(writer, entry, result)
         if progress is not None:
             progress(done, len(entries))
-    if not patients and not old_images:
+    # A duplicate stands in for its twin if that was refused or changed, now or since.
+    bereft = writer.bereft(str(root.resolve()))
+    for entry, result in _decoded((entry for entry in entries if entry.image.file in bereft), {}, writer.px, namer):
+        assert result is not None  # nothing is known to it
+        fates[entry.image.file] = _store(writer, entry, result)
+    return _summary(writer, root, fates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fate:
+    """What became of a file."""
+
+    old: bool = False  # it was in the store, or refused, before
+    refused: bool = False
+    patient: str = ""
+    reason: str = ""
+
+
+def _summary(writer: Writer, root: Path, fates: dict[str, _Fate]) -> Summary:
+    refused = [(file, fate.reason) for file, fate in fates.items() if fate.refused and not fate.old]
+    patients = [fate.patient for fate in fates.values() if not (fate.refused or fate.old)]
+    if all(fate.refused for fate in fates.values()):
         reasons = "".join(f"\n  - {file}: {reason}" for file, reason in refused[:10])
         more = f"\n  - and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise DataError(
-            f"{root}: no usable image among {len(entries)} files"
+            f"{root}: no usable image among {len(fates)} files"
             f"{':' if refused else ', all refused before'}{reasons}{more}"
         )
     findings, sources = writer.names()
@@ -171,18 +185,22 @@ def _fill(
         images=len(patients),
         patients=len(set(patients)),
         refused=refused,
-        skipped_existing=old_images + old_refused,
+        skipped_existing=sum(fate.old for fate in fates.values()),
         findings=findings,
         sources=sources,
     )
 
 
-def _store(writer: Writer, entry: Entry, result: _Decoded) -> str | None:
-    """Put a decoded image into the store; why not, if it is refused."""
-    if result.pixels is None:
-        return result.reason
-    twin = writer.add(result.image, result.pixels, entry.labels)
-    return None if twin is None else f"duplicate of {twin}"
+def _store(writer: Writer, entry: Entry, result: _Decoded) -> _Fate:
+    """Put a decoded image into the store, or among the refused."""
+    reason = result.reason
+    if result.pixels is not None:
+        twin = writer.add(result.image, result.pixels, entry.labels)
+        if twin is None:
+            return _Fate(patient=f"{entry.image.source}/{result.image.patient}")
+        reason = f"duplicate of {twin}"
+    writer.refuse(result.image, reason, twin=result.pixels)
+    return _Fate(refused=True, reason=reason)
 
 
 # ---- decoding

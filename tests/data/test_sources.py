@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -438,6 +440,51 @@ class TestAgain:
         assert ingest(folder, tmp_path / "s", PX).images == 1
         ingest(folder, tmp_path / "once", PX)
         assert Store.open(tmp_path / "s").digest() == Store.open(tmp_path / "once").digest()
+
+    @pytest.mark.parametrize("bad", ["a", "z"])  # before and after its duplicates in the order of names
+    def test_a_duplicate_stands_in_for_its_twin(self, tmp_path, make_dicom, make_picture, bad):
+        root = tmp_path / "in"
+        make_dicom(root / f"{bad}.dcm", make_picture(0))
+        make_dicom(root / "other.dcm", make_picture(1))
+        ingest(root, tmp_path / "s", PX)
+        make_dicom(root / "b.dcm", make_picture(0))
+        make_dicom(root / "c.dcm", make_picture(0))
+        assert ingest(root, tmp_path / "s", PX).refused == [
+            ("b.dcm", f"duplicate of {bad}.dcm"),
+            ("c.dcm", f"duplicate of {bad}.dcm"),
+        ]
+        assert ingest(root, tmp_path / "s", PX).skipped_existing == 4
+        (root / f"{bad}.dcm").write_bytes(b"no")
+        summary = ingest(root, tmp_path / "s", PX)
+        assert sorted(summary.refused) == [
+            *([("a.dcm", "not a DICOM file (no DICM preamble)")] if bad == "a" else []),
+            ("c.dcm", "duplicate of b.dcm"),
+            *([("z.dcm", "not a DICOM file (no DICM preamble)")] if bad == "z" else []),
+        ]
+        assert (summary.images, summary.skipped_existing) == (1, 1)
+        ingest(root, tmp_path / "once", PX)
+        assert Store.open(tmp_path / "s").digest() == Store.open(tmp_path / "once").digest()
+
+    def test_a_duplicate_of_another_folder_whose_image_changed(self, tmp_path, make_dicom, make_picture):
+        for folder in ("1", "2"):
+            make_dicom(tmp_path / folder / "x" / f"{folder}.dcm", make_picture(0))
+            make_dicom(tmp_path / folder / "x" / f"{folder}-other.dcm", make_picture(int(folder)))
+            ingest(tmp_path / folder, tmp_path / "s", PX)
+        make_dicom(tmp_path / "1" / "x" / "1.dcm", make_picture(7))
+        ingest(tmp_path / "1", tmp_path / "s", PX)
+        assert len(Store.open(tmp_path / "s")) == 3
+        assert ingest(tmp_path / "2", tmp_path / "s", PX).images == 1
+        assert len(Store.open(tmp_path / "s")) == 4
+
+    def test_duplicates_of_a_store_from_before_their_pixels_were_noted(self, tmp_path, make_dicom, make_picture):
+        for name in ("a.dcm", "b.dcm"):
+            make_dicom(tmp_path / "in" / name, make_picture(0))
+        ingest(tmp_path / "in", tmp_path / "s", PX)
+        with contextlib.closing(sqlite3.connect(tmp_path / "s" / "index.sqlite")) as index:
+            index.execute("DROP TABLE duplicates")
+        (tmp_path / "in" / "a.dcm").write_bytes(b"no")
+        ingest(tmp_path / "in", tmp_path / "s", PX)
+        assert [row.file for row in Store.open(tmp_path / "s").images] == ["b.dcm"]
 
     def test_other_size(self, tmp_path, make_manifest):
         folder = make_manifest(tmp_path / "in", rows(2))
