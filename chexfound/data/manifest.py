@@ -8,7 +8,10 @@ two files is told at once, before any image is read.
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,16 @@ class Entry:
     refusal: str = ""  # why it is left out, if its row already tells
 
 
+def unreadable_file(path: Path) -> str:
+    """Why there is no file to read at `path`: reading a pipe, say, would wait for ever; "" if there is one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        leads_nowhere = error.errno == errno.ENOENT and path.is_symlink()
+        return "a link that leads nowhere" if leads_nowhere else os.strerror(error.errno or 0)
+    return "" if stat.S_ISREG(mode) else "not a file but a folder, a pipe, a socket or a device"
+
+
 class _Faults(Problems):
     """Tells the first problems and counts the rest."""
 
@@ -53,6 +66,7 @@ def read_manifest(folder: Path, root: Path) -> list[Entry]:
     or stands twice, a patient in two splits, a value that cannot be what it should.
     """
     path = folder / MANIFEST
+    _check_file(path)
     labelled = read_labelled(folder / LABELLED)
     faults = _Faults(DataError, str(path))
     entries: list[Entry] = []
@@ -71,8 +85,9 @@ def read_labelled(path: Path) -> dict[str, list[str]]:
 
     Raises: DataError.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
+    _check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -86,6 +101,11 @@ def read_labelled(path: Path) -> dict[str, list[str]]:
         ):
             raise DataError(f"{path}: {source!r}: must be a list of findings (got {findings!r})")
     return {source: [finding.strip() for finding in findings] for source, findings in value.items()}
+
+
+def _check_file(path: Path) -> None:
+    if reason := unreadable_file(path):
+        raise DataError(f"{path}: cannot be read: {reason}")
 
 
 def _rows(path: Path, faults: Problems) -> Iterable[tuple[int, dict[str, str]]]:
@@ -170,8 +190,8 @@ def _listed_file(folder: Path, name: str, faults: Problems, line: int) -> Path |
         faults.add(f"line {line}: file {name!r} must be below the manifest's folder")
         return None
     path = folder / relative
-    if not path.is_file():
-        faults.add(f"line {line}: no file {name!r}")
+    if reason := unreadable_file(path):
+        faults.add(f"line {line}: no file {name!r} ({reason})")
         return None
     if not path.resolve().is_relative_to(folder.resolve()):
         faults.add(f"line {line}: file {name!r} is a link out of the manifest's folder")

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest
+from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest, unreadable_file
 from chexfound.data.store import Image, Writer, writing
 from chexfound.errors import ConfigError, DataError
+from chexfound.names import RULE, utf8, word, written
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,14 +69,17 @@ def ingest(
             (default: `chexfound.data.dicom.pseudonym`).
 
     Raises:
-        ConfigError: image_px is not positive.
+        ConfigError: image_px is not positive, or a path is not UTF-8.
         DataError: no such folder, a manifest at fault, no usable image, or a store that does not fit.
         StorageError: the disk is full.  Whatever is raised, the store is as it was.
     """
     source, store = Path(source), Path(store)
     if image_px < 1:
         raise ConfigError(f"image_px: must be positive (got {image_px!r})")
-    if not source.is_dir():
+    for path in (source, store):
+        if not (utf8(path.absolute()) and utf8(os.path.realpath(path))):
+            raise ConfigError(f"{written(path)}: the path is not UTF-8 as the index must be; rename the folder")
+    if not os.path.isdir(source):
         raise DataError(f"{source}: no such folder; give the folder that holds the images")
     found = find(source, leave=store)
     if not found.entries:
@@ -88,29 +92,70 @@ def ingest(
 def find(root: Path, leave: Path | None = None) -> _Found:
     """List the images below `root`, sorted by path; names that start with a dot are left out.
 
+    A link to a folder elsewhere is followed; what cannot be read is listed, with the reason.
+
     Raises: DataError with every fault of a manifest.
     """
-    found = _Found()
-    left = None if leave is None else leave.resolve()
-
-    def unreadable(error: OSError) -> None:
-        found.entries.append(replace(_loose_dicom(Path(error.filename), root), refusal="the folder may not be read"))
-
-    for folder, folders, files in os.walk(root, onerror=unreadable):
+    walk = _Walk(root, leave)
+    for folder, folders, files in os.walk(root, onerror=walk.unreadable, followlinks=True):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != left)
         if MANIFEST in files:
             folders.clear()  # a manifest speaks for all that lies below it
-            found.entries += read_manifest(here, root)
+            walk.found.entries += read_manifest(here, root)
             continue
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and walk.enters(here / name)]
         for name in sorted(files):
-            if name.startswith(".") or name == "DICOMDIR":
-                continue
-            if _is_dicom(here / name):
-                found.entries.append(_loose_dicom(here / name, root))
-            found.loose += Path(name).suffix.lower() in (".png", ".jpg", ".jpeg")
-    found.entries.sort(key=lambda entry: entry.image.file)
-    return found
+            if not name.startswith(".") and name != "DICOMDIR":
+                walk.take(here / name)
+    walk.found.entries.sort(key=lambda entry: entry.image.file)
+    return walk.found
+
+
+class _Walk:
+    """A walk that follows links to folders: enters each once, by its own name if it has one below the root."""
+
+    def __init__(self, root: Path, leave: Path | None) -> None:
+        self.found = _Found()
+        self.root, self.real = root, Path(os.path.realpath(root))
+        self.leave = None if leave is None else Path(os.path.realpath(leave))
+        self.seen = {self.real}
+
+    def refuse(self, path: Path, reason: str) -> None:
+        self.found.entries.append(replace(_loose_dicom(path, self.root), refusal=reason))
+
+    def unreadable(self, error: OSError) -> None:
+        self.refuse(Path(error.filename), "the folder may not be read")
+
+    def take(self, path: Path) -> None:
+        """Note a file if it is DICOM, or cannot be."""
+        if reason := _not_utf8(path) or unreadable_file(path):
+            self.refuse(path, reason)
+        elif _is_dicom(path):
+            self.found.entries.append(_loose_dicom(path, self.root))
+        self.found.loose += path.suffix.lower() in (".png", ".jpg", ".jpeg")
+
+    def enters(self, path: Path) -> bool:
+        """Whether to enter a folder: not the store, and none twice."""
+        real = Path(os.path.realpath(path))
+        if real == self.leave or real in self.seen:
+            return False
+        if reason := _not_utf8(path) or (self._leads_up(path, real) if path.is_symlink() else ""):
+            self.refuse(path, reason)
+            return False
+        if path.is_symlink() and real.is_relative_to(self.real):
+            parts = real.relative_to(self.real).parts
+            if not any(part.startswith(".") for part in parts):
+                return False  # it is entered by its own name
+        self.seen.add(real)
+        return True
+
+    def _leads_up(self, path: Path, real: Path) -> str:
+        holds = any(Path(os.path.realpath(below)).is_relative_to(real) for below in (self.root, path.parent))
+        return "a link to a folder that holds this one is not followed" if holds else ""
+
+
+def _not_utf8(path: Path) -> str:
+    return "" if utf8(path.name) else "its name is not UTF-8; rename it"
 
 
 def _is_dicom(path: Path) -> bool:
@@ -126,11 +171,9 @@ def _is_dicom(path: Path) -> bool:
 def _loose_dicom(path: Path, root: Path) -> Entry:
     relative = path.relative_to(root)
     source = relative.parts[0] if len(relative.parts) > 1 else root.resolve().name
-    return Entry(
-        path=path,
-        image=Image(source=source, patient="", root=str(root.resolve()), file=relative.as_posix()),
-        labels={},
-    )
+    image = Image(source=written(source), patient="", root=str(root.resolve()), file=written(relative.as_posix()))
+    refusal = "" if word(image.source) else f"its source would be {image.source!r}, not {RULE}; rename the folder"
+    return Entry(path=path, image=image, labels={}, refusal=refusal)
 
 
 def _fill(

@@ -115,11 +115,13 @@ class TestManifest:
 
 
 FAULTS = [
-    ([{"file": "no.png"}], r"line 2: no file 'no\.png'"),
+    ([{"file": "no.png"}], r"line 2: no file 'no\.png' \(No such file or directory\)"),
     ([{"file": "../out.png"}], r"line 2: file '\.\./out\.png' must be below the manifest's folder"),
     ([{"file": "/etc/passwd"}], "line 2: file '/etc/passwd' must be below"),
     ([{"file": "link.png"}], r"line 2: file 'link\.png' is a link out of the manifest's folder"),
-    ([{"file": "folder.png"}], r"line 2: no file 'folder\.png'"),
+    ([{"file": "folder.png"}], r"line 2: no file 'folder\.png' \(not a file but a folder, a pipe"),
+    ([{"file": "pipe.png"}], r"line 2: no file 'pipe\.png' \(not a file but a folder, a pipe"),
+    ([{"file": "x" * 300 + ".png"}], r"line 2: no file 'x{300}\.png' \(File name too long\)"),
     ([{"file": "text.txt"}], r"line 2: file 'text\.txt' is not one of \.png"),
     ([{"file": ""}], "line 2: file is blank"),
     ([{"file": "0.png"}, {"file": "0.png"}], r"file '0\.png' stands twice"),
@@ -146,6 +148,7 @@ class TestManifestFaults:
         cv2.imwrite(str(folder / "0.png"), make_picture(0))
         cv2.imwrite(str(folder / "1.png"), make_picture(1))
         (folder / "link.png").symlink_to("/etc/passwd")
+        os.mkfifo(folder / "pipe.png")
         return folder
 
     def write(self, folder: Path, given: list[dict[str, str]]) -> None:
@@ -155,12 +158,20 @@ class TestManifestFaults:
             writer.writeheader()
             writer.writerows(given)
 
-    @pytest.mark.parametrize(("given", "message"), FAULTS, ids=[message for _, message in FAULTS])
+    @pytest.mark.parametrize(("given", "message"), FAULTS, ids=[message[:60] for _, message in FAULTS])
     def test_fault(self, tmp_path, folder, given, message):
         self.write(folder, given)
         with pytest.raises(DataError, match=rf"manifest\.csv: {message}"):
             ingest(folder, tmp_path / "s", PX)
         assert left_alone(tmp_path)
+
+    @pytest.mark.parametrize("name", ["manifest.csv", "labelled.json"])
+    def test_a_pipe_in_place_of_its_files(self, tmp_path, folder, name):
+        self.write(folder, [{"file": "0.png"}])
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(DataError, match=f"{name}: cannot be read: not a file but a folder, a pipe"):
+            ingest(folder, tmp_path / "s", PX)
 
     def test_existing_store_is_as_it_was(self, tmp_path, folder):
         self.write(folder, [{"file": "0.png"}])
@@ -174,7 +185,7 @@ class TestManifestFaults:
     def test_all_are_told_at_once(self, tmp_path, folder):
         self.write(folder, [{"file": "no.png"}, {"file": "0.png", "patient_id": ""}])
         with pytest.raises(
-            DataError, match=r"2 problems:\n  - line 2: no file 'no\.png'\n  - line 3: patient_id is blank"
+            DataError, match=r"2 problems:\n  - line 2: no file 'no\.png' \(.*\)\n  - line 3: patient_id is blank"
         ):
             ingest(folder, tmp_path / "s", PX)
 
@@ -320,6 +331,82 @@ class TestRefusedFiles:
 
         monkeypatch.setattr(os, "scandir", closed)
         assert ingest(tmp_path / "in", tmp_path / "s", PX).refused == [("closed", "the folder may not be read")]
+
+
+class TestWhatLiesThere:
+    """Loose DICOM files among what a hospital's disk may hold."""
+
+    @pytest.fixture
+    def root(self, tmp_path, make_dicom, make_picture) -> Path:
+        make_dicom(tmp_path / "in" / "ulm" / "a.dcm", make_picture(0))
+        return tmp_path / "in"
+
+    def taken(self, root: Path, store: Path) -> tuple[list[str], dict[str, str]]:
+        summary = ingest(root, store, PX)
+        return sorted(row.file for row in Store.open(store).images), dict(summary.refused)
+
+    def test_not_files(self, tmp_path, root):
+        os.mkfifo(root / "ulm" / "pipe")
+        os.mkfifo(root / "ulm" / "pipe.dcm")
+        (root / "gone").symlink_to("/nowhere")
+        (root / "round").symlink_to("round")
+        files, refused = self.taken(root, tmp_path / "s")
+        assert files == ["ulm/a.dcm"]
+        assert refused == {
+            "gone": "a link that leads nowhere",
+            "round": "Too many levels of symbolic links",
+            "ulm/pipe": "not a file but a folder, a pipe, a socket or a device",
+            "ulm/pipe.dcm": "not a file but a folder, a pipe, a socket or a device",
+        }
+        assert ingest(root, tmp_path / "s", PX).skipped_existing == 5
+
+    def test_links_to_folders_are_followed_once(self, tmp_path, root, make_dicom, make_picture):
+        make_dicom(tmp_path / "disk" / "2023" / "b.dcm", make_picture(1))
+        make_dicom(root / ".versions" / "c.dcm", make_picture(2))
+        for name, target in {
+            "archive": tmp_path / "disk",
+            "archive-again": tmp_path / "disk",
+            "alias": root / "ulm",
+            "latest": root / ".versions",
+            "ulm/loop": root / "ulm",
+            "up": tmp_path,
+        }.items():
+            (root / name).symlink_to(target)
+        (tmp_path / "disk" / "back").symlink_to(root)
+        (tmp_path / "disk" / "2023" / "loop").symlink_to(tmp_path / "disk")
+        (tmp_path / "link").symlink_to(root)
+        files, refused = self.taken(tmp_path / "link", tmp_path / "s")
+        assert files == ["archive/2023/b.dcm", "latest/c.dcm", "ulm/a.dcm"]
+        assert refused == {"up": "a link to a folder that holds this one is not followed"}
+        assert Store.open(tmp_path / "s").sources == ["archive", "latest", "ulm"]
+
+    def test_names_that_are_not_utf8(self, tmp_path, root, make_dicom, make_picture):
+        bad = os.fsdecode(b"caf\xe9")
+        make_dicom(root / "ulm" / f"{bad}.dcm", make_picture(1))
+        make_dicom(root / bad / "c.dcm", make_picture(2))
+        files, refused = self.taken(root, tmp_path / "s")
+        assert files == ["ulm/a.dcm"]
+        reason = "its name is not UTF-8; rename it"
+        assert refused == {"caf\\xe9": reason, "ulm/caf\\xe9.dcm": reason}
+
+    @pytest.mark.parametrize("link", [False, True])
+    def test_source_or_store_that_is_not_utf8(self, tmp_path, root, link):
+        bad = tmp_path / os.fsdecode(b"caf\xe9")
+        root.rename(bad)
+        (tmp_path / "in").symlink_to(bad)
+        with pytest.raises(ConfigError, match=r"(in|caf\\xe9): the path is not UTF-8"):
+            ingest(tmp_path / "in" if link else bad, tmp_path / "s", PX)
+        with pytest.raises(ConfigError, match=r"caf\\xe9/s: the path is not UTF-8"):
+            ingest(tmp_path, bad / "s", PX)  # refused before the source is looked at
+
+    @pytest.mark.parametrize("name", ["x" * 65, "a\nb"])
+    def test_folders_that_cannot_name_a_source(self, tmp_path, root, make_dicom, make_picture, name):
+        make_dicom(root / name / "b.dcm", make_picture(1))
+        files, refused = self.taken(root, tmp_path / "s")
+        assert files == ["ulm/a.dcm"]
+        assert refused == {
+            f"{name}/b.dcm": f"its source would be {name!r}, not 1 to 64 printable characters; rename the folder"
+        }
 
 
 class TestPictures:
