@@ -66,7 +66,7 @@ class TestManifest:
             {"file": "2.png", "patient_id": "2", "findings": ""},
             {"file": "3.png", "patient_id": "3", "source": "undeclared", "findings": "Pneumonia"},
         ]
-        labelled = {"about": "…", "a": ["Pneumonia", "Nodule", "No Finding"], "elsewhere": ["Mass"]}
+        labelled = {"about": "…", "a": ["Pneumonia", "Nodule", "No Finding"]}
         summary = ingest(make_manifest(tmp_path / "in", given, labelled), tmp_path / "s", PX)
         assert summary.findings == ["No Finding", "Nodule", "Pneumonia", "Rare"]
         store = Store.open(tmp_path / "s")
@@ -121,7 +121,7 @@ FAULTS = [
     ([{"file": "link.png"}], r"line 2: file 'link\.png' is a link out of the manifest's folder"),
     ([{"file": "folder.png"}], r"line 2: no file 'folder\.png' \(not a file but a folder, a pipe"),
     ([{"file": "pipe.png"}], r"line 2: no file 'pipe\.png' \(not a file but a folder, a pipe"),
-    ([{"file": "x" * 300 + ".png"}], r"line 2: no file 'x{300}\.png' \(File name too long\)"),
+    ([{"file": "x" * 300 + ".png"}], r"line 2: no file 'x{99}… \(File name too long\)"),
     ([{"file": "text.txt"}], r"line 2: file 'text\.txt' is not one of \.png"),
     ([{"file": ""}], "line 2: file is blank"),
     ([{"file": "0.png"}, {"file": "0.png"}], r"file '0\.png' stands twice"),
@@ -134,6 +134,11 @@ FAULTS = [
     ([{"file": "0.png", "patient_id": ""}], "line 2: patient_id is blank"),
     ([{"file": "0.png", "source": " "}], "line 2: source is blank"),
     ([{"file": "0.png", "source": "a/b"}], "line 2: source 'a/b' must not hold a '/'"),
+    ([{"file": "0.png", "source": "a" * 65}], "line 2: source 'a{65}' must be 1 to 64 printable characters"),
+    ([{"file": "0.png", "source": "a\nb"}], r"line 3: source 'a\\nb' must be 1 to 64 printable characters"),
+    ([{"file": "0.png", "site": "a\tb"}], r"line 2: site 'a\\tb' must be 1 to 64 printable characters"),
+    ([{"file": "0.png", "findings": "A|" + "B" * 70}], "line 2: finding 'B{70}' must be 1 to 64 printable"),
+    ([{"file": "0.png", "findings": "A\x07|B"}], r"line 2: finding 'A\\x07' must be 1 to 64 printable"),
     ([{"file": "0.png", "age": "old"}], "line 2: age 'old' is not a number of years"),
     ([{"file": "0.png", "age": "nan"}], "line 2: age 'nan' is not a number of years"),
 ]
@@ -229,6 +234,14 @@ class TestManifestFaults:
             ("[]", "must be an object of source -> list of findings, not list"),
             ('{"a": "Nodule"}', "'a': must be a list of findings"),
             ('{"a": [1]}', "'a': must be a list of findings"),
+            ('{"a": ["A | B"]}', r"""'a': finding 'A \| B' must not hold a '\|'; did you mean \["A", "B"\]\?"""),
+            ('{"a": [" "]}', "'a': finding ' ' must be 1 to 64 printable characters"),
+            ('{"a": ["\\ud800"]}', r"'a': finding '\\ud800' must be 1 to 64 printable characters"),
+            ('{"a\\ud800": []}', r"source 'a\\ud800' must be 1 to 64 printable characters"),
+            (
+                '{"a": 1, "": ["\\n"]}',
+                r"3 problems:\n  - 'a': must be a list.*\n  - source '' must be .*\n  - '': finding",
+            ),
         ],
     )
     def test_labelled_json(self, tmp_path, folder, text, message):
@@ -237,6 +250,22 @@ class TestManifestFaults:
         with pytest.raises(DataError, match=rf"labelled\.json: {message}"):
             ingest(folder, tmp_path / "s", PX)
         assert left_alone(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("source", "hint"), [("hospital_a", "did you mean 'hospital-a'"), ("ulm", "take it out, or mend the rows")]
+    )
+    def test_labelled_json_names_a_source_that_no_row_has(self, tmp_path, make_manifest, source, hint):
+        folder = make_manifest(tmp_path / "in", rows(2), {source: ["Nodule"]}, source="hospital-a")
+        with pytest.raises(DataError, match=rf"labelled\.json names a source '{source}' that no row has; {hint}"):
+            ingest(folder, tmp_path / "s", PX)
+
+    def test_what_a_missing_column_does_not_hide(self, tmp_path, folder):
+        text = "file,source,findings,split\nno.png,a/b,,dev\n1.png,a,A\x07,\n0.png,a,,\n0.png,a,,\n"
+        (folder / "manifest.csv").write_text(text)
+        with pytest.raises(DataError, match="6 problems") as raised:
+            ingest(folder, tmp_path / "s", PX)
+        wanted = ("no column 'patient_id'", "no file 'no.png'", "must not hold a '/'", "split 'dev'", "finding 'A")
+        assert [text for text in wanted if text not in str(raised.value)] == []
 
     def test_byte_order_mark_quotes_and_blank_lines(self, tmp_path, folder):
         text = '\ufefffile,source,patient_id,findings,site\n0.png,a,p,,"Ulm, Germany"\n\n'
