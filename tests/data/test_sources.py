@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -448,6 +450,15 @@ class TestPictures:
     def test_colour_becomes_grey(self, tmp_path, make_picture):
         cv2.imwrite(str(tmp_path / "a.png"), np.stack([make_picture(0)] * 3, -1))
         assert np.array_equal(read_picture(tmp_path / "a.png"), make_picture(0))
+
+    @pytest.mark.parametrize("side", [10001, 60000])  # below and above where Pillow itself refuses
+    def test_too_many_pixels(self, tmp_path, make_manifest, side):
+        folder = make_manifest(tmp_path / "in", rows(3))
+        data = (folder / "01.png").read_bytes()
+        header = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
+        data = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+        (folder / "01.png").write_bytes(data)
+        assert ingest(folder, tmp_path / "s", PX).refused == [("01.png", "more than 100,000,000 pixels")]
 
     def test_constant(self, tmp_path):
         cv2.imwrite(str(tmp_path / "a.png"), np.full((9, 9), 300, np.uint16))
