@@ -22,11 +22,22 @@ from typing import Any
 from chexfound.errors import CheckpointError, ConfigError, StorageError
 
 GENESIS = "0" * 64
+_PATH_AT_FAULT = (  # too long, below a file, a folder where a file should be, or the reverse, links in a circle
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ELOOP,
+)
 
 
 @contextlib.contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turn the operating system's word for 'cannot write' into a StorageError that says what to do."""
+    """Turn every error of the operating system into ours, which says what to do.
+
+    Raises: ConfigError if no file can have such a path, else StorageError.
+    """
     try:
         yield
     except OSError as error:
@@ -39,7 +50,12 @@ def storage(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"{path}: may not be written ({os.strerror(error.errno)}); check the folder's owner and mode"
             ) from error
-        raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _PATH_AT_FAULT:
+            raise ConfigError(f"{path}: cannot be written there ({reason}); give another path") from error
+        raise StorageError(
+            f"{path}: cannot be written ({reason}); check the disk and that its folder is there, then run again"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

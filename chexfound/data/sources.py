@@ -19,6 +19,7 @@ from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manife
 from chexfound.data.store import Image, Writer, writing
 from chexfound.errors import ConfigError, DataError
 from chexfound.names import RULE, utf8, word, written
+from chexfound.recipe import LARGEST_IMAGE_PX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,13 +70,13 @@ def ingest(
             (default: `chexfound.data.dicom.pseudonym`).
 
     Raises:
-        ConfigError: image_px is not positive, or a path is not UTF-8.
+        ConfigError: image_px is out of range, or a path is not UTF-8 or cannot be.
         DataError: no such folder, a manifest at fault, no usable image, or a store that does not fit.
-        StorageError: the disk is full.  Whatever is raised, the store is as it was.
+        StorageError: the disk is full or refuses.  Whatever is raised, the store is as it was.
     """
     source, store = Path(source), Path(store)
-    if image_px < 1:
-        raise ConfigError(f"image_px: must be positive (got {image_px!r})")
+    if not 1 <= image_px <= LARGEST_IMAGE_PX:
+        raise ConfigError(f"image_px: must be 1 to {LARGEST_IMAGE_PX} (got {image_px!r})")
     for path in (source, store):
         if not (utf8(path.absolute()) and utf8(os.path.realpath(path))):
             raise ConfigError(f"{written(path)}: the path is not UTF-8 as the index must be; rename the folder")

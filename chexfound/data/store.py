@@ -381,10 +381,11 @@ def writing(path: Path, px: int) -> Iterator[Writer]:
     """Open a store for adding, or make it; commits when the block ends well, else leaves all as it was.
 
     Raises: DataError if the store is damaged, holds images of another size, is being written by
-    another process, or if `path` is something else; StorageError if the disk is full.
+    another process, or if `path` is something else; StorageError if the disk is full or refuses;
+    ConfigError if there can be no such path.
     """
     path = Path(path).absolute()
-    with storage(path), _full_disk_told():
+    with storage(path), _disk_told():
         if (path / INDEX).is_file():
             with _locked(path):
                 found = Store.open(path).px
@@ -405,15 +406,25 @@ def writing(path: Path, px: int) -> Iterator[Writer]:
             sync(path.parent)
 
 
+_SQLITE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+
+
 @contextlib.contextmanager
-def _full_disk_told() -> Iterator[None]:
-    """SQLite's own word for a full disk as the system's, which `storage` explains."""
+def _disk_told() -> Iterator[None]:
+    """SQLite's own words for a disk that is full or refuses as the system's, which `storage` explains."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        code = _SQLITE.get(error.sqlite_errorcode & 0xFF)
+        if code is None:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(code, os.strerror(code)) from error
 
 
 @contextlib.contextmanager

@@ -301,9 +301,32 @@ class TestNothingUsable:
             ingest(tmp_path / "in", tmp_path / "s", PX)
         assert left_alone(tmp_path)
 
-    def test_size(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"image_px: must be positive \(got 0\)"):
-            ingest(tmp_path, tmp_path / "s", 0)
+    @pytest.mark.parametrize("px", [-1, 0, 4097, 200_000])
+    def test_size(self, tmp_path, px):
+        with pytest.raises(ConfigError, match=rf"image_px: must be 1 to 4096 \(got {px}\)"):
+            ingest(tmp_path, tmp_path / "s", px)
+
+    def test_source_whose_name_is_too_long(self, tmp_path):
+        with pytest.raises(DataError, match="no such folder"):
+            ingest(tmp_path / ("x" * 300), tmp_path / "s", PX)
+
+    @pytest.mark.parametrize(
+        ("store", "error", "message"),
+        [
+            ("in/00.png/store", ConfigError, r"cannot be written there \(Not a directory\)"),
+            ("x" * 300, ConfigError, r"cannot be written there \(File name too long\)"),
+            ("x" * 250, ConfigError, r"cannot be written there \(File name too long\)"),  # .NAME.building is
+            ("round/s", ConfigError, r"cannot be written there \(Too many levels"),
+            ("/proc/x", StorageError, r"cannot be written \(No such file or directory\)"),
+        ],
+    )
+    def test_store_that_cannot_be_made(self, tmp_path, make_manifest, store, error, message):
+        make_manifest(tmp_path / "in", rows(2))
+        (tmp_path / "round").symlink_to("round")
+        with pytest.raises(error, match=message):
+            ingest(tmp_path / "in", tmp_path / store, PX)
+        (tmp_path / "round").unlink()
+        assert left_alone(tmp_path)
 
 
 class TestRefusedFiles:
