@@ -22,14 +22,14 @@ from typing import Any
 from chexfound.errors import CheckpointError, ConfigError, StorageError
 
 GENESIS = "0" * 64
-_PATH_AT_FAULT = (  # too long, below a file, a folder where a file should be, or the reverse, links in a circle
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.ELOOP,
-)
+_PATH_AT_FAULT = {
+    errno.ENAMETOOLONG: "a name in it is too long",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.EEXIST: "a part of its path is a file",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTEMPTY: "it is a folder that is not empty",
+    errno.ELOOP: "its links lead in a circle",
+}
 
 
 @contextlib.contextmanager
@@ -50,9 +50,10 @@ def storage(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"{path}: may not be written ({os.strerror(error.errno)}); check the folder's owner and mode"
             ) from error
-        reason = os.strerror(error.errno) if error.errno else str(error)
         if error.errno in _PATH_AT_FAULT:
-            raise ConfigError(f"{path}: cannot be written there ({reason}); give another path") from error
+            reason = _PATH_AT_FAULT[error.errno]
+            raise ConfigError(f"{path}: cannot be written there: {reason}; give another path") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(
             f"{path}: cannot be written ({reason}); check the disk and that its folder is there, then run again"
         ) from error

@@ -80,8 +80,7 @@ def read_manifest(folder: Path, root: Path) -> list[Entry]:
             entries.append(entry)
     _check_twice(entries, faults)
     _check_splits(entries, faults)
-    if sources - {""}:
-        _check_labelled(labelled, sources, faults)
+    _check_labelled(labelled, sources, faults)
     faults.check()
     return entries
 
@@ -259,11 +258,15 @@ def _refusal(view: str) -> str:
 
 
 def _check_labelled(labelled: Iterable[str], sources: set[str], faults: Problems) -> None:
-    """A source that no row has is a slip of the pen, by which all absences there would be unknown."""
-    for source in sorted(set(labelled) - sources):
-        near = difflib.get_close_matches(source, sorted(sources), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "take it out, or mend the rows"
-        faults.add(f"{LABELLED} names a source {source!r} that no row has; {hint}")
+    """A name that no row has, where rows have one that is not there: a slip, or their absences are unknown unasked.
+
+    A file that says more than is needed, as of all sources beside the rows of one, is no fault.
+    """
+    undeclared = sorted(sources - set(labelled) - {""})
+    for source in sorted(set(labelled) - sources) if undeclared else []:
+        near = difflib.get_close_matches(source, undeclared, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"take it out, or name {undeclared[0]!r}, which is not there"
+        faults.add(f"{LABELLED} names a source {_shown(source)} that no row has; {hint}")
 
 
 def _check_twice(entries: list[Entry], faults: Problems) -> None:

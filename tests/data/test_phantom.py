@@ -271,7 +271,11 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("file/x", r"\(File exists\)"), ("x" * 300, r"\(File name too long\)"), (os.fsdecode(b"\xe9"), r"\\xe9 is not")],
+    [
+        ("file/x", "a part of its path is a file"),
+        ("x" * 300, "a name in it is too long"),
+        (os.fsdecode(b"\xe9"), r"\\xe9 is not"),
+    ],
 )
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "file").write_text("mine")

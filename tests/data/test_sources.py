@@ -254,12 +254,17 @@ class TestManifestFaults:
         assert left_alone(tmp_path)
 
     @pytest.mark.parametrize(
-        ("source", "hint"), [("hospital_a", "did you mean 'hospital-a'"), ("ulm", "take it out, or mend the rows")]
+        ("source", "hint"), [("hospital_a", "did you mean 'hospital-a'"), ("ulm", "take it out, or name 'hospital-a'")]
     )
     def test_labelled_json_names_a_source_that_no_row_has(self, tmp_path, make_manifest, source, hint):
         folder = make_manifest(tmp_path / "in", rows(2), {source: ["Nodule"]}, source="hospital-a")
         with pytest.raises(DataError, match=rf"labelled\.json names a source '{source}' that no row has; {hint}"):
             ingest(folder, tmp_path / "s", PX)
+
+    def test_labelled_json_may_say_more_than_is_needed(self, tmp_path, make_manifest):
+        labelled = {"a": ["Nodule"], "b": ["Nodule"]}
+        summary = ingest(make_manifest(tmp_path / "in", rows(2), labelled, findings="Mass"), tmp_path / "s", PX)
+        assert summary.findings == ["Mass", "Nodule"]
 
     def test_what_a_missing_column_does_not_hide(self, tmp_path, folder):
         text = "file,source,findings,split\nno.png,a/b,,dev\n1.png,a,A\x07,\n0.png,a,,\n0.png,a,,\n"
@@ -313,10 +318,10 @@ class TestNothingUsable:
     @pytest.mark.parametrize(
         ("store", "error", "message"),
         [
-            ("in/00.png/store", ConfigError, r"cannot be written there \(Not a directory\)"),
-            ("x" * 300, ConfigError, r"cannot be written there \(File name too long\)"),
-            ("x" * 250, ConfigError, r"cannot be written there \(File name too long\)"),  # .NAME.building is
-            ("round/s", ConfigError, r"cannot be written there \(Too many levels"),
+            ("in/00.png/store", ConfigError, r"cannot be written there: a part of its path is a file"),
+            ("x" * 300, ConfigError, r"cannot be written there: a name in it is too long"),
+            ("x" * 250, ConfigError, r"cannot be written there: a name in it is too long"),  # .NAME.building is
+            ("round/s", ConfigError, r"cannot be written there: its links lead in a circle"),
             ("/proc/x", StorageError, r"cannot be written \(No such file or directory\)"),
         ],
     )
