@@ -263,9 +263,14 @@ def _check_labelled(labelled: Iterable[str], sources: set[str], faults: Problems
     A file that says more than is needed, as of all sources beside the rows of one, is no fault.
     """
     undeclared = sorted(sources - set(labelled) - {""})
+    folded = {source.casefold(): source for source in undeclared}
     for source in sorted(set(labelled) - sources) if undeclared else []:
-        near = difflib.get_close_matches(source, undeclared, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"take it out, or name {undeclared[0]!r}, which is not there"
+        near = difflib.get_close_matches(source.casefold(), folded, n=1)
+        hint = (
+            f"did you mean {folded[near[0]]!r}?"
+            if near
+            else f"take it out, or name {undeclared[0]!r}, which is not there"
+        )
         faults.add(f"{LABELLED} names a source {_shown(source)} that no row has; {hint}")
 
 

@@ -254,7 +254,7 @@ class TestManifestFaults:
         assert left_alone(tmp_path)
 
     @pytest.mark.parametrize(
-        ("source", "hint"), [("hospital_a", "did you mean 'hospital-a'"), ("ulm", "take it out, or name 'hospital-a'")]
+        ("source", "hint"), [("HOSPITAL_A", "did you mean 'hospital-a'"), ("ulm", "take it out, or name 'hospital-a'")]
     )
     def test_labelled_json_names_a_source_that_no_row_has(self, tmp_path, make_manifest, source, hint):
         folder = make_manifest(tmp_path / "in", rows(2), {source: ["Nodule"]}, source="hospital-a")
