@@ -22,11 +22,22 @@ from typing import Any
 from chexfound.errors import CheckpointError, ConfigError, StorageError
 
 GENESIS = "0" * 64
+_PATH_AT_FAULT = {
+    errno.ENAMETOOLONG: "a name in it is too long",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.EEXIST: "a part of its path is a file",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTEMPTY: "it is a folder that is not empty",
+    errno.ELOOP: "its links lead in a circle",
+}
 
 
 @contextlib.contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turn the operating system's word for 'cannot write' into a StorageError that says what to do."""
+    """Turn every error of the operating system into ours, which says what to do.
+
+    Raises: ConfigError if no file can have such a path, else StorageError.
+    """
     try:
         yield
     except OSError as error:
@@ -39,7 +50,13 @@ def storage(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"{path}: may not be written ({os.strerror(error.errno)}); check the folder's owner and mode"
             ) from error
-        raise
+        if error.errno in _PATH_AT_FAULT:
+            reason = _PATH_AT_FAULT[error.errno]
+            raise ConfigError(f"{path}: cannot be written there: {reason}; give another path") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(
+            f"{path}: cannot be written ({reason}); check the disk and that its folder is there, then run again"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

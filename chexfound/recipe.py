@@ -24,7 +24,9 @@ from chexfound.errors import ConfigError, Problems
 
 _frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
+LARGEST_IMAGE_PX = 4096  # as radiographs come; 64 of them are in memory while a store is filled
 Positive = Annotated[int, Field(gt=0)]
+ImagePx = Annotated[int, Field(gt=0, le=LARGEST_IMAGE_PX)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -222,7 +224,7 @@ class Recipe:
     name: str = "demo"
     seed: Count = 0
     threads: Positive = 1  # of each process; another number gives other bits
-    image_px: Positive = 128  # side of the store's images, and of the input at evaluation
+    image_px: ImagePx = 128  # side of the store's images, and of the input at evaluation
     phases: tuple[Literal["pretrain", "adapt", "evaluate"], ...] = ("pretrain", "adapt", "evaluate")
     aggregation: Literal["fedavg"] = "fedavg"
     codec: Literal["none"] = "none"

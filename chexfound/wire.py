@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from chexfound.errors import CODES, ChexfoundError, ProtocolError
+from chexfound.names import word as word  # the rule for every name that arrives
 from chexfound.phases import Reply, Request
 
 MESSAGE_TYPES = {
@@ -204,8 +205,3 @@ def finite(value: object) -> bool:
 def count(value: object) -> bool:
     """Whether a JSON value is a number of things: an integer in 0 … 2**40."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
-
-
-def word(value: object) -> bool:
-    """Whether a JSON value is a name: 1 to 64 printable characters."""
-    return isinstance(value, str) and 0 < len(value) <= 64 and value.isprintable()

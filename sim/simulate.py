@@ -67,17 +67,12 @@ class Options:
 def start(options: Options, out: Path) -> None:
     """Claim the output folder for a new run.
 
-    Raises: ConfigError if it is in use.
+    Raises: ConfigError if it is in use or cannot be, StorageError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         hint = "continue it with --resume, or choose" if (out / "simulation.json").exists() else "choose"
         raise ConfigError(f"{out}: the output folder is in use; {hint} another with --out")
-    try:
-        write_json(out / "simulation.json", asdict(options))
-    except (NotADirectoryError, FileExistsError) as error:
-        raise ConfigError(
-            f"{out}: cannot be a folder: a part of its path is a file; choose another with --out"
-        ) from error
+    write_json(out / "simulation.json", asdict(options))
 
 
 def abandon(out: Path) -> None:

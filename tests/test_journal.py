@@ -329,8 +329,23 @@ def test_a_full_disk_at_write_leaves_the_old_file_and_no_temporary(tmp_path, mon
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_other_errors_of_the_system_keep_their_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["file/x", "file/x/y", "folder", "round/x", "x" * 300])
+def test_a_path_that_no_file_can_have(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(ConfigError, match=r"cannot be written there: .*; give another path"):
+        write_text(tmp_path / name, "new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "round"]
+
+
+def test_a_folder_that_cannot_be_made():
+    with pytest.raises(StorageError, match=r"^/proc/x/y: cannot be written \(No such file or directory\); check"):
+        write_text(Path("/proc/x/y"), "new")
+
+
+def test_other_errors_of_the_system_keep_their_word(tmp_path, monkeypatch):
     monkeypatch.setattr(journal.os, "fsync", fail(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(StorageError, match=r"cannot be written \(Input/output error\); check the disk"):
         write_text(tmp_path / "file", "new")
     assert os.listdir(tmp_path) == []

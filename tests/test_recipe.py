@@ -111,13 +111,20 @@ def test_every_key_is_suggested_for_its_own_misspelling():
 
 
 def test_all_problems_are_told_at_once():
-    values = {"seed": -1, "train": {"rounds": 0, "rouns": 3}, "student": {"arch": "vit_lagre"}, "optim": 5}
+    values = {
+        "seed": -1,
+        "image_px": 200_000,
+        "train": {"rounds": 0, "rouns": 3},
+        "student": {"arch": "vit_lagre"},
+        "optim": 5,
+    }
     with pytest.raises(ConfigError) as error:
         recipes.validate(values, "mine.yaml")
     text = str(error.value)
-    assert text.startswith("mine.yaml: 5 problems:\n")
+    assert text.startswith("mine.yaml: 6 problems:\n")
     for part in (
         "seed: input should be greater than or equal to 0 (got -1)",
+        "image_px: input should be less than or equal to 4096 (got 200000)",
         "train.rounds: input should be greater than 0 (got 0)",
         "unknown key 'train.rouns'; did you mean 'train.rounds'?",
         "(got 'vit_lagre')",

@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import math
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,8 +22,11 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset, read_file_meta_info
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000TransferSyntaxes
 
 from chexfound.errors import DataError
 
@@ -32,6 +37,8 @@ _ELSEWHERE = re.compile(
 )
 _NOT_FRONTAL = re.compile(r"\b(LL|RL|LAT|LATERAL|LLD|RLD|LLO|RLO|RAO|LAO|RPO|LPO|OBLIQUE|DECUBITUS|DECUB)\b")
 _FRONTAL = re.compile(r"\b(PA|AP|FRONTAL)\b")
+LARGEST_PIXELS = 10**8  # of an image: five times the largest radiograph; a file of a few MB can claim any number
+_LARGEST_BYTES = 4 * LARGEST_PIXELS  # of a file, inflated
 _UNSTATED = {"", "UNKNOWN", "OTHER", "NONE", "UNSPECIFIED"}
 _IMAGE_TEXT = (
     "SeriesDescription",
@@ -80,9 +87,12 @@ def read(path: Path, namer: Callable[[str], str] = pseudonym) -> tuple[np.ndarra
     path = Path(path)
     syntax = "unknown"
     try:
-        dataset = pydicom.dcmread(path)
-        syntax = dataset.file_meta.TransferSyntaxUID.name
-        reason = _refusal(dataset)
+        meta = read_file_meta_info(path)
+        syntax = meta.TransferSyntaxUID.name
+        reason = _too_long(path, meta)
+        if reason is None:
+            dataset = pydicom.dcmread(path)
+            reason = _refusal(dataset)
         if reason is None:
             header, grey = _header(dataset, namer), _grey(dataset)
             reason = None if grey is not None else "constant pixels"
@@ -94,6 +104,33 @@ def read(path: Path, namer: Callable[[str], str] = pseudonym) -> tuple[np.ndarra
         raise DataError(f"{path}: {reason}")
     assert grey is not None
     return grey, header
+
+
+def too_many(pixels: int) -> str:
+    """Why an image of so many pixels is not decoded; "" if it is."""
+    return "" if pixels <= LARGEST_PIXELS else f"more than {LARGEST_PIXELS:,} pixels"
+
+
+def _too_long(path: Path, meta: Any) -> str | None:
+    """Why a file is not read at all, or None; what is deflated can be a thousand times its file."""
+    size = path.stat().st_size
+    if size <= _LARGEST_BYTES and meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+        size = _inflated(path)
+    return None if size <= _LARGEST_BYTES else f"more than {_LARGEST_BYTES:,} bytes"
+
+
+def _inflated(path: Path) -> int:
+    """The length of a deflated data set, counted to just beyond the most that is read."""
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with open(path, "rb") as file:
+        file.seek(132)
+        read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)  # up to the deflated part
+        for chunk in iter(lambda: file.read(1 << 16), b""):
+            # At the end of the stream, what follows it (a pad byte) may stand in the tail for ever.
+            while chunk and not inflate.eof and size <= _LARGEST_BYTES:
+                size += len(inflate.decompress(chunk, 1 << 20))
+                chunk = inflate.unconsumed_tail
+    return size
 
 
 def stretch(values: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray | None:
@@ -137,7 +174,21 @@ def _refusal(dataset: Any) -> str | None:
         return "holds no pixels"
     if dataset.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         return f"not greyscale: PhotometricInterpretation {dataset.get('PhotometricInterpretation', '')!r}"
+    if reason := _too_many(dataset):
+        return reason
     return _not_frontal(dataset)
+
+
+def _too_many(dataset: Any) -> str:
+    """Why its pixels are not decoded: the header says that they are too many, or a codestream says other sides."""
+    sides = int(dataset.Rows), int(dataset.Columns)
+    reason = too_many(sides[0] * sides[1] * int(dataset.get("SamplesPerPixel", 1) or 1))
+    if reason or dataset.file_meta.TransferSyntaxUID not in JPEG2000TransferSyntaxes:
+        return reason
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    at = frame.find(b"\xff\x4f\xff\x51")  # start of codestream and of its SIZ segment (ISO/IEC 15444-1, A.5.1)
+    right, bottom, left, top = struct.unpack_from(">4I", frame, at + 8)
+    return "" if sides == (bottom - top, right - left) else "its header and its codestream differ in rows or columns"
 
 
 def _not_frontal(dataset: Any) -> str | None:

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest
+from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest, unreadable_file
 from chexfound.data.store import Image, Writer, writing
 from chexfound.errors import ConfigError, DataError
+from chexfound.names import RULE, utf8, word, written
+from chexfound.recipe import LARGEST_IMAGE_PX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,14 +70,17 @@ def ingest(
             (default: `chexfound.data.dicom.pseudonym`).
 
     Raises:
-        ConfigError: image_px is not positive.
+        ConfigError: image_px is out of range, or a path is not UTF-8 or cannot be.
         DataError: no such folder, a manifest at fault, no usable image, or a store that does not fit.
-        StorageError: the disk is full.  Whatever is raised, the store is as it was.
+        StorageError: the disk is full or refuses.  Whatever is raised, the store is as it was.
     """
     source, store = Path(source), Path(store)
-    if image_px < 1:
-        raise ConfigError(f"image_px: must be positive (got {image_px!r})")
-    if not source.is_dir():
+    if not 1 <= image_px <= LARGEST_IMAGE_PX:
+        raise ConfigError(f"image_px: must be 1 to {LARGEST_IMAGE_PX} (got {image_px!r})")
+    for path in (source, store):
+        if not (utf8(path.absolute()) and utf8(os.path.realpath(path))):
+            raise ConfigError(f"{written(path)}: the path is not UTF-8 as the index must be; rename the folder")
+    if not os.path.isdir(source):
         raise DataError(f"{source}: no such folder; give the folder that holds the images")
     found = find(source, leave=store)
     if not found.entries:
@@ -88,29 +93,70 @@ def ingest(
 def find(root: Path, leave: Path | None = None) -> _Found:
     """List the images below `root`, sorted by path; names that start with a dot are left out.
 
+    A link to a folder elsewhere is followed; what cannot be read is listed, with the reason.
+
     Raises: DataError with every fault of a manifest.
     """
-    found = _Found()
-    left = None if leave is None else leave.resolve()
-
-    def unreadable(error: OSError) -> None:
-        found.entries.append(replace(_loose_dicom(Path(error.filename), root), refusal="the folder may not be read"))
-
-    for folder, folders, files in os.walk(root, onerror=unreadable):
+    walk = _Walk(root, leave)
+    for folder, folders, files in os.walk(root, onerror=walk.unreadable, followlinks=True):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != left)
         if MANIFEST in files:
             folders.clear()  # a manifest speaks for all that lies below it
-            found.entries += read_manifest(here, root)
+            walk.found.entries += read_manifest(here, root)
             continue
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and walk.enters(here / name)]
         for name in sorted(files):
-            if name.startswith(".") or name == "DICOMDIR":
-                continue
-            if _is_dicom(here / name):
-                found.entries.append(_loose_dicom(here / name, root))
-            found.loose += Path(name).suffix.lower() in (".png", ".jpg", ".jpeg")
-    found.entries.sort(key=lambda entry: entry.image.file)
-    return found
+            if not name.startswith(".") and name != "DICOMDIR":
+                walk.take(here / name)
+    walk.found.entries.sort(key=lambda entry: entry.image.file)
+    return walk.found
+
+
+class _Walk:
+    """A walk that follows links to folders: enters each once, by its own name if it has one below the root."""
+
+    def __init__(self, root: Path, leave: Path | None) -> None:
+        self.found = _Found()
+        self.root, self.real = root, Path(os.path.realpath(root))
+        self.leave = None if leave is None else Path(os.path.realpath(leave))
+        self.seen = {self.real}
+
+    def refuse(self, path: Path, reason: str) -> None:
+        self.found.entries.append(replace(_loose_dicom(path, self.root), refusal=reason))
+
+    def unreadable(self, error: OSError) -> None:
+        self.refuse(Path(error.filename), "the folder may not be read")
+
+    def take(self, path: Path) -> None:
+        """Note a file if it is DICOM, or cannot be."""
+        if reason := _not_utf8(path) or unreadable_file(path):
+            self.refuse(path, reason)
+        elif _is_dicom(path):
+            self.found.entries.append(_loose_dicom(path, self.root))
+        self.found.loose += path.suffix.lower() in (".png", ".jpg", ".jpeg")
+
+    def enters(self, path: Path) -> bool:
+        """Whether to enter a folder: not the store, and none twice."""
+        real = Path(os.path.realpath(path))
+        if real == self.leave or real in self.seen:
+            return False
+        if reason := _not_utf8(path) or (self._leads_up(path, real) if path.is_symlink() else ""):
+            self.refuse(path, reason)
+            return False
+        if path.is_symlink() and real.is_relative_to(self.real):
+            parts = real.relative_to(self.real).parts
+            if not any(part.startswith(".") for part in parts):
+                return False  # it is entered by its own name
+        self.seen.add(real)
+        return True
+
+    def _leads_up(self, path: Path, real: Path) -> str:
+        holds = any(Path(os.path.realpath(below)).is_relative_to(real) for below in (self.root, path.parent))
+        return "a link to a folder that holds this one is not followed" if holds else ""
+
+
+def _not_utf8(path: Path) -> str:
+    return "" if utf8(path.name) else "its name is not UTF-8; rename it"
 
 
 def _is_dicom(path: Path) -> bool:
@@ -126,11 +172,9 @@ def _is_dicom(path: Path) -> bool:
 def _loose_dicom(path: Path, root: Path) -> Entry:
     relative = path.relative_to(root)
     source = relative.parts[0] if len(relative.parts) > 1 else root.resolve().name
-    return Entry(
-        path=path,
-        image=Image(source=source, patient="", root=str(root.resolve()), file=relative.as_posix()),
-        labels={},
-    )
+    image = Image(source=written(source), patient="", root=str(root.resolve()), file=written(relative.as_posix()))
+    refusal = "" if word(image.source) else f"its source would be {image.source!r}, not {RULE}; rename the folder"
+    return Entry(path=path, image=image, labels={}, refusal=refusal)
 
 
 def _fill(
@@ -141,29 +185,43 @@ def _fill(
     namer: Callable[[str], str] | None,
 ) -> Summary:
     known = writer.known(str(root.resolve()))
-    refused: list[tuple[str, str]] = []
-    patients: list[str] = []
-    old_images = old_refused = 0
+    fates: dict[str, _Fate] = {}
     for done, (entry, result) in enumerate(_decoded(entries, known, writer.px, namer), start=1):
-        image = entry.image
+        file = entry.image.file
         if result is None:
-            was_refused = known[image.file][-1]
             if entry.listed:
-                writer.describe(image, entry.labels)
-            old_refused += was_refused
-            old_images += not was_refused
-        elif reason := _store(writer, entry, result):
-            writer.refuse(result.image, reason)
-            refused.append((image.file, reason))
+                writer.describe(entry.image, entry.labels)
+            fates[file] = _Fate(old=True, refused=known[file][-1])
         else:
-            patients.append(f"{image.source}/{result.image.patient}")
+            fates[file] = _store(writer, entry, result)
         if progress is not None:
             progress(done, len(entries))
-    if not patients and not old_images:
+    # A duplicate stands in for its twin if that was refused or changed, now or since.
+    bereft = writer.bereft(str(root.resolve()))
+    for entry, result in _decoded((entry for entry in entries if entry.image.file in bereft), {}, writer.px, namer):
+        assert result is not None  # nothing is known to it
+        fates[entry.image.file] = _store(writer, entry, result)
+    return _summary(writer, root, fates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fate:
+    """What became of a file."""
+
+    old: bool = False  # it was in the store, or refused, before
+    refused: bool = False
+    patient: str = ""
+    reason: str = ""
+
+
+def _summary(writer: Writer, root: Path, fates: dict[str, _Fate]) -> Summary:
+    refused = [(file, fate.reason) for file, fate in fates.items() if fate.refused and not fate.old]
+    patients = [fate.patient for fate in fates.values() if not (fate.refused or fate.old)]
+    if all(fate.refused for fate in fates.values()):
         reasons = "".join(f"\n  - {file}: {reason}" for file, reason in refused[:10])
         more = f"\n  - and {len(refused) - 10} more" if len(refused) > 10 else ""
         raise DataError(
-            f"{root}: no usable image among {len(entries)} files"
+            f"{root}: no usable image among {len(fates)} files"
             f"{':' if refused else ', all refused before'}{reasons}{more}"
         )
     findings, sources = writer.names()
@@ -171,18 +229,22 @@ def _fill(
         images=len(patients),
         patients=len(set(patients)),
         refused=refused,
-        skipped_existing=old_images + old_refused,
+        skipped_existing=sum(fate.old for fate in fates.values()),
         findings=findings,
         sources=sources,
     )
 
 
-def _store(writer: Writer, entry: Entry, result: _Decoded) -> str | None:
-    """Put a decoded image into the store; why not, if it is refused."""
-    if result.pixels is None:
-        return result.reason
-    twin = writer.add(result.image, result.pixels, entry.labels)
-    return None if twin is None else f"duplicate of {twin}"
+def _store(writer: Writer, entry: Entry, result: _Decoded) -> _Fate:
+    """Put a decoded image into the store, or among the refused."""
+    reason = result.reason
+    if result.pixels is not None:
+        twin = writer.add(result.image, result.pixels, entry.labels)
+        if twin is None:
+            return _Fate(patient=f"{entry.image.source}/{result.image.patient}")
+        reason = f"duplicate of {twin}"
+    writer.refuse(result.image, reason, twin=result.pixels)
+    return _Fate(refused=True, reason=reason)
 
 
 # ---- decoding
@@ -287,20 +349,26 @@ def _completed(image: Image, header: Header) -> Image:
 def read_picture(path: Path) -> np.ndarray:
     """Decode a PNG or JPEG to grey uint8 (height, width); 16-bit grey is stretched from its range.
 
-    Raises: DataError "PATH: REASON" if it is truncated, damaged, or constant.
+    Raises: DataError "PATH: REASON" if it is truncated, damaged, constant, or of too many pixels.
     """
     import numpy as np
     from PIL import Image as Picture
 
-    from chexfound.data.dicom import stretch
+    from chexfound.data.dicom import LARGEST_PIXELS, stretch, too_many
 
     try:
         # Pillow, since OpenCV fills what is missing of a truncated file with grey and says nothing.
         with Picture.open(path, formats=("PNG", "JPEG")) as picture:
+            if reason := too_many(picture.width * picture.height):
+                raise DataError(f"{path}: {reason}")
             if picture.mode.startswith("I"):
                 grey = stretch(np.asarray(picture))
             else:
                 grey = np.asarray(picture.convert("L"))
+    except DataError:
+        raise
+    except Picture.DecompressionBombError as error:  # from about 1.8 · 10**8 pixels, Pillow is first
+        raise DataError(f"{path}: {too_many(LARGEST_PIXELS + 1)}") from error
     except Exception as error:  # as for DICOM: any codec, any exception
         raise DataError(
             f"{path}: cannot be decoded ({type(error).__name__}); the file is damaged or not an image"

@@ -63,6 +63,12 @@ CREATE TABLE refused (
     PRIMARY KEY (root, file)
 );
 """
+# Apart from `refused`, and made by each writer: stores that were there before it still open.
+_DUPLICATES = """
+CREATE TABLE IF NOT EXISTS duplicates (
+    root TEXT NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (root, file)
+)
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,6 +255,7 @@ class Writer:
         self._index = index
         # Pages stay in memory until the commit, so readers are not locked out while images are decoded.
         index.executescript("PRAGMA cache_spill = OFF; PRAGMA synchronous = EXTRA; BEGIN IMMEDIATE;")
+        index.execute(_DUPLICATES)
         self.shards = Shards(folder, px, _read_shards(index))
         self._findings: dict[str, int] = dict(index.execute("SELECT name, id FROM findings").fetchall())
 
@@ -260,6 +267,16 @@ class Writer:
             (root,),
         )
         return {file: (source, size, mtime_ns, bool(refused)) for file, source, size, mtime_ns, refused in rows}
+
+    def bereft(self, root: str) -> set[str]:
+        """The files of `root` that were refused as duplicates of pixels that their source no longer has."""
+        rows = self._index.execute(
+            "SELECT file FROM refused LEFT JOIN duplicates USING (root, file)"
+            " WHERE root = ? AND (sha256 IS NOT NULL OR reason LIKE 'duplicate of %') AND NOT EXISTS"
+            " (SELECT 1 FROM images WHERE images.source = refused.source AND images.sha256 = duplicates.sha256)",
+            (root,),
+        )
+        return {file for (file,) in rows}
 
     def add(self, image: Image, pixels: np.ndarray, labels: Mapping[str, int]) -> str | None:
         """Add an image, in place of an earlier one of the same file.
@@ -312,15 +329,21 @@ class Writer:
         self._index.execute("DELETE FROM labels WHERE image = ?", (number,))
         self._label(number, labels)
 
-    def refuse(self, image: Image, reason: str) -> None:
-        """Note a file that is left out, and why; an earlier image of that file is taken out."""
+    def refuse(self, image: Image, reason: str, twin: np.ndarray | None = None) -> None:
+        """Note a file that is left out, and why; an earlier image of that file is taken out.
+
+        `twin`: the pixels, if the reason is that another file has the same.
+        """
         self.forget(image.root, image.file)
         row = (image.source, image.root, image.file, image.size, image.mtime_ns, reason)
         self._index.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", row)
+        if twin is not None:
+            sha256 = hashlib.sha256(twin.tobytes()).hexdigest()
+            self._index.execute("INSERT INTO duplicates VALUES (?, ?, ?)", (image.root, image.file, sha256))
 
     def forget(self, root: str, file: str) -> None:
         """Take a file's row out of the index (its pixels stay in the shard, unnamed)."""
-        for table in ("images", "refused"):
+        for table in ("images", "refused", "duplicates"):
             self._index.execute(f"DELETE FROM {table} WHERE root = ? AND file = ?", (root, file))  # noqa: S608
 
     def names(self) -> tuple[list[str], list[str]]:
@@ -358,10 +381,11 @@ def writing(path: Path, px: int) -> Iterator[Writer]:
     """Open a store for adding, or make it; commits when the block ends well, else leaves all as it was.
 
     Raises: DataError if the store is damaged, holds images of another size, is being written by
-    another process, or if `path` is something else; StorageError if the disk is full.
+    another process, or if `path` is something else; StorageError if the disk is full or refuses;
+    ConfigError if there can be no such path.
     """
     path = Path(path).absolute()
-    with storage(path), _full_disk_told():
+    with storage(path), _disk_told():
         if (path / INDEX).is_file():
             with _locked(path):
                 found = Store.open(path).px
@@ -382,15 +406,25 @@ def writing(path: Path, px: int) -> Iterator[Writer]:
             sync(path.parent)
 
 
+_SQLITE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+
+
 @contextlib.contextmanager
-def _full_disk_told() -> Iterator[None]:
-    """SQLite's own word for a full disk as the system's, which `storage` explains."""
+def _disk_told() -> Iterator[None]:
+    """SQLite's own words for a disk that is full or refuses as the system's, which `storage` explains."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        code = _SQLITE.get(error.sqlite_errorcode & 0xFF)
+        if code is None:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(code, os.strerror(code)) from error
 
 
 @contextlib.contextmanager

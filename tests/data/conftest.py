@@ -25,9 +25,9 @@ def dicom_file(path: Path, pixels: np.ndarray, **tags: Any) -> Path:
     """Write a CR chest; a tag given as None is left out."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[ascii(path)])
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = FileDataset(ascii(path), {}, file_meta=meta, preamble=b"\0" * 128)
     values: dict[str, Any] = {
         "SOPClassUID": meta.MediaStorageSOPClassUID,
         "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless
 
+from chexfound.data import dicom
 from chexfound.data.dicom import frontal, pseudonym, quiet, read, stretch
 from chexfound.errors import DataError
 
@@ -74,6 +78,75 @@ class TestPixels:
             assert (grey.min(), grey.max()) == (0, 255)
             order = np.argsort(values, axis=None)
             assert (np.diff(grey.ravel()[order].astype(int)) >= 0).all()
+
+
+class TestBombs:
+    """Files that are small, and would not be in memory."""
+
+    @pytest.fixture(autouse=True)
+    def _never_decoded(self, monkeypatch):
+        monkeypatch.setattr(dicom, "_grey", lambda dataset: pytest.fail("decoded"))
+
+    def test_deflated(self, tmp_path, make_dicom, monkeypatch):
+        path = make_dicom(tmp_path / "a.dcm", np.zeros((1000, 1000), np.uint8))
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        dataset.save_as(path)
+        assert path.stat().st_size < 5000
+        monkeypatch.setattr(dicom, "_LARGEST_BYTES", 10**6)  # the pixels' own; the tags make it more
+        monkeypatch.setattr(pydicom, "dcmread", lambda path: pytest.fail("read"))
+        with pytest.raises(DataError, match=r"a\.dcm: more than 1,000,000 bytes$"):
+            read(path)
+
+    def test_inflating_ends_at_the_cap(self, tmp_path, make_dicom, monkeypatch):
+        path = make_dicom(tmp_path / "a.dcm", np.zeros((3000, 3000), np.uint8))
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        dataset.save_as(path)
+        for pad in (b"", b"\0", b"\0"):
+            path.write_bytes(path.read_bytes() + pad)
+            assert 9 * 10**6 < dicom._inflated(path) < 9 * 10**6 + 2000
+        monkeypatch.setattr(dicom, "_LARGEST_BYTES", 10**6)
+        assert 10**6 < dicom._inflated(path) <= 10**6 + (1 << 20)
+
+    def test_long_file(self, tmp_path, make_dicom, monkeypatch):
+        path = make_dicom(tmp_path / "a.dcm", RAMP)
+        monkeypatch.setattr(dicom, "_LARGEST_BYTES", 5000)
+        with pytest.raises(DataError, match="more than 5,000 bytes"):
+            read(path)
+
+    @pytest.mark.parametrize("sides", [(10001, 10000), (65535, 65535)])
+    def test_pixels_of_the_header(self, tmp_path, make_dicom, sides):
+        path = make_dicom(tmp_path / "a.dcm", RAMP, Rows=sides[0], Columns=sides[1])
+        with pytest.raises(DataError, match=r"a\.dcm: more than 100,000,000 pixels$"):
+            read(path)
+
+    def test_pixels_of_a_jpeg_2000_codestream(self, tmp_path, make_dicom):
+        path = make_dicom(tmp_path / "a.dcm", RAMP)
+        dataset = pydicom.dcmread(path)
+        dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+        good = dataset.PixelData
+        at = good.index(b"\xff\x4f\xff\x51") + 8
+        dataset.PixelData = good[:at] + struct.pack(">II", 60000, 60000) + good[at + 8 :]
+        dataset.save_as(path)
+        with pytest.raises(DataError, match="its header and its codestream differ in rows or columns"):
+            read(path)
+
+
+def test_jpeg_2000(tmp_path, make_dicom):
+    plain, _ = read(path := make_dicom(tmp_path / "a.dcm", RAMP))
+    dataset = pydicom.dcmread(path)
+    dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
+    dataset.save_as(path)
+    assert np.array_equal(read(path)[0], plain)
+
+
+def test_deflated(tmp_path, make_dicom):
+    plain, _ = read(path := make_dicom(tmp_path / "a.dcm", RAMP))
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(path)
+    assert np.array_equal(read(path)[0], plain)
 
 
 class TestHeader:

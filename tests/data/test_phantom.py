@@ -269,6 +269,21 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/x", "a part of its path is a file"),
+        ("x" * 300, "a name in it is too long"),
+        (os.fsdecode(b"\xe9"), r"\\xe9 is not"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=message):
+        generate(tmp_path / name, sites=1, patients=1, size_px=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_empty_folder_is_filled_and_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     told: list[tuple[int, int]] = []

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
 import os
 import shutil
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -64,7 +68,7 @@ class TestManifest:
             {"file": "2.png", "patient_id": "2", "findings": ""},
             {"file": "3.png", "patient_id": "3", "source": "undeclared", "findings": "Pneumonia"},
         ]
-        labelled = {"about": "…", "a": ["Pneumonia", "Nodule", "No Finding"], "elsewhere": ["Mass"]}
+        labelled = {"about": "…", "a": ["Pneumonia", "Nodule", "No Finding"]}
         summary = ingest(make_manifest(tmp_path / "in", given, labelled), tmp_path / "s", PX)
         assert summary.findings == ["No Finding", "Nodule", "Pneumonia", "Rare"]
         store = Store.open(tmp_path / "s")
@@ -113,11 +117,13 @@ class TestManifest:
 
 
 FAULTS = [
-    ([{"file": "no.png"}], r"line 2: no file 'no\.png'"),
+    ([{"file": "no.png"}], r"line 2: no file 'no\.png' \(No such file or directory\)"),
     ([{"file": "../out.png"}], r"line 2: file '\.\./out\.png' must be below the manifest's folder"),
     ([{"file": "/etc/passwd"}], "line 2: file '/etc/passwd' must be below"),
     ([{"file": "link.png"}], r"line 2: file 'link\.png' is a link out of the manifest's folder"),
-    ([{"file": "folder.png"}], r"line 2: no file 'folder\.png'"),
+    ([{"file": "folder.png"}], r"line 2: no file 'folder\.png' \(not a file but a folder, a pipe"),
+    ([{"file": "pipe.png"}], r"line 2: no file 'pipe\.png' \(not a file but a folder, a pipe"),
+    ([{"file": "x" * 300 + ".png"}], r"line 2: no file 'x{99}… \(File name too long\)"),
     ([{"file": "text.txt"}], r"line 2: file 'text\.txt' is not one of \.png"),
     ([{"file": ""}], "line 2: file is blank"),
     ([{"file": "0.png"}, {"file": "0.png"}], r"file '0\.png' stands twice"),
@@ -130,6 +136,11 @@ FAULTS = [
     ([{"file": "0.png", "patient_id": ""}], "line 2: patient_id is blank"),
     ([{"file": "0.png", "source": " "}], "line 2: source is blank"),
     ([{"file": "0.png", "source": "a/b"}], "line 2: source 'a/b' must not hold a '/'"),
+    ([{"file": "0.png", "source": "a" * 65}], "line 2: source 'a{65}' must be 1 to 64 printable characters"),
+    ([{"file": "0.png", "source": "a\nb"}], r"line 3: source 'a\\nb' must be 1 to 64 printable characters"),
+    ([{"file": "0.png", "site": "a\tb"}], r"line 2: site 'a\\tb' must be 1 to 64 printable characters"),
+    ([{"file": "0.png", "findings": "A|" + "B" * 70}], "line 2: finding 'B{70}' must be 1 to 64 printable"),
+    ([{"file": "0.png", "findings": "A\x07|B"}], r"line 2: finding 'A\\x07' must be 1 to 64 printable"),
     ([{"file": "0.png", "age": "old"}], "line 2: age 'old' is not a number of years"),
     ([{"file": "0.png", "age": "nan"}], "line 2: age 'nan' is not a number of years"),
 ]
@@ -144,6 +155,7 @@ class TestManifestFaults:
         cv2.imwrite(str(folder / "0.png"), make_picture(0))
         cv2.imwrite(str(folder / "1.png"), make_picture(1))
         (folder / "link.png").symlink_to("/etc/passwd")
+        os.mkfifo(folder / "pipe.png")
         return folder
 
     def write(self, folder: Path, given: list[dict[str, str]]) -> None:
@@ -153,12 +165,20 @@ class TestManifestFaults:
             writer.writeheader()
             writer.writerows(given)
 
-    @pytest.mark.parametrize(("given", "message"), FAULTS, ids=[message for _, message in FAULTS])
+    @pytest.mark.parametrize(("given", "message"), FAULTS, ids=[message[:60] for _, message in FAULTS])
     def test_fault(self, tmp_path, folder, given, message):
         self.write(folder, given)
         with pytest.raises(DataError, match=rf"manifest\.csv: {message}"):
             ingest(folder, tmp_path / "s", PX)
         assert left_alone(tmp_path)
+
+    @pytest.mark.parametrize("name", ["manifest.csv", "labelled.json"])
+    def test_a_pipe_in_place_of_its_files(self, tmp_path, folder, name):
+        self.write(folder, [{"file": "0.png"}])
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(DataError, match=f"{name}: cannot be read: not a file but a folder, a pipe"):
+            ingest(folder, tmp_path / "s", PX)
 
     def test_existing_store_is_as_it_was(self, tmp_path, folder):
         self.write(folder, [{"file": "0.png"}])
@@ -172,7 +192,7 @@ class TestManifestFaults:
     def test_all_are_told_at_once(self, tmp_path, folder):
         self.write(folder, [{"file": "no.png"}, {"file": "0.png", "patient_id": ""}])
         with pytest.raises(
-            DataError, match=r"2 problems:\n  - line 2: no file 'no\.png'\n  - line 3: patient_id is blank"
+            DataError, match=r"2 problems:\n  - line 2: no file 'no\.png' \(.*\)\n  - line 3: patient_id is blank"
         ):
             ingest(folder, tmp_path / "s", PX)
 
@@ -216,6 +236,14 @@ class TestManifestFaults:
             ("[]", "must be an object of source -> list of findings, not list"),
             ('{"a": "Nodule"}', "'a': must be a list of findings"),
             ('{"a": [1]}', "'a': must be a list of findings"),
+            ('{"a": ["A | B"]}', r"""'a': finding 'A \| B' must not hold a '\|'; did you mean \["A", "B"\]\?"""),
+            ('{"a": [" "]}', "'a': finding ' ' must be 1 to 64 printable characters"),
+            ('{"a": ["\\ud800"]}', r"'a': finding '\\ud800' must be 1 to 64 printable characters"),
+            ('{"a\\ud800": []}', r"source 'a\\ud800' must be 1 to 64 printable characters"),
+            (
+                '{"a": 1, "": ["\\n"]}',
+                r"3 problems:\n  - 'a': must be a list.*\n  - source '' must be .*\n  - '': finding",
+            ),
         ],
     )
     def test_labelled_json(self, tmp_path, folder, text, message):
@@ -224,6 +252,27 @@ class TestManifestFaults:
         with pytest.raises(DataError, match=rf"labelled\.json: {message}"):
             ingest(folder, tmp_path / "s", PX)
         assert left_alone(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("source", "hint"), [("HOSPITAL_A", "did you mean 'hospital-a'"), ("ulm", "take it out, or name 'hospital-a'")]
+    )
+    def test_labelled_json_names_a_source_that_no_row_has(self, tmp_path, make_manifest, source, hint):
+        folder = make_manifest(tmp_path / "in", rows(2), {source: ["Nodule"]}, source="hospital-a")
+        with pytest.raises(DataError, match=rf"labelled\.json names a source '{source}' that no row has; {hint}"):
+            ingest(folder, tmp_path / "s", PX)
+
+    def test_labelled_json_may_say_more_than_is_needed(self, tmp_path, make_manifest):
+        labelled = {"a": ["Nodule"], "b": ["Nodule"]}
+        summary = ingest(make_manifest(tmp_path / "in", rows(2), labelled, findings="Mass"), tmp_path / "s", PX)
+        assert summary.findings == ["Mass", "Nodule"]
+
+    def test_what_a_missing_column_does_not_hide(self, tmp_path, folder):
+        text = "file,source,findings,split\nno.png,a/b,,dev\n1.png,a,A\x07,\n0.png,a,,\n0.png,a,,\n"
+        (folder / "manifest.csv").write_text(text)
+        with pytest.raises(DataError, match="6 problems") as raised:
+            ingest(folder, tmp_path / "s", PX)
+        wanted = ("no column 'patient_id'", "no file 'no.png'", "must not hold a '/'", "split 'dev'", "finding 'A")
+        assert [text for text in wanted if text not in str(raised.value)] == []
 
     def test_byte_order_mark_quotes_and_blank_lines(self, tmp_path, folder):
         text = '\ufefffile,source,patient_id,findings,site\n0.png,a,p,,"Ulm, Germany"\n\n'
@@ -257,9 +306,32 @@ class TestNothingUsable:
             ingest(tmp_path / "in", tmp_path / "s", PX)
         assert left_alone(tmp_path)
 
-    def test_size(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"image_px: must be positive \(got 0\)"):
-            ingest(tmp_path, tmp_path / "s", 0)
+    @pytest.mark.parametrize("px", [-1, 0, 4097, 200_000])
+    def test_size(self, tmp_path, px):
+        with pytest.raises(ConfigError, match=rf"image_px: must be 1 to 4096 \(got {px}\)"):
+            ingest(tmp_path, tmp_path / "s", px)
+
+    def test_source_whose_name_is_too_long(self, tmp_path):
+        with pytest.raises(DataError, match="no such folder"):
+            ingest(tmp_path / ("x" * 300), tmp_path / "s", PX)
+
+    @pytest.mark.parametrize(
+        ("store", "error", "message"),
+        [
+            ("in/00.png/store", ConfigError, r"cannot be written there: a part of its path is a file"),
+            ("x" * 300, ConfigError, r"cannot be written there: a name in it is too long"),
+            ("x" * 250, ConfigError, r"cannot be written there: a name in it is too long"),  # .NAME.building is
+            ("round/s", ConfigError, r"cannot be written there: its links lead in a circle"),
+            ("/proc/x", StorageError, r"cannot be written \(No such file or directory\)"),
+        ],
+    )
+    def test_store_that_cannot_be_made(self, tmp_path, make_manifest, store, error, message):
+        make_manifest(tmp_path / "in", rows(2))
+        (tmp_path / "round").symlink_to("round")
+        with pytest.raises(error, match=message):
+            ingest(tmp_path / "in", tmp_path / store, PX)
+        (tmp_path / "round").unlink()
+        assert left_alone(tmp_path)
 
 
 class TestRefusedFiles:
@@ -320,6 +392,82 @@ class TestRefusedFiles:
         assert ingest(tmp_path / "in", tmp_path / "s", PX).refused == [("closed", "the folder may not be read")]
 
 
+class TestWhatLiesThere:
+    """Loose DICOM files among what a hospital's disk may hold."""
+
+    @pytest.fixture
+    def root(self, tmp_path, make_dicom, make_picture) -> Path:
+        make_dicom(tmp_path / "in" / "ulm" / "a.dcm", make_picture(0))
+        return tmp_path / "in"
+
+    def taken(self, root: Path, store: Path) -> tuple[list[str], dict[str, str]]:
+        summary = ingest(root, store, PX)
+        return sorted(row.file for row in Store.open(store).images), dict(summary.refused)
+
+    def test_not_files(self, tmp_path, root):
+        os.mkfifo(root / "ulm" / "pipe")
+        os.mkfifo(root / "ulm" / "pipe.dcm")
+        (root / "gone").symlink_to("/nowhere")
+        (root / "round").symlink_to("round")
+        files, refused = self.taken(root, tmp_path / "s")
+        assert files == ["ulm/a.dcm"]
+        assert refused == {
+            "gone": "a link that leads nowhere",
+            "round": "Too many levels of symbolic links",
+            "ulm/pipe": "not a file but a folder, a pipe, a socket or a device",
+            "ulm/pipe.dcm": "not a file but a folder, a pipe, a socket or a device",
+        }
+        assert ingest(root, tmp_path / "s", PX).skipped_existing == 5
+
+    def test_links_to_folders_are_followed_once(self, tmp_path, root, make_dicom, make_picture):
+        make_dicom(tmp_path / "disk" / "2023" / "b.dcm", make_picture(1))
+        make_dicom(root / ".versions" / "c.dcm", make_picture(2))
+        for name, target in {
+            "archive": tmp_path / "disk",
+            "archive-again": tmp_path / "disk",
+            "alias": root / "ulm",
+            "latest": root / ".versions",
+            "ulm/loop": root / "ulm",
+            "up": tmp_path,
+        }.items():
+            (root / name).symlink_to(target)
+        (tmp_path / "disk" / "back").symlink_to(root)
+        (tmp_path / "disk" / "2023" / "loop").symlink_to(tmp_path / "disk")
+        (tmp_path / "link").symlink_to(root)
+        files, refused = self.taken(tmp_path / "link", tmp_path / "s")
+        assert files == ["archive/2023/b.dcm", "latest/c.dcm", "ulm/a.dcm"]
+        assert refused == {"up": "a link to a folder that holds this one is not followed"}
+        assert Store.open(tmp_path / "s").sources == ["archive", "latest", "ulm"]
+
+    def test_names_that_are_not_utf8(self, tmp_path, root, make_dicom, make_picture):
+        bad = os.fsdecode(b"caf\xe9")
+        make_dicom(root / "ulm" / f"{bad}.dcm", make_picture(1))
+        make_dicom(root / bad / "c.dcm", make_picture(2))
+        files, refused = self.taken(root, tmp_path / "s")
+        assert files == ["ulm/a.dcm"]
+        reason = "its name is not UTF-8; rename it"
+        assert refused == {"caf\\xe9": reason, "ulm/caf\\xe9.dcm": reason}
+
+    @pytest.mark.parametrize("link", [False, True])
+    def test_source_or_store_that_is_not_utf8(self, tmp_path, root, link):
+        bad = tmp_path / os.fsdecode(b"caf\xe9")
+        root.rename(bad)
+        (tmp_path / "in").symlink_to(bad)
+        with pytest.raises(ConfigError, match=r"(in|caf\\xe9): the path is not UTF-8"):
+            ingest(tmp_path / "in" if link else bad, tmp_path / "s", PX)
+        with pytest.raises(ConfigError, match=r"caf\\xe9/s: the path is not UTF-8"):
+            ingest(tmp_path, bad / "s", PX)  # refused before the source is looked at
+
+    @pytest.mark.parametrize("name", ["x" * 65, "a\nb"])
+    def test_folders_that_cannot_name_a_source(self, tmp_path, root, make_dicom, make_picture, name):
+        make_dicom(root / name / "b.dcm", make_picture(1))
+        files, refused = self.taken(root, tmp_path / "s")
+        assert files == ["ulm/a.dcm"]
+        assert refused == {
+            f"{name}/b.dcm": f"its source would be {name!r}, not 1 to 64 printable characters; rename the folder"
+        }
+
+
 class TestPictures:
     def test_sixteen_bits_are_stretched(self, tmp_path):
         values = np.arange(600, dtype=np.uint16).reshape(20, 30) * 7 + 1000
@@ -330,6 +478,15 @@ class TestPictures:
     def test_colour_becomes_grey(self, tmp_path, make_picture):
         cv2.imwrite(str(tmp_path / "a.png"), np.stack([make_picture(0)] * 3, -1))
         assert np.array_equal(read_picture(tmp_path / "a.png"), make_picture(0))
+
+    @pytest.mark.parametrize("side", [10001, 60000])  # below and above where Pillow itself refuses
+    def test_too_many_pixels(self, tmp_path, make_manifest, side):
+        folder = make_manifest(tmp_path / "in", rows(3))
+        data = (folder / "01.png").read_bytes()
+        header = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
+        data = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+        (folder / "01.png").write_bytes(data)
+        assert ingest(folder, tmp_path / "s", PX).refused == [("01.png", "more than 100,000,000 pixels")]
 
     def test_constant(self, tmp_path):
         cv2.imwrite(str(tmp_path / "a.png"), np.full((9, 9), 300, np.uint16))
@@ -438,6 +595,51 @@ class TestAgain:
         assert ingest(folder, tmp_path / "s", PX).images == 1
         ingest(folder, tmp_path / "once", PX)
         assert Store.open(tmp_path / "s").digest() == Store.open(tmp_path / "once").digest()
+
+    @pytest.mark.parametrize("bad", ["a", "z"])  # before and after its duplicates in the order of names
+    def test_a_duplicate_stands_in_for_its_twin(self, tmp_path, make_dicom, make_picture, bad):
+        root = tmp_path / "in"
+        make_dicom(root / f"{bad}.dcm", make_picture(0))
+        make_dicom(root / "other.dcm", make_picture(1))
+        ingest(root, tmp_path / "s", PX)
+        make_dicom(root / "b.dcm", make_picture(0))
+        make_dicom(root / "c.dcm", make_picture(0))
+        assert ingest(root, tmp_path / "s", PX).refused == [
+            ("b.dcm", f"duplicate of {bad}.dcm"),
+            ("c.dcm", f"duplicate of {bad}.dcm"),
+        ]
+        assert ingest(root, tmp_path / "s", PX).skipped_existing == 4
+        (root / f"{bad}.dcm").write_bytes(b"no")
+        summary = ingest(root, tmp_path / "s", PX)
+        assert sorted(summary.refused) == [
+            *([("a.dcm", "not a DICOM file (no DICM preamble)")] if bad == "a" else []),
+            ("c.dcm", "duplicate of b.dcm"),
+            *([("z.dcm", "not a DICOM file (no DICM preamble)")] if bad == "z" else []),
+        ]
+        assert (summary.images, summary.skipped_existing) == (1, 1)
+        ingest(root, tmp_path / "once", PX)
+        assert Store.open(tmp_path / "s").digest() == Store.open(tmp_path / "once").digest()
+
+    def test_a_duplicate_of_another_folder_whose_image_changed(self, tmp_path, make_dicom, make_picture):
+        for folder in ("1", "2"):
+            make_dicom(tmp_path / folder / "x" / f"{folder}.dcm", make_picture(0))
+            make_dicom(tmp_path / folder / "x" / f"{folder}-other.dcm", make_picture(int(folder)))
+            ingest(tmp_path / folder, tmp_path / "s", PX)
+        make_dicom(tmp_path / "1" / "x" / "1.dcm", make_picture(7))
+        ingest(tmp_path / "1", tmp_path / "s", PX)
+        assert len(Store.open(tmp_path / "s")) == 3
+        assert ingest(tmp_path / "2", tmp_path / "s", PX).images == 1
+        assert len(Store.open(tmp_path / "s")) == 4
+
+    def test_duplicates_of_a_store_from_before_their_pixels_were_noted(self, tmp_path, make_dicom, make_picture):
+        for name in ("a.dcm", "b.dcm"):
+            make_dicom(tmp_path / "in" / name, make_picture(0))
+        ingest(tmp_path / "in", tmp_path / "s", PX)
+        with contextlib.closing(sqlite3.connect(tmp_path / "s" / "index.sqlite")) as index:
+            index.execute("DROP TABLE duplicates")
+        (tmp_path / "in" / "a.dcm").write_bytes(b"no")
+        ingest(tmp_path / "in", tmp_path / "s", PX)
+        assert [row.file for row in Store.open(tmp_path / "s").images] == ["b.dcm"]
 
     def test_other_size(self, tmp_path, make_manifest):
         folder = make_manifest(tmp_path / "in", rows(2))

@@ -345,6 +345,21 @@ class TestFailure:
             fill(tmp_path / "s", range(10, 200))
         assert {path.name: contents(path) for path in tmp_path.iterdir()} == before
 
+    def test_index_that_may_not_be_written(self, tmp_path, monkeypatch):
+        from chexfound.data import store as module
+
+        fill(tmp_path / "s", range(3))
+        connect = module._connect
+
+        def closed(path, mode="ro"):
+            index = connect(path, mode)
+            index.execute("PRAGMA query_only = ON")  # as on a read-only mount, where root may write, too
+            return index
+
+        monkeypatch.setattr(module, "_connect", closed)
+        with pytest.raises(StorageError, match="may not be written"):
+            fill(tmp_path / "s", range(3, 5))
+
     def test_what_lies_beyond_the_index_is_cut_off(self, tmp_path):
         expected = fill(tmp_path / "whole", range(5)).digest()
         fill(tmp_path / "s", range(3))

@@ -21,6 +21,7 @@ from chexfound.data.phantom.projection import attenuation
 from chexfound.data.phantom.sites import Site, site
 from chexfound.errors import ConfigError, Problems
 from chexfound.journal import storage
+from chexfound.names import utf8, written
 
 COLUMNS = ("file", "source", "patient_id", "view", "age", "sex", "findings", "site")
 NONE = "No Finding"
@@ -69,7 +70,8 @@ def generate(
         StorageError: the disk is full or refuses. Nothing is half-written: the files are made in a
             folder beside `out` that takes its name at the end.
     """
-    _check(Path(out), sites, patients, size_px)
+    with storage(out):
+        _check(Path(out), sites, patients, size_px)
     out, _held = Path(out).resolve(), _hold_heap()
     hospitals = [site(seed, index) for index in range(sites)]
     images: dict[str, int] = {}
@@ -114,6 +116,8 @@ def _check(out: Path, sites: int, patients: int, size_px: int) -> None:
         problems.add(f"patients is {patients!r}; give 1 to 9999 for each site")
     if not 64 <= size_px <= 4096:
         problems.add(f"size_px is {size_px!r}; give 64 to 4096")
+    if not utf8(out.absolute()):
+        problems.add(f"the path {written(out)} is not UTF-8; choose another")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         problems.add(f"{str(out)!r} is not a folder; choose another name")
     elif out.is_dir() and any(out.iterdir()):

@@ -1,0 +1,26 @@
+"""Names: which may travel between the ends, and how one that is not UTF-8 is written."""
+
+from __future__ import annotations
+
+import os
+
+RULE = "1 to 64 printable characters"
+
+
+def word(value: object) -> bool:
+    """Whether a value is a name: 1 to 64 printable characters."""
+    return isinstance(value, str) and 0 < len(value) <= 64 and value.isprintable()
+
+
+def utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is UTF-8, as whatever we store or show must be."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def written(path: str | os.PathLike[str]) -> str:
+    r"""A path as text that can be stored and shown: a byte that is not UTF-8 becomes, say, `\xe9`."""
+    return os.fspath(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
