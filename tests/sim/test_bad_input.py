@@ -177,11 +177,11 @@ def test_an_unknown_recipe(simulate: Any, tmp_path: Path) -> None:
         (("--workers", "0"), ["--workers 0: at least one"]),
     ],
 )
-def test_options_at_fault(simulate: Any, arguments: tuple[str, ...], parts: list[str]) -> None:
+def test_options_at_fault(simulate: Any, tiny_store_path: Path, arguments: tuple[str, ...], parts: list[str]) -> None:
     arguments = tuple(f"{arguments[0]}={value}" for value in arguments[1:])
     if arguments[0].startswith("--workers"):
         arguments = ("--workers", "0")
-    check_refused(simulate(*arguments), 2, *parts)
+    check_refused(simulate(*arguments, data=tiny_store_path), 2, *parts)
 
 
 def test_options_of_another_kind(simulate: Any, capsys: Any) -> None:
