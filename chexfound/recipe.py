@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -26,8 +27,19 @@ _frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid",
 
 LARGEST_IMAGE_PX = 4096  # as radiographs come; 64 of them are in memory while a store is filled
 Positive = Annotated[int, Field(gt=0)]
-ImagePx = Annotated[int, Field(gt=0, le=LARGEST_IMAGE_PX)]
 Count = Annotated[int, Field(ge=0)]
+# Upper bounds are far above any model or run that is known; they keep a slip of the finger from taking a
+# machine's whole memory, or from ending in a library's crash hours later.
+Side = Annotated[int, Field(gt=0, le=LARGEST_IMAGE_PX)]
+Width = Annotated[int, Field(gt=0, le=65_536)]  # of a layer
+Prototypes = Annotated[int, Field(gt=0, le=1_000_000)]
+Layers = Annotated[int, Field(gt=0, le=64)]
+Steps = Annotated[int, Field(gt=0, le=10_000_000)]
+Images = Annotated[int, Field(gt=0, le=1_000_000)]  # of a batch
+Epochs = Annotated[float, Field(ge=0, le=10_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=100_000_000)]  # three years
+Moment = Annotated[float, Field(ge=0, lt=1)]  # Adam's decay rates
+Name = Annotated[str, Field(min_length=1, max_length=200)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -57,9 +69,9 @@ class Student:
 
     arch: Literal["vit_demo", "vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_demo"
     stem: Literal["linear", "conv"] = "conv"
-    patch_size: Positive = 16
+    patch_size: Annotated[int, Field(gt=0, le=1024)] = 16
     in_chans: Literal[1, 3] = 1
-    num_register_tokens: Count = 4
+    num_register_tokens: Annotated[int, Field(ge=0, le=1024)] = 4
     ffn_layer: Literal["mlp", "swiglu"] = "swiglu"
     layerscale: Weight = 0.1
     init: Literal["xavier", "trunc_normal"] = "xavier"  # of linear layers; trunc_normal: 0.02, as DINOv2
@@ -71,10 +83,10 @@ class Dino:
     """DINO on the CLS tokens (Caron et al. 2021), and KoLeo (Sablayrolles et al. 2019)."""
 
     loss_weight: Weight = 1.0
-    head_n_prototypes: Positive = 256
-    head_bottleneck_dim: Positive = 64
-    head_nlayers: Positive = 3
-    head_hidden_dim: Positive = 256
+    head_n_prototypes: Prototypes = 256
+    head_bottleneck_dim: Width = 64
+    head_nlayers: Layers = 3
+    head_hidden_dim: Width = 256
     head_centered: bool = (
         True  # subtract the batch's mean in the bottleneck: keeps a homogeneous batch off the log K plateau
     )
@@ -88,10 +100,10 @@ class Ibot:
     loss_weight: Weight = 1.0
     mask_sample_probability: Fraction = 0.5
     mask_ratio_min_max: Range = (0.1, 0.5)
-    head_n_prototypes: Positive = 256
-    head_bottleneck_dim: Positive = 64
-    head_nlayers: Positive = 3
-    head_hidden_dim: Positive = 256
+    head_n_prototypes: Prototypes = 256
+    head_bottleneck_dim: Width = 64
+    head_nlayers: Layers = 3
+    head_hidden_dim: Width = 256
     head_centered: bool = True
 
 
@@ -99,11 +111,11 @@ class Ibot:
 class Train:
     """Work: rounds of local steps, and how many images each takes."""
 
-    rounds: Positive = 5
-    local_steps: Positive = 20
-    batch_size: Positive | None = None  # images a step at each site …
-    pooled_batch_size: Positive | None = 32  # … or over all sites together; the centralized arm takes the pooled number
-    OFFICIAL_EPOCH_LENGTH: Positive = 10
+    rounds: Steps = 5
+    local_steps: Steps = 20
+    batch_size: Images | None = None  # images a step at each site …
+    pooled_batch_size: Images | None = 32  # … or over all sites together; the centralized arm takes the pooled number
+    OFFICIAL_EPOCH_LENGTH: Steps = 10
     centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
     optimizer_state: Literal["average", "local"] = "average"  # Adam's moments: averaged as the weights, or a site's own
 
@@ -122,7 +134,7 @@ class Teacher:
     final_momentum_teacher: Fraction = 1.0
     warmup_teacher_temp: Rate = 0.02
     teacher_temp: Rate = 0.04
-    warmup_teacher_temp_epochs: Weight = 3
+    warmup_teacher_temp_epochs: Epochs = 3
 
 
 @_frozen
@@ -132,13 +144,13 @@ class Optim:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 2e-3
     min_lr: Weight = 1e-6
-    warmup_epochs: Weight = 1
+    warmup_epochs: Epochs = 1
     weight_decay: Weight = 0.04
     weight_decay_end: Weight = 0.04
-    adamw_beta1: Fraction = 0.9
-    adamw_beta2: Fraction = 0.99
+    adamw_beta1: Moment = 0.9
+    adamw_beta2: Moment = 0.99
     clip_grad: Weight = 3.0  # per submodule; 0: none
-    freeze_last_layer_epochs: Weight = 0
+    freeze_last_layer_epochs: Epochs = 0
     patch_embed_lr_mult: Weight = 1.0
     layerwise_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
@@ -147,14 +159,16 @@ class Optim:
 class Crops:
     """Multi-crop and photometry, on grey uint8."""
 
-    global_crops_size: Positive = 96
+    global_crops_size: Side = 96
     global_crops_scale: Range = (0.7, 1.0)
-    local_crops_number: Count = 2
-    local_crops_size: Positive = 48
+    local_crops_number: Annotated[int, Field(ge=0, le=256)] = 2
+    local_crops_size: Side = 48
     local_crops_scale: Range = (0.3, 0.7)
     horizontal_flip: Fraction = 0.5
-    rotation_deg: Weight = 5.0
-    jitter: Weight = 0.1  # log gamma is uniform in ± 2 · jitter; brightness and contrast fall to the z-score
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 5.0
+    jitter: Annotated[float, Field(ge=0, le=5)] = (
+        0.1  # log gamma is uniform in ± 2 · jitter; brightness and contrast fall to the z-score
+    )
     blur: Fraction = 0.0
 
 
@@ -163,27 +177,29 @@ class Adapt:
     """A head on the frozen backbone."""
 
     head: Literal["glori", "linear"] = "glori"
-    findings: tuple[str, ...] | None = None  # None: all with min_positives and min_negatives at the sites together
+    findings: tuple[Name, ...] | None = None  # None: all with min_positives and min_negatives at the sites together
     min_positives: Positive = 20
-    rounds: Positive = 5
-    local_steps: Positive = 40
-    batch_size: Positive | None = None
-    pooled_batch_size: Positive | None = 64
+    rounds: Steps = 5
+    local_steps: Steps = 40
+    batch_size: Images | None = None
+    pooled_batch_size: Images | None = 64
     optimizer_state: Literal["average", "local"] = "average"
-    n_last_blocks: Positive = 2
-    views: Count = 3  # augmented views cached beside the image itself
+    n_last_blocks: Layers = 2
+    views: Annotated[int, Field(ge=0, le=1000)] = 3  # augmented views cached beside the image itself
     lr: Rate = 4e-3
     weight_decay: Weight = 0.05
-    warmup_steps: Count = 20
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 20
     clip_grad: Weight = 3.0
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    glori_dim: Positive = 96
-    glori_heads: Positive = 4
-    glori_ffn_dim: Positive = 192
+    glori_dim: Width = 96
+    glori_heads: Annotated[int, Field(gt=0, le=1024)] = 4
+    glori_ffn_dim: Annotated[int, Field(gt=0, le=262_144)] = 192
     glori_cls: bool = True  # concatenate the CLS tokens of the last blocks
     glori_stats: bool = True  # concatenate mean, deviation and maximum over the patch tokens
-    glori_grid: Count = 4  # concatenate the mean of each of so many by so many cells of the image; 0: none
+    glori_grid: Annotated[int, Field(ge=0, le=256)] = (
+        4  # concatenate the mean of each of so many by so many cells of the image; 0: none
+    )
     glori_positions: bool = True  # add position embeddings to the memory
 
     @property
@@ -196,7 +212,7 @@ class Adapt:
 class Evaluate:
     """How a model is judged, on the patients held out."""
 
-    bootstrap_samples: Positive = 1000
+    bootstrap_samples: Annotated[int, Field(gt=0, le=1_000_000)] = 1000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
 
 
@@ -213,18 +229,18 @@ class Federation:
     """Who takes part, and how long the coordinator waits."""
 
     min_sites: Positive = 2
-    wait_s: Rate = 600.0  # for min_sites to connect
-    round_timeout_s: Rate = 3600.0  # for a round's replies
+    wait_s: Seconds = 600.0  # for min_sites to connect
+    round_timeout_s: Seconds = 3600.0  # for a round's replies
 
 
 @_frozen
 class Recipe:
     """A run. `phases` says which are done; each has its section."""
 
-    name: str = "demo"
-    seed: Count = 0
-    threads: Positive = 1  # of each process; another number gives other bits
-    image_px: ImagePx = 128  # side of the store's images, and of the input at evaluation
+    name: Annotated[str, Field(max_length=200)] = "demo"
+    seed: Annotated[int, Field(ge=0, le=2**128)] = 0
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1  # of each process; another number gives other bits
+    image_px: Side = 128  # side of the store's images, and of the input at evaluation
     phases: tuple[Literal["pretrain", "adapt", "evaluate"], ...] = ("pretrain", "adapt", "evaluate")
     aggregation: Literal["fedavg"] = "fedavg"
     codec: Literal["none"] = "none"
@@ -243,6 +259,8 @@ class Recipe:
 
 
 _adapter = TypeAdapter(Recipe)
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
 Section = TypeVar("Section")
 
 
@@ -272,7 +290,7 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
     """
     text, where = _read(str(name_or_path))
     try:
-        values = yaml.safe_load(text)
+        values = _read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
     values = {} if values is None else values
@@ -283,14 +301,55 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
     return validate(values, where)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases (a few lines of them unfold to gigabytes) and without a key given twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases (*name) are not taken in a recipe; write the value out", mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {_shown(key.value)} is given twice", key.start_mark
+                )
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message quotes it: what is long or deep is cut."""
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def _read(name: str) -> tuple[str, str]:
     if name in presets():
         return resources.files("chexfound").joinpath("presets", f"{name}.yaml").read_text(), f"preset {name!r}"
     path = Path(name)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # too long, say
+        raise ConfigError(f"recipe {_shown(name)}: cannot be read: {error.strerror}") from error
+    if not there:
         near = difflib.get_close_matches(name, presets(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no recipe {name!r}: {hint}give a YAML file, or one of the presets {', '.join(presets())}")
+        raise ConfigError(
+            f"no recipe {_shown(name)}: {hint}give a YAML file, or one of the presets {', '.join(presets())}"
+        )
     try:
         return path.read_text(), str(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -303,11 +362,14 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {pair!r}: write KEY=VALUE, for example --set train.rounds=3")
+            raise ConfigError(f"--set {_shown(pair)}: write KEY=VALUE, for example --set train.rounds=3")
         try:
-            result[key.strip()] = yaml.safe_load(value)
+            result[key.strip()] = _read_yaml(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
-            raise ConfigError(f"--set {pair!r}: the value is not valid YAML") from error
+            why = getattr(error, "problem", None)
+            raise ConfigError(
+                f"--set {_shown(pair)}: the value is not valid YAML" + (f": {why}" if why else "")
+            ) from error
     return result
 
 
@@ -316,7 +378,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {key}: {parent!r} holds a value, not a section")
+            raise ConfigError(f"--set {key[:80]}: {_shown(parent)} holds a value, not a section")
         values = child
     values[leaf] = value
 
@@ -339,14 +401,14 @@ def validate(values: Mapping[str, Any], where: str) -> Recipe:
 
 def _explain(entry: Any) -> str:
     path = [str(part) for part in entry["loc"]]
-    key = ".".join(path)
+    key = ".".join(path)[:80]
     if entry["type"] == "unexpected_keyword_argument":
         section: Any = Recipe
         for part in path[:-1]:
             section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
         near = difflib.get_close_matches(path[-1], [field.name for field in dataclasses.fields(section)], n=1)
         return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else "")
-    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {entry['input']!r})"
+    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {_shown(entry['input'])})"
 
 
 def _inconsistencies(recipe: Recipe) -> list[str]:
@@ -379,6 +441,8 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         found.append("split: train + val must leave patients for the test (their sum must be below 1)")
     if not recipe.phases:
         found.append("phases: name at least one of pretrain, adapt, evaluate")
+    if "evaluate" in recipe.phases and "adapt" not in recipe.phases:
+        found.append("phases: evaluate judges the head, so it needs adapt (leave evaluate out, or add adapt)")
     if recipe.adapt.n_last_blocks > (depth := ARCHS[recipe.student.arch][1]):
         found.append(
             f"adapt.n_last_blocks: {recipe.student.arch} has {depth} blocks (got {recipe.adapt.n_last_blocks})"
@@ -388,6 +452,8 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
             f"adapt.glori_dim: must be a multiple of adapt.glori_heads "
             f"(got {recipe.adapt.glori_dim} and {recipe.adapt.glori_heads})"
         )
+    if recipe.adapt.findings == ():
+        found.append("adapt.findings: name at least one, or set it to null for all that are frequent enough")
     if len(set(recipe.adapt.findings or ())) != len(recipe.adapt.findings or ()):
         found.append("adapt.findings: a finding is named twice")
     return found

@@ -6,10 +6,13 @@ local:<site> are one site each, asked directly.  All call the same phases, with 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +42,20 @@ class Plan:
     folder: Path
 
     def arm_folder(self, arm: str) -> Path:
-        """Where an arm is kept."""
-        return self.folder / re.sub(r"[^\w.-]+", "_", arm)
+        """Where an arm is kept; a site by its place in the roster, since two names may be read as one."""
+        if not arm.startswith("local:"):
+            return self.folder / arm
+        site = arm.removeprefix("local:")
+        return self.folder / f"local-{list(self.sites).index(site):02d}-{re.sub(r'[^a-zA-Z0-9]+', '_', site)[:40]}"
+
+    def arm_recipe(self, arm: str) -> Recipe:
+        """What an arm is trained by: the floors without pretraining, a lone site without the evaluation."""
+        out = {"federated": (), "random": ("pretrain",), "shuffled": ("pretrain",)}.get(arm, ("evaluate",))
+        return changed(self.recipe, phases=tuple(phase for phase in self.recipe.phases if phase not in out))
+
+    def arm_roster(self, arm: str) -> list[str]:
+        """The sites that take part in an arm's run, as its journal names them."""
+        return sorted(self.sites) if arm in FEDERATED_ARMS else [trained_on(arm)]
 
     def site_home(self, arm: str, site: str) -> Path:
         """The disk of a site within an arm."""
@@ -61,22 +76,54 @@ class Plan:
         return {site: load_scores(self.site_home(arm, site) / "scores.npz", unscored) for site in self.sites}
 
 
-def finished(plan: Plan, arm: str) -> dict[str, Any]:
-    """The last record of an arm that is done; empty if it is not, or if its model is not what it says."""
-    folder = plan.arm_folder(arm)
-    if not (folder / "journal.jsonl").exists():
-        return {}
-    entries = read_journal(folder / "journal.jsonl")
-    if not entries or entries[-1]["event"] != "done":
-        return {}
-    judged = {"adapt", "evaluate"} <= set(plan.recipe.phases)
-    if judged and any(not (plan.site_home(arm, site) / "scores.npz").exists() for site in plan.sites):
-        return {}
+@contextlib.contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Say of a file of this run that cannot be read as what was written that it is damaged.
+
+    Raises: CheckpointError.
+    """
     try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, so the run cannot be resumed; start it anew in another folder"
+        ) from error
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """The digest that a run's journal starts with."""
+    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
+
+
+def finished(plan: Plan, arm: str) -> dict[str, Any]:
+    """The last record of an arm that is done; empty if it is not, or if it or its model is not what it says.
+
+    Raises: CheckpointError if its journal is damaged.
+    """
+    folder = plan.arm_folder(arm)
+    path = folder / "journal.jsonl"
+    if not path.exists():
+        return {}
+    with damage_told(path):
+        entries = read_journal(path)
+        if not entries or entries[-1]["event"] != "done" or not _is_of(entries[0], plan, arm):
+            return {}
+        done, model, unscored = entries[-1], entries[-1]["model_sha256"], entries[-1]["unscored"]
+    try:
+        if {"adapt", "evaluate"} <= set(plan.recipe.phases):
+            for site in plan.sites:
+                load_scores(plan.site_home(arm, site) / "scores.npz", unscored)
         tensors = checkpoint.load(folder / "model.safetensors")
     except CheckpointError:
         return {}
-    return entries[-1] if checkpoint.digest(tensors) == entries[-1]["model_sha256"] else {}
+    return done if checkpoint.digest(tensors) == model else {}
+
+
+def _is_of(start: dict[str, Any], plan: Plan, arm: str) -> bool:
+    """Whether a journal that starts so is this arm's; if not, running the arm says what differs."""
+    return start["recipe_sha256"] == recipe_sha256(plan.arm_recipe(arm)) and plan.arm_roster(arm) == sorted(
+        member["site"] for member in start["roster"]
+    )
 
 
 def run_federated(plan: Plan, arm: str, pool: Any) -> None:
@@ -86,13 +133,10 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
     from server.app import app
     from sim.engine import RUN_ID, InProcessGrid
 
-    recipe, backbone = plan.recipe, ""
-    if arm != "federated":  # a head alone: on the weights that all arms start from, or on the federated ones
-        recipe = changed(recipe, phases=tuple(phase for phase in recipe.phases if phase != "pretrain"))
-    if arm == "shuffled":
-        backbone = str(_backbone_file(plan))
+    # random and shuffled are a head alone: on the weights that all arms start from, or on the federated ones.
+    backbone = str(_backbone_file(plan)) if arm == "shuffled" else ""
     run_config: dict[str, bool | float | int | str] = {
-        "recipe": recipes.to_json(recipe),
+        "recipe": recipes.to_json(plan.arm_recipe(arm)),
         "run-dir": str(plan.arm_folder(arm)),
         "backbone": backbone,
     }
@@ -144,8 +188,7 @@ def run_alone(plan: Plan, arm: str) -> float:
         pretrain=recipes.pooled_batch_size(recipe.train, n_sites),
         adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
     )
-    training = changed(recipe, phases=tuple(phase for phase in recipe.phases if phase != "evaluate"))
-    outcome = Run(training, DirectExchange(own), folder, batches=batches).run()
+    outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches).run()
     for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))
         request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,9 @@ examples:
   chexfound-sim --out out/real --resume
 
 A folder of DICOM files, a folder with a manifest.csv (see docs/data.md), or a store made by
-`chexfound ingest` will do as --data. Ctrl-C keeps what is done; --resume goes on to the same result.
+`chexfound ingest` will do as --data. With many images run `chexfound ingest IMAGES STORE` first and give
+the store: one that is made here goes again if the run cannot start, say for a label that is too rare.
+Ctrl-C keeps what is done; --resume goes on to the same result.
 """
 
 
@@ -84,8 +89,23 @@ def main(arguments: list[str] | None = None) -> int:
     except ChexfoundError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return error.exit_code
+    except (RuntimeError, MemoryError, OSError) as error:
+        told = escape(_unforeseen(error, Path(given.out)))
+        errors.print(f"[red]error:[/red] {told}", highlight=False, soft_wrap=True)
+        return 1
     print(f"report: {report}")
     return 0
+
+
+def _unforeseen(error: Exception, out: Path) -> str:
+    """One line on what no check foresaw, such as a model too large for the memory; the traceback goes to OUT."""
+    what = (str(error).strip().splitlines() or ["no more is known"])[0][:200]
+    text = f"{type(error).__name__}: {what}; what is done in {out} is kept: --resume goes on from it"
+    try:
+        (out / "error.log").write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return text
+    return f"{text}. The traceback is in {out / 'error.log'}"
 
 
 def _simulate(given: argparse.Namespace) -> Path:
@@ -106,24 +126,44 @@ def _simulate(given: argparse.Namespace) -> Path:
         clashing = [f"--{name}" for name in ("data", "by", "recipe", "set", "seeds", "arms") if getattr(given, name)]
         if clashing:
             raise ConfigError(f"--resume goes on with what the run was started with; leave out {', '.join(clashing)}")
-        options = Options.read(out)
+        with path_told("--out", given.out):
+            options = Options.read(out)
     else:
         options = _options(given)
-        start(options, out)
+        with path_told("--out", given.out):
+            start(options, out)
     with Display(Console()) as display:
-        return Simulation(options, out, workers, display).run()
+        return Simulation(options, out, workers, display, resume=given.resume).run()
+
+
+@contextlib.contextmanager
+def path_told(option: str, path: str) -> Iterator[None]:
+    """Say of a path that the system does not take (too long, a part of it a file, in /proc) which option it was.
+
+    Raises: ConfigError.
+    """
+    try:
+        yield
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(
+            f"{option} {path!r}: cannot be a folder: a part of its path is a file; choose another"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{option} {path[:80]!r}: cannot be used: {why}; choose another folder") from error
 
 
 def _options(given: argparse.Namespace) -> Options:
     from chexfound import recipe as recipes
     from sim.partition import Rule
-    from sim.simulate import ARMS as KNOWN
-    from sim.simulate import Options
+    from sim.simulate import Options, unknown_arms
 
     if not given.data:
         raise ConfigError("--data is missing: name a folder of images, for example one made by `chexfound phantom`")
     data = Path(given.data)
-    if not data.is_dir():
+    with path_told("--data", given.data):
+        there = data.is_dir()
+    if not there:
         raise ConfigError(f"--data {given.data!r}: no such folder")
     Rule.parse(given.by or "source")
     recipe = recipes.load(given.recipe or "laptop", recipes.parse_overrides(given.set))
@@ -134,8 +174,7 @@ def _options(given: argparse.Namespace) -> Options:
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds {given.seeds!r}: each seed once, none negative")
     arms = tuple(part.strip() for part in (given.arms or ARMS).split(","))
-    unknown = [arm for arm in arms if arm not in KNOWN and not arm.startswith("local:")]
-    if unknown:
+    if unknown := unknown_arms(arms):
         raise ConfigError(f"--arms: unknown {unknown[0]!r}; choose from {ARMS}, or local:SITE for one site")
     return Options(
         data=str(data.resolve()),

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -191,5 +192,7 @@ def _work(pipe: Connection, path: list[str], parent: int) -> None:
         except ChexfoundError as error:
             answer = ("error", ticket, error)
         except Exception as error:  # noqa: BLE001 (carried to the parent, which raises it)
-            answer = ("error", ticket, RuntimeError(f"{type(error).__name__}: {error}"))
+            told = RuntimeError(f"{type(error).__name__}: {error}")
+            told.add_note(traceback.format_exc())  # travels with it, for the parent's log
+            answer = ("error", ticket, told)
         pipe.send(answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
-from chexfound.errors import CheckpointError, ConfigError, DataError
-from chexfound.journal import Journal, write_json
+from chexfound.errors import ConfigError, DataError
+from chexfound.journal import Journal, canonical, write_json
 from chexfound.recipe import Recipe, changed
 from server.run import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
 from sim.display import Display
-from sim.partition import partition
+from sim.partition import OTHER, Rule, partition
 from sim.pool import Pool
 
 ARMS = ("federated", "centralized", "local", "random", "shuffled", "site-view", "histogram")
@@ -44,24 +45,40 @@ class Options:
     def read(out: Path) -> Options:
         """The options that a run was started with.
 
-        Raises: ConfigError if `out` holds no run.
+        Raises: ConfigError if `out` holds no run; CheckpointError if they are not what `start` writes.
         """
         path = out / "simulation.json"
         if not path.is_file():
             raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
-        try:
+        with arms.damage_told(path):
             values = arms.load_json(path)
-            return Options(
+            options = Options(
                 data=values["data"],
                 by=values["by"],
                 seeds=tuple(values["seeds"]),
                 arms=tuple(values["arms"]),
                 recipe=values["recipe"],
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: damaged, so the run cannot be resumed; start it anew in another folder"
-            ) from error
+            options.check()
+        return options
+
+    def check(self) -> None:
+        """Raise what tells that a value is none that the command would have written."""
+        if not all(isinstance(value, str) and value for value in (self.data, self.by, *self.arms)):
+            raise TypeError("data, by and arms are text")
+        if not isinstance(self.recipe, dict):
+            raise TypeError("the recipe is a mapping")
+        if not all(type(seed) is int and seed >= 0 for seed in self.seeds):
+            raise TypeError("seeds are whole numbers")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("one seed at least, each once")
+        if not self.arms or unknown_arms(self.arms):
+            raise ValueError("one arm at least, all of them known")
+
+
+def unknown_arms(arms: Sequence[str]) -> list[str]:
+    """Those of `arms` that are none; whether there is the SITE of local:SITE is seen when the images are in."""
+    return [arm for arm in arms if arm not in ARMS and not arm.startswith("local:")]
 
 
 def start(options: Options, out: Path) -> None:
@@ -76,7 +93,12 @@ def start(options: Options, out: Path) -> None:
 
 
 def abandon(out: Path) -> None:
-    """Take away what a run left that could not even start, so that the corrected command may use the folder."""
+    """Take away what a run left that could not even start, so that the corrected command may use the folder.
+
+    A folder in which any arm has begun is left as it is.
+    """
+    if any(out.glob("work/*/*/journal.jsonl")):
+        return
     for part in ("simulation.json", "simulation.jsonl"):
         (out / part).unlink(missing_ok=True)
     for part in ("store", "work"):
@@ -91,8 +113,9 @@ class Simulation:
     Everything that takes long is kept as it is done; calling `run` again goes on from there.
     """
 
-    def __init__(self, options: Options, out: Path, workers: int, display: Display) -> None:
+    def __init__(self, options: Options, out: Path, workers: int, display: Display, *, resume: bool = False) -> None:
         self.options, self.out, self.workers, self.display = options, out, workers, display
+        self.resume = resume
         self.recipe = recipes.validate(options.recipe, str(out / "simulation.json"))
         self.notes: list[str] = []
 
@@ -102,12 +125,13 @@ class Simulation:
         Raises: ChexfoundError; what was done is kept.
         """
         started = time.monotonic()
-        with Journal(self.out / "simulation.jsonl") as journal:  # its lock keeps a second process out
-            self.journal = journal
+        with arms.damage_told(self.out / "simulation.jsonl"):
+            self.journal = Journal(self.out / "simulation.jsonl")
+        with self.journal as journal:  # its lock keeps a second process out
             if Options.read(self.out) != self.options:
                 raise ConfigError(f"{self.out}: another process has just started a run here; choose another folder")
             plans, arm_names = self._begin()
-            with Pool(self.workers, self.display.update) as pool:
+            with Pool(min(self.workers, _at_work(plans, arm_names)), self.display.update) as pool:
                 self._run_arms(plans, arm_names, pool)
             self.display.clear()
             self.display.say("comparing the arms, drawing the report")
@@ -120,16 +144,47 @@ class Simulation:
     def _begin(self) -> tuple[list[Plan], list[str]]:
         """Everything that can be found wrong is found here, before any training; then nothing is left behind."""
         try:
+            self._check_early()
             store, sites = self._prepare()
             plans = [self._plan(store, sites, seed) for seed in self.options.seeds]
             names = self._arm_names(plans[0])
         except (ConfigError, DataError):
-            if not any("prepared" in entry["event"] for entry in self.journal.entries):
+            if not self.resume:
                 abandon(self.out)
             raise
-        if not any("prepared" in entry["event"] for entry in self.journal.entries):
-            self.journal.append({"event": "prepared"})
+        self._check_unchanged(plans, names)
+        for plan in plans:
+            plan.write_shards()
         return plans, names
+
+    def _check_early(self) -> None:
+        """What needs no image, before hours are spent on taking them in."""
+        rule = Rule.parse(self.options.by)
+        if not rule.shards or (Path(self.options.data) / "index.sqlite").exists():
+            return
+        Batches.of(self.recipe, rule.shards)
+        names = [f"shard-{number}" for number in range(rule.shards)]
+        for arm in self.options.arms:
+            if arm.startswith("local:") and arm.removeprefix("local:") not in (*names, OTHER):
+                raise ConfigError(f"--arms {arm!r}: there is no such site; the sites are {', '.join(names)}")
+
+    def _check_unchanged(self, plans: Sequence[Plan], names: Sequence[str]) -> None:
+        """Note what all arms stand on, or check that it is what was noted when the run was prepared."""
+        stands = {
+            "images": Store.open(plans[0].store).digest(),
+            "sites": hashlib.sha256(canonical(plans[0].sites)).hexdigest(),
+            "recipe": {str(plan.recipe.seed): arms.recipe_sha256(plan.recipe) for plan in plans},
+            "arms": list(names),
+        }
+        noted = [entry["stands_on"] for entry in self.journal.entries if "stands_on" in entry]
+        if not noted:
+            self.journal.append({"event": "prepared", "stands_on": stands})
+        elif other := sorted(key for key in stands if noted[-1].get(key) != stands[key]):
+            raise ConfigError(
+                f"{self.out}: the run was prepared with other {' and '.join(other)} than there are now, so its "
+                "finished arms cannot be compared with new ones; give back what it was started with, or start anew "
+                "with another --out"
+            )
 
     def _prepare(self) -> tuple[Path, dict[str, list[str]]]:
         """The store and the sites."""
@@ -208,14 +263,12 @@ class Simulation:
                 recipe,
                 adapt=changed(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))),
             )
-        plan = Plan(
+        return Plan(
             recipe=recipe,
             store=store_path.resolve(),
             sites=sites,
             folder=self.out.resolve() / "work" / f"seed-{seed}",
         )
-        plan.write_shards()
-        return plan
 
     def _arm_names(self, plan: Plan) -> list[str]:
         wanted = self.options.arms
@@ -288,6 +341,12 @@ class Simulation:
             elif entry["event"] == "finished":
                 seconds["total"] = round(seconds.get("total", 0.0) + entry["seconds"], 1)
         return seconds
+
+
+def _at_work(plans: Sequence[Plan], names: Sequence[str]) -> int:
+    """How many processes can have work at one time: one a site, then one a lone arm."""
+    alone = [arm for arm in names if arm not in FEDERATED_ARMS and arm not in FITTED_ARMS]
+    return max(len(plans[0].sites), len(plans) * len(alone))
 
 
 def label_counts(store_path: Path, sites: dict[str, list[str]], recipe: Recipe) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ OVERRIDES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "name": TEXT,
         "seed": st.integers(0, 2**80),
         "image_px": st.integers(1, 64).map(lambda n: 16 * n),
-        "phases": st.lists(st.sampled_from(["pretrain", "adapt", "evaluate"]), min_size=1, max_size=3, unique=True),
+        "phases": st.sampled_from([["pretrain"], ["adapt"], ["pretrain", "adapt"], ["adapt", "evaluate"]]),
         "split.train": st.floats(0.01, 0.8),
         "input.normalization": st.sampled_from(["zscore", "mean_std"]),
         "input.std": RATE,
@@ -36,7 +36,7 @@ OVERRIDES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "optim.lr": RATE,
         "crops.local_crops_number": st.integers(0, 20),
         "crops.global_crops_scale": RANGE,
-        "adapt.findings": st.none() | st.lists(TEXT, unique=True, max_size=4),
+        "adapt.findings": st.none() | st.lists(TEXT.filter(bool), unique=True, min_size=1, max_size=4),
         "adapt.glori_heads": st.sampled_from([1, 2, 3, 4, 6]),
     },
 )
@@ -202,6 +202,101 @@ def test_a_file_that_is_no_mapping_or_no_text_is_a_config_error(tmp_path):
         recipes.load(path)
 
 
+BOMB = "\n".join(
+    [
+        "a: &a [lol, lol, lol]",
+        *(f"{n}: &{n} [{','.join(9 * ['*' + p])}]" for p, n in zip("abcdefgh", "bcdefghi", strict=True)),
+    ]
+)
+
+
+@pytest.mark.parametrize("text", [f"{BOMB}\nseed: *i", "train: &w {rounds: 2}\nadapt: *w", "seed: &a [*a]"])
+def test_aliases_are_refused(text, tmp_path):
+    """A bomb unfolds to gigabytes in its message; of two sections in one, changing one changed both."""
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not valid YAML: aliases \(\*name\) are not taken"):
+        recipes.load(tmp_path / "mine.yaml", {"train.rounds": 9})
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nseed: 2", "train: {rounds: 1, rounds: 1}", "train: {}\n'train': {rounds: 2}"]
+)
+def test_a_key_given_twice_is_refused(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"the key '(seed|rounds|train)' is given twice\n.* line [12]"):
+        recipes.load(tmp_path / "mine.yaml")
+
+
+def test_an_override_takes_no_alias_nor_a_key_twice():
+    with pytest.raises(ConfigError, match="aliases"):
+        recipes.parse_overrides(["train=&a {rounds: *a}"])
+    with pytest.raises(ConfigError, match="'rounds' is given twice"):
+        recipes.parse_overrides(["train={rounds: 1, rounds: 2}"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**5, ["x"] * 10**5, {"x" * 999: 1}, 16**5000, [[[[[[[[[1]]]]]]]]] * 99],
+    ids=lambda v: type(v).__name__,
+)
+def test_what_a_message_quotes_is_cut(value):
+    for key in ("seed", "optim.lr", "student.arch", "name", "x" * 10**5):
+        with pytest.raises(ConfigError) as error:
+            recipes.load("demo", {key: value})
+        assert all(len(line) < 400 for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threads", 100_000),
+        ("optim.adamw_beta1", 1.0),
+        ("optim.adamw_beta2", 1.0),
+        ("student.num_register_tokens", 10**11),
+        ("dino.head_n_prototypes", 10**15),
+        ("ibot.head_n_prototypes", 10**15),
+        ("dino.head_hidden_dim", 10**9),
+        ("adapt.glori_dim", 4 * 10**9),
+        ("adapt.glori_grid", 10**6),
+        ("adapt.views", 10**9),
+        ("crops.rotation_deg", 1e308),
+        ("crops.jitter", 1e308),
+        ("optim.warmup_epochs", 1e308),
+        ("evaluate.bootstrap_samples", 10**12),
+        ("federation.wait_s", 1e300),
+        ("seed", 16**5000),
+        ("phases", ["evaluate"]),
+        ("phases", ["pretrain", "evaluate"]),
+        ("adapt.findings", []),
+        ("adapt.findings", [""]),
+        ("name", "x" * 10**5),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 40 else type(value).__name__,
+)
+def test_what_would_crash_later_is_refused_now(key, value):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        recipes.load("demo", {key: value})
+
+
+def test_what_a_large_server_trains_passes():
+    large = {
+        "student.arch": "vit_large",
+        "student.num_register_tokens": 16,
+        "image_px": 1024,
+        "threads": 256,
+        "crops.global_crops_size": 512,
+        "crops.local_crops_number": 10,
+        "train.pooled_batch_size": 16_384,
+        "train.rounds": 10**6,
+        "evaluate.bootstrap_samples": 100_000,
+        "adapt.glori_dim": 4096,
+    }
+    for head in ("dino", "ibot"):
+        sizes = {"n_prototypes": 262_144, "bottleneck_dim": 512, "hidden_dim": 8192}
+        large |= {f"{head}.head_{name}": size for name, size in sizes.items()}
+    assert recipes.load("laptop", large).dino.head_n_prototypes == 262_144
+
+
 def test_an_unknown_preset_is_named_with_a_suggestion():
     with pytest.raises(ConfigError, match=r"no recipe 'lapto': did you mean 'laptop'\?"):
         recipes.load("lapto")
@@ -211,6 +306,11 @@ def test_an_unknown_preset_is_named_with_a_suggestion():
 def test_a_run_config_from_outside_is_checked(text):
     with pytest.raises(ConfigError, match="run-config 'recipe'"):
         recipes.from_json(text)
+
+
+def test_a_name_that_is_no_path_is_a_config_error():
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        recipes.load("x" * 5000)
 
 
 def test_a_recipe_cannot_be_changed():

@@ -1,7 +1,9 @@
 """Which patients train, validate and test: a function of the seed and the patient alone.
 
-So a split does not depend on the site, on who else takes part, or on the order of ingestion, and a
-patient that comes with more images tomorrow stays where it is.
+A patient ("source/patient") with a split in the manifest, on any of its images, keeps it with all of
+them; every other patient is drawn by its id.  So a split does not depend on the site, on who else takes
+part, or on the order of ingestion: what all sites train on together is what the pooled images train
+on.  A patient that comes with more images tomorrow stays where it is.
 """
 
 from __future__ import annotations
@@ -62,16 +64,18 @@ class View:
         return [self.store.keys[image] for image in self.ids]
 
     def split(self, seed: int, fractions: Split, which: Part) -> np.ndarray:
-        """Ids of a part, int64, in canonical order; the manifest's split if every image of the view has one.
+        """Ids of a part, int64, in canonical order; decided patient by patient, never by the view as a whole.
 
         Raises: ConfigError if `which` is not train, val or test.
         """
         if which not in get_args(Part):
             raise ConfigError(f"split {which!r}: must be one of {', '.join(get_args(Part))}")
-        own: list[str | None] = [self.store.splits[image] for image in self.ids]
-        if any(part is None for part in own):
-            patients = [self.store.patients[image] for image in self.ids]
-            of_patient = {patient: split_of(seed, patient, fractions) for patient in set(patients)}
-            own = [of_patient[patient] for patient in patients]
-        chosen: np.ndarray = self.ids[np.fromiter((part == which for part in own), bool, len(own))]
+        store = self.store
+        given = {key: part for key, part in zip(store.keys, store.splits, strict=True) if part is not None}
+        drawn = {
+            patient: split_of(seed, patient, fractions)
+            for patient in {store.patients[image] for image in self.ids if store.keys[image] not in given}
+        }
+        parts = (given.get(store.keys[image]) or drawn[store.patients[image]] for image in self.ids)
+        chosen: np.ndarray = self.ids[np.fromiter((part == which for part in parts), bool, len(self))]
         return chosen

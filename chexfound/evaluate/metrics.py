@@ -12,6 +12,8 @@ draws, and the difference of two arms is paired.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,14 @@ from typing import Any, overload
 
 import numpy as np
 
-from chexfound.errors import DataError, Problems
+from chexfound.errors import CheckpointError, DataError, Problems
 from chexfound.journal import replace_file
 from chexfound.rng import numpy_generator
 
 Row = dict[str, Any]
 
+# What numpy and zipfile raise over a file that was cut or changed (RuntimeError: "encrypted").
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError)
 _CHUNK = 1 << 21  # elements of a temporary (16 MB of float64): draws are taken in pieces of this size
 
 
@@ -81,10 +85,17 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path, unscored: Mapping[str, str]) -> Scores:
-    """The inverse of `save_scores`, with what the model could not train."""
-    with np.load(path, allow_pickle=False) as kept:
-        patients, findings = [str(name) for name in kept["patients"]], [str(name) for name in kept["findings"]]
-        return Scores(patients, kept["labels"], kept["scores"], findings, unscored)
+    """The inverse of `save_scores`, with what the model could not train.
+
+    Raises: CheckpointError if the file is absent, truncated or changed; DataError if a score is NaN.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
+            patients, findings = [str(name) for name in kept["patients"]], [str(name) for name in kept["findings"]]
+            labels, scores = kept["labels"], kept["scores"]
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path}: not readable scores ({error}); absent, truncated or damaged") from error
+    return Scores(patients, labels, scores, findings, unscored)
 
 
 @overload

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chexfound.data.sources import ingest
@@ -85,14 +85,46 @@ def test_unknown_part(store):
         View.of(store, "x").split(0, HALF, "dev")
 
 
-def test_manifests_own_split_wins_if_complete(tmp_path, make_manifest):
-    def parts(last: str) -> list[list[int]]:
-        rows = [{"file": f"{n}.png", "patient_id": f"p{n}", "split": PARTS[n % 3]} for n in range(8)]
-        folder = make_manifest(tmp_path / "in", [*rows, {"file": "8.png", "patient_id": "p8", "split": last}])
-        ingest(folder, tmp_path / "store", 16)
-        view = View.of(Store.open(tmp_path / "store"), "all")
-        return [view.split(0, HALF, part).tolist() for part in PARTS]
+@pytest.fixture
+def mixed(tmp_path: Path, make_manifest) -> Store:
+    """Source a gives train and test; b nothing; c a split for each third patient, on one of its two images."""
 
-    assert parts("test") == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
-    by_lot = [[n for n in range(9) if split_of(0, f"p{n}", HALF) == part] for part in PARTS]
-    assert parts("") == by_lot
+    def stated(source: str, n: int) -> str:
+        if source == "a":
+            return "train" if n < 12 else "test"
+        return "test" if source == "c" and n % 6 == 0 else ""
+
+    rows = [
+        {"file": f"{s}{n}.png", "source": s, "patient_id": f"{s}{n // 2}", "split": stated(s, n)}
+        for s in "abc"
+        for n in range(24)
+    ]
+    ingest(make_manifest(tmp_path / "in", rows), tmp_path / "store", 16)
+    return Store.open(tmp_path / "store")
+
+
+def test_a_given_split_is_kept_patient_by_patient(mixed):
+    parts = {key: part for part in PARTS for key in (mixed.keys[i] for i in View.of(mixed, "x").split(0, HALF, part))}
+    for n in range(12):
+        assert parts[f"a/a{n}"] == ("train" if n < 6 else "test")
+        assert parts[f"b/b{n}"] == split_of(0, f"b{n}", HALF)
+        assert parts[f"c/c{n}"] == ("test" if n % 3 == 0 else split_of(0, f"c{n}", HALF))
+
+
+@given(st.integers(0, 99), st.integers(1, 5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_pooled_parts_are_the_sites_together_however_dealt(mixed, seed, sites):
+    """What one site tests on, no arm may train on."""
+    keys = sorted(set(mixed.keys))
+    dealt = [keys[start::sites] for start in range(sites)]
+    views = [View.of(mixed, "site", patients) for patients in dealt]
+    for part in PARTS:
+        of_sites = np.sort(np.concatenate([view.split(seed, HALF, part) for view in views]))
+        assert View.of(mixed, "all").split(seed, HALF, part).tolist() == of_sites.tolist()
+
+
+def test_a_manifest_s_own_split_wins(tmp_path, make_manifest):
+    rows = [{"file": f"{n}.png", "patient_id": f"p{n}", "split": PARTS[n % 3]} for n in range(9)]
+    ingest(make_manifest(tmp_path / "in", rows), tmp_path / "store", 16)
+    view = View.of(Store.open(tmp_path / "store"), "all")
+    assert [view.split(0, HALF, part).tolist() for part in PARTS] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]

@@ -15,6 +15,7 @@ import pytest
 
 from chexfound import journal
 from chexfound.data.sources import ingest
+from sim.pool import Pool
 
 NOTHING: tuple[str, ...] = ("--arms", "histogram")  # no training: what is wrong is found before it
 
@@ -177,11 +178,11 @@ def test_an_unknown_recipe(simulate: Any, tmp_path: Path) -> None:
         (("--workers", "0"), ["--workers 0: at least one"]),
     ],
 )
-def test_options_at_fault(simulate: Any, arguments: tuple[str, ...], parts: list[str]) -> None:
+def test_options_at_fault(simulate: Any, tiny_store_path: Path, arguments: tuple[str, ...], parts: list[str]) -> None:
     arguments = tuple(f"{arguments[0]}={value}" for value in arguments[1:])
     if arguments[0].startswith("--workers"):
         arguments = ("--workers", "0")
-    check_refused(simulate(*arguments), 2, *parts)
+    check_refused(simulate(*arguments, data=tiny_store_path), 2, *parts)
 
 
 def test_options_of_another_kind(simulate: Any, capsys: Any) -> None:
@@ -203,6 +204,37 @@ def test_a_store_of_another_image_size(simulate: Any, tiny_store_path: Path) -> 
         simulate(*sizes, data=tiny_store_path), 3, "the store holds images of 64 px, the recipe asks for image_px 32"
     )
     assert tiny_store_path.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--by", "iid:5"),
+        ("--by", "iid:2", "--arms", "local:alpha"),
+        ("--by", "dirichlet:2:1", "--set", "adapt.pooled_batch_size=3"),
+    ],
+)
+def test_what_needs_no_image_is_seen_before_they_are_taken_in(
+    simulate: Any, monkeypatch: Any, arguments: tuple[str, ...]
+) -> None:
+    from sim import simulate as module
+
+    monkeypatch.setattr(module, "ingest", lambda *_, **__: pytest.fail("hours were spent"))
+    check_refused(simulate(*arguments), 2, "cannot be divided" if "--arms" not in arguments else "no such site")
+
+
+def test_no_more_processes_than_can_have_work(simulate: Any, monkeypatch: Any) -> None:
+    from sim import simulate as module
+
+    asked: list[int] = []
+
+    def pool(workers: int, on_progress: Any) -> Any:
+        asked.append(workers)
+        return Pool(1, on_progress)
+
+    monkeypatch.setattr(module, "Pool", pool)
+    assert simulate(*NOTHING, "--workers", "24").code == 0
+    assert asked == [3]  # sites
 
 
 # ---- one class
@@ -233,6 +265,48 @@ def test_an_output_folder_in_use(simulate: Any, tmp_path: Path) -> None:
     assert ran.code == 2
     assert "a part of its path is a file" in text(ran)
     assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "/proc/x"], ids=["long", "nul", "proc"])
+def test_an_output_folder_that_cannot_be(simulate: Any, tmp_path: Path, name: str, resume: tuple[str, ...]) -> None:
+    ran = simulate(*resume, out=tmp_path / name)
+    assert ran.code in (2, 8), ran.stderr
+    assert ran.stderr.startswith("error: ")
+    assert len(ran.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_cannot_be_a_path(simulate: Any, tmp_path: Path) -> None:
+    check_refused(simulate(data=tmp_path / ("x" * 300)), 2, "--data", "File name too long")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail] can't allocate memory\nmore"), MemoryError(), RecursionError(), OSError(5, "x")],
+)
+def test_what_no_check_foresaw(simulate: Any, monkeypatch: Any, error: Exception) -> None:
+    """One line, and the run is kept; the traceback is for whoever mends it."""
+    from sim import simulate as module
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module.Simulation, "_run_arms", fails)
+    ran = simulate(*NOTHING)
+    assert ran.code == 1
+    assert ran.stderr.startswith(f"error: {type(error).__name__}: ")
+    assert len(ran.stderr.splitlines()) == 1
+    assert "is kept: --resume goes on from it. The traceback is in" in text(ran)
+    assert "in fails" in (ran.out / "error.log").read_text()
+    monkeypatch.undo()
+    assert simulate("--resume", out=ran.out).code == 0
+
+
+def test_a_worker_s_traceback_travels(tmp_path: Path) -> None:
+    with Pool(2) as pool, pytest.raises(RuntimeError, match="ValueError: math domain error") as caught:
+        pool.result(pool.submit(0, "a task", ("math:sqrt", (-1.0,))))
+    assert "Traceback" in "".join(caught.value.__notes__)
 
 
 def test_an_output_folder_that_holds_a_run(simulate: Any, two_workers: Any) -> None:
