@@ -99,7 +99,7 @@ class Pace:
 
 
 def _adam(lr: float, beta1: float, beta2: float, clip: float) -> Pace:
-    if beta1**2 >= beta2 or beta2 >= 1:
+    if beta1**2 >= beta2:
         return Pace(step=lr * UNBOUNDED, squared=math.inf, gradient=clip)
     squared = (1 - beta1) ** 2 / (1 - beta2) / (1 - beta1**2 / beta2)
     corrections = 2 * max(1.0, math.sqrt(1 - beta2) / (1 - beta1))

@@ -87,7 +87,7 @@ def test_the_worst_that_passes_leads_no_honest_site_astray(moment: float) -> Non
     check_update(update, worst, set(), pace, range(1, 2))
 
 
-@pytest.mark.parametrize("kind", [("sgd", 0.9, 0.99, 0.0), ("adamw", 0.99, 0.9, 0.0), ("adamw", 0.9, 1.0, 0.0)])
+@pytest.mark.parametrize("kind", [("sgd", 0.9, 0.99, 0.0), ("adamw", 0.99, 0.9, 0.0)])
 def test_without_a_bound_of_the_optimizer_a_weight_has_one(kind: Any) -> None:
     pace, sent = pace_of(*kind), {"w": torch.ones(2)}
     check_update({"w": torch.full((2,), 1e3)}, sent, set(), pace, range(1))
