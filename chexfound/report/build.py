@@ -66,6 +66,7 @@ def render(run: Run) -> str:
         differences=tables.differences(run),
         floors=any(arm in FLOORS for arm in run.arms),
         floor=tables.floor(run),
+        fewest=story.FEWEST,
         arms=_kinds(run),
         attention=_attention(run.attention),
         left_out=tables.left_out(run),

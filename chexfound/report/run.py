@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from chexfound.errors import DataError, Problems
@@ -90,12 +90,16 @@ class Comparison:
 
 @checked(frozen=True, kw_only=True, config=_lenient)
 class AcrossSeeds:
-    """The paired difference federated − centralized, mean over seeds."""
+    """The paired difference between two arms, mean over seeds: federated − centralized, if they are not named."""
 
     finding: str
     tested_on: str
+    first: str = FEDERATED
+    second: str = CENTRALIZED
     seeds: list[int] = Field(default_factory=list)
-    value: float | None = Field(default=None, validation_alias="mean_federated_minus_centralized")
+    value: float | None = Field(
+        default=None, validation_alias=AliasChoices("mean_federated_minus_centralized", "mean_difference")
+    )
     ci: Interval = None
     reason: str | None = None
 
@@ -138,6 +142,7 @@ class Metrics:
     differences: list[Difference] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
     across_seeds: list[AcrossSeeds] = Field(default_factory=list)
+    comparisons_across_seeds: list[AcrossSeeds] = Field(default_factory=list)
     replicates: list[Replicate] = Field(default_factory=list)
     not_trained: list[NotTrained] = Field(default_factory=list)
     void: str | None = None
@@ -258,6 +263,12 @@ class Run:
     def paired(self, against: str, site: str, finding: str) -> Difference | Comparison | None:
         """The row that compares federated with an arm, tested on a site, for a finding."""
         return self._paired.get((against, site, finding))
+
+    def over_seeds(self, against: str, site: str, finding: str) -> AcrossSeeds | None:
+        """As `paired`, the mean over the run's seeds; None if it has but one."""
+        rows = self.metrics.across_seeds + self.metrics.comparisons_across_seeds
+        key = (FEDERATED, against, site, finding)
+        return next((row for row in rows if (row.first, row.second, row.tested_on, row.finding) == key), None)
 
     @cached_property
     def _paired(self) -> dict[tuple[str, str, str], Difference | Comparison]:

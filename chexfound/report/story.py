@@ -2,18 +2,20 @@
 
 A comparison is called lower or higher only where its interval leaves 0 out; a bound of 0 does not.
 Where the run left a paired interval, that one decides; elsewhere two arms are told apart only if their
-own intervals do not overlap, which is stricter than pairing.  Without an interval nothing can be judged:
-such a comparison is shown, but no sentence and no count has it.
+own intervals do not overlap, which is stricter than pairing.  Without an interval, or with fewer than
+`FEWEST` images of a class (resampling a handful of patients says little of others), nothing can be
+judged: such a comparison is shown, but no sentence and no count has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Result, Run
 
+FEWEST = 5  # held-out images with the finding, and without it
 ZERO = 1e-9  # a bound as small as this is 0: sums of floats hit it only nearly
 
 Verdict = Literal["lower", "unclear", "higher", "unjudged"]
@@ -56,13 +58,26 @@ def _why(ci: Interval, reason: str | None) -> str | None:
 def contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool = True) -> Contrast | None:
     """Federated against an arm; None where either has no figure.
 
-    `across_seeds`: against the centralized arm, take the mean over seeds where there is one.
+    `across_seeds`: take the mean over seeds where there is one.
     """
-    if against == CENTRALIZED and across_seeds:
-        for seeds in run.metrics.across_seeds:
-            if (seeds.finding, seeds.tested_on) == (finding, site) and seeds.value is not None:
-                verdict, why = _verdict(seeds.ci), _why(seeds.ci, seeds.reason)
-                return Contrast(site, against, seeds.value, seeds.ci, verdict, "seeds", len(seeds.seeds), why)
+    found = _contrast(run, finding, site, against, across_seeds)
+    few = too_few(run.result(FEDERATED, site, finding))
+    return replace(found, verdict="unjudged", reason=few) if found and found.ci and few else found
+
+
+def too_few(row: Result | None) -> str | None:
+    """Why a result's images are too few to judge, or None."""
+    if row is None or row.n is None or row.positives is None:
+        return None
+    fewer, word = min((row.positives, "with"), (row.n - row.positives, "without"))
+    return f"{fewer} images {word} the finding".replace("1 images", "1 image") if fewer < FEWEST else None
+
+
+def _contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool) -> Contrast | None:
+    seeds = run.over_seeds(against, site, finding) if across_seeds else None
+    if seeds is not None and seeds.value is not None:
+        verdict, why = _verdict(seeds.ci), _why(seeds.ci, seeds.reason)
+        return Contrast(site, against, seeds.value, seeds.ci, verdict, "seeds", len(seeds.seeds), why)
     pair = run.paired(against, site, finding)
     if pair is not None and pair.value is not None:
         why = _why(pair.ci, pair.reason)
@@ -130,7 +145,7 @@ def ranked_findings(run: Run) -> list[str]:
 
 def _weight(run: Run, finding: str) -> tuple[int, int, int, bool]:
     rows = [row for site in run.site_names if (row := lead_row(run, site, finding)) and row.auroc is not None]
-    judged = [row for row in rows if row.auroc_ci]
+    judged = [row for row in rows if row.auroc_ci and not too_few(row)]
     own = [run.result(LOCAL + row.tested_on, row.tested_on, finding) for row in judged]
     both = sum(row is not None and row.auroc_ci is not None for row in own)
     return both, len(judged), sum(row.positives or 0 for row in rows), bool(rows)
@@ -272,10 +287,12 @@ def below_random(run: Run, finding: str) -> str | None:
 def subline(run: Run) -> str:
     """What the figures of the headline are."""
     finding = (ranked_findings(run) or [""])[0]
-    found = contrasts(run, finding, lambda _: CENTRALIZED)
-    seeds = max((one.seeds for one in found if one.how == "seeds"), default=1)
-    over = f"; against pooling, the mean of {seeds} seeds" if seeds > 1 else ""
-    if not found and not contrasts(run, finding, own_model) and not contrasts(run, finding, lambda _: RANDOM):
+    arms = {"pooling": lambda _: CENTRALIZED, "the site’s own model": own_model, "random weights": lambda _: RANDOM}
+    by_arm = {name: contrasts(run, finding, against) for name, against in arms.items()}
+    seeds = max((one.seeds for found in by_arm.values() for one in found), default=1)
+    means = [name for name, found in by_arm.items() if any(one.how == "seeds" for one in found)]
+    over = f"; against {listed(means)}, the mean of {seeds} seeds" if means else ""
+    if not any(by_arm.values()):
         return "AUROC on each site’s own held-out patients."
     return (
         f"AUROC on each site’s own held-out patients{over}; "

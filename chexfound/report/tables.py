@@ -114,11 +114,17 @@ def differences(run: Run) -> dict[str, Any]:
     titles = {
         "pooled": "− pooled" + (f", seed {run.metrics.seed}" if seeds else ""),
         "seeds": f"− pooled, mean of {seeds} seeds",
-        "own": "− own local",
-        "random": "− random weights",
+        "own": "− own local" + _mean(run, "local:"),
+        "random": "− random weights" + _mean(run, RANDOM),
     }
     columns = {name: title for name, title in titles.items() if any("value" in line["cells"][name] for line in lines)}
     return {"columns": columns, "lines": lines if columns else []}
+
+
+def _mean(run: Run, arm: str) -> str:
+    """The seeds that a column's figures are the mean of."""
+    rows = [row for row in run.metrics.comparisons_across_seeds if row.second.startswith(arm)]
+    return f", mean of {max(len(row.seeds) for row in rows)} seeds" if rows else ""
 
 
 def _differences_at(run: Run, finding: str, site: str) -> dict[str, dict[str, str]]:
