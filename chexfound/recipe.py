@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import reprlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,9 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from chexfound import strict_yaml
 from chexfound.errors import ConfigError, Problems
+from chexfound.strict_yaml import shown
 
 _frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
@@ -259,8 +260,6 @@ class Recipe:
 
 
 _adapter = TypeAdapter(Recipe)
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 80
 Section = TypeVar("Section")
 
 
@@ -290,7 +289,7 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
     """
     text, where = _read(str(name_or_path))
     try:
-        values = _read_yaml(text)
+        values = strict_yaml.load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
     values = {} if values is None else values
@@ -301,41 +300,6 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
     return validate(values, where)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases (a few lines of them unfold to gigabytes) and without a key given twice."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not taken in a recipe; write the value out", mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {_shown(key.value)} is given twice", key.start_mark
-                )
-            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
-
-
-def _shown(value: Any) -> str:
-    """A value as a message quotes it: what is long or deep is cut."""
-    try:
-        text = _repr.repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
 def _read(name: str) -> tuple[str, str]:
     if name in presets():
         return resources.files("chexfound").joinpath("presets", f"{name}.yaml").read_text(), f"preset {name!r}"
@@ -343,12 +307,12 @@ def _read(name: str) -> tuple[str, str]:
     try:
         there = path.is_file()
     except OSError as error:  # too long, say
-        raise ConfigError(f"recipe {_shown(name)}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"recipe {shown(name)}: cannot be read: {error.strerror}") from error
     if not there:
         near = difflib.get_close_matches(name, presets(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"no recipe {_shown(name)}: {hint}give a YAML file, or one of the presets {', '.join(presets())}"
+            f"no recipe {shown(name)}: {hint}give a YAML file, or one of the presets {', '.join(presets())}"
         )
     try:
         return path.read_text(), str(path)
@@ -362,13 +326,13 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {_shown(pair)}: write KEY=VALUE, for example --set train.rounds=3")
+            raise ConfigError(f"--set {shown(pair)}: write KEY=VALUE, for example --set train.rounds=3")
         try:
-            result[key.strip()] = _read_yaml(value)
+            result[key.strip()] = strict_yaml.load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
             why = getattr(error, "problem", None)
             raise ConfigError(
-                f"--set {_shown(pair)}: the value is not valid YAML" + (f": {why}" if why else "")
+                f"--set {shown(pair)}: the value is not valid YAML" + (f": {why}" if why else "")
             ) from error
     return result
 
@@ -378,7 +342,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {key[:80]}: {_shown(parent)} holds a value, not a section")
+            raise ConfigError(f"--set {key[:80]}: {shown(parent)} holds a value, not a section")
         values = child
     values[leaf] = value
 
@@ -408,7 +372,7 @@ def _explain(entry: Any) -> str:
             section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
         near = difflib.get_close_matches(path[-1], [field.name for field in dataclasses.fields(section)], n=1)
         return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else "")
-    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {_shown(entry['input'])})"
+    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {shown(entry['input'])})"
 
 
 def _inconsistencies(recipe: Recipe) -> list[str]:

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationW
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])), st.lists(st.text(), max_size=3, unique=True))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
+    st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=3, unique=True),
+)
 def test_any_recipe_comes_through(name: str, findings: list[str]) -> None:
     recipe = recipes.validate({"name": name, "adapt": {"findings": findings}}, "here")
     text = recipes.to_run_config(recipe)
