@@ -147,7 +147,7 @@ def cut(path: Path) -> None:
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
+    data[100::50] = bytes(byte ^ 0xFF for byte in data[100::50])
     path.write_bytes(bytes(data))
 
 
