@@ -203,7 +203,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
                 and record["prev"] == head
                 and hashlib.sha256(canonical(record)).hexdigest() == stated
             )
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             valid = False
         if not valid:
             raise CheckpointError(

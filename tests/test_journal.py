@@ -102,6 +102,7 @@ def test_a_torn_last_line_is_cut_off(path, kept):
         (b'"sha256":"', b'"sha256":"0'),
         (b'"data":{', b'"more":1,"data":{'),
         (b"{", b""),
+        (b"{", b"[" * 100_000),
     ],
 )
 def test_a_tampered_line_is_named(path, number, old, new):
