@@ -13,13 +13,14 @@ help:  ## list the targets
 
 setup: $(VENV)/.ready  ## make .venv with everything in it
 
-# A torch that the interpreter already has (a CUDA build, say) is kept, and the torchvision that fits it chosen.
+# A torch that the interpreter already has (a CUDA build, say) is kept, and its torchvision.
+# By the names that pip knows them by: torch.__version__ may say +cu130 where the wheel does not.
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give PYTHON=/path/to/a/newer/python"; exit 2; }
 	@if $(PYTHON) -c 'import torch, torchvision' 2>/dev/null; then \
 	    echo "keeping the installed torch"; \
 	    $(PYTHON) -m venv --system-site-packages $(VENV); \
-	    $(PYTHON) -c 'import torch, torchvision; print(f"torch=={torch.__version__}\ntorchvision=={torchvision.__version__}")' > $(VENV)/constraints.txt; \
+	    $(PYTHON) -c 'from importlib.metadata import version as v; print("torch==" + v("torch"), "torchvision==" + v("torchvision"), sep="\n")' > $(VENV)/constraints.txt; \
 	  else \
 	    $(PYTHON) -m venv $(VENV); : > $(VENV)/constraints.txt; \
 	  fi
