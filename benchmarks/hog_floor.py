@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 
+from chexfound import recipe as recipes
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ChexfoundError, ConfigError, DataError
@@ -123,14 +124,16 @@ def source_views(store: Store, sources: Sequence[str] | None = None) -> list[Vie
     return [View(store, store.ids[of == name], name) for name in sources or sorted(set(store.sources))]
 
 
-def measure(store: Store, finding: str, seeds: Sequence[int], views: Sequence[View]) -> list[dict[str, Any]]:
+def measure(
+    store: Store, finding: str, seeds: Sequence[int], views: Sequence[View], split: Split | None = None
+) -> list[dict[str, Any]]:
     """A row for each seed and view: AUROC on the view's test patients, with its interval."""
     if finding not in store.findings:
         raise ConfigError(f"--finding {finding!r}: no image has a label for it; there are {', '.join(store.findings)}")
     ids = np.concatenate([view.ids for view in views])
     known = ids[store.labels(ids, [finding])[:, 0] >= 0]
     features = dict(zip(known.tolist(), hog_features(store.pixels(known)), strict=True))
-    return [row for seed in seeds for row in _measure_seed(store, finding, seed, views, features)]
+    return [row for seed in seeds for row in _measure_seed(store, finding, seed, views, features, split or Split())]
 
 
 def judge_run(out: Path, finding: str | None, as_json: bool) -> int:
@@ -151,7 +154,9 @@ def judge_run(out: Path, finding: str | None, as_json: bool) -> int:
     finding = finding or (FINDING if FINDING in run.findings else [*ranked_findings(run), *run.findings][0])
     store = Store.open(out / "store" if (out / "store").is_dir() else Path(options.data))
     sites = partition(store, options.by, options.seeds[0]).sites
-    floor = measure(store, finding, options.seeds, [View.of(store, name, keys) for name, keys in sites.items()])
+    views = [View.of(store, name, keys) for name, keys in sites.items()]
+    recipe = recipes.validate(options.recipe, str(out / "simulation.json"))
+    floor = measure(store, finding, options.seeds, views, recipe.split)
     metrics = json.loads((out / "metrics.json").read_text())
     arm = [row for one in (metrics, *metrics["replicates"]) for row in one["results"] if row["arm"] == "centralized"]
     held: list[dict[str, Any]] = []
@@ -190,9 +195,12 @@ def hog_features(images: np.ndarray) -> np.ndarray:
 
 
 def _measure_seed(
-    store: Store, finding: str, seed: int, views: Sequence[View], features: dict[int, np.ndarray]
+    store: Store, finding: str, seed: int, views: Sequence[View], features: dict[int, np.ndarray], split: Split
 ) -> list[dict[str, Any]]:
-    parts = {which: _parts(store, finding, seed, views, which, features) for which in ("train", "val", "test")}
+    parts = {
+        which: [_part(store, finding, view, view.split(seed, split, which), features) for view in views]
+        for which in ("train", "val", "test")
+    }
     train = _stacked(parts["train"], features)
     labels = np.concatenate([part.labels for part in parts["train"]])
 
@@ -219,14 +227,9 @@ def _stacked(parts: Sequence[Part], features: dict[int, np.ndarray]) -> np.ndarr
     return np.array([features[index] for part in parts for index in part.ids.tolist()]).reshape(-1, width)
 
 
-def _parts(
-    store: Store, finding: str, seed: int, views: Sequence[View], which: str, features: dict[int, np.ndarray]
-) -> list[Part]:
-    parts = []
-    for view in views:
-        ids = [index for index in view.split(seed, Split(), which).tolist() if index in features]
-        parts.append(Part(view.name, np.array(ids, np.int64), store.labels(ids, [finding])))
-    return parts
+def _part(store: Store, finding: str, view: View, ids: np.ndarray, features: dict[int, np.ndarray]) -> Part:
+    known = [index for index in ids.tolist() if index in features]
+    return Part(view.name, np.array(known, np.int64), store.labels(known, [finding]))
 
 
 def choose(validation: Sequence[Part], scored: Scorer, seed: int) -> float:
