@@ -22,6 +22,7 @@ from chexfound.report.story import (
     ranked_findings,
     shown,
     signed,
+    too_few,
 )
 
 ENOUGH_STEPS = 300  # below it, gains of pretraining were inside the noise of the seeds
@@ -118,7 +119,7 @@ def _floors(run: Run, finding: str) -> list[Callout]:
         near = []
         for site in run.site_names:
             floor, own = run.result(arm, site, finding), run.result(FEDERATED, site, finding)
-            if floor is None or own is None or floor.auroc is None or own.auroc is None:
+            if floor is None or own is None or floor.auroc is None or own.auroc is None or too_few(own):
                 continue
             if _above_chance(floor) and floor.auroc >= own.auroc - NEAR:
                 near.append(f"{floor.auroc:.2f} at {site} (federated {own.auroc:.2f})")

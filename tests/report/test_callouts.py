@@ -10,10 +10,10 @@ from chexfound.report.run import Comparison, History, Metrics, Point, Result, Ru
 LOG_K = 5.545
 
 
-def row(arm, site, auroc, half=0.03, finding="Pneumonia", reason=None):
+def row(arm, site, auroc, half=0.03, finding="Pneumonia", reason=None, positives=40):
     ci = None if half is None else (auroc - half, auroc + half)
     return Result(
-        arm=arm, tested_on=site, finding=finding, n=100, positives=40, auroc=auroc, auroc_ci=ci, reason=reason
+        arm=arm, tested_on=site, finding=finding, n=100, positives=positives, auroc=auroc, auroc_ci=ci, reason=reason
     )
 
 
@@ -99,6 +99,14 @@ def test_a_weak_floor_near_a_weak_model_needs_to_be_clearly_above_chance():
     assert told(0.55, None) == []
     assert told(0.55, 0.2) == []
     assert "site and view alone, without the image, reaches 0.55 at A (federated 0.55)" in told(0.55, 0.02)[0]
+
+
+def test_no_floor_is_told_on_a_handful_of_images():
+    def told(positives):
+        some = run(row("federated", "A", 0.6, positives=positives), row("site-view", "A", 0.6, positives=positives))
+        return any("site and view alone" in text for text in texts(some, "warn"))
+
+    assert [told(positives) for positives in (99, 96, 95, 5, 4)] == [False, False, True, True, False]
 
 
 def test_odd_shuffles_are_told():
