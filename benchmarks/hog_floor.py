@@ -37,7 +37,7 @@ from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.evaluate.floors import fit_scores
 from chexfound.evaluate.metrics import Scores, auroc, result_rows
 from chexfound.machine import benchmark_line
-from chexfound.recipe import Evaluate, Split
+from chexfound.schema import Evaluate, Split
 
 PX = 128
 HOG = {"orientations": 9, "pixels_per_cell": (16, 16), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}

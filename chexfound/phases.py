@@ -30,7 +30,7 @@ from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
 from chexfound.pretrain.train import Pretrainer
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 Progress = Callable[[str, int, int], None]  # phase, done, of how many

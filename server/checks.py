@@ -19,7 +19,7 @@ from chexfound import wire
 from chexfound.errors import ProtocolError
 from chexfound.phases import ARM, TRAINED_ON, Reply
 from chexfound.pretrain.optimizer import PREFIX
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 from server.exchange import Member
 
 RESULT_KEYS = (

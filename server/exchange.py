@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from chexfound import phases, wire
 from chexfound.errors import ConfigError, ProtocolError, SiteError
 from chexfound.phases import Reply, Request
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 COUNTS = ("images", "patients", "train", "val", "test")
 ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_sha256"}

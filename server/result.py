@@ -10,7 +10,7 @@ from chexfound.journal import read_journal, write_json
 from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import release
 from chexfound.model.card import card
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 from server.run import Outcome
 
 SCHEMA = 1

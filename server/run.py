@@ -27,7 +27,7 @@ from chexfound.model.glori import build_head
 from chexfound.phases import Request
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 from server import checks
 from server.exchange import Exchange, Member
 from strategies.fedavg import FedAvg

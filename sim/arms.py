@@ -26,7 +26,8 @@ from chexfound.evaluate.metrics import Scores, load_scores
 from chexfound.journal import read_journal, write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Request, Site
-from chexfound.recipe import Recipe, changed
+from chexfound.recipe import changed
+from chexfound.schema import Recipe
 
 FEDERATED_ARMS = ("federated", "random", "shuffled")
 FITTED_ARMS = ("site-view", "histogram")

@@ -20,7 +20,8 @@ from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
 from chexfound.journal import Journal, canonical, write_json
-from chexfound.recipe import Recipe, changed
+from chexfound.recipe import changed
+from chexfound.schema import Recipe
 from server.run import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan

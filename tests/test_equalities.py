@@ -33,7 +33,7 @@ from chexfound.adapt.train import build_head, masked_bce
 from chexfound.phases import Reply
 from chexfound.pretrain.meta_arch import Batch
 from chexfound.pretrain.train import Pretrainer, make_batch
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.schema import ARCHS, Recipe
 from strategies.aggregate import Fold
 from strategies.fedavg import FedAvg
 

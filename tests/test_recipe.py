@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chexfound import recipe as recipes
 from chexfound.errors import ConfigError
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.schema import ARCHS, Recipe
 
 FRACTION = st.floats(0, 1)
 RATE = st.floats(1e-300, 1e300)

@@ -18,7 +18,7 @@ from chexfound import rng
 from chexfound.data import augment
 from chexfound.journal import replace_file
 from chexfound.model.vit import VisionTransformer
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 CHUNK = 64  # images a forward pass
 

@@ -20,7 +20,7 @@ from chexfound.model.vit import VisionTransformer
 from chexfound.pretrain import optimizer
 from chexfound.pretrain.schedules import cosine
 from chexfound.pretrain.train import Progress
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 
 def masked_bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import cv2
 import numpy as np
 
-from chexfound.recipe import Crops
+from chexfound.schema import Crops
 
 cv2.setNumThreads(1)  # many small warps: threads cost more than they give, and sites share the cores
 

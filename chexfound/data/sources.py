@@ -19,7 +19,7 @@ from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manife
 from chexfound.data.store import Image, Writer, writing
 from chexfound.errors import ConfigError, DataError
 from chexfound.names import RULE, utf8, word, written
-from chexfound.recipe import LARGEST_IMAGE_PX
+from chexfound.schema import LARGEST_IMAGE_PX
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ import numpy as np
 
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
-from chexfound.recipe import Split
 from chexfound.rng import unit_interval
+from chexfound.schema import Split
 
 Part = Literal["train", "val", "test"]
 

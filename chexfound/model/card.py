@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 TEMPLATE = """\
 ---

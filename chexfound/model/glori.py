@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chexfound import rng
 from chexfound.model.heads import LinearHead, Standardize, grid_means, token_statistics
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.schema import ARCHS, Recipe
 
 
 class DecoderLayer(nn.Module):

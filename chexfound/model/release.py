@@ -15,7 +15,7 @@ from chexfound.journal import write_json, write_text
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 FORMAT = 1
 

@@ -17,11 +17,14 @@ from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from chexfound.recipe import ARCHS, Input, Student
+from chexfound.schema import ARCHS, Input, Student
 
 
 class Normalize(nn.Module):
-    """uint8 (B, H, W) or (B, C, H, W) to float32 (B, in_chans, H, W), by the model's own input config."""
+    """uint8 (B, H, W) or (B, C, H, W) to float32 (B, in_chans, H, W), by the model's own input config.
+
+    What is floating point already passes as it is: it was normalised by whoever made it.
+    """
 
     def __init__(self, config: Input, in_chans: int) -> None:
         super().__init__()
@@ -32,13 +35,19 @@ class Normalize(nn.Module):
         """Normalise; a grey image is repeated over the channels."""
         if images.ndim == 3:
             images = images[:, None]
+        if images.is_floating_point():
+            return images.expand(-1, self.in_chans, -1, -1)
         x = images.float()
         if self.config.normalization == "zscore":
             mean = x.mean(dim=(1, 2, 3), keepdim=True)
             std = x.std(dim=(1, 2, 3), keepdim=True, correction=0)
             x = (x - mean) / (std + 1.0)  # + one grey level: a flat image stays finite
         else:
-            x = (x / 255 - self.config.mean) / self.config.std
+            mean, std = (
+                torch.as_tensor(value, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+                for value in (self.config.mean, self.config.std)
+            )
+            x = (x / 255 - mean) / std
         return x.expand(-1, self.in_chans, -1, -1)
 
 

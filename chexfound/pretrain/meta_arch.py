@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
 from chexfound.pretrain import losses
-from chexfound.recipe import Dino, Ibot, Recipe
+from chexfound.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
 CENTER_MOMENTUM = 0.9

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
 from chexfound.pretrain.schedules import Schedule
-from chexfound.recipe import Optim
+from chexfound.schema import Optim
 
 PREFIX = "optimizer."  # of the moments' names
 Moments = dict[nn.Parameter, dict[str, Tensor]]

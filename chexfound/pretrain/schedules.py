@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 
 def cosine(

@@ -17,7 +17,7 @@ from chexfound.errors import DataError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.pretrain import masking, optimizer, schedules
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.schema import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chexfound import recipe as recipes
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.schema import ARCHS, Recipe
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from chexfound.errors import StorageError
 from chexfound.model import vit
 from chexfound.model.heads import LinearHead
 from chexfound.model.vit import VisionTransformer
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 32, 32), dtype=np.uint8)
 

@@ -12,7 +12,7 @@ from chexfound.adapt.features import Features
 from chexfound.adapt.train import HeadTrainer, build_head, masked_bce, predict, trainable_findings
 from chexfound.errors import CheckpointError, DataError
 from chexfound.model import vit
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 N = 24
 

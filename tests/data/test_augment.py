@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chexfound.data import augment
-from chexfound.recipe import Crops
+from chexfound.schema import Crops
 
 PLAIN = {"horizontal_flip": 0.0, "rotation_deg": 0.0, "jitter": 0.0, "blur": 0.0}
 PX = 60

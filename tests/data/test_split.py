@@ -11,7 +11,7 @@ from chexfound.data.sources import ingest
 from chexfound.data.split import View, split_of
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
-from chexfound.recipe import Split
+from chexfound.schema import Split
 
 HALF = Split(train=0.5, val=0.25)
 PARTS = ("train", "val", "test")

@@ -14,7 +14,7 @@ from chexfound import recipe as recipes
 from chexfound.model import checkpoint, release, vit
 from chexfound.model.card import card
 from chexfound.model.glori import build_head
-from chexfound.recipe import ARCHS
+from chexfound.schema import ARCHS
 
 ROW = {"arm": "federated", "tested_on": "A", "finding": "Mass", "n": 9, "positives": 3, "reason": None}
 METRICS = {

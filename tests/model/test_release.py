@@ -12,7 +12,7 @@ from chexfound import recipe as recipes
 from chexfound.adapt.train import build_head, predict
 from chexfound.errors import CheckpointError
 from chexfound.model import checkpoint, release, vit
-from chexfound.recipe import ARCHS, Recipe
+from chexfound.schema import ARCHS, Recipe
 
 FINDINGS = ("Effusion", "Mass")
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from chexfound.pretrain import losses
 from chexfound.pretrain.meta_arch import Batch, SSLMetaArch
 from chexfound.pretrain.train import make_batch
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 TEMP = 0.05
 Small = Callable[..., Recipe]

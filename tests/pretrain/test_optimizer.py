@@ -11,7 +11,7 @@ from chexfound import recipe as recipes
 from chexfound.pretrain import optimizer
 from chexfound.pretrain.meta_arch import build_student
 from chexfound.pretrain.schedules import Schedule
-from chexfound.recipe import Optim
+from chexfound.schema import Optim
 
 SMALL = {"crops.global_crops_size": 32, "crops.local_crops_size": 16, "image_px": 32}
 PAPER = "yaml (layerwise_decay 1.0, patch_embed_lr_mult 0.2)"

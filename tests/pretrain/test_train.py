@@ -12,7 +12,7 @@ from chexfound.errors import CheckpointError, DataError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.pretrain import train
 from chexfound.pretrain.train import Pretrainer, initial_weights, make_batch
-from chexfound.recipe import Recipe
+from chexfound.schema import Recipe
 
 Small = Callable[..., Recipe]
 

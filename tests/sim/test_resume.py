@@ -16,6 +16,7 @@ from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
+from chexfound.schema import Recipe
 from sim.arms import Plan, finished
 
 DEEP = b"[" * 200_000
@@ -171,7 +172,7 @@ def test_damaged_scores_are_made_again(again: Any, two_workers: Any, damage: Cal
 
 def test_sites_of_like_names_have_folders_of_their_own(tmp_path: Path) -> None:
     names = ["St. Mary", "St.+Mary", "st. mary", "St", "St_", "..", "/", "ä", "x" * 300, ""]
-    plan = Plan(recipe=recipes.Recipe(), store=tmp_path, sites={name: [] for name in names}, folder=tmp_path)
+    plan = Plan(recipe=Recipe(), store=tmp_path, sites={name: [] for name in names}, folder=tmp_path)
     folders = {plan.arm_folder(f"local:{name}") for name in names} | {plan.arm_folder("federated")}
     assert len({folder.name.casefold() for folder in folders}) == len(names) + 1
     assert all(folder.parent == tmp_path and len(folder.name) < 60 for folder in folders)
