@@ -247,7 +247,7 @@ def test_choose_findings(tiny_recipe: Any) -> None:
 
 
 def test_a_batch_that_cannot_be_divided(tiny_recipe: Any) -> None:
-    assert Batches.of(tiny_recipe, 3) == Batches(pretrain=4, adapt=4)
+    assert Batches.of(tiny_recipe, 3) == Batches(pretrain=(4,), adapt=4)
     with pytest.raises(ConfigError, match="(?s)2 problems.*train.pooled_batch_size=15.*adapt.pooled_batch_size=15"):
         Batches.of(tiny_recipe, 5)
 
