@@ -17,6 +17,8 @@ from chexfound.model.vit import resize_positions
 from chexfound.recipe import changed
 from chexfound.schema import Recipe, Stage
 
+OF_A_STAGE = "queue."  # names of state that does not outlive its stage: another batch, seen at another size
+
 
 def at(recipe: Recipe, step: int) -> tuple[Recipe, int]:
     """The recipe that holds at a global step (one without a curriculum), and the step's number in its stage."""
@@ -84,7 +86,9 @@ def enter(tensors: Mapping[str, Tensor], recipe: Recipe, step: int) -> dict[str,
 
     The squares of Adam's moments stay above 0.  A state that fits is given back as it is.
     """
-    stage, _ = at(recipe, step)
+    stage, number = at(recipe, step)
+    if not number:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OF_A_STAGE)}
     return with_grid(tensors, stage.crops.global_crops_size // stage.student.patch_size)
 
 
