@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chexfound import strict_yaml
 from chexfound.errors import ConfigError, Problems
-from chexfound.schema import ARCHS, Adapt, Recipe, Train
+from chexfound.schema import ARCHS, Adapt, Recipe, Stage, Train
 from chexfound.strict_yaml import shown
 
 _adapter = TypeAdapter(Recipe)
@@ -132,7 +132,10 @@ def _explain(entry: Any) -> str:
     if entry["type"] == "unexpected_keyword_argument":
         section: Any = Recipe
         for part in path[:-1]:
-            section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
+            if part == "curriculum":
+                section = Stage
+            elif not part.isdigit():
+                section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
         near = difflib.get_close_matches(path[-1], [field.name for field in dataclasses.fields(section)], n=1)
         return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else "")
     return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {shown(entry['input'])})"
