@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from chexfound.model.vit import resize_positions
@@ -99,5 +100,10 @@ def with_grid(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
         parameter = name.removesuffix(".exp_avg_sq").removesuffix(".exp_avg")
         if parameter == "pos_embed" or parameter.endswith(".pos_embed"):
             resized = resize_positions(tensor, grid, grid)
-            result[name] = resized.clamp_min(0) if name.endswith(".exp_avg_sq") else resized
+            result[name] = resized
+            if name.endswith(".exp_avg_sq"):
+                # Moments of one gradient keep m² ≤ v times a number from 1 up (server/checks.py); each resized
+                # alone, they would not.
+                mean = resize_positions(tensors[f"{parameter}.exp_avg"], grid, grid)
+                result[name] = torch.maximum(resized, mean.square())
     return result

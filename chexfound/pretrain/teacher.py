@@ -2,8 +2,10 @@
 
 A round takes k steps from the global student S0, at which the teacher is T0, to the next global student
 S1.  The EMA is linear, so the mean of the sites' teachers is the EMA along the mean of their students'
-paths.  Of that path only its ends are known to all; along the straight one, S0 + (S1 − S0)·j/k after step
-j, the EMA has a closed form T1 = a·T0 + b·S0 + c·S1, which asks for nothing that a site has not.
+paths.  Of that path only its ends are known to all; along the straight one, S0 + p_j·(S1 − S0) after step
+j, the EMA has a closed form T1 = a·T0 + b·S0 + c·S1, which asks for nothing that a site has not.  The
+pace p_j is that of the learning rate, p_j = (lr_1 + … + lr_j) / (lr_1 + … + lr_k): j/k where it is
+constant, but in the warm-up the last steps of a round go furthest.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ DIGITS = 12  # of a coefficient: what two maths libraries' cosines differ by mus
 def coefficients(recipe: Recipe, step: int, steps: int) -> tuple[float, float, float]:
     """(a, b, c) of T1 = a·T0 + b·S0 + c·S1 for global steps step … step + steps − 1; their sum is 1.
 
-    With one momentum m: a = mᵏ, c = Σ_j (1 − m)·m^(k − j)·j/k.  Here m is the schedule's at each step.
+    With one momentum m and one learning rate: a = mᵏ, c = Σ_j (1 − m)·m^(k − j)·j/k.  Here both are the
+    schedules' at each step.
     """
+    values = [schedules.at(recipe, step + number) for number in range(steps)]
+    rates = [value.lr for value in values] if any(value.lr for value in values) else [1.0] * steps
     a, c = 1.0, 0.0
-    for number in range(1, steps + 1):
-        m = schedules.at(recipe, step + number - 1).momentum
-        a, c = m * a, m * c + (1 - m) * number / steps
+    for number, value in enumerate(values, 1):
+        pace = sum(rates[:number]) / sum(rates)
+        a, c = value.momentum * a, value.momentum * c + (1 - value.momentum) * pace
     a, c = round(a, DIGITS), round(c, DIGITS)
     return a, 1.0 - a - c, c
 
