@@ -91,10 +91,8 @@ def not_tested(view: Any, recipe: Any, finding: str) -> tuple[str, np.ndarray]:
     return view.name, ids[view.store.labels(ids, [finding])[:, 0] >= 0]
 
 
-def probe(
-    recipe: Any, tensors: dict[str, Any], store: Any, groups: list[np.ndarray], finding: str
-) -> tuple[list[float], list[float]]:
-    """AUROC of each group's out-of-fold scores, without the grid and with it."""
+def pooled(recipe: Any, tensors: dict[str, Any], store: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a frozen backbone's tokens are pooled to, float32 (n, channels): "plain", and "grid" with the grid too."""
     import torch
 
     from chexfound.adapt.features import tokens
@@ -104,16 +102,23 @@ def probe(
 
     backbone = vit.build(recipe.student, recipe.input, recipe.position_px)
     load_tensors(backbone, tensors, list(backbone.state_dict()))
-    ids = np.concatenate(groups)
     patches, cls = tokens(backbone, store.pixels(ids), recipe.adapt.n_last_blocks)
     all_tokens = torch.from_numpy(patches)
     plain = np.concatenate([cls, token_statistics(all_tokens).numpy()], axis=1)
     grid = np.concatenate([plain, grid_means(all_tokens, recipe.adapt.glori_grid or 1).numpy()], axis=1)
+    return {"plain": plain, "grid": grid}
+
+
+def probe(
+    recipe: Any, tensors: dict[str, Any], store: Any, groups: list[np.ndarray], finding: str
+) -> tuple[list[float], list[float]]:
+    """AUROC of each group's out-of-fold scores, without the grid and with it."""
+    ids = np.concatenate(groups)
     labels = store.labels(ids, [finding])[:, 0]
     keys = [store.keys[place] for place in ids]
     scored = [
         out_of_fold(features, labels, keys, recipe.seed, PENALTIES[name])
-        for name, features in (("plain", plain), ("grid", grid))
+        for name, features in pooled(recipe, tensors, store, ids).items()
     ]
     bounds = np.cumsum([0, *(len(group) for group in groups)])
     areas = [
