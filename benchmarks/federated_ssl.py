@@ -38,6 +38,7 @@ class Variant:
     by: str = "source"
 
 
+LOOK = {"crops.tone_curve": 1.0, "crops.detail": 0.7, "crops.noise": 0.03}  # docs/decisions/0007
 VARIANTS = {
     "random": Variant(arm="random"),  # not pretrained at all
     "average": Variant(),  # the preset: teacher and moments averaged
@@ -51,6 +52,9 @@ VARIANTS = {
     "ibot-3": Variant(change={"ibot.loss_weight": 3.0}),
     "ibot-only": Variant(change={"dino.loss_weight": 0.0}),
     "jitter-0.3": Variant(change={"crops.jitter": 0.3}),
+    "tones": Variant(change={"crops.tone_curve": 1.0}),
+    "look": Variant(change=LOOK),
+    "look-image": Variant(change=LOOK | {"crops.look_per_image": True}),
     "koleo-0": Variant(change={"dino.koleo_loss_weight": 0.0}),
     "koleo-0.3": Variant(change={"dino.koleo_loss_weight": 0.3}),
     "steps-1": Variant(change={"train.local_steps": 1, "train.rounds": 300}),  # a round a step
