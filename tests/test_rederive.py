@@ -22,6 +22,7 @@ from chexfound.pretrain.train import Pretrainer, initial_weights
 from chexfound.schema import Stage
 from client import site as client_site
 from server.run import Run
+from sim.arms import Plan
 
 SITES = ["alpha", "beta", "gamma"]
 STAGE = Stage(rounds=1, global_crops_size=48, local_crops_size=16)
@@ -264,3 +265,9 @@ def test_what_a_site_lacks_is_told_with_what_to_do(make_site: Any, recipe: Any) 
     request = Request(phase="pretrain", round=1, step=2, steps=2, batch_size=4, tensors=student)
     with pytest.raises(phases.StateError, match="needs the weights that the round before began with.*resume the run"):
         phases.run(make_site("alpha"), recipe, request)
+
+
+def test_a_lone_site_keeps_the_teacher_that_it_has(recipe: Any, tmp_path: Path) -> None:
+    plan = Plan(recipe=recipe, store=tmp_path, sites={"alpha": [], "beta": []}, folder=tmp_path)
+    policies = {arm: plan.arm_recipe(arm).teacher.policy for arm in ("federated", "centralized", "local:alpha")}
+    assert policies == {"federated": "rederive", "centralized": "average", "local:alpha": "average"}

@@ -101,9 +101,9 @@ def with_grid(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
         if parameter == "pos_embed" or parameter.endswith(".pos_embed"):
             resized = resize_positions(tensor, grid, grid)
             result[name] = resized
-            if name.endswith(".exp_avg_sq"):
+            if name.endswith(".exp_avg_sq") and resized is not tensor:
                 # Moments of one gradient keep m² ≤ v times a number from 1 up (server/checks.py); each resized
                 # alone, they would not.
-                mean = resize_positions(tensors[f"{parameter}.exp_avg"], grid, grid)
+                mean = resize_positions(tensors.get(f"{parameter}.exp_avg", torch.zeros_like(tensor)), grid, grid)
                 result[name] = torch.maximum(resized, mean.square())
     return result
