@@ -35,10 +35,6 @@ class Batch:
         """B."""
         return len(self.global_crops) // 2
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
-
 
 def build_student(recipe: Recipe) -> nn.ModuleDict:
     """Backbone and both heads of a stage, with fresh weights from torch's global generator."""

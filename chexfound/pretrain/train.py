@@ -12,31 +12,16 @@ import torch
 from torch import Tensor
 
 from chexfound import rng
-from chexfound.data import augment
-from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.vit import Block
-from chexfound.pretrain import curriculum, masking, optimizer, schedules
+from chexfound.pretrain import curriculum, optimizer, schedules
+from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.schema import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int) -> Batch:
-    """Crops and masks of a step, from its own stream: images uint8 (B, H, W)."""
-    generator = rng.numpy_generator(recipe.seed, "pretrain", step, roster_index, "augment")
-    global_crops, local_crops = augment.multi_crop(images, recipe.crops, generator)
-    masks = masking.batch_masks(
-        len(global_crops),
-        recipe.crops.global_crops_size // recipe.student.patch_size,
-        recipe.ibot.mask_sample_probability,
-        recipe.ibot.mask_ratio_min_max,
-        generator,
-    )
-    return Batch(*(torch.from_numpy(array) for array in (global_crops, local_crops, masks)))
 
 
 def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
@@ -175,14 +160,12 @@ class Pretrainer:
         stages = {curriculum.index_at(self.run_recipe, step) for step in (first_step, first_step + steps - 1)}
         if stages != {self.stage}:
             raise ValueError(f"steps {first_step} … {first_step + steps - 1} are not all in stage {self.stage}")
-        sampler = EndlessSampler(self.n_images, batch_size, recipe.seed, "pretrain", self.roster_index)
+        batches = Batches(recipe, self.pixels, self.n_images, batch_size, self.roster_index, device=self.device)
         rows = []
         self.model.train()
-        for step in range(first_step, first_step + steps):
-            places = sampler.batch(step)
-            batch = make_batch(recipe, self.pixels(places), step, self.roster_index)
+        for step, batch in batches.steps(first_step, first_step + steps - 1):
             with (
-                self._naming(step, places),
+                self._naming(step, batches.positions(step)),
                 rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch"),
             ):
                 parts = self.step(batch, step)
@@ -220,7 +203,7 @@ class Pretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         dtype = DTYPES[self.recipe.compute_precision.param_dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            loss, parts = self.model(batch.to(self.device), values.teacher_temp)
+            loss, parts = self.model(batch, values.teacher_temp)
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
