@@ -7,14 +7,12 @@ width 2/3 · 4D rounded up to 8, LayerScale, registers after CLS, positions resi
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp, SwiGLUPacked
-from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,23 +89,66 @@ class ConvStem(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-def _swiglu(in_features: int, hidden_features: int, **_: object) -> nn.Module:
-    hidden = (int(hidden_features * 2 / 3) + 7) // 8 * 8
-    return SwiGLUPacked(in_features, 2 * hidden)
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to the same shape."""
+        n, length, dim = x.shape
+        query, key, value = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        result: Tensor = self.proj(attend(query, key, value).transpose(1, 2).reshape(n, length, dim))
+        return result
 
 
-class Block(timm_vit.Block):
-    """timm's block, with DINOv2's drop path: a dropped image's residual is not computed.
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of (B, h, N, d) each, scaled by 1 / √d.
+
+    By PyTorch's fused kernel, but for half precision on a processor: there the backward pass of the
+    kernel takes 1.4 to 7 times as long as three matrix products (`benchmarks/attention.py`).
+    """
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value)
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
+    return torch.matmul(scores.softmax(dim=-1).to(value.dtype), value)
+
+
+class LayerScale(nn.Module):
+    """A gain a channel (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to the same shape."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with LayerScale, and DINOv2's drop path.
 
     Of B images ⌊B · (1 − rate)⌋, at least one, chosen at random, get the residual, times B over their
-    number; so its mean over the choice is the residual itself (Huang et al. 2016; Oquab et al. 2023).
+    number; so its mean over the choice is the residual itself, and the others' is not computed
+    (Huang et al. 2016; Oquab et al. 2023).
     """
 
-    def __init__(self, *arguments: object, drop_path: float, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+    def __init__(self, dim: int, heads: int, ffn_layer: str, layerscale: float, drop_path: float) -> None:
+        super().__init__()
         self.drop_path_rate = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp: nn.Module = Mlp(dim, 4 * dim) if ffn_layer == "mlp" else SwiGLUPacked(dim, 2 * swiglu_width(dim))
+        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to the same shape."""
         x = self._add(x, lambda kept: self.ls1(self.attn(self.norm1(kept))))
         return self._add(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))))
@@ -118,6 +159,11 @@ class Block(timm_vit.Block):
         number = max(int(len(x) * (1 - self.drop_path_rate)), 1)
         kept = torch.randperm(len(x), device=x.device)[:number]
         return x.index_add(0, kept, residual(x[kept]).to(x.dtype), alpha=len(x) / number)
+
+
+def swiglu_width(dim: int) -> int:
+    """Hidden width of SwiGLU in place of an MLP of 4 · `dim` (Shazeer 2020): two thirds of it, in eights."""
+    return (int(4 * dim * 2 / 3) + 7) // 8 * 8
 
 
 def resize_positions(pos_embed: Tensor, rows: int, columns: int) -> Tensor:
@@ -162,17 +208,7 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.full((1, config.num_register_tokens, dim), math.nan))
         self.mask_token = nn.Parameter(torch.full((1, dim), math.nan))
         self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                heads,
-                mlp_ratio=4.0,
-                qkv_bias=True,
-                init_values=config.layerscale or None,
-                drop_path=rate,
-                norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-                mlp_layer=Mlp if config.ffn_layer == "mlp" else _swiglu,
-            )
-            for rate in drop_path_rates(config, depth)
+            Block(dim, heads, config.ffn_layer, config.layerscale, rate) for rate in drop_path_rates(config, depth)
         )
         self.checkpointing = False  # recompute blocks in the backward pass
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -9,7 +9,7 @@ from chexfound.schema import Input, Student
 
 def block(rate: float) -> Block:
     torch.manual_seed(0)
-    return Block(8, 2, qkv_bias=True, init_values=1.0, drop_path=rate)
+    return Block(8, 2, "swiglu", layerscale=1.0, drop_path=rate)
 
 
 def test_at_evaluation_or_rate_0_it_is_the_plain_block():
