@@ -101,7 +101,7 @@ def _probe(
     from chexfound.model.checkpoint import load_tensors
     from chexfound.model.heads import grid_means, token_statistics
 
-    backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+    backbone = vit.build(recipe.student, recipe.input, recipe.position_px)
     load_tensors(backbone, tensors, list(backbone.state_dict()))
     ids = np.concatenate(groups)
     patches, cls = tokens(backbone, store.pixels(ids), recipe.adapt.n_last_blocks)

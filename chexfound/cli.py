@@ -95,7 +95,7 @@ def _recipe(given: argparse.Namespace) -> int:
 
     if not given.recipe:
         for name in recipes.presets():
-            print(f"{name:<8} {recipes.about(name)}")
+            print(f"{name:<13} {recipes.about(name)}")
         return 0
     resolved = recipes.load(given.recipe, recipes.parse_overrides(given.set))
     if not given.toml:

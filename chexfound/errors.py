@@ -3,6 +3,7 @@
 ChexfoundError            1
 ├── ConfigError           2   a recipe, an option or a folder was given wrongly
 ├── DataError             3   images, manifests or stores that cannot be used
+│   └── DivergedError     3   a training step whose loss or gradient is not finite
 ├── CheckpointError       4   weights or saved state that do not fit or are damaged
 ├── ProtocolError         5   a message that is not what the two ends agreed on
 ├── PolicyError           6   what a site's policy forbids to leave (or to run)
@@ -35,6 +36,16 @@ class DataError(ChexfoundError):
 
     exit_code = 3
     code = "data"
+
+
+class DivergedError(DataError):
+    """A training step whose loss or gradient is not finite.
+
+    `step` and `places` (of its images among the training images) are set by the loop that took it.
+    """
+
+    step: int = -1
+    places: list[int] = []
 
 
 class CheckpointError(ChexfoundError):

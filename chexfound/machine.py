@@ -49,6 +49,13 @@ def _memory_gib() -> float | None:
         return None
 
 
+def device() -> str:
+    """Where a model's arithmetic is done: $CHEXFOUND_DEVICE, else the first GPU, else the processor."""
+    import torch
+
+    return os.environ.get("CHEXFOUND_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Python's version and those of the named distributions; one that is absent says so."""
     found = {"python": platform.python_version()}

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 
 import chexfound
+from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
 from chexfound.data.split import View
-from chexfound.errors import DataError, ProtocolError
+from chexfound.errors import DataError, DivergedError, ProtocolError
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
+from chexfound.journal import write_json
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
+from chexfound.pretrain import curriculum
 from chexfound.pretrain.train import Pretrainer
 from chexfound.schema import Recipe
 
@@ -154,20 +157,26 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     """K local steps of DINO + iBOT + KoLeo from the coordinator's student."""
     ids = site.training_ids(recipe)
     store = site.view.store
-    trainer = Pretrainer(recipe, lambda places: store.pixels(ids[places]), len(ids), request.roster_index)
+    trainer = Pretrainer(
+        recipe,
+        lambda places: store.pixels(ids[places]),
+        len(ids),
+        request.roster_index,
+        step=request.step,
+        device=machine.device(),
+    )
     travels = _all_travels(recipe)
     kept = {} if travels else _carried(site, recipe, request)
     if kept:
-        trainer.load_state(kept)
+        trainer.load_state(curriculum.enter(kept, recipe, request.step))
     trainer.load_global(request.tensors)
     if not kept and not any(name.startswith("teacher.") for name in request.tensors):
         trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
-    rows = trainer.run(
-        request.step,
-        request.steps,
-        request.batch_size,
-        site.report("pretrain", request.step, recipe.train.total_steps),
-    )
+    progress = site.report("pretrain", request.step, recipe.pretrain_steps)
+    try:
+        rows = trainer.run(request.step, request.steps, request.batch_size, progress)
+    except DivergedError as error:
+        raise _kept(site, ids, trainer, error) from error
     if not travels:
         _carry(site, recipe, request, trainer.state())
     tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
@@ -176,6 +185,18 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     return Reply(
         tensors=tensors,
         values={"images": len(ids), "state": "travels" if travels else "kept" if kept else "fresh", "history": rows},
+    )
+
+
+def _kept(site: Site, ids: np.ndarray, trainer: Pretrainer, error: DivergedError) -> DataError:
+    """Save the state before the step that failed, and the files of its batch; say where."""
+    files = [site.view.store.images[ids[place]].file for place in error.places]
+    path = site.home / "diverged" / f"step-{error.step:08d}.safetensors"
+    checkpoint.save(path, trainer.state())
+    write_json(path.with_suffix(".json"), {"step": error.step, "error": str(error), "files": files})
+    named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    return DataError(
+        f"{error}. Its images: {named}; all are listed, and the state before it is saved, in {path.parent}"
     )
 
 
@@ -272,9 +293,9 @@ _PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
 
 
 def _backbone(recipe: Recipe, tensors: dict[str, Tensor]) -> vit.VisionTransformer:
-    backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+    backbone = vit.build(recipe.student, recipe.input, recipe.position_px)
     load_tensors(backbone, tensors, list(backbone.state_dict()))
-    return backbone
+    return backbone.to(machine.device())
 
 
 def _state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
@@ -287,6 +308,8 @@ def _all_travels(recipe: Recipe) -> bool:
         recipe.teacher.policy == "average"
         and recipe.train.optimizer_state == "average"
         and recipe.train.centering == "sinkhorn_knopp"
+        and not recipe.train.sinkhorn_queue
+        and not (recipe.compute_precision.param_dtype == "fp16" and recipe.compute_precision.grad_scaler)
     )
 
 

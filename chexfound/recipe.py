@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chexfound import strict_yaml
 from chexfound.errors import ConfigError, Problems
-from chexfound.schema import ARCHS, Adapt, Recipe, Train
+from chexfound.schema import ARCHS, Adapt, Recipe, Stage, Train
 from chexfound.strict_yaml import shown
 
 _adapter = TypeAdapter(Recipe)
@@ -132,7 +132,10 @@ def _explain(entry: Any) -> str:
     if entry["type"] == "unexpected_keyword_argument":
         section: Any = Recipe
         for part in path[:-1]:
-            section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
+            if part == "curriculum":
+                section = Stage
+            elif not part.isdigit():
+                section = {field.name: field.default for field in dataclasses.fields(section)}[part].__class__
         near = difflib.get_close_matches(path[-1], [field.name for field in dataclasses.fields(section)], n=1)
         return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else "")
     return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]} (got {shown(entry['input'])})"
@@ -146,6 +149,9 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
                 f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), "
                 "and set the other to null"
             )
+    found += _wrong_rate(recipe) + _wrong_stages(recipe)
+    if recipe.student.in_chans == 1 and (isinstance(recipe.input.mean, tuple) or isinstance(recipe.input.std, tuple)):
+        found.append("input: a mean or std of three channels needs student.in_chans 3")
     for key, low_high in (
         ("crops.global_crops_scale", recipe.crops.global_crops_scale),
         ("crops.local_crops_scale", recipe.crops.local_crops_scale),
@@ -153,10 +159,14 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
     ):
         if low_high[0] > low_high[1]:
             found.append(f"{key}: the first number must not be above the second (got {list(low_high)})")
+    stages = [(f"curriculum.{number}", stage) for number, stage in enumerate(recipe.curriculum)]
     for key, size in (
         ("image_px", recipe.image_px),
-        ("crops.global_crops_size", recipe.crops.global_crops_size),
-        ("crops.local_crops_size", recipe.crops.local_crops_size),
+        *(
+            (f"{name}.{key}", getattr(crops, key))
+            for name, crops in [("crops", recipe.crops), *stages]
+            for key in ("global_crops_size", "local_crops_size")
+        ),
     ):
         if size % recipe.student.patch_size:
             found.append(f"{key}: must be a multiple of student.patch_size {recipe.student.patch_size} (got {size})")
@@ -183,6 +193,33 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
         found.append("adapt.findings: name at least one, or set it to null for all that are frequent enough")
     if len(set(recipe.adapt.findings or ())) != len(recipe.adapt.findings or ()):
         found.append("adapt.findings: a finding is named twice")
+    return found
+
+
+def _wrong_rate(recipe: Recipe) -> list[str]:
+    """What does not fit of base_lr and scaling_rule, which are given together and need the pooled batch."""
+    optim, found = recipe.optim, []
+    if (optim.base_lr is None) != (optim.scaling_rule is None):
+        found.append("optim: base_lr and scaling_rule go together; give both, or lr alone")
+    batches = {"train": recipe.train.batch_size}
+    batches |= {f"curriculum.{number}": stage.batch_size for number, stage in enumerate(recipe.curriculum)}
+    for name, batch_size in batches.items():
+        if optim.scaling_rule is not None and batch_size is not None:
+            found.append(
+                f"{name}.batch_size: optim.scaling_rule needs the images a step over all sites; give pooled_batch_size"
+            )
+    return found
+
+
+def _wrong_stages(recipe: Recipe) -> list[str]:
+    found = []
+    for number, stage in enumerate(recipe.curriculum):
+        if stage.batch_size is not None and stage.pooled_batch_size is not None:
+            found.append(f"curriculum.{number}: give either batch_size or pooled_batch_size, or none to keep the last")
+        if stage.base_lr is not None and recipe.optim.scaling_rule is None:
+            found.append(f"curriculum.{number}.base_lr: needs optim.scaling_rule; give lr")
+        if stage.lr is not None and recipe.optim.scaling_rule is not None:
+            found.append(f"curriculum.{number}.lr: optim.scaling_rule takes base_lr in its place")
     return found
 
 

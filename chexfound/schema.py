@@ -64,7 +64,7 @@ class Student:
     num_register_tokens: Annotated[int, Field(ge=0, le=1024)] = 4
     ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "swiglu"  # swiglufused: DINOv2's other name of swiglu
     layerscale: Weight = 0.1
-    init: Literal["xavier", "trunc_normal"] = "xavier"  # of linear layers; trunc_normal: 0.02, as DINOv2
+    init: Literal["xavier", "trunc_normal"] = "xavier"  # of all linear layers; trunc_normal: 0.02, as DINOv2
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     drop_path_uniform: bool = True  # false: the rate rises from 0 at the first block to drop_path_rate at the last
 
@@ -119,11 +119,6 @@ class Train:
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0  # threads that prepare batches ahead; the bits do not change
     saveckp_freq: Epochs = 0  # epochs between a site's saves within a round; 0: at a round's end only
     optimizer_state: Literal["average", "local"] = "average"  # Adam's moments: averaged as the weights, or a site's own
-
-    @property
-    def total_steps(self) -> int:
-        """Global steps of the phase."""
-        return self.rounds * self.local_steps
 
 
 @_frozen

@@ -11,10 +11,15 @@ from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import release
 from chexfound.model.card import card
 from chexfound.schema import Recipe
-from server.run import Outcome
+from server.run import Batches, Outcome
 
 SCHEMA = 1
-ROUNDS = (("pretrain", "train"), ("adapt", "adapt"))  # phase, its section of the recipe
+
+
+def rounds(recipe: Recipe) -> dict[str, int]:
+    """Rounds of each phase that the recipe has."""
+    numbers = {"pretrain": recipe.pretrain_rounds, "adapt": recipe.adapt.rounds}
+    return {phase: number for phase, number in numbers.items() if phase in recipe.phases}
 
 
 def costs(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
@@ -42,11 +47,10 @@ def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def site_rows(recipe: Recipe, roster: list[dict[str, Any]], pretrain_batch: int) -> list[dict[str, Any]]:
+def site_rows(recipe: Recipe, roster: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """sites.json: what each site enrolled with, and how often it saw its images."""
-    rows = []
+    rows, seen = [], Batches.of(recipe, len(roster)).pretrain_images(recipe)
     for values in roster:
-        seen = recipe.train.total_steps * pretrain_batch if "pretrain" in recipe.phases else 0
         rows.append(
             {
                 "name": values["site"],
@@ -63,8 +67,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
     seconds, moved = costs(folder)
     entries = read_journal(folder / "journal.jsonl")
     write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
-    batch = recipe.train.batch_size or (recipe.train.pooled_batch_size or 0) // len(outcome.roster)
-    write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"], batch))
+    write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"]))
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
         "seed": recipe.seed,
@@ -75,7 +78,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "model_sha256": {"federated": outcome.model_sha256},
         "seconds": {f"federated/{phase}": value for phase, value in seconds.items()},
         "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
-        "rounds": {phase: getattr(recipe, section).rounds for phase, section in ROUNDS if phase in recipe.phases},
+        "rounds": rounds(recipe),
         "replicates": [],
         "across_seeds": [],
         "not_trained": [],

@@ -8,6 +8,7 @@ stopped anywhere goes on from the last such round and ends with the same hash.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Request
+from chexfound.pretrain import curriculum
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import Recipe
+from chexfound.schema import Adapt, Recipe, Train
 from server import checks
 from server.exchange import Exchange, Member
 from strategies.fedavg import FedAvg
@@ -39,7 +41,7 @@ Event = dict[str, Any]
 class Batches:
     """Images a step at each site of this run."""
 
-    pretrain: int
+    pretrain: tuple[int, ...]  # in each stage of the curriculum
     adapt: int
 
     @staticmethod
@@ -48,15 +50,39 @@ class Batches:
 
         Raises: ConfigError with every batch that cannot be divided among the sites.
         """
-        sizes, problems = {"pretrain": 0, "adapt": 0}, Problems(ConfigError, "recipe")
-        for phase, section in (("pretrain", "train"), ("adapt", "adapt")):
+        problems = Problems(ConfigError, "recipe")
+
+        def share(config: Train | Adapt, section: str) -> int:
             try:
-                if phase in recipe.phases:
-                    sizes[phase] = recipes.site_batch_size(getattr(recipe, section), n_sites, section)
+                return recipes.site_batch_size(config, n_sites, section)
             except ConfigError as error:
                 problems.add(str(error))
+                return 0
+
+        pretrain: tuple[int, ...] = ()
+        if "pretrain" in recipe.phases:
+            pretrain = tuple(
+                share(stage.train, f"curriculum.{number - 1}" if number else "train")
+                for number, stage in enumerate(curriculum.stages(recipe))
+            )
+        adapt = share(recipe.adapt, "adapt") if "adapt" in recipe.phases else 0
         problems.check()
-        return Batches(**sizes)
+        return Batches(pretrain=pretrain, adapt=adapt)
+
+    @staticmethod
+    def pooled(recipe: Recipe, n_sites: int) -> Batches:
+        """Those of a lone site that does the work of `n_sites`."""
+        return Batches(
+            pretrain=tuple(recipes.pooled_batch_size(stage.train, n_sites) for stage in curriculum.stages(recipe)),
+            adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
+        )
+
+    def pretrain_images(self, recipe: Recipe) -> int:
+        """Images that a site takes in all of pretraining."""
+        if "pretrain" not in recipe.phases:
+            return 0
+        stages = zip(curriculum.stages(recipe), self.pretrain, strict=True)
+        return sum(stage.pretrain_steps * batch for stage, batch in stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,12 +259,12 @@ class Run:
             if self.backbone is not None:
                 _load_backbone(weights, self.backbone)
         assert self.batches is not None
-        gains = {name for name in weights if name.endswith(".weight_g")}  # never trained, see model/heads.py
-        for number in range(done, config.rounds):
-            strategy = FedAvg("pretrain", weights)
-            weights = self._train_round(
-                "pretrain", strategy, weights, gains, number, config.local_steps, self.batches.pretrain
-            )
+        gains = _frozen_gains(self.recipe, weights)
+        for number in range(done, self.recipe.pretrain_rounds):
+            step = number * config.local_steps
+            weights = curriculum.enter(weights, self.recipe, step)
+            strategy, batch = FedAvg("pretrain", weights), self.batches.pretrain[curriculum.index_at(self.recipe, step)]
+            weights = self._train_round("pretrain", strategy, weights, gains, number, config.local_steps, batch)
         return weights
 
     def _train_round(
@@ -253,7 +279,8 @@ class Run:
     ) -> dict[str, Tensor]:
         started, replies = time.monotonic(), []
         requests = self._requests(phase, weights, number, steps, batch)
-        taken, pace = range(number * steps, (number + 1) * steps), checks.Pace.of(self.recipe, phase)
+        taken = range(number * steps, (number + 1) * steps)
+        pace = checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase)
         for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
             with _blaming(member, f"{phase}, round {number + 1}"):
                 checks.check_counts(phase, reply, member, self.findings)
@@ -276,7 +303,9 @@ class Run:
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """The backbone that goes on: the teacher where it travels, else the student (DINOv2 keeps the teacher)."""
         if weights is None:
-            weights = initial_weights(self.recipe)
+            weights = curriculum.with_grid(
+                initial_weights(self.recipe), self.recipe.position_px // self.recipe.student.patch_size
+            )
             if self.backbone is not None:
                 _load_backbone(weights, self.backbone)
         whose = "teacher" if any(name.startswith("teacher.") for name in weights) else "student"
@@ -382,14 +411,22 @@ def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[s
     return chosen
 
 
+def _frozen_gains(recipe: Recipe, weights: dict[str, Tensor]) -> set[str]:
+    """The prototypes' gains that are not trained, see model/heads.py."""
+    fixed = {"dino_head": recipe.dino.head_norm_last_layer, "ibot_head": recipe.ibot.head_norm_last_layer}
+    ends = tuple(f"{head}.last_layer.weight_g" for head, kept in fixed.items() if kept)
+    return {name for name in weights if name.endswith(ends)} if ends else set()
+
+
 def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
-    """Put a saved backbone into both student and teacher.
+    """Put a saved backbone into both student and teacher, its positions interpolated.
 
     Raises: CheckpointError if its names or shapes are not the recipe's.
     """
     given = checkpoint.load(path)
     given = checkpoint.with_prefix(given, "backbone.") or given
     expected = checkpoint.with_prefix(weights, "student.backbone.")
+    given = curriculum.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
     odd = sorted(
         name
         for name in set(given) | set(expected)

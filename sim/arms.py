@@ -185,10 +185,7 @@ def run_alone(plan: Plan, arm: str) -> float:
     patients = None if arm == "centralized" else plan.sites[arm.removeprefix("local:")]
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
     own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
-    batches = Batches(
-        pretrain=recipes.pooled_batch_size(recipe.train, n_sites),
-        adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
-    )
+    batches = Batches.pooled(recipe, n_sites)
     outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches).run()
     for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))

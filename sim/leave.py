@@ -123,11 +123,11 @@ def plan_index(plan: Plan, site: str) -> int:
 def _write_sites(out: Path, plan: Plan) -> None:
     recipe, store = plan.recipe, Store.open(plan.store)
     n_sites = len(plan.sites)
-    steps = recipe.train.total_steps if "pretrain" in recipe.phases else 0
     total_train = sum(
         len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items()
     )
-    batch, pooled = Batches.of(recipe, n_sites).pretrain, recipes.pooled_batch_size(recipe.train, n_sites)
+    shared = Batches.of(recipe, n_sites).pretrain_images(recipe)
+    pooled = Batches.pooled(recipe, n_sites).pretrain_images(recipe)
     refused = Counter(Path(file).parts[0] for file, _ in store.refused)
     rows = []
     for name, patients in plan.sites.items():
@@ -143,9 +143,9 @@ def _write_sites(out: Path, plan: Plan) -> None:
                 **{which: len(ids) for which, ids in parts.items()},
                 "refused": refused[name] if set(refused) <= set(plan.sites) else None,  # told by folder only
                 "epochs": {
-                    "federated": round(steps * batch / len(parts["train"]), 2),
-                    "local": round(steps * pooled / len(parts["train"]), 2),
-                    "centralized": round(steps * pooled / total_train, 2),
+                    "federated": round(shared / len(parts["train"]), 2),
+                    "local": round(pooled / len(parts["train"]), 2),
+                    "centralized": round(pooled / total_train, 2),
                 },
                 "views": {kind: shown.count(kind) for kind in sorted(set(shown))},
                 "findings": {

@@ -27,7 +27,7 @@ def centralized(
 ) -> dict[str, torch.Tensor]:
     """R·S steps in one go: no rounds, no server, no messages."""
     trainer = Pretrainer(recipe, lambda places: store.pixels(ids[places]), len(ids), 0)
-    trainer.run(0, recipe.train.total_steps, recipe.train.pooled_batch_size)
+    trainer.run(0, recipe.pretrain_steps, recipe.train.pooled_batch_size)
     weights = checkpoint.with_prefix(trainer.global_tensors(teacher=False), "student.backbone.")
     backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
     load_tensors(backbone, weights, list(backbone.state_dict()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +21,7 @@ from chexfound.errors import CheckpointError, DataError, ProtocolError
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Request, Site
+from chexfound.pretrain.meta_arch import SSLMetaArch
 from chexfound.pretrain.train import initial_weights
 
 FINDINGS = ("Bar", "Blob")
@@ -216,6 +219,32 @@ def test_weights_that_do_not_fit(make_site: Callable[..., Site], tiny_recipe: An
 
 
 # ---- features and adapt
+
+
+def test_a_step_that_diverges_names_its_files_and_leaves_the_state_before_it(
+    make_site: Callable[..., Site], tiny_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site("alpha")
+    start = student(tiny_recipe)
+    good = phases.run(site, tiny_recipe, replace(pretrain(tiny_recipe, start), steps=1)).tensors
+    real = SSLMetaArch.forward
+    calls = iter((1, math.nan))
+
+    def forward(self: Any, batch: Any, temp: float) -> Any:
+        total, parts = real(self, batch, temp)
+        return total * next(calls), parts
+
+    monkeypatch.setattr(SSLMetaArch, "forward", forward)
+    with pytest.raises(DataError, match=r"step 1: the loss is nan; .* Its images: alpha/\d\d-\d\.png.* and 1 more"):
+        phases.run(site, tiny_recipe, pretrain(tiny_recipe, start))
+    told = json.loads((site.home / "diverged" / "step-00000001.json").read_text())
+    assert told["step"] == 1
+    assert len(told["files"]) == 4
+    assert all(file.startswith("alpha/") for file in told["files"])
+    state = checkpoint.load(site.home / "diverged" / "step-00000001.safetensors")
+    assert checkpoint.digest(checkpoint.with_prefix(state, "model.student.")) == checkpoint.digest(
+        checkpoint.with_prefix(good, "student.")
+    )
 
 
 def test_features_give_moments(make_site: Callable[..., Site], tiny_recipe: Any) -> None:

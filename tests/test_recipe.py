@@ -338,4 +338,4 @@ def test_global_steps_are_rounds_times_local_steps():
     recipe = recipes.load(
         "demo", {"train.rounds": 3, "train.local_steps": 4, "adapt.rounds": 5, "adapt.local_steps": 6}
     )
-    assert (recipe.train.total_steps, recipe.adapt.total_steps) == (12, 30)
+    assert (recipe.pretrain_steps, recipe.adapt.total_steps) == (12, 30)

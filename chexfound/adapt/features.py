@@ -39,13 +39,14 @@ class Features:
 def tokens(backbone: VisionTransformer, images: np.ndarray, n_blocks: int) -> tuple[np.ndarray, np.ndarray]:
     """Last blocks' patch tokens (N, P, n·D) and CLS (N, n·D) of uint8 images (N, H, W)."""
     backbone.eval()
+    device = backbone.cls_token.device
     patches, cls = [], []
     for start in range(0, len(images), CHUNK):
         layers = backbone.get_intermediate_layers(
-            torch.from_numpy(images[start : start + CHUNK]), n_blocks, return_class_token=True
+            torch.from_numpy(images[start : start + CHUNK]).to(device), n_blocks, return_class_token=True
         )
-        patches.append(torch.cat([layer[0] for layer in layers], dim=-1).numpy())
-        cls.append(torch.cat([layer[1] for layer in layers], dim=-1).numpy())
+        patches.append(torch.cat([layer[0] for layer in layers], dim=-1).cpu().numpy())
+        cls.append(torch.cat([layer[1] for layer in layers], dim=-1).cpu().numpy())
     return np.concatenate(patches), np.concatenate(cls)
 
 

@@ -49,7 +49,7 @@ def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mappi
 
     Of `metrics`, the run's metrics.json, the arm's part is told.
     """
-    steps = recipe.train.total_steps if "pretrain" in recipe.phases else 0
+    steps = recipe.pretrain_steps if "pretrain" in recipe.phases else 0
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("backbone."))
     head = TEMPLATE.format(
         recipe=recipe,
@@ -58,7 +58,7 @@ def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mappi
         patients=patients,
         n_findings=len(metrics["findings"]),
         parameters=parameters,
-        pretrained=f"{steps} global steps in {recipe.train.rounds} rounds" if steps else "none",
+        pretrained=f"{steps} global steps in {recipe.pretrain_rounds} rounds" if steps else "none",
         seconds=", ".join(f"{name} {value}" for name, value in metrics["seconds"].items()),
         sha256=metrics["model_sha256"][arm],
     )

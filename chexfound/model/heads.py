@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from chexfound.errors import ConfigError
 
 
+def init_linear(layer: nn.Linear, init: str) -> None:
+    """Draw a layer's weights from torch's global generator: "xavier", or "trunc_normal" of 0.02 as DINOv2's."""
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+
+
 class Prototypes(nn.Module):
     """A weight-normalised linear layer without bias: (…, bottleneck) to (…, K) logits.
 
-    The gain `weight_g` stays at 1: were it trained, averaging (g, v) over sites would not average
-    the effective weights.
+    With `norm_last_layer` the gain `weight_g` stays at 1 (Caron et al. 2021).  DINOv2 trains it; but
+    then averaging (g, v) over sites does not average the effective weights.
     """
 
-    def __init__(self, bottleneck: int, n_prototypes: int) -> None:
+    def __init__(self, bottleneck: int, n_prototypes: int, norm_last_layer: bool = True) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1), requires_grad=False)
+        self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(n_prototypes, bottleneck))
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
@@ -46,6 +55,8 @@ class DINOHead(nn.Module):
         bottleneck_dim: int,
         nlayers: int,
         centered: bool = False,
+        norm_last_layer: bool = True,
+        init: str = "xavier",
     ) -> None:
         super().__init__()
         self.centered = centered
@@ -56,9 +67,8 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers[:-1])
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        self.last_layer = Prototypes(bottleneck_dim, n_prototypes)
+                init_linear(layer, init)
+        self.last_layer = Prototypes(bottleneck_dim, n_prototypes, norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) to (N, K) logits in [-1, 1]."""

@@ -56,7 +56,7 @@ def load(folder: Path) -> tuple[Recipe, tuple[str, ...], vit.VisionTransformer, 
         raise CheckpointError(
             f"{folder}: model.safetensors is not the file that config.json was written for: changed or damaged"
         )
-    backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+    backbone = vit.build(recipe.student, recipe.input, recipe.position_px)
     load_tensors(backbone, checkpoint.with_prefix(tensors, "backbone."), list(backbone.state_dict()))
     head_tensors = checkpoint.with_prefix(tensors, "head.")
     if not head_tensors:

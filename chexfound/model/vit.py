@@ -7,16 +7,16 @@ width 2/3 · 4D rounded up to 8, LayerScale, registers after CLS, positions resi
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp, SwiGLUPacked
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from chexfound.model.heads import init_linear
 from chexfound.schema import ARCHS, Input, Student
 
 
@@ -89,9 +89,96 @@ class ConvStem(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
-def _swiglu(in_features: int, hidden_features: int, **_: object) -> nn.Module:
-    hidden = (int(hidden_features * 2 / 3) + 7) // 8 * 8
-    return SwiGLUPacked(in_features, 2 * hidden)
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to the same shape."""
+        n, length, dim = x.shape
+        query, key, value = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        result: Tensor = self.proj(attend(query, key, value).transpose(1, 2).reshape(n, length, dim))
+        return result
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of (B, h, N, d) each, scaled by 1 / √d.
+
+    By PyTorch's fused kernel, but for half precision on a processor: there the backward pass of the
+    kernel takes 1.4 to 7 times as long as three matrix products (`benchmarks/attention.py`).
+    """
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value)
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
+    return torch.matmul(scores.softmax(dim=-1).to(value.dtype), value)
+
+
+class LayerScale(nn.Module):
+    """A gain a channel (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to the same shape."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with LayerScale, and DINOv2's drop path.
+
+    Of B images ⌊B · (1 − rate)⌋, at least one, chosen at random, get the residual, times B over their
+    number; so its mean over the choice is the residual itself, and the others' is not computed
+    (Huang et al. 2016; Oquab et al. 2023).
+    """
+
+    def __init__(self, dim: int, heads: int, ffn_layer: str, layerscale: float, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp: nn.Module = Mlp(dim, 4 * dim) if ffn_layer == "mlp" else SwiGLUPacked(dim, 2 * swiglu_width(dim))
+        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to the same shape."""
+        x = self._add(x, lambda kept: self.ls1(self.attn(self.norm1(kept))))
+        return self._add(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))))
+
+    def _add(self, x: Tensor, residual: Callable[[Tensor], Tensor]) -> Tensor:
+        if not (self.training and self.drop_path_rate):
+            return x + residual(x)
+        number = max(int(len(x) * (1 - self.drop_path_rate)), 1)
+        kept = torch.randperm(len(x), device=x.device)[:number]
+        return x.index_add(0, kept, residual(x[kept]).to(x.dtype), alpha=len(x) / number)
+
+
+def swiglu_width(dim: int) -> int:
+    """Hidden width of SwiGLU in place of an MLP of 4 · `dim` (Shazeer 2020): two thirds of it, in eights."""
+    return (int(4 * dim * 2 / 3) + 7) // 8 * 8
+
+
+def resize_positions(pos_embed: Tensor, rows: int, columns: int) -> Tensor:
+    """Position embeddings (1, 1 + M², D) of a square grid for another: (1, 1 + rows·columns, D), CLS first.
+
+    By the scale factor (n + 0.1) / M, bicubic, without antialiasing: DINOv2's rule, and not the same
+    as resizing to the size.
+    """
+    grid = math.isqrt(pos_embed.shape[1] - 1)
+    if rows == columns == grid:
+        return pos_embed
+    patch = pos_embed[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    scale = ((rows + 0.1) / grid, (columns + 0.1) / grid)
+    patch = F.interpolate(patch.float(), scale_factor=scale, mode="bicubic", antialias=False).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :1], patch.flatten(2).transpose(1, 2)], dim=1)
 
 
 class VisionTransformer(nn.Module):
@@ -124,18 +211,9 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.full((1, config.num_register_tokens, dim), math.nan))
         self.mask_token = nn.Parameter(torch.full((1, dim), math.nan))
         self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                heads,
-                mlp_ratio=4.0,
-                qkv_bias=True,
-                init_values=config.layerscale or None,
-                drop_path=config.drop_path_rate,
-                norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
-                mlp_layer=_swiglu if config.ffn_layer == "swiglu" else Mlp,  # type: ignore[arg-type]
-            )
-            for _ in range(depth)
+            Block(dim, heads, config.ffn_layer, config.layerscale, rate) for rate in drop_path_rates(config, depth)
         )
+        self.checkpointing = False  # recompute blocks in the backward pass
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.reset_parameters()
 
@@ -143,28 +221,15 @@ class VisionTransformer(nn.Module):
         """Draw the initial weights from torch's global generator."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                if self.config.init == "xavier":
-                    nn.init.xavier_uniform_(module.weight)
-                else:
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                init_linear(module, self.config.init)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.normal_(self.register_tokens, std=1e-6)
         nn.init.zeros_(self.mask_token)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Position embeddings of a grid of patches: (1, 1 + rows·columns, D), CLS first.
-
-        Resized by the scale factor (n + 0.1) / M, bicubic, without antialiasing: DINOv2's rule, and
-        not the same as resizing to the size.
-        """
-        if rows == columns == self.grid:
-            return self.pos_embed
-        patch = self.pos_embed[:, 1:].reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
-        scale = ((rows + 0.1) / self.grid, (columns + 0.1) / self.grid)
-        patch = F.interpolate(patch, scale_factor=scale, mode="bicubic", antialias=False)
-        return torch.cat([self.pos_embed[:, :1], patch.flatten(2).transpose(1, 2)], dim=1)
+        """Position embeddings of a grid of patches: (1, 1 + rows·columns, D), CLS first."""
+        return resize_positions(self.pos_embed, rows, columns)
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images to the input of the first block: (B, 1 + R + P, D); masks (B, P), True = masked."""
@@ -176,6 +241,12 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(rows, columns)
         registers = self.register_tokens.expand(len(x), -1, -1)
         return torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            result: Tensor = checkpoint(block, x, use_reentrant=False)
+            return result
+        return block(x)  # type: ignore[no-any-return]
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Tokens after the last block.
@@ -190,7 +261,7 @@ class VisionTransformer(nn.Module):
         """
         x = self.embed(images, masks)
         for block in self.blocks:
-            x = block(x)
+            x = self._through(block, x)
         normed = self.norm(x)
         first = 1 + self.config.num_register_tokens
         return {
@@ -219,6 +290,13 @@ class VisionTransformer(nn.Module):
         return tuple(outputs)
 
 
-def build(config: Student, input_config: Input, global_crops_size: int) -> VisionTransformer:
-    """The backbone of a recipe; its position grid is that of the global crops."""
-    return VisionTransformer(config, input_config, grid=global_crops_size // config.patch_size)
+def drop_path_rates(config: Student, depth: int) -> list[float]:
+    """The rate of each block."""
+    if config.drop_path_uniform or depth == 1:
+        return [config.drop_path_rate] * depth
+    return [config.drop_path_rate * number / (depth - 1) for number in range(depth)]
+
+
+def build(config: Student, input_config: Input, position_px: int) -> VisionTransformer:
+    """The backbone of a recipe; its position grid is that of images of `position_px` pixels."""
+    return VisionTransformer(config, input_config, grid=position_px // config.patch_size)

@@ -35,10 +35,15 @@ class Batch:
         """B."""
         return len(self.global_crops) // 2
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
 
 def build_student(recipe: Recipe) -> nn.ModuleDict:
-    """Backbone and both heads, with fresh weights from torch's global generator."""
+    """Backbone and both heads of a stage, with fresh weights from torch's global generator."""
     backbone = vit.build(recipe.student, recipe.input, recipe.crops.global_crops_size)
+    backbone.checkpointing = recipe.train.checkpointing
 
     def head(config: Dino | Ibot) -> DINOHead:
         return DINOHead(
@@ -48,6 +53,8 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
             config.head_bottleneck_dim,
             config.head_nlayers,
             config.head_centered,
+            config.head_norm_last_layer,
+            recipe.student.init,
         )
 
     return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
@@ -58,7 +65,7 @@ def _features(model: nn.ModuleDict, crops: Tensor, masks: Tensor | None = None) 
 
 
 class SSLMetaArch(nn.Module):
-    """The self-supervised model of one site, or of the pooled data.
+    """The self-supervised model of one site, or of the pooled data, in one stage of the curriculum.
 
     Buffers `dino_center` and `ibot_center` (1, K) are used, and moved, by softmax centering only.
     """

@@ -61,7 +61,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: Schedule) -> None:
 def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Copies of the optimizer's state, by parameter: `optimizer.<parameter>.<key>`."""
     return {
-        f"{PREFIX}{name}.{key}": torch.as_tensor(value).detach().clone()
+        f"{PREFIX}{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True)
         for name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
@@ -100,7 +100,7 @@ def checked_moments(module: nn.Module, tensors: Mapping[str, Tensor]) -> Moments
             raise CheckpointError(f"optimizer state does not fit: {full_name} holds a value that is not finite")
         if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
             raise CheckpointError(f"optimizer state does not fit: {full_name} is negative")
-        result.setdefault(parameters[name], {})[key] = value.clone()
+        result.setdefault(parameters[name], {})[key] = value.to(parameters[name].device, copy=True)
     if len({frozenset(state) for state in result.values()}) > 1:
         raise CheckpointError("optimizer state does not fit: some parameters lack a moment that others have")
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from chexfound.pretrain import curriculum
 from chexfound.schema import Recipe
 
 
@@ -39,9 +40,10 @@ class Schedule:
 
 
 def at(recipe: Recipe, step: int) -> Schedule:
-    """All schedules of pretraining at a global step."""
+    """All schedules of pretraining at a global step; those of a curriculum begin anew in each stage."""
+    recipe, step = curriculum.at(recipe, step)
     optim, teacher, epoch = recipe.optim, recipe.teacher, recipe.train.OFFICIAL_EPOCH_LENGTH
-    total = recipe.train.total_steps
+    total = recipe.pretrain_steps
     warmup = min(int(optim.warmup_epochs * epoch), total)
     temp_steps = int(teacher.warmup_teacher_temp_epochs * epoch)
     lr = cosine(step, optim.lr, min(optim.min_lr, optim.lr), total, warmup=warmup)

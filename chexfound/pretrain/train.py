@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 from chexfound import rng
 from chexfound.data import augment
 from chexfound.data.sampler import EndlessSampler
-from chexfound.errors import DataError
+from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.model.checkpoint import load_tensors
-from chexfound.pretrain import masking, optimizer, schedules
+from chexfound.model.vit import Block
+from chexfound.pretrain import curriculum, masking, optimizer, schedules
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.schema import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int) -> Batch:
@@ -37,17 +40,22 @@ def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int)
 
 
 def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """What every arm and every site starts from, of what travels.
+    """What every arm and every site starts from, of what travels, in the first stage.
 
     `student.…`, an equal `teacher.…` if teachers are averaged, and `optimizer.…` (zeros, which is
     what an optimizer begins with) if its moments are.
     """
-    model = _fresh(recipe)
+    model = _fresh(curriculum.at(recipe, 0)[0])
     prefixes = ("student.", "teacher.") if recipe.teacher.policy == "average" else ("student.",)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
     if recipe.train.optimizer_state == "average" and recipe.optim.optimizer == "adamw":
         weights |= optimizer.zero_moments(model.student)
     return weights
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _fresh(recipe: Recipe) -> SSLMetaArch:
@@ -56,23 +64,43 @@ def _fresh(recipe: Recipe) -> SSLMetaArch:
 
 
 class Pretrainer:
-    """Student, teacher and optimizer of one site, moved forward by global steps.
+    """Student, teacher and optimizer of one site, moved forward by global steps of one stage.
 
     Args:
         recipe: the run.
         pixels: gives uint8 (n, H, W) for positions 0 … n_images − 1 of the training images.
         n_images: how many there are.
         roster_index: the site's place among the sites sorted by name; names its random streams.
+        step: a global step of the stage to be trained.
+        device: where the arithmetic is done; what is given and returned is on the CPU.
     """
 
     def __init__(
-        self, recipe: Recipe, pixels: Callable[[np.ndarray], np.ndarray], n_images: int, roster_index: int
+        self,
+        recipe: Recipe,
+        pixels: Callable[[np.ndarray], np.ndarray],
+        n_images: int,
+        roster_index: int,
+        *,
+        step: int = 0,
+        device: str | torch.device = "cpu",
     ) -> None:
         if n_images < 1:
             raise DataError("no training image: pretraining needs at least one")
-        self.recipe, self.pixels, self.n_images, self.roster_index = recipe, pixels, n_images, roster_index
-        self.model = _fresh(recipe)
+        self.run_recipe, self.stage = recipe, curriculum.index_at(recipe, step)
+        self.recipe = recipe = curriculum.at(recipe, step)[0]
+        self.pixels, self.n_images, self.roster_index = pixels, n_images, roster_index
+        self.device = torch.device(device)
+        self.model = _fresh(recipe).to(self.device)
+        if recipe.train.compile:
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    module.compile()
         self.optimizer = optimizer.build(self.model.student, ARCHS[recipe.student.arch][1], recipe.optim)
+        precision = recipe.compute_precision
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=precision.param_dtype == "fp16" and precision.grad_scaler
+        )
 
     def load_global(self, tensors: dict[str, Tensor]) -> None:
         """Start a round from the coordinator's weights; a teacher or moments that it does not send stay.
@@ -95,16 +123,23 @@ class Pretrainer:
     def global_tensors(self, *, teacher: bool) -> dict[str, Tensor]:
         """Copies of the tensors that travel."""
         state = self.model.state_dict()
-        return {name: state[name].clone() for name in self.global_names(teacher=teacher)}
+        return {name: _on_cpu(state[name]) for name in self.global_names(teacher=teacher)}
 
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's moments, where they travel."""
         return optimizer.moments(self.optimizer, self.model.student)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next round stands on: model, teacher, centres, optimizer moments."""
-        tensors = {f"model.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
-        return tensors | self.moments()
+        """Everything that the next round stands on: model, teacher, centres, optimizer moments, loss scale."""
+        tensors = {f"model.{name}": _on_cpu(tensor) for name, tensor in self.model.state_dict().items()}
+        return tensors | self.moments() | self._scale()
+
+    def _scale(self) -> dict[str, Tensor]:
+        """The loss scale of fp16 and the steps since it last changed; nothing without a scaler."""
+        if not self.scaler.is_enabled():
+            return {}
+        values = self.scaler.state_dict()
+        return {"scaler.scale": torch.tensor([values["scale"], values["_growth_tracker"]], dtype=torch.float64)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`.
@@ -114,8 +149,15 @@ class Pretrainer:
         moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
         states = optimizer.checked_moments(self.model.student, moments)
         model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        scale = tensors.get("scaler.scale")
+        if (scale is not None) != self.scaler.is_enabled() or (scale is not None and scale.shape != (2,)):
+            raise CheckpointError("state does not fit: its loss scale is not that of compute_precision")
         load_tensors(self.model, model, list(self.model.state_dict()))
         optimizer.set_moments(self.optimizer, states)
+        if scale is not None:
+            self.scaler.load_state_dict(
+                self.scaler.state_dict() | {"scale": float(scale[0]), "_growth_tracker": int(scale[1])}
+            )
 
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
@@ -125,40 +167,79 @@ class Pretrainer:
         Returns:
             One row a step: step, loss and its parts, log_k.
 
-        Raises: DataError naming the step when loss or gradient is not finite; nothing was updated by it.
+        Raises:
+            DivergedError naming the step and its images when loss or gradient is not finite; nothing was updated by it.
+            ConfigError if the memory does not suffice, naming what to lower.
         """
         recipe = self.recipe
+        stages = {curriculum.index_at(self.run_recipe, step) for step in (first_step, first_step + steps - 1)}
+        if stages != {self.stage}:
+            raise ValueError(f"steps {first_step} … {first_step + steps - 1} are not all in stage {self.stage}")
         sampler = EndlessSampler(self.n_images, batch_size, recipe.seed, "pretrain", self.roster_index)
         rows = []
         self.model.train()
         for step in range(first_step, first_step + steps):
-            batch = make_batch(recipe, self.pixels(sampler.batch(step)), step, self.roster_index)
-            with rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch"):
+            places = sampler.batch(step)
+            batch = make_batch(recipe, self.pixels(places), step, self.roster_index)
+            with (
+                self._naming(step, places),
+                rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch"),
+            ):
                 parts = self.step(batch, step)
             rows.append({"step": step, **parts, "log_k": math.log(recipe.dino.head_n_prototypes)})
             if progress is not None:
                 progress(step - first_step + 1, steps)
         return rows
 
+    @contextlib.contextmanager
+    def _naming(self, step: int, places: np.ndarray) -> Iterator[None]:
+        """Give an error the images of its step, and one of memory the settings that it hangs on."""
+        try:
+            yield
+        except DivergedError as error:
+            error.step, error.places = step, places.tolist()
+            raise
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            crops = self.recipe.crops
+            raise ConfigError(
+                f"pretraining step {step}: out of memory on {self.device} with {len(places)} images a step, 2 crops of "
+                f"{crops.global_crops_size} and {crops.local_crops_number} of {crops.local_crops_size} px each; lower "
+                "train.batch_size or train.pooled_batch_size, set train.checkpointing=true or "
+                "compute_precision.param_dtype=bf16, or give more GPUs (--gpus)"
+            ) from error
+
     def step(self, batch: Batch, step: int) -> dict[str, float]:
-        """One optimizer step and the teacher's EMA; returns the loss and its parts."""
-        values = schedules.at(self.recipe, step)
+        """One optimizer step and the teacher's EMA; returns the loss and its parts.
+
+        In fp16 a step whose gradient overflowed changes nothing but the loss scale.
+        """
+        values = schedules.at(self.run_recipe, step)
         optimizer.apply_schedule(self.optimizer, values)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = self.model(batch, values.teacher_temp)
+        dtype = DTYPES[self.recipe.compute_precision.param_dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            loss, parts = self.model(batch.to(self.device), values.teacher_temp)
         if not torch.isfinite(loss):
-            raise DataError(
+            raise DivergedError(
                 f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
             )
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         for name in SUBMODULES:
             norm = torch.nn.utils.clip_grad_norm_(
                 self.model.student[name].parameters(), self.recipe.optim.clip_grad or math.inf
             )
-            if not torch.isfinite(norm):
-                raise DataError(
+            if not torch.isfinite(norm) and not self._rescales():
+                raise DivergedError(
                     f"pretraining step {step}: the gradient of the {name} has the norm {norm.item()}; lower optim.lr"
                 )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.model.update_teacher(values.momentum)
         return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+
+    def _rescales(self) -> bool:
+        """Whether an overflow is the loss scale's, which will be halved, and not the model's."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1

@@ -44,7 +44,7 @@ def test_all_schedules_of_a_run_and_ten_steps_past_its_end(reference: Path, name
         expected = arrays[name]
     recipe = recipes.load("demo", RUN)
     result = [getattr(schedules.at(recipe, step), NAMES[name]) for step in range(len(expected))]
-    assert len(expected) == recipe.train.total_steps + 10
+    assert len(expected) == recipe.pretrain_steps + 10
     assert np.abs(np.array(result) - expected).max() < 1e-12
 
 

@@ -17,6 +17,7 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolEr
 from chexfound.journal import read_journal
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
+from chexfound.schema import Stage
 from server.run import Batches, Outcome, Run, choose_findings
 
 SITES = ["alpha", "beta"]
@@ -247,7 +248,7 @@ def test_choose_findings(tiny_recipe: Any) -> None:
 
 
 def test_a_batch_that_cannot_be_divided(tiny_recipe: Any) -> None:
-    assert Batches.of(tiny_recipe, 3) == Batches(pretrain=4, adapt=4)
+    assert Batches.of(tiny_recipe, 3) == Batches(pretrain=(4,), adapt=4)
     with pytest.raises(ConfigError, match="(?s)2 problems.*train.pooled_batch_size=15.*adapt.pooled_batch_size=15"):
         Batches.of(tiny_recipe, 5)
 
@@ -495,3 +496,59 @@ def test_hostile_replies(once: Any, recorded: Recorded, tmp_path: Path, number: 
             "evaluate": ["start", "round", "features", "round"],
         }[phase]
     )
+
+
+# ---- the curriculum
+
+
+@pytest.fixture(scope="module")
+def staged(short: Any) -> Any:
+    """Two stages of one round; teacher and moments of the first go on in the second, at the sites."""
+    stage = Stage(rounds=2, global_crops_size=64, local_crops_size=32, pooled_batch_size=4)
+    return replace(
+        short,
+        phases=("pretrain",),
+        train=replace(short.train, rounds=1, optimizer_state="local"),
+        teacher=replace(short.teacher, policy="local"),
+        curriculum=(stage,),
+    )
+
+
+def test_a_curriculum_survives_a_crash_at_every_commit(staged: Any, make_exchange: Any, tmp_path: Path) -> None:
+    calm = Run(staged, make_exchange(staged, SITES, tmp_path / "homes"), tmp_path / "calm").run()
+    assert calm.tensors["backbone.pos_embed"].shape == (1, 1 + 16, 96)
+    batches = [len(entry["sites"][0]["history"]) for entry in read_journal(tmp_path / "calm" / "journal.jsonl")[1:4]]
+    assert batches == [1, 1, 1]
+    crashes = 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, COMMITS["journal append"], crashes + 1, after=True)
+            try:
+                again = Run(staged, make_exchange(staged, SITES, tmp_path / "torn homes"), tmp_path / "torn").run()
+                break
+            except Crash:
+                crashes += 1
+        assert crashes < 40
+    assert crashes >= 2
+    assert again.model_sha256 == calm.model_sha256
+
+
+def test_batches_of_a_curriculum(staged: Any) -> None:
+    batches = Batches.of(staged, 2)
+    assert batches.pretrain == (6, 2)
+    assert batches.pretrain_images(staged) == 6 + 2 * 2
+    assert Batches.pooled(staged, 2).pretrain == (12, 4)
+    with pytest.raises(ConfigError, match=r"curriculum\.0\.pooled_batch_size 4 cannot be divided equally among 3"):
+        Batches.of(staged, 3)
+
+
+def test_a_backbone_of_another_resolution_starts_a_run(
+    staged: Any, head_only: Any, make_exchange: Any, tmp_path: Path
+) -> None:
+    """Its positions are interpolated: for the first stage, or for the finished model where nothing is pretrained."""
+    path = tmp_path / "backbone.safetensors"
+    model = Run(staged, make_exchange(staged, SITES), tmp_path / "first").run().tensors
+    checkpoint.save(path, checkpoint.with_prefix(model, "backbone."))
+    for recipe, side in ((staged, 4), (head_only, 2)):
+        outcome = Run(recipe, make_exchange(recipe, SITES), tmp_path / f"to {side}", backbone=path).run()
+        assert outcome.tensors["backbone.pos_embed"].shape == (1, 1 + side**2, 96)
