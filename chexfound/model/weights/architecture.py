@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model import checkpoint
 from chexfound.model.glori import GLoRI
 from chexfound.model.heads import DINOHead, LinearHead
-from chexfound.model.vit import VisionTransformer
+from chexfound.model.vit import VisionTransformer, swiglu_width
 from chexfound.schema import ARCHS, Input, Prototypes, Recipe, Student, Width
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -44,6 +44,10 @@ class Backbone:
     layerscale: bool
     grid: Annotated[int, Field(gt=0, le=4096)]
     stem: Literal["linear", "conv"] = "linear"
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Backbone:
+        return _divisible(self, self.dim)
 
     @property
     def arch(self) -> str | None:
@@ -197,6 +201,10 @@ class Glori:
     grid: Annotated[int, Field(ge=0, le=256)] = 0
     positions: Annotated[int, Field(ge=0, le=16_777_216)] = 0
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Glori:
+        return _divisible(self, self.embed_dim)
+
     def build(self) -> GLoRI:
         """The module, with fresh weights."""
         return GLoRI(
@@ -282,8 +290,11 @@ def check(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: s
 
     Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
     """
-    with torch.device("meta"):
-        state = build().state_dict()
+    try:
+        with torch.device("meta"):
+            state = build().state_dict()
+    except ValueError as error:  # torch's, of widths that a layer cannot have
+        raise CheckpointError(f"{what}: no such module can be built: {error}") from error
     try:
         checkpoint.check_fit(state, tensors, list(state))
     except CheckpointError as error:
@@ -325,8 +336,14 @@ def attention_heads(dim: int, depth: int, heads: int | None) -> int:
     return named[0] if named else dim // 64
 
 
+def _divisible(config: Section, width: int) -> Section:
+    if width % config.heads:  # type: ignore[attr-defined]
+        raise ValueError(f"{config.heads} attention heads do not divide the width {width}")  # type: ignore[attr-defined]
+    return config
+
+
 def _ffn_dim(dim: int, ffn: str) -> int:
-    return 4 * dim if ffn == "mlp" else (int(4 * dim * 2 / 3) + 7) // 8 * 8
+    return 4 * dim if ffn == "mlp" else swiglu_width(dim)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:

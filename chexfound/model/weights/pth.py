@@ -88,12 +88,18 @@ def _unpickle(path: Path) -> Any:
 
 def _check_zip(path: Path) -> None:
     """PyTorch never compresses: a compressed entry can be a few kilobytes that unfold to a machine's memory."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # the format of before PyTorch 1.6
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise CheckpointError(f"{path}: a compressed archive, not a PyTorch checkpoint; unpack it first")
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return  # torch.load says what is wrong with it, or reads the format of before 1.6
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception as error:  # damaged bytes, as below
+        raise CheckpointError(
+            f"{path}: not a readable PyTorch checkpoint ({error}); it is truncated or damaged"
+        ) from error
+    if compressed:
+        raise CheckpointError(f"{path}: a compressed archive, not a PyTorch checkpoint; unpack it first")
 
 
 def _calls(path: Path, error: Exception) -> list[str]:
