@@ -33,7 +33,7 @@ def read(path: Path, options: Options, wanted: Collection[str] = ALL) -> Weights
     if (path / "config.json").is_file() and folder.KEY in folder.config(path):
         found = folder.read(path, wanted)
     elif runs.is_run(path):
-        found = runs.read(path)
+        found = runs.read(path, wanted)
     else:
         raise CheckpointError(f"{path}: no weights that are known; give {KINDS}")
     return _told(found, options)

@@ -82,8 +82,9 @@ Or, without the prefix `local-dir:`, from the config's own values:
 
 ```python
 import json
+from pathlib import Path
 
-config = json.load(open("this folder/config.json"))
+config = json.loads(Path("this folder/config.json").read_text())
 weights = "this folder/model.safetensors"
 model = timm.create_model(config["architecture"], **config["model_args"], checkpoint_path=weights).eval()
 ```

@@ -6,7 +6,7 @@ only in the last round's weights, which a run's folder keeps beside its journal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from chexfound.model import checkpoint, release
 from chexfound.model.weights import folder as folders
 from chexfound.model.weights import summary
 from chexfound.model.weights.architecture import Backbone, Projection, check, head_of_recipe
-from chexfound.model.weights.parts import Part, Weights
+from chexfound.model.weights.parts import ALL, Part, Weights
 from chexfound.model.weights.published import PROJECTIONS
 from chexfound.schema import Dino, Ibot, Recipe
 
@@ -35,14 +35,16 @@ def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file() and folders.KEY not in folders.config(path)
 
 
-def read(path: Path) -> Weights:
-    """The parts of a run's model, and how it was trained.
+def read(path: Path, wanted: Collection[str] = ALL) -> Weights:
+    """The parts of a run's model; with its DINO and iBOT heads, if they are wanted, also how it was trained.
 
     Raises: CheckpointError if a part is absent, damaged, or does not fit the others.
     """
     path = Path(path)
     model = path if _is_model(path) else path / "model" if _is_model(path / "model") else None
     found = _of_model(model) if model is not None else _of_arm(path)
+    if not set(wanted) & set(PROJECTIONS):
+        return found
     sha256 = found.source["weights_sha256"]
     run = _run_folder(path.parent if model == path else path, sha256)
     if run is None:

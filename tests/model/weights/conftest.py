@@ -93,7 +93,6 @@ SMALL = {
     "adapt.glori_ffn_dim": 12,
     "adapt.findings": ["Effusion", "Mass"],
 }
-LINEAR = {"student.stem": "linear", "input.normalization": "mean_std"}
 
 
 @pytest.fixture
