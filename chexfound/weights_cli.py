@@ -171,7 +171,7 @@ def _show(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
-    from chexfound.model.weights import describe
+    from chexfound.model.weights import describe, timm_format
     from chexfound.model.weights.export import export
     from chexfound.model.weights.parts import Options
 
@@ -183,4 +183,5 @@ def _export(given: argparse.Namespace) -> int:
         print(f'timm cannot load it: {why_not}; chexfound.load_backbone("{out}") can')
     elif found.backbone is not None:
         print(f"use it: python -c 'import timm; timm.create_model(\"local-dir:{out}\", pretrained=True)'")
+        print(f"        (timm {timm_format.LOCAL_DIR} or later; of an earlier one: the README.md in it)")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chexfound.model.card import result_row
-from chexfound.model.weights import describe
+from chexfound.model.weights import describe, timm_format
 from chexfound.model.weights.parts import Weights
 
 FRONT = """\
@@ -68,29 +68,29 @@ TIMM = """\
 ## With timm
 
 ```python
-import timm
-import torch
-
-model = timm.create_model("local-dir:this folder", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # of a PIL image
-images = torch.zeros(1, {in_chans}, {px}, {px})  # as the transform gives them
-with torch.inference_mode():
-    tokens = model.forward_features(images)  # (1, {n_tokens}, {dim}): CLS, registers, patches
-```
-
-Or, without the prefix `local-dir:`, from the config's own values:
-
-```python
 import json
 from pathlib import Path
+
+import timm
+import torch
 
 config = json.loads(Path("this folder/config.json").read_text())
 weights = "this folder/model.safetensors"
 model = timm.create_model(config["architecture"], **config["model_args"], checkpoint_path=weights).eval()
+images = torch.zeros(1, {in_chans}, {px}, {px})
+with torch.inference_mode():
+    tokens = model.forward_features(images)  # (1, {n_tokens}, {dim}): CLS, registers, patches
 ```
 
-The name of the architecture there is only timm's constructor: width, depth and the rest are arguments. Both give \
-the features of `chexfound.load_backbone` at {px} px; at other sizes timm resizes the positions by a rule of its own.
+From timm {local_dir} on in one line, which knows the normalisation too:
+
+```python
+model = timm.create_model("local-dir:this folder", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # of a PIL image in RGB
+```
+
+The name of the architecture is only timm's constructor: width, depth and the rest are arguments. Both give the \
+features of `chexfound.load_backbone` at {px} px; at other sizes timm resizes the positions by a rule of its own.
 """
 
 NO_TIMM = """\
@@ -170,6 +170,7 @@ def _usage(weights: Weights, timm_obstacle: str | None) -> str:
         "dim": config.dim,
         "in_chans": config.in_chans,
         "n_patches": n_patches,
+        "local_dir": timm_format.LOCAL_DIR,
         "n_tokens": 1 + config.registers + n_patches,
     }
     text = OURS.format(**values)

@@ -22,6 +22,7 @@ from chexfound.model.vit import VisionTransformer
 from chexfound.model.weights.architecture import Backbone
 from chexfound.schema import Input
 
+LOCAL_DIR = "1.0.30"  # the first timm that reads a folder with several safetensors files in it as `local-dir:`
 ENTRIES = {"swiglu": "vit_giant_patch14_reg4_dinov2", "mlp": "vit_base_patch14_reg4_dinov2"}
 
 
@@ -69,8 +70,7 @@ def config(backbone: Backbone, given: Input, image_px: int) -> dict[str, Any]:
             "mlp_ratio": _ratio(backbone),
             "init_values": 1e-5 if backbone.layerscale else 0.0,  # 0: none; the value itself is overwritten
             "reg_tokens": backbone.registers,
-            "no_embed_class": True,
-            "num_classes": 0,
+            "no_embed_class": True,  # num_classes is 0 by the entry, and transformers passes it itself
         },
         "pretrained_cfg": {
             "custom_load": False,
