@@ -21,17 +21,18 @@ from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.schema import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
+QUEUE = curriculum.OF_A_STAGE + "dino"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
     """What every arm and every site starts from, of what travels, in the first stage.
 
-    `student.…`, an equal `teacher.…` if teachers are averaged, and `optimizer.…` (zeros, which is
-    what an optimizer begins with) if its moments are.
+    `student.…`, an equal `teacher.…` unless each site keeps its own, and `optimizer.…` (zeros, which is
+    what an optimizer begins with) if its moments are averaged.
     """
     model = _fresh(curriculum.at(recipe, 0)[0])
-    prefixes = ("student.", "teacher.") if recipe.teacher.policy == "average" else ("student.",)
+    prefixes = ("student.",) if recipe.teacher.policy == "local" else ("student.", "teacher.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
     if recipe.train.optimizer_state == "average" and recipe.optim.optimizer == "adamw":
         weights |= optimizer.zero_moments(model.student)
@@ -115,9 +116,10 @@ class Pretrainer:
         return optimizer.moments(self.optimizer, self.model.student)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next round stands on: model, teacher, centres, optimizer moments, loss scale."""
+        """Everything that the next round stands on: model, teacher, centres, queue, optimizer moments, loss scale."""
         tensors = {f"model.{name}": _on_cpu(tensor) for name, tensor in self.model.state_dict().items()}
-        return tensors | self.moments() | self._scale()
+        queue = {QUEUE: _on_cpu(self.model.queue)} if len(self.model.queue) else {}
+        return tensors | queue | self.moments() | self._scale()
 
     def _scale(self) -> dict[str, Tensor]:
         """The loss scale of fp16 and the steps since it last changed; nothing without a scaler."""
@@ -137,7 +139,11 @@ class Pretrainer:
         scale = tensors.get("scaler.scale")
         if (scale is not None) != self.scaler.is_enabled() or (scale is not None and scale.shape != (2,)):
             raise CheckpointError("state does not fit: its loss scale is not that of compute_precision")
+        queue = tensors.get(QUEUE, self.model.queue[:0])
+        if queue.shape[1:] != self.model.queue.shape[1:] or not torch.isfinite(queue).all():
+            raise CheckpointError(f"state does not fit: its {QUEUE} is not rows of {self.model.queue.shape[1]} numbers")
         load_tensors(self.model, model, list(self.model.state_dict()))
+        self.model.queue = queue.to(self.model.queue)
         optimizer.set_moments(self.optimizer, states)
         if scale is not None:
             self.scaler.load_state_dict(
