@@ -56,8 +56,12 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
     return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
 
 
-def _features(model: nn.ModuleDict, crops: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
-    return cast(vit.VisionTransformer, model["backbone"]).forward_features(crops, masks)
+def _tokens(model: nn.ModuleDict, crops: Tensor, wanted: Tensor, mask: bool = False) -> tuple[Tensor, Tensor]:
+    """CLS tokens (B, D) and the wanted patches' (M, D); wanted is bool (B, P), and with `mask` they are masked."""
+    backbone = cast(vit.VisionTransformer, model["backbone"])
+    rows = backbone.token_rows(len(crops), wanted)
+    tokens = backbone.tokens_at(crops, rows, wanted if mask else None)
+    return tokens[: len(crops)], tokens[len(crops) :]
 
 
 class SSLMetaArch(nn.Module):
@@ -115,14 +119,14 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temp: float) -> tuple[Tensor, Tensor]:
         """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
-        output = _features(self.teacher, batch.global_crops)
-        first, second = output["x_norm_clstoken"].chunk(2)
+        seen, masked = _tokens(self.teacher, batch.global_crops, batch.masks)
+        first, second = seen.chunk(2)
         head = cast(DINOHead, self.teacher["dino_head"])
         rows = head.bottleneck(torch.cat([second, first]))
         cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
         if self.training and self.recipe.train.sinkhorn_queue:
             self._seen = rows.float()
-        patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+        patches = self.teacher["ibot_head"](masked)
         ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
         return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
@@ -134,12 +138,13 @@ class SSLMetaArch(nn.Module):
         """
         recipe = self.recipe
         dino_targets, ibot_targets = self.teacher_targets(batch, teacher_temp)
-        output = _features(self.student, batch.global_crops, batch.masks)
-        global_cls = output["x_norm_clstoken"]  # (2·B, D), before the head: KoLeo's input
+        global_cls, masked = _tokens(self.student, batch.global_crops, batch.masks, mask=True)  # KoLeo's input, iBOT's
         cls = [global_cls]
         n_local = len(batch.local_crops) // batch.size
         if n_local:
-            cls.append(_features(self.student, batch.local_crops)["x_norm_clstoken"])
+            patches = (batch.local_crops.shape[-1] // recipe.student.patch_size) ** 2
+            nothing = batch.masks.new_zeros(len(batch.local_crops), patches)
+            cls.append(_tokens(self.student, batch.local_crops, nothing)[0])
         logits = self.student["dino_head"](torch.cat(cls))
         global_logits, local_logits = logits[: 2 * batch.size], logits[2 * batch.size :]
         pairs = 2 + 2 * n_local
@@ -152,7 +157,7 @@ class SSLMetaArch(nn.Module):
             parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
         if recipe.ibot.loss_weight and len(ibot_targets):
-            patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+            patches = self.student["ibot_head"](masked)
             per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
             parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
