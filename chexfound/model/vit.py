@@ -168,7 +168,7 @@ class Block(nn.Module):
         Returns: (R, D).
         """
         images = rows // x.shape[1]
-        result = x.flatten(0, 1).index_select(0, rows)
+        result: Tensor = x.flatten(0, 1).index_select(0, rows)
         kept = self._kept(x)
         if kept is None:
             mixed = self.attn.mix(self.norm1(x)).flatten(0, 1).index_select(0, rows)
