@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
-from chexfound.pretrain import losses
+from chexfound.pretrain import health, losses
 from chexfound.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
@@ -131,7 +131,7 @@ class SSLMetaArch(nn.Module):
         return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss that is back-propagated, and its parts for display.
+        """The loss that is back-propagated, and for display its parts and the step's health.
 
         total = w_dino · (global + local) + w_koleo · Σ_view KoLeo + w_ibot · iBOT.  DINO's terms are
         divided by 2 + 2·L (the number of pairs of different views), as in DINOv2.
@@ -162,4 +162,5 @@ class SSLMetaArch(nn.Module):
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
             parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
             total = total + recipe.ibot.loss_weight * parts["ibot"]
+        parts |= health.figures(dino_targets, global_cls)
         return total, {name: part.detach() for name, part in parts.items()}

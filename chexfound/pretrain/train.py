@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chexfound import rng
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -22,6 +22,7 @@ from chexfound.schema import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
 QUEUE = curriculum.OF_A_STAGE + "dino"
+Probe = Callable[[nn.Module, int], dict[str, float]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -151,12 +152,20 @@ class Pretrainer:
             )
 
     def run(
-        self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
+        self,
+        first_step: int,
+        steps: int,
+        batch_size: int,
+        progress: Progress | None = None,
+        probe: Probe | None = None,
     ) -> list[dict[str, Any]]:
         """Take global steps first_step … first_step + steps − 1.
 
+        `probe` is asked after each step with the teacher's backbone and the step; what it says joins the row.  It
+        draws nothing at random and leaves the backbone as it is: training takes the same course without it.
+
         Returns:
-            One row a step: step, loss and its parts, log_k.
+            One row a step: step, loss and its parts, log_k, and the figures of health.py.
 
         Raises:
             DivergedError naming the step and its images when loss or gradient is not finite; nothing was updated by it.
@@ -176,6 +185,8 @@ class Pretrainer:
             ):
                 parts = self.step(batch, step)
             rows.append({"step": step, **parts, "log_k": math.log(recipe.dino.head_n_prototypes)})
+            if probe is not None:
+                rows[-1] |= probe(self.model.teacher["backbone"], step)
             if progress is not None:
                 progress(step - first_step + 1, steps)
         return rows
@@ -227,7 +238,9 @@ class Pretrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.update_teacher(values.momentum)
-        return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        told = {"loss": loss.detach(), **parts}
+        values_told = torch.stack([value.float() for value in told.values()]).tolist()  # one wait for the device
+        return dict(zip(told, values_told, strict=True))
 
     def _rescales(self) -> bool:
         """Whether an overflow is the loss scale's, which will be halved, and not the model's."""
