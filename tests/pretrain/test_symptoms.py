@@ -1,7 +1,8 @@
 """Symptoms on real curves: honest runs, and collapses that were brought about.
 
 `tests/vectors/health_curves.json`: rows of `Pretrainer.run` on the X-rays of ../shared/data/cxr at 64 px (preset
-laptop, 96 wide, probes of 256 images every 20 steps), recorded 2026-11-24 with torch 2.14.1, four digits.  What was changed:
+laptop, 96 wide, probes of 256 images every 20 steps), recorded 2026-11-24 with torch
+2.14.1, four digits.  What was changed:
 
 honest8, honest32  NIH at batches of 8 and 32; nothing
 gz8                Guangzhou at a batch of 8; nothing
