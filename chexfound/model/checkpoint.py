@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
 from chexfound.journal import replace_file
+from chexfound.pretrain import ranks
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -91,4 +92,4 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[s
             raise CheckpointError(f"weights do not fit: {name} holds a value that is not finite")
     with torch.no_grad():
         for name in expected:
-            state[name].copy_(tensors[name])
+            state[name].copy_(ranks.placed(tensors[name], state[name]))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chexfound.pretrain import ranks
+
 
 def init_linear(layer: nn.Linear, init: str) -> None:
     """Draw a layer's weights from torch's global generator: "xavier", or "trunc_normal" of 0.02 as DINOv2's."""
@@ -41,8 +43,8 @@ class DINOHead(nn.Module):
     """MLP, bottleneck, L2 normalisation, prototypes (Caron et al. 2021).
 
     Args:
-        centered: subtract the mean over the tokens of the call before normalising.  A batch from one
-            scanner shares a large common component; without it the CLS loss can rest at log K.
+        centered: subtract the mean over the tokens of the call (of all GPUs of a site) before normalising.
+            A batch from one scanner shares a large common component; without it the CLS loss can rest at log K.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) to (N, K) logits in [-1, 1]."""
         x = self.mlp(x)
-        if self.centered and len(x) > 1:
-            x = x - x.mean(dim=0, keepdim=True)
+        if self.centered and ranks.total(len(x)) > 1:
+            x = x - ranks.mean_row(x)
         logits: Tensor = self.last_layer(F.normalize(x, dim=-1, eps=1e-6))
         return logits
 

@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from chexfound.errors import ConfigError
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
-from chexfound.pretrain import losses
+from chexfound.pretrain import losses, ranks
 from chexfound.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
@@ -34,6 +35,21 @@ class Batch:
     def size(self) -> int:
         """B."""
         return len(self.global_crops) // 2
+
+    def part(self, number: int, of: int) -> Batch:
+        """The images of one of several equal parts, in all their views.
+
+        Raises: ConfigError if the batch cannot be divided so.
+        """
+        images = self.size
+        if images % of:
+            near = -(-images // of) * of
+            raise ConfigError(
+                f"a batch of {images} images cannot be divided equally among the {of} GPUs of the site; choose a "
+                f"multiple of {of} (such as {near}) for train.batch_size or train.pooled_batch_size, or another --gpus"
+            )
+        own = slice(number * images // of, (number + 1) * images // of)
+        return Batch(*(tensor.unflatten(0, (-1, images))[:, own].flatten(0, 1) for tensor in vars(self).values()))
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -92,7 +108,9 @@ class SSLMetaArch(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← m · teacher + (1 − m) · student; softmax centering's centres follow the last step's logits."""
         torch._foreach_lerp_(
-            list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
+            [ranks.local(p) for p in self.teacher.parameters()],
+            [ranks.local(p.detach()) for p in self.student.parameters()],
+            1 - momentum,
         )
         for name, mean in self._means.items():
             getattr(self, name).lerp_(mean, 1 - CENTER_MOMENTUM)
@@ -101,9 +119,9 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def _targets(self, logits: Tensor, center: str, temp: float) -> Tensor:
         if self.recipe.train.centering == "sinkhorn_knopp":
-            return losses.sinkhorn_knopp(logits, temp)
+            return losses.sinkhorn_knopp(logits, temp, distributed=self.recipe.train.sinkhorn_distributed)
         if self.training:
-            self._means[center] = logits.float().mean(0, keepdim=True)
+            self._means[center] = ranks.mean_row(logits.float())
         return losses.softmax_center(logits, getattr(self, center), temp)
 
     @torch.no_grad()
@@ -113,7 +131,7 @@ class SSLMetaArch(nn.Module):
         first, second = output["x_norm_clstoken"].chunk(2)
         cls = self.teacher["dino_head"](torch.cat([second, first]))
         patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
-        ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
+        ibot = self._targets(patches, "ibot_center", temp) if ranks.total(len(patches)) else patches
         return self._targets(cls, "dino_center", temp), ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,9 +157,11 @@ class SSLMetaArch(nn.Module):
         parts = {"dino": dino}
         total = recipe.dino.loss_weight * dino
         if recipe.dino.koleo_loss_weight:
-            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
+            far = recipe.dino.koleo_loss_distributed
+            first, second = (losses.koleo_loss(view, far) for view in global_cls.chunk(2))
+            parts["koleo"] = first + second
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
-        if recipe.ibot.loss_weight and len(ibot_targets):
+        if recipe.ibot.loss_weight and ranks.total(len(ibot_targets)):  # on no row, where others have some
             patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])
             per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
