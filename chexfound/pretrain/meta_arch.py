@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
-from chexfound.pretrain import health, losses
+from chexfound.pretrain import health, losses, ranks
 from chexfound.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
@@ -99,7 +99,9 @@ class SSLMetaArch(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← m · teacher + (1 − m) · student; centres and queue take up what the last step saw."""
         torch._foreach_lerp_(
-            list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
+            [ranks.local(p) for p in self.teacher.parameters()],
+            [ranks.local(p.detach()) for p in self.student.parameters()],
+            1 - momentum,
         )
         for name, mean in self._means.items():
             getattr(self, name).lerp_(mean, 1 - CENTER_MOMENTUM)
@@ -111,9 +113,9 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def _targets(self, logits: Tensor, center: str, temp: float) -> Tensor:
         if self.recipe.train.centering == "sinkhorn_knopp":
-            return losses.sinkhorn_knopp(logits, temp)
+            return losses.sinkhorn_knopp(logits, temp, distributed=self.recipe.train.sinkhorn_distributed)
         if self.training:
-            self._means[center] = logits.float().mean(0, keepdim=True)
+            self._means[center] = ranks.mean_row(logits.float())
         return losses.softmax_center(logits, getattr(self, center), temp)
 
     @torch.no_grad()
@@ -121,13 +123,15 @@ class SSLMetaArch(nn.Module):
         """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
         seen, masked = _tokens(self.teacher, batch.global_crops, batch.masks)
         first, second = seen.chunk(2)
-        head = cast(DINOHead, self.teacher["dino_head"])
-        rows = head.bottleneck(torch.cat([second, first]))
-        cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
-        if self.training and self.recipe.train.sinkhorn_queue:
-            self._seen = rows.float()
+        head, swapped = cast(DINOHead, self.teacher["dino_head"]), torch.cat([second, first])
+        if self.recipe.train.sinkhorn_queue:
+            rows = head.bottleneck(swapped)
+            cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
+            self._seen = rows.float() if self.training else None
+        else:
+            cls = head(swapped)
         patches = self.teacher["ibot_head"](masked)
-        ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
+        ibot = self._targets(patches, "ibot_center", temp) if ranks.total(len(patches)) else patches
         return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,9 +158,11 @@ class SSLMetaArch(nn.Module):
         parts = {"dino": dino}
         total = recipe.dino.loss_weight * dino
         if recipe.dino.koleo_loss_weight:
-            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
+            far = recipe.dino.koleo_loss_distributed
+            first, second = (losses.koleo_loss(view, far) for view in global_cls.chunk(2))
+            parts["koleo"] = first + second
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
-        if recipe.ibot.loss_weight and len(ibot_targets):
+        if recipe.ibot.loss_weight and ranks.total(len(ibot_targets)):  # on no row, where others have some
             patches = self.student["ibot_head"](masked)
             per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]

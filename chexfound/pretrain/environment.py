@@ -1,0 +1,28 @@
+"""What the processes of a site tell each other by environment variables.  Imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+RENDEZVOUS = "CHEXFOUND_RENDEZVOUS"  # a URL where the ranks meet, set by launch.py; torchrun sets MASTER_ADDR
+PARENT = "CHEXFOUND_PARENT"  # process id of who started the ranks, set by launch.py
+GRACE_S = 2.0  # a rank that fails for another's sake waits so long, for whoever ends it, before it complains
+
+
+def to_come() -> int:
+    """How many ranks there are, by torchrun's variables or launch.py's; 1 without them."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= set(os.environ) else 1
+
+
+def follow_parent() -> None:
+    """Die with the process that started us, whatever it dies of, and leave Ctrl-C to it."""
+    if PARENT not in os.environ:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[PARENT]):
+        os._exit(1)
