@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from chexfound.errors import ConfigError
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
 from chexfound.pretrain import losses, ranks
@@ -41,15 +40,9 @@ class Batch:
 
         Raises: ConfigError if the batch cannot be divided so.
         """
-        images = self.size
-        if images % of:
-            near = -(-images // of) * of
-            raise ConfigError(
-                f"a batch of {images} images cannot be divided equally among the {of} GPUs of the site; choose a "
-                f"multiple of {of} (such as {near}) for train.batch_size or train.pooled_batch_size, or another --gpus"
-            )
-        own = slice(number * images // of, (number + 1) * images // of)
-        return Batch(*(tensor.unflatten(0, (-1, images))[:, own].flatten(0, 1) for tensor in vars(self).values()))
+        share = ranks.share(self.size, of)
+        own = slice(number * share, (number + 1) * share)
+        return Batch(*(tensor.unflatten(0, (-1, self.size))[:, own].flatten(0, 1) for tensor in vars(self).values()))
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
