@@ -48,7 +48,7 @@ def torch_stream(*name: int | str) -> Iterator[None]:
     import torch
 
     # Of a machine's GPUs only the one that is used: to save the others' state would take memory on each.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(*name))
         yield

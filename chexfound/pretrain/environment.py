@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+import time
+from typing import NoReturn
 
 RENDEZVOUS = "CHEXFOUND_RENDEZVOUS"  # a URL where the ranks meet, set by launch.py; torchrun sets MASTER_ADDR
 PARENT = "CHEXFOUND_PARENT"  # process id of who started the ranks, set by launch.py
@@ -17,6 +19,12 @@ def to_come() -> int:
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= set(os.environ) else 1
 
 
+def wait_for_first() -> None:
+    """Before an error is told: an error of all is the first rank's to tell, and the end of the others."""
+    if to_come() > 1 and os.environ["RANK"] != "0":
+        time.sleep(GRACE_S)
+
+
 def follow_parent() -> None:
     """Die with the process that started us, whatever it dies of, and leave Ctrl-C to it."""
     if PARENT not in os.environ:
@@ -26,3 +34,12 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(1)
+
+
+def end(code: int) -> NoReturn:
+    """End this process; a rank not by the interpreter's own end, which may wait for others that are gone."""
+    if to_come() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

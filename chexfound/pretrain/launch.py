@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import chexfound
+from chexfound.errors import SiteError
 from chexfound.pretrain.environment import GRACE_S, PARENT, RENDEZVOUS
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -77,7 +78,7 @@ class Ranks:
 
     def _start(self, rank: int, folder: Path) -> subprocess.Popen[bytes]:
         heard = rank == 0 and self._on_line is not None
-        output = subprocess.PIPE if heard else sys.stderr.fileno() if self._on_line is not None else None
+        output = subprocess.PIPE if heard else 2 if self._on_line is not None else None
         process = subprocess.Popen(  # noqa: S603 (our own arguments, no shell)
             [sys.executable, *self._arguments], env=environment(rank, self._number, folder), stdout=output
         )
@@ -107,6 +108,13 @@ class Ranks:
             for line in lines:
                 assert self._on_line is not None
                 self._on_line(line)
+
+
+def died(number: int, of: int, code: int) -> SiteError:
+    """The error of a rank that ended by itself without a word of ours."""
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}; its last lines above say why"
+    hint = "; the machine may be out of memory" if code == -9 else ""
+    return SiteError(f"the process of GPU {number} (of {of}) died ({how}{hint}); what was saved is kept")
 
 
 def environment(rank: int, number: int, folder: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chexfound import machine
+from chexfound.errors import ConfigError
 from chexfound.pretrain.environment import RENDEZVOUS, follow_parent, to_come
 
 # ---- who
@@ -70,6 +71,20 @@ def together() -> Iterator[None]:
     )
     yield  # after an error the process ends without ceremony: the others may be gone
     dist.destroy_process_group()
+
+
+def share(images: int, of: int) -> int:
+    """Images of a joint batch that each of so many ranks takes.
+
+    Raises: ConfigError if it cannot be divided equally.
+    """
+    if images % of:
+        near = -(-images // of) * of
+        raise ConfigError(
+            f"a batch of {images} images cannot be divided equally among the {of} GPUs of the site; choose a "
+            f"multiple of {of} (such as {near}) for train.batch_size or train.pooled_batch_size, or another --gpus"
+        )
+    return images // of
 
 
 # ---- plain values
@@ -174,7 +189,9 @@ def spread(model: nn.Module, parts: Iterable[nn.ModuleDict], strategy: str) -> n
     ddp = nn.parallel.DistributedDataParallel
     # Buffers are equal at all ranks, or each rank's own; older releases of PyTorch know the option by another name.
     known = inspect.signature(ddp).parameters
-    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     # Without `find_unused_parameters` DDP deals the gradients into other buckets after its first step, and so
     # adds them up in another order with three ranks and more: a resumed run would differ in the last bits.  And
     # a step without any masked patch leaves iBOT's head out.
@@ -185,9 +202,7 @@ def _shard(model: nn.Module, parts: list[nn.ModuleDict], again: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view", UserWarning
-    )  # none is changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # we change none in place
     mesh = init_device_mesh(_device().type, (size(),))
     for part in parts:
         # The teacher sees no backward pass, which is what would take its gathered weights away again.
