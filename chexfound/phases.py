@@ -8,6 +8,7 @@ everything that a later request stands on is written, atomically, before the rep
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import shutil
 from collections.abc import Callable
@@ -25,16 +26,19 @@ from chexfound import recipe as recipes
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
 from chexfound.data.split import View
-from chexfound.errors import DataError, DivergedError, ProtocolError
+from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.journal import write_json
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
-from chexfound.pretrain import curriculum
-from chexfound.pretrain.train import Pretrainer
+from chexfound.pretrain import curriculum, teacher, watch
+from chexfound.pretrain.probe import Probe
+from chexfound.pretrain.train import DTYPES, Pretrainer
 from chexfound.schema import Recipe
 
+log = logging.getLogger("chexfound.site")
+log.addHandler(logging.NullHandler())  # whoever runs the site shows its log; a simulation has its own display
 ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -170,15 +174,18 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     if kept:
         trainer.load_state(curriculum.enter(kept, recipe, request.step))
     trainer.load_global(request.tensors)
-    if not kept and not any(name.startswith("teacher.") for name in request.tensors):
-        trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
+    _take_teacher(site, trainer, recipe, request, kept)
+    # What every site and the coordinator knows of this round, and the next teacher is derived from.
+    began = trainer.global_tensors(teacher=True) if recipe.teacher.policy == "rederive" else {}
     progress = site.report("pretrain", request.step, recipe.pretrain_steps)
     try:
-        rows = trainer.run(request.step, request.steps, request.batch_size, progress)
+        probe = _probe(site, recipe, request, ids)
+        rows = trainer.run(request.step, request.steps, request.batch_size, progress, probe)
     except DivergedError as error:
         raise _kept(site, ids, trainer, error) from error
     if not travels:
-        _carry(site, recipe, request, trainer.state())
+        _carry(site, recipe, request, trainer.state() | checkpoint.add_prefix(began, "model."))
+    _warn(site, recipe, request, rows)
     tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
     if recipe.train.optimizer_state == "average":
         tensors |= trainer.moments()
@@ -186,6 +193,50 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
         tensors=tensors,
         values={"images": len(ids), "state": "travels" if travels else "kept" if kept else "fresh", "history": rows},
     )
+
+
+def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> None:
+    """Where no teacher was sent: the one derived anew, the site's own, or, where there is none yet, the student."""
+    if any(name.startswith("teacher.") for name in request.tensors):
+        return
+    if request.step and recipe.teacher.policy == "rederive":
+        if not kept:
+            raise StateError(
+                f"site {site.name!r}: pretraining step {request.step} needs the weights that the round before began "
+                "with, and they are not on its disk; resume the run, which sends the teacher once"
+            )
+        before = checkpoint.with_prefix(kept, "model.")
+        derived = teacher.rederived(recipe, request.step, before, request.tensors)
+        load_tensors(trainer.model, derived, list(derived))
+    elif not kept:
+        trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
+
+
+def _probe(site: Site, recipe: Recipe, request: Request, ids: np.ndarray) -> Probe | None:
+    """What looks at the teacher while it trains: the run's findings, or all that the store knows."""
+    config, findings = recipe.health, request.findings or tuple(site.view.store.findings)
+    if not config.eval_period_iterations:
+        return None
+    return Probe(
+        lambda places: site.view.store.pixels(ids[places]),
+        site.training_labels(recipe, findings),
+        site.patients(ids),
+        every=config.eval_period_iterations,
+        limit=config.probe_images,
+        seed=recipe.seed,
+        roster_index=request.roster_index,
+        dtype=DTYPES[recipe.compute_precision.param_dtype],
+    )
+
+
+def _warn(site: Site, recipe: Recipe, request: Request, rows: list[dict[str, Any]]) -> None:
+    """Say in the site's own log what begins to ail its training."""
+    path = site.home / "health" / f"{_digest(recipe)}.json"
+    for one in watch.new_symptoms(path, recipe, request.step, rows):
+        log.warning(
+            "event=warning symptom=%s site=%s round=%d seen=%r advice=%r",
+            one.name, site.name, request.round + 1, one.seen, one.advice,
+        )  # fmt: skip
 
 
 def _kept(site: Site, ids: np.ndarray, trainer: Pretrainer, error: DivergedError) -> DataError:
@@ -299,7 +350,11 @@ def _backbone(recipe: Recipe, tensors: dict[str, Tensor]) -> vit.VisionTransform
 
 
 def _state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
-    return site.home / "state" / hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16] / phase
+    return site.home / "state" / _digest(recipe) / phase
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16]
 
 
 def _all_travels(recipe: Recipe) -> bool:

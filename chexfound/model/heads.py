@@ -70,12 +70,16 @@ class DINOHead(nn.Module):
                 init_linear(layer, init)
         self.last_layer = Prototypes(bottleneck_dim, n_prototypes, norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, D) to (N, K) logits in [-1, 1]."""
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """(N, D) to (N, bottleneck) of length 1: what the prototypes are compared with."""
         x = self.mlp(x)
         if self.centered and len(x) > 1:
             x = x - x.mean(dim=0, keepdim=True)
-        logits: Tensor = self.last_layer(F.normalize(x, dim=-1, eps=1e-6))
+        return F.normalize(x, dim=-1, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) to (N, K) logits in [-1, 1]."""
+        logits: Tensor = self.last_layer(self.bottleneck(x))
         return logits
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
-from chexfound.pretrain import losses
+from chexfound.pretrain import health, losses
 from chexfound.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
@@ -34,10 +34,6 @@ class Batch:
     def size(self) -> int:
         """B."""
         return len(self.global_crops) // 2
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 def build_student(recipe: Recipe) -> nn.ModuleDict:
@@ -60,16 +56,25 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
     return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
 
 
-def _features(model: nn.ModuleDict, crops: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
-    return cast(vit.VisionTransformer, model["backbone"]).forward_features(crops, masks)
+def _tokens(model: nn.ModuleDict, crops: Tensor, wanted: Tensor, mask: bool = False) -> tuple[Tensor, Tensor]:
+    """CLS tokens (B, D) and the wanted patches' (M, D); wanted is bool (B, P), and with `mask` they are masked."""
+    backbone = cast(vit.VisionTransformer, model["backbone"])
+    rows = backbone.token_rows(len(crops), wanted)
+    tokens = backbone.tokens_at(crops, rows, wanted if mask else None)
+    return tokens[: len(crops)], tokens[len(crops) :]
 
 
 class SSLMetaArch(nn.Module):
     """The self-supervised model of one site, or of the pooled data, in one stage of the curriculum.
 
     Buffers `dino_center` and `ibot_center` (1, K) are used, and moved, by softmax centering only.
+    `queue` (rows, bottleneck) holds the teacher's CLS tokens, as its head's prototypes see them, of the
+    last `train.sinkhorn_queue` batches, the oldest first: a small batch of one scanner cannot use K
+    prototypes equally, many batches can (Caron et al. 2020, 3.2).  Only for DINO: iBOT has several
+    times the rows in a batch.
     """
 
+    queue: Tensor
     dino_center: Tensor
     ibot_center: Tensor
 
@@ -81,6 +86,8 @@ class SSLMetaArch(nn.Module):
         self.register_buffer("dino_center", torch.zeros(1, recipe.dino.head_n_prototypes))
         self.register_buffer("ibot_center", torch.zeros(1, recipe.ibot.head_n_prototypes))
         self._means: dict[str, Tensor] = {}  # of the last step's teacher logits, by centre
+        self.register_buffer("queue", torch.zeros(0, recipe.dino.head_bottleneck_dim), persistent=False)
+        self._seen: Tensor | None = None  # the last step's rows, which the queue takes up once the step is done
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Set the student's mode; the teacher always evaluates."""
@@ -90,13 +97,16 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Teacher ← m · teacher + (1 − m) · student; softmax centering's centres follow the last step's logits."""
+        """Teacher ← m · teacher + (1 − m) · student; centres and queue take up what the last step saw."""
         torch._foreach_lerp_(
             list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
         )
         for name, mean in self._means.items():
             getattr(self, name).lerp_(mean, 1 - CENTER_MOMENTUM)
         self._means.clear()
+        if self._seen is not None:
+            rows = self.recipe.train.sinkhorn_queue * len(self._seen)
+            self.queue, self._seen = torch.cat([self.queue, self._seen])[-rows:], None
 
     @torch.no_grad()
     def _targets(self, logits: Tensor, center: str, temp: float) -> Tensor:
@@ -109,27 +119,32 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temp: float) -> tuple[Tensor, Tensor]:
         """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
-        output = _features(self.teacher, batch.global_crops)
-        first, second = output["x_norm_clstoken"].chunk(2)
-        cls = self.teacher["dino_head"](torch.cat([second, first]))
-        patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+        seen, masked = _tokens(self.teacher, batch.global_crops, batch.masks)
+        first, second = seen.chunk(2)
+        head = cast(DINOHead, self.teacher["dino_head"])
+        rows = head.bottleneck(torch.cat([second, first]))
+        cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
+        if self.training and self.recipe.train.sinkhorn_queue:
+            self._seen = rows.float()
+        patches = self.teacher["ibot_head"](masked)
         ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
-        return self._targets(cls, "dino_center", temp), ibot
+        return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss that is back-propagated, and its parts for display.
+        """The loss that is back-propagated, and for display its parts and the step's health.
 
         total = w_dino · (global + local) + w_koleo · Σ_view KoLeo + w_ibot · iBOT.  DINO's terms are
         divided by 2 + 2·L (the number of pairs of different views), as in DINOv2.
         """
         recipe = self.recipe
         dino_targets, ibot_targets = self.teacher_targets(batch, teacher_temp)
-        output = _features(self.student, batch.global_crops, batch.masks)
-        global_cls = output["x_norm_clstoken"]  # (2·B, D), before the head: KoLeo's input
+        global_cls, masked = _tokens(self.student, batch.global_crops, batch.masks, mask=True)  # KoLeo's input, iBOT's
         cls = [global_cls]
         n_local = len(batch.local_crops) // batch.size
         if n_local:
-            cls.append(_features(self.student, batch.local_crops)["x_norm_clstoken"])
+            patches = (batch.local_crops.shape[-1] // recipe.student.patch_size) ** 2
+            nothing = batch.masks.new_zeros(len(batch.local_crops), patches)
+            cls.append(_tokens(self.student, batch.local_crops, nothing)[0])
         logits = self.student["dino_head"](torch.cat(cls))
         global_logits, local_logits = logits[: 2 * batch.size], logits[2 * batch.size :]
         pairs = 2 + 2 * n_local
@@ -142,9 +157,10 @@ class SSLMetaArch(nn.Module):
             parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
         if recipe.ibot.loss_weight and len(ibot_targets):
-            patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+            patches = self.student["ibot_head"](masked)
             per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
             parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
             total = total + recipe.ibot.loss_weight * parts["ibot"]
+        parts |= health.figures(dino_targets, global_cls)
         return total, {name: part.detach() for name, part in parts.items()}
