@@ -20,6 +20,7 @@ bfloat16; `ssl_step_alone_bf16_both` has the rival under bfloat16 autocast as we
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -285,6 +286,7 @@ class Remote:
         except BrokenPipeError:
             pass
         if not answer:
+            self.close()
             tail = "\n".join(self.log.read_text().splitlines()[-15:])
             raise ConfigError(f"--rival: the checkout does not run on this machine; its last words:\n{tail}")
         return json.loads(answer)
@@ -293,9 +295,11 @@ class Remote:
         return lambda *arguments: self._ask([method, *arguments])
 
     def close(self) -> None:
-        """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """Let it end: it does at the end of its input."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
         self.process.wait(timeout=60)
 
 
@@ -493,9 +497,10 @@ def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
 
     A linear layer takes 2 · rows · in · out; attention 4 · N² · D a sequence of N tokens.  A block has
     3·D² (qkv), D² (projection) and 3·D·H (SwiGLU of hidden width H).  The student runs forward and
-    backward (three times the forward pass) on 2 global and L local crops, the teacher forward on the
-    global ones.  The DINO head sees all student CLS tokens, the iBOT head the masked patches.  Drop path
-    by subset computes a share (1 − rate) of the student's blocks; nothing counts that is recomputed.
+    backward (three times the forward pass; the stem twice, as nobody takes the pixels' gradient) on
+    2 global and L local crops, the teacher forward on the global ones.  The DINO head sees all student
+    CLS tokens, the iBOT head the masked patches.  Drop path by subset computes a share (1 − rate) of the
+    student's blocks; nothing counts that is recomputed.
     """
     student, crops = config["student"], config["crops"]
     dim, depth, _ = ARCHS[student["arch"]]
@@ -506,18 +511,19 @@ def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
         inner = (section["head_nlayers"] - 2) * wide * wide
         return 2 * rows * (dim * wide + inner + wide * narrow + narrow * section["head_n_prototypes"])
 
-    def backbone(images: int, px: int, kept: float) -> float:
-        patches = (px // student["patch_size"]) ** 2
-        tokens = patches + 1 + student["num_register_tokens"]
-        block = 2 * tokens * (4 * dim * dim + 3 * dim * hidden) + 4 * tokens**2 * dim
-        return images * (2 * patches * 3 * student["patch_size"] ** 2 * dim + depth * kept * block)
+    def stem(images: int, px: int) -> float:
+        return images * 2 * (px // student["patch_size"]) ** 2 * 3 * student["patch_size"] ** 2 * dim
 
-    big, small, views = crops["global_crops_size"], crops["local_crops_size"], crops["local_crops_number"]
-    heads = head(2 * batch, config["dino"]) + head(masked, config["ibot"])
-    kept = 1 - student["drop_path_rate"]
-    forward = backbone(2 * batch, big, kept) + backbone(views * batch, small, kept)
-    forward += heads + head(views * batch, config["dino"])
-    return 3 * forward + backbone(2 * batch, big, 1.0) + heads
+    def blocks(images: int, px: int) -> float:
+        tokens = (px // student["patch_size"]) ** 2 + 1 + student["num_register_tokens"]
+        return images * depth * (2 * tokens * (4 * dim * dim + 3 * dim * hidden) + 4 * tokens**2 * dim)
+
+    big = 2 * batch, crops["global_crops_size"]
+    small = crops["local_crops_number"] * batch, crops["local_crops_size"]
+    heads = head(big[0], config["dino"]) + head(masked, config["ibot"])
+    teacher = stem(*big) + blocks(*big) + heads
+    learnt = (1 - student["drop_path_rate"]) * (blocks(*big) + blocks(*small)) + heads + head(small[0], config["dino"])
+    return teacher + 3 * learnt + 2 * (stem(*big) + stem(*small))
 
 
 def cuda(options: argparse.Namespace) -> Iterator[Line]:
