@@ -75,25 +75,24 @@ def measure(out: Path, finding: str) -> Any:
         for path in sorted((out / "work" / f"seed-{seed}").glob("*/model.safetensors")):
             if path.parent.name not in ("random", "shuffled"):  # the same backbones again
                 arms[path.parent.name] = checkpoint.with_prefix(checkpoint.load(path), "backbone.")
-        held = [_not_tested(view, seeded, finding) for view in views]
+        held = [not_tested(view, seeded, finding) for view in views]
         held = [(name, ids) for name, ids in held if len(np.unique(store.labels(ids, [finding]))) == 2]
         for arm, tensors in arms.items():
             groups = [ids for _, ids in held]
-            for (name, ids), plain, grid in zip(held, *_probe(seeded, tensors, store, groups, finding), strict=True):
+            for (name, ids), plain, grid in zip(held, *probe(seeded, tensors, store, groups, finding), strict=True):
                 row = {"seed": seed, "arm": arm, "tested_on": name, "finding": finding, "n": len(ids)}
                 yield row | {"auroc": grid, "auroc_plain": plain}
 
 
-def _not_tested(view: Any, recipe: Any, finding: str) -> tuple[str, np.ndarray]:
+def not_tested(view: Any, recipe: Any, finding: str) -> tuple[str, np.ndarray]:
+    """A site's name, and its images that have a label and are not of test patients."""
     test = set(view.split(recipe.seed, recipe.split, "test").tolist())
     ids = np.array([place for place in view.ids.tolist() if place not in test], np.int64)
     return view.name, ids[view.store.labels(ids, [finding])[:, 0] >= 0]
 
 
-def _probe(
-    recipe: Any, tensors: dict[str, Any], store: Any, groups: list[np.ndarray], finding: str
-) -> tuple[list[float], list[float]]:
-    """AUROC of each group's out-of-fold scores, without the grid and with it."""
+def pooled(recipe: Any, tensors: dict[str, Any], store: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a frozen backbone's tokens are pooled to, float32 (n, channels): "plain", and "grid" with the grid too."""
     import torch
 
     from chexfound.adapt.features import tokens
@@ -103,16 +102,23 @@ def _probe(
 
     backbone = vit.build(recipe.student, recipe.input, recipe.position_px)
     load_tensors(backbone, tensors, list(backbone.state_dict()))
-    ids = np.concatenate(groups)
     patches, cls = tokens(backbone, store.pixels(ids), recipe.adapt.n_last_blocks)
     all_tokens = torch.from_numpy(patches)
     plain = np.concatenate([cls, token_statistics(all_tokens).numpy()], axis=1)
     grid = np.concatenate([plain, grid_means(all_tokens, recipe.adapt.glori_grid or 1).numpy()], axis=1)
+    return {"plain": plain, "grid": grid}
+
+
+def probe(
+    recipe: Any, tensors: dict[str, Any], store: Any, groups: list[np.ndarray], finding: str
+) -> tuple[list[float], list[float]]:
+    """AUROC of each group's out-of-fold scores, without the grid and with it."""
+    ids = np.concatenate(groups)
     labels = store.labels(ids, [finding])[:, 0]
     keys = [store.keys[place] for place in ids]
     scored = [
-        _out_of_fold(features, labels, keys, recipe.seed, PENALTIES[name])
-        for name, features in (("plain", plain), ("grid", grid))
+        out_of_fold(features, labels, keys, recipe.seed, PENALTIES[name])
+        for name, features in pooled(recipe, tensors, store, ids).items()
     ]
     bounds = np.cumsum([0, *(len(group) for group in groups)])
     areas = [
@@ -121,7 +127,7 @@ def _probe(
     return areas[0], areas[1]
 
 
-def _out_of_fold(features: np.ndarray, labels: np.ndarray, keys: list[str], seed: int, c: float) -> np.ndarray:
+def out_of_fold(features: np.ndarray, labels: np.ndarray, keys: list[str], seed: int, c: float) -> np.ndarray:
     """Each image's score by models that did not see its patient."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

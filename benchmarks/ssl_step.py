@@ -46,8 +46,9 @@ from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.machine import benchmark_line
 from chexfound.model import checkpoint
 from chexfound.pretrain import schedules
+from chexfound.pretrain.batches import Batches, make_batch
 from chexfound.pretrain.meta_arch import Batch
-from chexfound.pretrain.train import Pretrainer, make_batch
+from chexfound.pretrain.train import Pretrainer
 from chexfound.schema import ARCHS, Recipe
 
 PX = 256  # of the stored images
@@ -538,7 +539,7 @@ def cuda(options: argparse.Namespace) -> Iterator[Line]:
     pixels = np.random.default_rng(0).integers(0, 256, (options.batch, 512, 512), dtype=np.uint8)
     trainer = Pretrainer(recipe, lambda places: pixels[places], options.batch, 0, device="cuda")
     trainer.model.train()
-    batch = make_batch(recipe, pixels, 0, 0).to(torch.device("cuda"))
+    batch = Batches(recipe, lambda places: pixels[places], options.batch, options.batch, 0, device="cuda").batch(0)
     trainer.step(batch, 0)
     seconds = []
     for step in range(1, 1 + 4 * options.rounds):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from chexfound import __version__
+from chexfound import __version__, weights_cli
 from chexfound.errors import ChexfoundError, ConfigError
 
 
@@ -15,7 +15,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(
         prog="chexfound",
-        description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, draw reports.",
+        description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, draw reports, "
+        "import and export weights.",
         epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), "
         "flwr run (the coordinator).",
     )
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw report.html from a run's folder")
     report.add_argument("folder", metavar="DIR", help="of a simulation or of a deployed run; holds metrics.json")
     report.set_defaults(run=_report)
+
+    weights_cli.add(commands)
     return result
 
 

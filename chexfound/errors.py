@@ -5,6 +5,7 @@ ChexfoundError            1
 ├── DataError             3   images, manifests or stores that cannot be used
 │   └── DivergedError     3   a training step whose loss or gradient is not finite
 ├── CheckpointError       4   weights or saved state that do not fit or are damaged
+│   └── StateError        4   a site without the state that its next round stands on
 ├── ProtocolError         5   a message that is not what the two ends agreed on
 ├── PolicyError           6   what a site's policy forbids to leave (or to run)
 ├── SiteError             7   a site, or the process that plays it, failed in a round
@@ -55,6 +56,12 @@ class CheckpointError(ChexfoundError):
     code = "checkpoint"
 
 
+class StateError(CheckpointError):
+    """A site without the state that its next round stands on: the run's next start brings it all that is needed."""
+
+    code = "state"
+
+
 class ProtocolError(ChexfoundError):
     """A message that is not what the two ends agreed on."""
 
@@ -90,6 +97,7 @@ CODES: dict[str, type[ChexfoundError]] = {
         ConfigError,
         DataError,
         CheckpointError,
+        StateError,
         ProtocolError,
         PolicyError,
         SiteError,

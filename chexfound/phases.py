@@ -25,13 +25,13 @@ from chexfound import recipe as recipes
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
 from chexfound.data.split import View
-from chexfound.errors import DataError, DivergedError, ProtocolError
+from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.journal import write_json
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
-from chexfound.pretrain import curriculum
+from chexfound.pretrain import curriculum, teacher
 from chexfound.pretrain.train import Pretrainer
 from chexfound.schema import Recipe
 
@@ -170,15 +170,16 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     if kept:
         trainer.load_state(curriculum.enter(kept, recipe, request.step))
     trainer.load_global(request.tensors)
-    if not kept and not any(name.startswith("teacher.") for name in request.tensors):
-        trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
+    _take_teacher(site, trainer, recipe, request, kept)
+    # What every site and the coordinator knows of this round, and the next teacher is derived from.
+    began = trainer.global_tensors(teacher=True) if recipe.teacher.policy == "rederive" else {}
     progress = site.report("pretrain", request.step, recipe.pretrain_steps)
     try:
         rows = trainer.run(request.step, request.steps, request.batch_size, progress)
     except DivergedError as error:
         raise _kept(site, ids, trainer, error) from error
     if not travels:
-        _carry(site, recipe, request, trainer.state())
+        _carry(site, recipe, request, trainer.state() | checkpoint.add_prefix(began, "model."))
     tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
     if recipe.train.optimizer_state == "average":
         tensors |= trainer.moments()
@@ -186,6 +187,23 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
         tensors=tensors,
         values={"images": len(ids), "state": "travels" if travels else "kept" if kept else "fresh", "history": rows},
     )
+
+
+def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> None:
+    """Where no teacher was sent: the one derived anew, the site's own, or, where there is none yet, the student."""
+    if any(name.startswith("teacher.") for name in request.tensors):
+        return
+    if request.step and recipe.teacher.policy == "rederive":
+        if not kept:
+            raise StateError(
+                f"site {site.name!r}: pretraining step {request.step} needs the weights that the round before began "
+                "with, and they are not on its disk; resume the run, which sends the teacher once"
+            )
+        before = checkpoint.with_prefix(kept, "model.")
+        derived = teacher.rederived(recipe, request.step, before, request.tensors)
+        load_tensors(trainer.model, derived, list(derived))
+    elif not kept:
+        trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
 
 
 def _kept(site: Site, ids: np.ndarray, trainer: Pretrainer, error: DivergedError) -> DataError:

@@ -159,6 +159,8 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
     ):
         if low_high[0] > low_high[1]:
             found.append(f"{key}: the first number must not be above the second (got {list(low_high)})")
+    if recipe.train.sinkhorn_queue and recipe.train.centering != "sinkhorn_knopp":
+        found.append("train.sinkhorn_queue: there is a queue for train.centering sinkhorn_knopp only; set it to 0")
     stages = [(f"curriculum.{number}", stage) for number, stage in enumerate(recipe.curriculum)]
     for key, size in (
         ("image_px", recipe.image_px),

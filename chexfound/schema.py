@@ -31,6 +31,7 @@ Moment = Annotated[float, Field(ge=0, lt=1)]  # Adam's decay rates
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+Strength = Annotated[float, Field(ge=0, le=5)]  # in log units
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Fraction, Fraction]
 
@@ -157,7 +158,7 @@ class Optim:
 
 @_frozen
 class Crops:
-    """Multi-crop and photometry, on grey uint8."""
+    """Multi-crop and photometry, on grey uint8; argued in docs/decisions/0007."""
 
     global_crops_size: Side = 96
     global_crops_scale: Range = (0.7, 1.0)
@@ -166,10 +167,20 @@ class Crops:
     local_crops_scale: Range = (0.3, 0.7)
     horizontal_flip: Fraction = 0.5
     rotation_deg: Annotated[float, Field(ge=0, le=180)] = 5.0
-    jitter: Annotated[float, Field(ge=0, le=5)] = (
-        0.1  # log gamma is uniform in ± 2 · jitter; brightness and contrast fall to the z-score
-    )
-    blur: Fraction = 0.0
+    jitter: Strength = 0.1  # log gamma is uniform in ± 2 · jitter
+    # How often a crop is blurred: one number, or those of the first global view, the second, and the local ones
+    # (DINOv2 means 1.0, 0.1, 0.5, and does 0.0, 0.9, 0.5).
+    blur: Fraction | tuple[Fraction, Fraction, Fraction] = 0.0
+    # As DINOv2's colour jitter (0.4, 0.4, 0.8).  The z-score undoes them, but for what they push to black and white.
+    brightness: Fraction = 0.0  # the factor is uniform in 1 ± this
+    contrast: Fraction = 0.0  # likewise, about mid grey
+    brightness_contrast_p: Fraction = 0.8  # how often the two are done
+    solarize: Fraction = 0.0  # how often the second global view is (DINOv2: 0.2)
+    # The look of a scanner, which no normalisation undoes: remedies for a site whose images all look alike.
+    tone_curve: Strength = 0.0  # log slope of a random rising grey-value curve is uniform in ± this at five knots
+    detail: Strength = 0.0  # log gain of what is finer than 2 pixels is uniform in ± this: soft to sharp
+    noise: Fraction = 0.0  # deviation of white noise is uniform from 0 to this share of the grey range
+    look_per_image: bool = False  # one look for all crops of an image, as if each came from a scanner of its own
 
 
 @_frozen

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from chexfound.errors import CODES, ChexfoundError, ProtocolError
+from chexfound.errors import CODES, ChexfoundError, ProtocolError, StateError
 from chexfound.names import word as word  # the rule for every name that arrives
 from chexfound.phases import Reply, Request
 
@@ -185,7 +185,8 @@ def explain_error(message: Message) -> str:
     """What an error message says, in our own words: the sender's text is never repeated."""
     kind = unpack_error(message)
     if (message.error.code, message.error.reason) == (kind.exit_code, kind.code):
-        return f"replied with error {kind.code!r} (exit code {kind.exit_code})"
+        hint = "; resume the run, which sends it the teacher" if kind is StateError else ""
+        return f"replied with error {kind.code!r} (exit code {kind.exit_code}){hint}"
     return FLOWER_ERRORS.get(message.error.code, f"failed with Flower's error code {message.error.code:d}")
 
 

@@ -7,6 +7,7 @@ stopped anywhere goes on from the last such round and ends with the same hash.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -26,7 +27,7 @@ from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Request
-from chexfound.pretrain import curriculum
+from chexfound.pretrain import curriculum, teacher
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Adapt, Recipe, Train
@@ -263,8 +264,20 @@ class Run:
         for number in range(done, self.recipe.pretrain_rounds):
             step = number * config.local_steps
             weights = curriculum.enter(weights, self.recipe, step)
-            strategy, batch = FedAvg("pretrain", weights), self.batches.pretrain[curriculum.index_at(self.recipe, step)]
-            weights = self._train_round("pretrain", strategy, weights, gains, number, config.local_steps, batch)
+            batch = self.batches.pretrain[curriculum.index_at(self.recipe, step)]
+            travels, stays = _parted(self.recipe, weights)
+            weights = self._train_round(
+                "pretrain",
+                FedAvg("pretrain", travels),
+                travels,
+                gains,
+                number,
+                config.local_steps,
+                batch,
+                # Once in a run or its resumption: a site may have lost what it would derive the teacher from.
+                once=stays if step and number == done else None,
+                finish=functools.partial(_with_teacher, self.recipe, step + config.local_steps, weights),
+            )
         return weights
 
     def _train_round(
@@ -276,9 +289,13 @@ class Run:
         number: int,
         steps: int,
         batch: int,
+        *,
+        once: dict[str, Tensor] | None = None,
+        finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
+        """Ask for a round and commit what `finish` makes of its mean.  `once` is sent beside `weights`."""
         started, replies = time.monotonic(), []
-        requests = self._requests(phase, weights, number, steps, batch)
+        requests = self._requests(phase, weights | (once or {}), number, steps, batch)
         taken = range(number * steps, (number + 1) * steps)
         pace = checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase)
         for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
@@ -296,12 +313,12 @@ class Run:
                     "history": curve,
                 }
             )
-        weights = strategy.result()
+        weights = finish(strategy.result())
         self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
         return weights
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The backbone that goes on: the teacher where it travels, else the student (DINOv2 keeps the teacher)."""
+        """The backbone that goes on: the teacher where there is one for all, else the student (DINOv2: the teacher)."""
         if weights is None:
             weights = curriculum.with_grid(
                 initial_weights(self.recipe), self.recipe.position_px // self.recipe.student.patch_size
@@ -370,6 +387,21 @@ class Run:
             with _blaming(member, "evaluate"):
                 results += checks.check_results(reply, member, self.findings)
         return results
+
+
+def _parted(recipe: Recipe, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What travels each round, and what stays: the teacher that every site derives by itself."""
+    if recipe.teacher.policy != "rederive":
+        return weights, {}
+    stays = {name: tensor for name, tensor in weights.items() if name.startswith("teacher.")}
+    return {name: tensor for name, tensor in weights.items() if name not in stays}, stays
+
+
+def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A round's mean, with the teacher at its end (global step `step`) where it stays: as every site derives it."""
+    if recipe.teacher.policy != "rederive":
+        return mean
+    return mean | teacher.rederived(recipe, step, before, curriculum.enter(mean, recipe, step))
 
 
 @contextmanager

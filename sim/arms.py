@@ -52,7 +52,11 @@ class Plan:
     def arm_recipe(self, arm: str) -> Recipe:
         """What an arm is trained by: the floors without pretraining, a lone site without the evaluation."""
         out = {"federated": (), "random": ("pretrain",), "shuffled": ("pretrain",)}.get(arm, ("evaluate",))
-        return changed(self.recipe, phases=tuple(phase for phase in self.recipe.phases if phase not in out))
+        phases = tuple(phase for phase in self.recipe.phases if phase not in out)
+        teacher = self.recipe.teacher
+        if arm not in FEDERATED_ARMS and teacher.policy == "rederive":
+            teacher = changed(teacher, policy="average")  # a lone site has its teacher: there is nothing to derive
+        return changed(self.recipe, phases=phases, teacher=teacher)
 
     def arm_roster(self, arm: str) -> list[str]:
         """The sites that take part in an arm's run, as its journal names them."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from chexfound import errors
-from chexfound.errors import ChexfoundError, ConfigError, DataError, Problems
+from chexfound.errors import CheckpointError, ChexfoundError, ConfigError, DataError, Problems, StateError
 
 
 def test_each_kind_has_its_own_exit_code_and_word():
@@ -18,7 +18,8 @@ def test_each_kind_has_its_own_exit_code_and_word():
         7: "site",
         8: "storage",
     }
-    assert errors.CODES == {kind.code: kind for kind in kinds}
+    assert errors.CODES == {kind.code: kind for kind in [*kinds, StateError]}
+    assert StateError.exit_code == CheckpointError.exit_code
 
 
 def test_the_table_in_the_docstring_is_the_truth():

@@ -1,72 +1,67 @@
-"""Multi-crop and photometry on grey uint8, one affine warp a crop (OpenCV).
+"""Multi-crop and photometry on grey uint8 by OpenCV: one affine warp and one table a crop.
 
-Adapted to X-rays: no colour, no solarisation; gamma instead of brightness and contrast, which the
-z-score at the model's input would undo.
+What is done to which crop is drawn in `crops.py`; `augment_torch.py` renders the same plans on a device.
+OpenCV lets go of the interpreter while it works, so threads may render parts of a batch.
 """
 
 from __future__ import annotations
 
-import math
-
 import cv2
 import numpy as np
 
+from chexfound.data import crops
+from chexfound.data.crops import CropPlan
 from chexfound.schema import Crops
 
 cv2.setNumThreads(1)  # many small warps: threads cost more than they give, and sites share the cores
 
+_WARP = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
-def crop(
-    image: np.ndarray, size: int, scale: tuple[float, float], config: Crops, rng: np.random.Generator
-) -> np.ndarray:
-    """A random resized crop (Szegedy et al. 2015), rotated, flipped and with another gamma.
+
+def render(images: np.ndarray, plan: CropPlan, out: np.ndarray | None = None) -> np.ndarray:
+    """Cut the crops of a plan out of its images.
 
     Args:
-        image: uint8 (H, W).
-        size: side of the result in pixels.
-        scale: range of the crop's share of the image's area; its aspect ratio is 3/4 to 4/3 as far
-            as such a crop fits into the image.
-        config: rotation, flip, gamma and blur.
-        rng: the stream that all is drawn from.
+        images: uint8 (B, H, W).
+        plan: of as many images.
+        out: uint8 (V, B, s, s) to write into; each crop must be contiguous.
+
+    Returns:
+        uint8 (V, B, s, s).
     """
-    height, width = image.shape
-    area = max(rng.uniform(*scale) * height * width, 1.0)
-    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    aspect = min(max(aspect, area / height**2), width**2 / area)  # what fits, so that the area is as drawn
-    crop_w, crop_h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
-    center_x = crop_w / 2 + rng.uniform() * (width - crop_w)
-    center_y = crop_h / 2 + rng.uniform() * (height - crop_h)
-    angle = math.radians(rng.uniform(-config.rotation_deg, config.rotation_deg))
-    flip = -1.0 if rng.uniform() < config.horizontal_flip else 1.0
-    # The inverse map: a pixel of the result to its place in the image, pixel centres at + 0.5.
-    scale_x, scale_y = flip * crop_w / size, crop_h / size
-    cos, sin = math.cos(angle), math.sin(angle)
-    matrix = np.array([[cos * scale_x, -sin * scale_y, 0.0], [sin * scale_x, cos * scale_y, 0.0]])
-    middle = np.array([size / 2 - 0.5, size / 2 - 0.5])
-    matrix[:, 2] = (center_x - 0.5, center_y - 0.5) - matrix[:, :2] @ middle
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    result = cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    if config.jitter:
-        gamma = math.exp(rng.uniform(-config.jitter, config.jitter) * 2)
-        table = (255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8)
-        result = cv2.LUT(result, table)
-    if config.blur and rng.uniform() < config.blur:
-        result = cv2.GaussianBlur(result, (0, 0), sigmaX=rng.uniform(0.1, 2.0))
+    result = np.empty(plan.shape, np.uint8) if out is None else out
+    for view, image in np.ndindex(plan.shape[:2]):
+        _render(images[image], plan, view, image, result[view, image])
     return result
+
+
+def _render(image: np.ndarray, plan: CropPlan, view: int, place: int, crop: np.ndarray) -> None:
+    """Write one crop; each step works in place."""
+    size = (plan.size, plan.size)
+    cv2.warpAffine(image, plan.affine[view, place], size, crop, flags=_WARP, borderMode=cv2.BORDER_REPLICATE)
+    if plan.tables is not None:
+        cv2.LUT(crop, plan.tables[view, place], crop)
+    if plan.detail is not None:
+        sigma, gain = plan.detail[view, place]
+        cv2.addWeighted(crop, gain, cv2.GaussianBlur(crop, (0, 0), sigmaX=sigma), 1 - gain, 0, crop)
+    if sigma := plan.blur[view, place]:
+        cv2.GaussianBlur(crop, (0, 0), sigmaX=sigma, dst=crop)
+    if plan.noise is not None and plan.noise_from is not None:
+        top, left = plan.noise_from[view, place]
+        noise = crops.noise_field(plan.size)[top : top + plan.size, left : left + plan.size]
+        crop[...] = np.rint(crop + plan.noise[view, place] * noise).clip(0, 255)
 
 
 def multi_crop(images: np.ndarray, config: Crops, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Global and local crops of a batch: uint8 (B, H, W) to (2·B, g, g) and (L·B, l, l), view by view."""
-    groups = []
-    for number, size, scale in (
-        (2, config.global_crops_size, config.global_crops_scale),
-        (config.local_crops_number, config.local_crops_size, config.local_crops_scale),
-    ):
-        crops = [crop(image, size, scale, config, rng) for _ in range(number) for image in images]
-        groups.append(np.stack(crops) if crops else np.empty((0, size, size), np.uint8))
-    return groups[0], groups[1]
+    n_images, height, width = images.shape
+    plans = crops.draw_multi_crop(config, n_images, height, width, rng)
+    global_crops, local_crops = (render(images, plan).reshape(-1, plan.size, plan.size) for plan in plans)
+    return global_crops, local_crops
 
 
 def gentle(images: np.ndarray, config: Crops, rng: np.random.Generator) -> np.ndarray:
-    """One view of each image for training a head, at the image's own size: uint8 (B, H, W)."""
-    return np.stack([crop(image, image.shape[0], (0.75, 1.0), config, rng) for image in images])
+    """One view of each image for training a head, at the image's own size: uint8 (B, H, H)."""
+    n_images, height, width = images.shape
+    views: np.ndarray = render(images, crops.draw_gentle(config, n_images, height, width, rng))[0]
+    return views

@@ -19,10 +19,11 @@ class EndlessSampler:
         self._cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if self._cached[0] != epoch:
-            generator = rng.numpy_generator(*self.stream, "permutation", epoch)
-            self._cached = (epoch, generator.permutation(self.n_images))
-        return self._cached[1]
+        cached, permutation = self._cached  # together: another thread may put another epoch there
+        if cached != epoch:
+            permutation = rng.numpy_generator(*self.stream, "permutation", epoch).permutation(self.n_images)
+            self._cached = (epoch, permutation)
+        return permutation
 
     def batch(self, step: int) -> np.ndarray:
         """Positions in 0 … n_images − 1 of the images of a global step: (batch_size,)."""

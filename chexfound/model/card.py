@@ -62,10 +62,11 @@ def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mappi
         seconds=", ".join(f"{name} {value}" for name, value in metrics["seconds"].items()),
         sha256=metrics["model_sha256"][arm],
     )
-    return head + "".join(_row(row) for row in metrics["results"] if row["arm"] == arm)
+    return head + "".join(result_row(row) for row in metrics["results"] if row["arm"] == arm)
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def result_row(row: Mapping[str, Any]) -> str:
+    """A line of the table of results, of a row of metrics.json."""
     if row["auroc"] is None:
         figure = f"– ({row['reason']})"
     else:

@@ -188,13 +188,16 @@ class VisionTransformer(nn.Module):
         config: architecture.
         input_config: normalisation of the input.
         grid: side of the position grid, in patches, that the parameters are made for.
+        dims: width, depth, attention heads, where they are not those of `config.arch` (weights from elsewhere).
 
     Source: Dosovitskiy et al. 2021; parameters named as in DINOv2, inside blocks as in timm.
     """
 
-    def __init__(self, config: Student, input_config: Input, grid: int) -> None:
+    def __init__(
+        self, config: Student, input_config: Input, grid: int, dims: tuple[int, int, int] | None = None
+    ) -> None:
         super().__init__()
-        dim, depth, heads = ARCHS[config.arch]
+        dim, depth, heads = dims or ARCHS[config.arch]
         self.config, self.input_config, self.grid = config, input_config, grid
         self.embed_dim, self.depth, self.patch_size = dim, depth, config.patch_size
         self.normalize = Normalize(input_config, config.in_chans)

@@ -11,11 +11,14 @@ import functools
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from chexfound.model.vit import resize_positions
 from chexfound.recipe import changed
 from chexfound.schema import Recipe, Stage
+
+OF_A_STAGE = "queue."  # names of state that does not outlive its stage: another batch, seen at another size
 
 
 def at(recipe: Recipe, step: int) -> tuple[Recipe, int]:
@@ -84,7 +87,9 @@ def enter(tensors: Mapping[str, Tensor], recipe: Recipe, step: int) -> dict[str,
 
     The squares of Adam's moments stay above 0.  A state that fits is given back as it is.
     """
-    stage, _ = at(recipe, step)
+    stage, number = at(recipe, step)
+    if not number:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OF_A_STAGE)}
     return with_grid(tensors, stage.crops.global_crops_size // stage.student.patch_size)
 
 
@@ -95,5 +100,10 @@ def with_grid(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
         parameter = name.removesuffix(".exp_avg_sq").removesuffix(".exp_avg")
         if parameter == "pos_embed" or parameter.endswith(".pos_embed"):
             resized = resize_positions(tensor, grid, grid)
-            result[name] = resized.clamp_min(0) if name.endswith(".exp_avg_sq") else resized
+            result[name] = resized
+            if name.endswith(".exp_avg_sq") and resized is not tensor:
+                # Moments of one gradient keep m² ≤ v times a number from 1 up (server/checks.py); each resized
+                # alone, they would not.
+                mean = resize_positions(tensors.get(f"{parameter}.exp_avg", torch.zeros_like(tensor)), grid, grid)
+                result[name] = torch.maximum(resized, mean.square())
     return result

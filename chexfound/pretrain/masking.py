@@ -12,7 +12,12 @@ def block_mask(rows: int, columns: int, n_masked: int, rng: np.random.Generator)
 
     Rectangles are drawn with an area of at least 4 cells (less when fewer are wanted) and an aspect
     ratio of 0.3 to 1/0.3, then rounded to whole cells; when none fits any more, fewer cells than
-    asked are returned.
+    asked are returned (1 mask in 100 on the grids of the paper, and then a few).
+
+    The only bound of one rectangle is what is still missing.  DINOv2 has another: half of the grid, computed
+    left to right as `0.5 * px // 16 * px // 16`, which is half on even grids but 210 of 441 cells at 336 px
+    where half is 220.  It bounds a rectangle, not the mask, and nothing is ever asked beyond half of the
+    grid by the usual ratios; so leaving it out changes one draw in hundreds, at 336 px only.
     """
     mask = np.zeros((rows, columns), dtype=bool)
     low, high = math.log(0.3), math.log(1 / 0.3)

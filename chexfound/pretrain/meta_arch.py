@@ -35,10 +35,6 @@ class Batch:
         """B."""
         return len(self.global_crops) // 2
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
-
 
 def build_student(recipe: Recipe) -> nn.ModuleDict:
     """Backbone and both heads of a stage, with fresh weights from torch's global generator."""
@@ -68,8 +64,13 @@ class SSLMetaArch(nn.Module):
     """The self-supervised model of one site, or of the pooled data, in one stage of the curriculum.
 
     Buffers `dino_center` and `ibot_center` (1, K) are used, and moved, by softmax centering only.
+    `queue` (rows, bottleneck) holds the teacher's CLS tokens, as its head's prototypes see them, of the
+    last `train.sinkhorn_queue` batches, the oldest first: a small batch of one scanner cannot use K
+    prototypes equally, many batches can (Caron et al. 2020, 3.2).  Only for DINO: iBOT has several
+    times the rows in a batch.
     """
 
+    queue: Tensor
     dino_center: Tensor
     ibot_center: Tensor
 
@@ -81,6 +82,8 @@ class SSLMetaArch(nn.Module):
         self.register_buffer("dino_center", torch.zeros(1, recipe.dino.head_n_prototypes))
         self.register_buffer("ibot_center", torch.zeros(1, recipe.ibot.head_n_prototypes))
         self._means: dict[str, Tensor] = {}  # of the last step's teacher logits, by centre
+        self.register_buffer("queue", torch.zeros(0, recipe.dino.head_bottleneck_dim), persistent=False)
+        self._seen: Tensor | None = None  # the last step's rows, which the queue takes up once the step is done
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Set the student's mode; the teacher always evaluates."""
@@ -90,13 +93,16 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Teacher ← m · teacher + (1 − m) · student; softmax centering's centres follow the last step's logits."""
+        """Teacher ← m · teacher + (1 − m) · student; centres and queue take up what the last step saw."""
         torch._foreach_lerp_(
             list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
         )
         for name, mean in self._means.items():
             getattr(self, name).lerp_(mean, 1 - CENTER_MOMENTUM)
         self._means.clear()
+        if self._seen is not None:
+            rows = self.recipe.train.sinkhorn_queue * len(self._seen)
+            self.queue, self._seen = torch.cat([self.queue, self._seen])[-rows:], None
 
     @torch.no_grad()
     def _targets(self, logits: Tensor, center: str, temp: float) -> Tensor:
@@ -111,10 +117,14 @@ class SSLMetaArch(nn.Module):
         """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
         output = _features(self.teacher, batch.global_crops)
         first, second = output["x_norm_clstoken"].chunk(2)
-        cls = self.teacher["dino_head"](torch.cat([second, first]))
+        head = cast(DINOHead, self.teacher["dino_head"])
+        rows = head.bottleneck(torch.cat([second, first]))
+        cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
+        if self.training and self.recipe.train.sinkhorn_queue:
+            self._seen = rows.float()
         patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
         ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
-        return self._targets(cls, "dino_center", temp), ibot
+        return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss that is back-propagated, and its parts for display.

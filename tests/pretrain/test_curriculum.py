@@ -9,6 +9,7 @@ from chexfound import recipe as recipes
 from chexfound.errors import ConfigError
 from chexfound.model import checkpoint
 from chexfound.model.checkpoint import load_tensors
+from chexfound.model.vit import resize_positions
 from chexfound.pretrain import curriculum, schedules
 from chexfound.pretrain.train import Pretrainer, initial_weights
 
@@ -119,6 +120,20 @@ def test_positions_are_interpolated_and_the_teacher_kept(staged, images):
     assert [row["step"] for row in rows] == list(range(12, 18))
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert curriculum.enter(after.state(), staged, 15).keys() == state.keys()
+
+
+def test_resized_moments_are_moments_still(small):
+    """m² ≤ 5.5 · v of Adam's (0.9, 0.99), which the coordinator holds every reply to; resized alone they are not."""
+    recipe = small(curriculum=({"rounds": 1, "global_crops_size": 48, "local_crops_size": 16},))
+    lots = torch.Generator().manual_seed(0)
+    mean = torch.randn(1, 1 + 4, 24, generator=lots) * torch.rand(1, 1 + 4, 1, generator=lots) ** 8
+    name = "optimizer.backbone.pos_embed."
+    moments = curriculum.enter({f"{name}exp_avg": mean, f"{name}exp_avg_sq": mean.square()}, recipe, 12)
+    one, square = moments[f"{name}exp_avg"], moments[f"{name}exp_avg_sq"]
+    assert one.shape == square.shape == (1, 1 + 9, 24)
+    assert (one.square() <= square).all()
+    alone = resize_positions(mean.square(), 3, 3)
+    assert (one.square() > 5.5 * alone.clamp_min(0)).any()
 
 
 def test_a_state_of_the_stage_itself_is_left_alone(staged, images):

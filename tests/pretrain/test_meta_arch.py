@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from chexfound.pretrain import losses
+from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import Batch, SSLMetaArch
-from chexfound.pretrain.train import make_batch
 from chexfound.schema import Recipe
 
 TEMP = 0.05
