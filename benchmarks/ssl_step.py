@@ -45,6 +45,7 @@ from chexfound.data.store import Store
 from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.machine import benchmark_line
 from chexfound.model import checkpoint
+from chexfound.model.weights.published import backbone_names
 from chexfound.pretrain import schedules
 from chexfound.pretrain.batches import Batches, make_batch
 from chexfound.pretrain.meta_arch import Batch
@@ -54,6 +55,14 @@ from chexfound.schema import ARCHS, Recipe
 PX = 256  # of the stored images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOLERANCE = 0.02  # relative difference of the loss
+PHOTOMETRY = {  # DINOv2's, as far as it means something on grey
+    "rotation_deg": 0.0,
+    "jitter": 0.0,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "blur": (1.0, 0.1, 0.5),
+    "solarize": 0.2,
+}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
     "H100 PCIe": 756,
@@ -190,20 +199,22 @@ def our_recipe(config: dict[str, Any], batch: int, precision: str, drop_path: fl
     for head in ("dino", "ibot"):
         values[head] |= {"head_centered": False, "head_norm_last_layer": False}
     values["train"] |= {"rounds": 500, "local_steps": 2, "pooled_batch_size": batch, "optimizer_state": "local"}
+    values["crops"] |= PHOTOMETRY
     values["input"] = {"normalization": "mean_std", "mean": list(MEAN), "std": list(STD)}
     values["compute_precision"] = {"param_dtype": precision}
     values |= {"name": "ssl_step", "image_px": PX}
     return recipes.validate(values, "ssl_step")
 
 
-def our_name(published: str) -> str:
-    """`student.backbone.blocks.<chunk>.<index>.mlp.w12.…`, or without a chunk, as our modules call it."""
-    parts = published.split(".")
-    if "blocks" in parts:
-        place = parts.index("blocks") + 1
-        if parts[place + 1].isdigit():
-            del parts[place]
-    return ".".join({"w12": "fc1", "w3": "fc2"}.get(part, part) for part in parts)
+def our_weights(published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Student and teacher as published, under our modules' names."""
+    result = {}
+    for who in ("student.", "teacher."):
+        tensors = checkpoint.with_prefix(published, who)
+        backbone = backbone_names(checkpoint.with_prefix(tensors, "backbone."))
+        heads = {name: tensor for name, tensor in tensors.items() if not name.startswith("backbone.")}
+        result |= checkpoint.add_prefix(heads | checkpoint.add_prefix(backbone, "backbone."), who)
+    return result
 
 
 @dataclass
@@ -227,9 +238,8 @@ class Ours:
         self.batch_size = batches[0].size
         self.trainer = Pretrainer(recipe, images.pixels, len(images.ids), 0)
         model = self.trainer.model
-        tensors = {our_name(name): tensor for name, tensor in weights.items()}
         expected = [name for name in model.state_dict() if name.startswith(("student.", "teacher."))]
-        checkpoint.load_tensors(model, tensors, expected)
+        checkpoint.load_tensors(model, our_weights(weights), expected)
         model.train()
         self.steps = 0
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chexfound.pretrain import schedules
+from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch
-from chexfound.pretrain.train import Pretrainer, make_batch
+from chexfound.pretrain.train import Pretrainer
 from chexfound.schema import ARCHS, Recipe
 
 Weights = dict[str, Tensor]
