@@ -33,6 +33,7 @@ from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Adapt, Recipe, Train
 from server import checks
 from server.exchange import Exchange, Member
+from server.health import Watch
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
@@ -201,6 +202,7 @@ class Run:
         started: float,
         replies: list[Event],
         sent: int,
+        told: Event,
     ) -> None:
         """Put a round's weights on the disk, then the round into the journal, then drop the round before."""
         path = self.folder / "rounds" / f"{phase}-{number:06d}.safetensors"
@@ -216,6 +218,7 @@ class Run:
                 "seconds": round(time.monotonic() - started, 3),
                 "bytes": {"down": sent, "up": received},
                 "sites": replies,
+                **told,
             }
         )
         for old in self.folder.glob(f"rounds/{phase}-*.safetensors"):
@@ -261,6 +264,7 @@ class Run:
                 _load_backbone(weights, self.backbone)
         assert self.batches is not None
         gains = _frozen_gains(self.recipe, weights)
+        self.watch = Watch(self.recipe, self._rounds("pretrain"))
         for number in range(done, self.recipe.pretrain_rounds):
             step = number * config.local_steps
             weights = curriculum.enter(weights, self.recipe, step)
@@ -314,7 +318,9 @@ class Run:
                 }
             )
         weights = finish(strategy.result())
-        self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
+        told = {"health": self.watch.look(number, taken.start, replies)} if phase == "pretrain" else {}
+        sent = len(requests) * wire.payload_bytes(requests[0].tensors)
+        self._commit(phase, number, weights, started, replies, sent, told)
         return weights
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
 from chexfound.journal import replace_file
+from chexfound.pretrain import ranks
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -99,4 +100,4 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[s
     check_fit(state, tensors, expected)
     with torch.no_grad():
         for name in expected:
-            state[name].copy_(tensors[name])
+            state[name].copy_(ranks.placed(tensors[name], state[name]))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chexfound.errors import ConfigError
+from chexfound.pretrain import ranks
 
 
 def init_linear(layer: nn.Linear, init: str) -> None:
@@ -43,8 +44,8 @@ class DINOHead(nn.Module):
     """MLP, bottleneck, L2 normalisation, prototypes (Caron et al. 2021).
 
     Args:
-        centered: subtract the mean over the tokens of the call before normalising.  A batch from one
-            scanner shares a large common component; without it the CLS loss can rest at log K.
+        centered: subtract the mean over the tokens of the call (of all GPUs of a site) before normalising.
+            A batch from one scanner shares a large common component; without it the CLS loss can rest at log K.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class DINOHead(nn.Module):
     def bottleneck(self, x: Tensor) -> Tensor:
         """(N, D) to (N, bottleneck) of length 1: what the prototypes are compared with."""
         x = self.mlp(x)
-        if self.centered and len(x) > 1:
-            x = x - x.mean(dim=0, keepdim=True)
+        if self.centered and ranks.total(len(x)) > 1:
+            x = x - ranks.mean_row(x)
         return F.normalize(x, dim=-1, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
