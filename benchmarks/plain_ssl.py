@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from ssl_engine import Engine, autocast
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode, v2
 
 from chexfound.schema import ARCHS
@@ -269,7 +269,7 @@ class Plain(Engine):
 
     def sample(self, file: str) -> Any:
         """Crops: two global, then the local ones."""
-        image = decode_image(file, ImageReadMode.RGB)
+        image = v2.functional.pil_to_tensor(Image.open(file).convert("RGB"))
         return [augment(image) for augment in self.augmentations]
 
     def collate(self, samples: list[Any]) -> Any:

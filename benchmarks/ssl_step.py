@@ -20,6 +20,7 @@ bfloat16; `ssl_step_alone_bf16_both` has the rival under bfloat16 autocast as we
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -44,6 +45,7 @@ from chexfound.data.store import Store
 from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.machine import benchmark_line
 from chexfound.model import checkpoint
+from chexfound.model.weights.published import backbone_names
 from chexfound.pretrain import schedules
 from chexfound.pretrain.batches import Batches, make_batch
 from chexfound.pretrain.meta_arch import Batch
@@ -53,6 +55,14 @@ from chexfound.schema import ARCHS, Recipe
 PX = 256  # of the stored images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOLERANCE = 0.02  # relative difference of the loss
+PHOTOMETRY = {  # DINOv2's, as far as it means something on grey
+    "rotation_deg": 0.0,
+    "jitter": 0.0,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "blur": (1.0, 0.1, 0.5),
+    "solarize": 0.2,
+}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
     "H100 PCIe": 756,
@@ -189,20 +199,22 @@ def our_recipe(config: dict[str, Any], batch: int, precision: str, drop_path: fl
     for head in ("dino", "ibot"):
         values[head] |= {"head_centered": False, "head_norm_last_layer": False}
     values["train"] |= {"rounds": 500, "local_steps": 2, "pooled_batch_size": batch, "optimizer_state": "local"}
+    values["crops"] |= PHOTOMETRY
     values["input"] = {"normalization": "mean_std", "mean": list(MEAN), "std": list(STD)}
     values["compute_precision"] = {"param_dtype": precision}
     values |= {"name": "ssl_step", "image_px": PX}
     return recipes.validate(values, "ssl_step")
 
 
-def our_name(published: str) -> str:
-    """`student.backbone.blocks.<chunk>.<index>.mlp.w12.…`, or without a chunk, as our modules call it."""
-    parts = published.split(".")
-    if "blocks" in parts:
-        place = parts.index("blocks") + 1
-        if parts[place + 1].isdigit():
-            del parts[place]
-    return ".".join({"w12": "fc1", "w3": "fc2"}.get(part, part) for part in parts)
+def our_weights(published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Student and teacher as published, under our modules' names."""
+    result = {}
+    for who in ("student.", "teacher."):
+        tensors = checkpoint.with_prefix(published, who)
+        backbone = backbone_names(checkpoint.with_prefix(tensors, "backbone."))
+        heads = {name: tensor for name, tensor in tensors.items() if not name.startswith("backbone.")}
+        result |= checkpoint.add_prefix(heads | checkpoint.add_prefix(backbone, "backbone."), who)
+    return result
 
 
 @dataclass
@@ -226,9 +238,8 @@ class Ours:
         self.batch_size = batches[0].size
         self.trainer = Pretrainer(recipe, images.pixels, len(images.ids), 0)
         model = self.trainer.model
-        tensors = {our_name(name): tensor for name, tensor in weights.items()}
         expected = [name for name in model.state_dict() if name.startswith(("student.", "teacher."))]
-        checkpoint.load_tensors(model, tensors, expected)
+        checkpoint.load_tensors(model, our_weights(weights), expected)
         model.train()
         self.steps = 0
 
@@ -286,6 +297,7 @@ class Remote:
         except BrokenPipeError:
             pass
         if not answer:
+            self.close()
             tail = "\n".join(self.log.read_text().splitlines()[-15:])
             raise ConfigError(f"--rival: the checkout does not run on this machine; its last words:\n{tail}")
         return json.loads(answer)
@@ -294,9 +306,11 @@ class Remote:
         return lambda *arguments: self._ask([method, *arguments])
 
     def close(self) -> None:
-        """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """Let it end: it does at the end of its input."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
         self.process.wait(timeout=60)
 
 
@@ -494,9 +508,10 @@ def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
 
     A linear layer takes 2 · rows · in · out; attention 4 · N² · D a sequence of N tokens.  A block has
     3·D² (qkv), D² (projection) and 3·D·H (SwiGLU of hidden width H).  The student runs forward and
-    backward (three times the forward pass) on 2 global and L local crops, the teacher forward on the
-    global ones.  The DINO head sees all student CLS tokens, the iBOT head the masked patches.  Drop path
-    by subset computes a share (1 − rate) of the student's blocks; nothing counts that is recomputed.
+    backward (three times the forward pass; the stem twice, as nobody takes the pixels' gradient) on
+    2 global and L local crops, the teacher forward on the global ones.  The DINO head sees all student
+    CLS tokens, the iBOT head the masked patches.  Drop path by subset computes a share (1 − rate) of the
+    student's blocks; nothing counts that is recomputed.
     """
     student, crops = config["student"], config["crops"]
     dim, depth, _ = ARCHS[student["arch"]]
@@ -507,18 +522,19 @@ def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
         inner = (section["head_nlayers"] - 2) * wide * wide
         return 2 * rows * (dim * wide + inner + wide * narrow + narrow * section["head_n_prototypes"])
 
-    def backbone(images: int, px: int, kept: float) -> float:
-        patches = (px // student["patch_size"]) ** 2
-        tokens = patches + 1 + student["num_register_tokens"]
-        block = 2 * tokens * (4 * dim * dim + 3 * dim * hidden) + 4 * tokens**2 * dim
-        return images * (2 * patches * 3 * student["patch_size"] ** 2 * dim + depth * kept * block)
+    def stem(images: int, px: int) -> float:
+        return images * 2 * (px // student["patch_size"]) ** 2 * 3 * student["patch_size"] ** 2 * dim
 
-    big, small, views = crops["global_crops_size"], crops["local_crops_size"], crops["local_crops_number"]
-    heads = head(2 * batch, config["dino"]) + head(masked, config["ibot"])
-    kept = 1 - student["drop_path_rate"]
-    forward = backbone(2 * batch, big, kept) + backbone(views * batch, small, kept)
-    forward += heads + head(views * batch, config["dino"])
-    return 3 * forward + backbone(2 * batch, big, 1.0) + heads
+    def blocks(images: int, px: int) -> float:
+        tokens = (px // student["patch_size"]) ** 2 + 1 + student["num_register_tokens"]
+        return images * depth * (2 * tokens * (4 * dim * dim + 3 * dim * hidden) + 4 * tokens**2 * dim)
+
+    big = 2 * batch, crops["global_crops_size"]
+    small = crops["local_crops_number"] * batch, crops["local_crops_size"]
+    heads = head(big[0], config["dino"]) + head(masked, config["ibot"])
+    teacher = stem(*big) + blocks(*big) + heads
+    learnt = (1 - student["drop_path_rate"]) * (blocks(*big) + blocks(*small)) + heads + head(small[0], config["dino"])
+    return teacher + 3 * learnt + 2 * (stem(*big) + stem(*small))
 
 
 def cuda(options: argparse.Namespace) -> Iterator[Line]:
