@@ -7,15 +7,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from chexfound import __version__
+from chexfound import __version__, weights_cli
 from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.pretrain import command
+from chexfound.pretrain.environment import wait_for_first
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(
         prog="chexfound",
-        description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, draw reports.",
+        description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, pretrain, "
+        "draw reports, import and export weights.",
         epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), "
         "flwr run (the coordinator).",
     )
@@ -44,9 +47,21 @@ def parser() -> argparse.ArgumentParser:
     add("--toml", metavar="FILE", help="write the run-config file there instead of showing the recipe")
     recipe.set_defaults(run=_recipe)
 
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain on one store, on one GPU or on several, without a federation",
+        description=command.DESCRIPTION,
+        epilog=command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_options(pretrain)
+    pretrain.set_defaults(run=command.run)
+
     report = commands.add_parser("report", help="draw report.html from a run's folder")
     report.add_argument("folder", metavar="DIR", help="of a simulation or of a deployed run; holds metrics.json")
     report.set_defaults(run=_report)
+
+    weights_cli.add(commands)
     return result
 
 
@@ -125,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nStopped; nothing was left half-written.", file=sys.stderr)
         return 130
     except ChexfoundError as error:
+        wait_for_first()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return code

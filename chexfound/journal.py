@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,31 @@ def replace_file(path: Path) -> Iterator[Path]:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; when the block ends well, that folder takes its place.
+
+    Raises: ConfigError if there is a file, or a folder that is not empty; StorageError.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; give a new folder")
+    with storage(path):
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(f"{path}: the folder is not empty; give a new one, or empty it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        with storage(path):
+            os.chmod(temporary, 0o777 & ~_umask())
+            _sync_folder(temporary)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

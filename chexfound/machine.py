@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from chexfound.errors import ConfigError
+
 # What a run's bits and figures may depend on.
 RUN_PACKAGES = (
     "federated-chexfound",
@@ -54,6 +56,39 @@ def device() -> str:
     import torch
 
     return os.environ.get("CHEXFOUND_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpus(asked: str | int | None = None) -> int:
+    """How many GPUs a site trains on: as asked ("all" of them), else $CHEXFOUND_GPUS, else 1.
+
+    With $CHEXFOUND_DEVICE=cpu it is as many processes without a GPU.
+
+    Raises: ConfigError if it is no such number, or the machine has fewer.
+    """
+    text = str(asked if asked not in (None, "") else os.environ.get("CHEXFOUND_GPUS") or 1).strip()
+    if text == "1":
+        return 1
+    if text != "all" and not (text.isascii() and text.isdigit() and 0 < int(text) <= 1024):
+        raise ConfigError(f"gpus {text!r}: give a number of GPUs of this machine, or all")
+    if not device().startswith("cuda"):
+        if "CHEXFOUND_DEVICE" not in os.environ:
+            check_gpus(1 if text == "all" else int(text))
+        return 1 if text == "all" else int(text)
+    import torch
+
+    number = torch.cuda.device_count() if text == "all" else int(text)
+    check_gpus(number)
+    return number
+
+
+def check_gpus(number: int) -> None:
+    """Raise ConfigError if the machine has fewer GPUs than that."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if number > found:
+        there = f"there are {found}" if found > 1 else "there is one" if found else "there is none that PyTorch can use"
+        raise ConfigError(f"{number} GPUs are asked for, but {there} in this machine; give --gpus {max(found, 1)}")
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ everything that a later request stands on is written, atomically, before the rep
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import shutil
 from collections.abc import Callable
@@ -27,14 +28,16 @@ from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
 from chexfound.data.split import View
 from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
-from chexfound.journal import write_json
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
-from chexfound.pretrain import curriculum, teacher
-from chexfound.pretrain.train import Pretrainer
+from chexfound.pretrain import curriculum, ranks, saves, teacher, watch
+from chexfound.pretrain.probe import Probe
+from chexfound.pretrain.train import DTYPES, Pretrainer
 from chexfound.schema import Recipe
 
+log = logging.getLogger("chexfound.site")
+log.addHandler(logging.NullHandler())  # whoever runs the site shows its log; a simulation has its own display
 ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -68,12 +71,14 @@ class Site:
     Args:
         shuffle_labels: permute the training labels by patient (the floor that tells how much of a
             score comes from no anatomy at all); only the simulation sets it.
+        gpus: how many of the machine's GPUs it pretrains on, or "all"; empty: as $CHEXFOUND_GPUS says.
     """
 
     view: View
     home: Path
     shuffle_labels: bool = False
     progress: Progress | None = None
+    gpus: str = ""
     _warm: dict[str, Any] = field(default_factory=dict)  # what the disk holds too, kept in memory between rounds
 
     @property
@@ -154,7 +159,11 @@ def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
 
 
 def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
-    """K local steps of DINO + iBOT + KoLeo from the coordinator's student."""
+    """K local steps of DINO + iBOT + KoLeo from the coordinator's student, on one GPU or on several."""
+    if ranks.size() == 1 and (gpus := machine.gpus(site.gpus)) > 1:
+        from chexfound.pretrain import rank
+
+        return rank.ask_all(site, recipe, request, gpus)  # each of them comes by here again
     ids = site.training_ids(recipe)
     store = site.view.store
     trainer = Pretrainer(
@@ -174,15 +183,21 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     # What every site and the coordinator knows of this round, and the next teacher is derived from.
     began = trainer.global_tensors(teacher=True) if recipe.teacher.policy == "rederive" else {}
     progress = site.report("pretrain", request.step, recipe.pretrain_steps)
+    under_way = _saves(site, recipe, request, kept) if recipe.train.saveckp_freq else None
     try:
-        rows = trainer.run(request.step, request.steps, request.batch_size, progress)
+        probe = _probe(site, recipe, request, ids)
+        rows = saves.run(trainer, request.step, request.steps, request.batch_size, progress, under_way, probe)
     except DivergedError as error:
-        raise _kept(site, ids, trainer, error) from error
+        raise saves.diverged(site.home, store, ids, trainer, error) from error
     if not travels:
         _carry(site, recipe, request, trainer.state() | checkpoint.add_prefix(began, "model."))
+    if ranks.first():
+        _warn(site, recipe, request, rows)
     tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
     if recipe.train.optimizer_state == "average":
         tensors |= trainer.moments()
+    if under_way is not None:
+        under_way.clear()
     return Reply(
         tensors=tensors,
         values={"images": len(ids), "state": "travels" if travels else "kept" if kept else "fresh", "history": rows},
@@ -206,16 +221,39 @@ def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Requ
         trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
 
 
-def _kept(site: Site, ids: np.ndarray, trainer: Pretrainer, error: DivergedError) -> DataError:
-    """Save the state before the step that failed, and the files of its batch; say where."""
-    files = [site.view.store.images[ids[place]].file for place in error.places]
-    path = site.home / "diverged" / f"step-{error.step:08d}.safetensors"
-    checkpoint.save(path, trainer.state())
-    write_json(path.with_suffix(".json"), {"step": error.step, "error": str(error), "files": files})
-    named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    return DataError(
-        f"{error}. Its images: {named}; all are listed, and the state before it is saved, in {path.parent}"
+def _probe(site: Site, recipe: Recipe, request: Request, ids: np.ndarray) -> Probe | None:
+    """What looks at the teacher while it trains: the run's findings, or all that the store knows."""
+    config, findings = recipe.health, request.findings or tuple(site.view.store.findings)
+    if not config.eval_period_iterations:
+        return None
+    return Probe(
+        lambda places: site.view.store.pixels(ids[places]),
+        site.training_labels(recipe, findings),
+        site.patients(ids),
+        every=config.eval_period_iterations,
+        limit=config.probe_images,
+        seed=recipe.seed,
+        roster_index=request.roster_index,
+        dtype=DTYPES[recipe.compute_precision.param_dtype],
     )
+
+
+def _warn(site: Site, recipe: Recipe, request: Request, rows: list[dict[str, Any]]) -> None:
+    """Say in the site's own log what begins to ail its training."""
+    path = site.home / "health" / f"{_digest(recipe)}.json"
+    for one in watch.new_symptoms(path, recipe, request.step, rows):
+        log.warning(
+            "event=warning symptom=%s site=%s round=%d seen=%r advice=%r",
+            one.name, site.name, request.round + 1, one.seen, one.advice,
+        )  # fmt: skip
+
+
+def _saves(site: Site, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> saves.Saves:
+    """Where a round keeps its state while it is under way, for a site that dies in it and is asked again."""
+    asked = [request.step, request.steps, request.batch_size, request.roster_index]
+    given = [checkpoint.digest(tensors) for tensors in (request.tensors, kept)]
+    images = [site.view.store.digest(), hashlib.sha256(site.training_ids(recipe).tobytes()).hexdigest()]
+    return saves.Saves(site.home / "saves", saves.key(recipes.to_json(recipe), asked, given, images))
 
 
 def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
@@ -317,7 +355,11 @@ def _backbone(recipe: Recipe, tensors: dict[str, Tensor]) -> vit.VisionTransform
 
 
 def _state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
-    return site.home / "state" / hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16] / phase
+    return site.home / "state" / _digest(recipe) / phase
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16]
 
 
 def _all_travels(recipe: Recipe) -> bool:
@@ -334,7 +376,8 @@ def _all_travels(recipe: Recipe) -> bool:
 def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
     """State as it was at the start of global step `request.step`; nothing at step 0 or if the site has none."""
     if not request.step:
-        shutil.rmtree(_state_folder(site, recipe, request.phase), ignore_errors=True)
+        if ranks.first():
+            shutil.rmtree(_state_folder(site, recipe, request.phase), ignore_errors=True)
         return {}
     path = _state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
     if site._warm.get("path") == path:
@@ -348,6 +391,8 @@ def _carry(site: Site, recipe: Recipe, request: Request, state: dict[str, Tensor
 
     The coordinator may die between our reply and its checkpoint, and then ask for this round again.
     """
+    if not ranks.first():
+        return
     folder = _state_folder(site, recipe, request.phase)
     after = request.step + request.steps
     path = folder / f"{after:08d}.safetensors"

@@ -47,7 +47,9 @@ def torch_stream(*name: int | str) -> Iterator[None]:
     """
     import torch
 
-    with torch.random.fork_rng():
+    # Of a machine's GPUs only the one that is used: to save the others' state would take memory on each.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(*name))
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import os
 import signal
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from chexfound.errors import ChexfoundError, ConfigError, SiteError
 EPILOG = """\
 examples:
   chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure
+  chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure --gpus all
   CHEXFOUND_HOME=/srv/chexfound chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
@@ -55,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         "release; for this machine itself, or a network in which every machine is trusted",
     )
     result.add_argument(
+        "--gpus",
+        metavar="N",
+        help="pretrain on N GPUs of this machine, or on all; the batch that a run gives the site must divide by it "
+        "(default: $CHEXFOUND_GPUS, else 1)",
+    )
+    result.add_argument(
         "--image-px",
         metavar="N",
         type=int,
@@ -86,7 +94,8 @@ def _serve(given: argparse.Namespace) -> int:
     host, port = supernode.parse_address(given.superlink)
     _check_insecure(given.insecure, given.superlink, supernode.is_loopback(host))
     data = Path(given.data).resolve()
-    config = supernode.node_config({"site": name, "data": str(data)})
+    gpus = _gpus(given.gpus)
+    config = supernode.node_config({"site": name, "data": str(data), **({"gpus": gpus} if gpus else {})})
     home = site_home(name)
     with _alone(home, name):
         _take_in(name, data, home, given.image_px)
@@ -100,6 +109,18 @@ def _serve(given: argparse.Namespace) -> int:
         _say(name, "stopped")
         return 130 if child.asked == signal.SIGINT else 0
     raise SiteError(f"flower-supernode ended by itself with exit code {code}; its last lines above say why")
+
+
+def _gpus(asked: str | None) -> str:
+    """The number of GPUs for the node's configuration, empty where nothing asks for one.
+
+    Raises: ConfigError if this machine has fewer.
+    """
+    if not asked and not os.environ.get("CHEXFOUND_GPUS"):
+        return ""
+    from chexfound import machine
+
+    return str(machine.gpus(asked))
 
 
 def _check_insecure(insecure: bool, address: str, loopback: bool) -> None:

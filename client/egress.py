@@ -15,6 +15,7 @@ from flwr.app import Message
 from chexfound import wire
 from chexfound.errors import ChexfoundError, PolicyError, StorageError
 from chexfound.phases import Reply
+from chexfound.pretrain.health import PROBE_FIGURES, STEP_FIGURES, problem
 
 log = logging.getLogger("chexfound.client")
 
@@ -35,9 +36,17 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "evaluate": (),
 }
 
+ROWS: dict[str, frozenset[str]] = {  # of the history
+    "pretrain": frozenset({"step", "loss", "dino", "ibot", "koleo", "log_k", *STEP_FIGURES, *PROBE_FIGURES}),
+    "adapt": frozenset({"step", "loss"}),
+}
+
 
 def admit(phase: str, reply: Reply) -> Reply:
-    """Check a reply against what may leave in this phase: names, and that every number is finite.
+    """Check a reply against what may leave in this phase: names, that every number is finite, and small cells.
+
+    A probe's figures are of a site's own labelled patients; they leave only over `health.FEWEST_IMAGES` images
+    or more, and the row says of how many.
 
     Raises: PolicyError.
     """
@@ -52,7 +61,21 @@ def admit(phase: str, reply: Reply) -> Reply:
         if not bool(torch.isfinite(tensor).all()):
             raise PolicyError(f"{phase}: the tensor {name!r} is not finite")
     _check_numbers(phase, reply.values)
+    if "history" in reply.values:
+        _check_rows(phase, reply.values["history"])
     return reply
+
+
+def _check_rows(phase: str, rows: Any) -> None:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise PolicyError(f"{phase}: the history is not a list of rows")
+    for row in rows:
+        if odd := sorted(set(row) - ROWS[phase]):
+            raise PolicyError(f"{phase}: a row of the history holds {odd[:3]}, which may not leave")
+        if not all(isinstance(value, int | float) for value in row.values()):
+            raise PolicyError(f"{phase}: a row of the history holds what is no number")
+        if (name := problem(row)) is not None:
+            raise PolicyError(f"{phase}: {name} in a row of the history cannot be, or is of too few images")
 
 
 def _check_numbers(phase: str, value: Any) -> None:

@@ -24,9 +24,9 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
     """The site that a node's configuration describes.
 
     Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
-    the site's home); and for the simulation `home`, `patients` (a JSON file with the shard's
-    patients) and `shuffle-labels`.  New images are taken in at enrolment only: a run's images must
-    not change between its rounds.
+    the site's home), `gpus` (how many to pretrain on, or "all"); and for the simulation `home`,
+    `patients` (a JSON file with the shard's patients) and `shuffle-labels`.  New images are taken in at
+    enrolment only: a run's images must not change between its rounds.
 
     Raises: ConfigError if `site` or `data` is missing; DataError.
     """
@@ -64,4 +64,9 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
     view = View.of(store, name, patients)
     if not len(view.ids):
         raise DataError(f"site {name!r}: no image of its patients is in {data}")
-    return Site(view=view, home=folder, shuffle_labels=bool(node_config.get("shuffle-labels", False)))
+    return Site(
+        view=view,
+        home=folder,
+        shuffle_labels=bool(node_config.get("shuffle-labels", False)),
+        gpus=str(node_config.get("gpus", "")),
+    )

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from chexfound import logs
 from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
+from server import health
 from server.exchange import GridExchange
 from server.flwr_private import LocalGrid
 from server.result import write_metrics
@@ -34,7 +35,7 @@ def run_folder(context: Context) -> Path:
 
 
 def log_event(event: Event) -> None:
-    """One line a round."""
+    """One line a round, and one for each new symptom."""
     if event["event"] == "start":
         names = ",".join(member["site"] for member in event["roster"])
         log.info("event=start sites=%d names=%s findings=%d", len(event["roster"]), names, len(event["findings"]))
@@ -44,9 +45,15 @@ def log_event(event: Event) -> None:
         last = [site["history"][-1]["loss"] for site in event["sites"] if site["history"]]
         loss = sum(last) / len(last) if last else float("nan")
         log.info(
-            "event=round phase=%s round=%d loss=%.4f seconds=%.1f up=%d down=%d",
+            "event=round phase=%s round=%d loss=%.4f seconds=%.1f up=%d down=%d%s",
             event["phase"], event["round"] + 1, loss, event["seconds"], event["bytes"]["up"], event["bytes"]["down"],
+            " " + health.line(event["health"]["figures"]) if "health" in event else "",
         )  # fmt: skip
+        for one in health.warnings(event):
+            log.warning(
+                "event=warning symptom=%s site=%s round=%d seen=%r advice=%r",
+                one["symptom"], one["site"], event["round"] + 1, one["seen"], one["advice"],
+            )  # fmt: skip
     elif event["event"] == "features":
         up, down = event["bytes"]["up"], event["bytes"]["down"]
         log.info("event=features seconds=%.1f up=%d down=%d", event["seconds"], up, down)

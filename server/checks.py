@@ -18,8 +18,9 @@ from torch import Tensor
 from chexfound import wire
 from chexfound.errors import ProtocolError
 from chexfound.phases import ARM, TRAINED_ON, Reply
+from chexfound.pretrain import health
 from chexfound.pretrain.optimizer import PREFIX
-from chexfound.schema import Recipe
+from chexfound.schema import ARCHS, Recipe
 from server.exchange import Member
 
 RESULT_KEYS = (
@@ -159,28 +160,46 @@ def check_history(reply: Reply, recipe: Recipe, phase: str, steps: range) -> lis
     Returns: the rows.  A site that trains no finding's row took no step.
     """
     rows = reply.values.get("history")
-    always, at_times = _history_keys(recipe, phase)
+    always, at_times, probed = _history_keys(recipe, phase)
+    every = recipe.health.eval_period_iterations
     if phase == "adapt" and not any(reply.values["labelled"]):
         steps = range(0)
     if not isinstance(rows, list) or not all(
         isinstance(row, dict)
-        and always <= set(row) <= always | at_times
+        and always <= set(row) <= always | at_times | probed
         and wire.count(row["step"])
+        and (not probed & set(row) or not (row["step"] + 1) % every)
         and all(wire.finite(value) and abs(value) <= LARGEST for value in row.values())
         for row in rows
     ):
         raise ProtocolError(f"a reply's history must be rows of finite numbers: {', '.join(sorted(always))}")
     if [row["step"] for row in rows] != list(steps):
         raise ProtocolError(f"a reply's history must have a row for each of its {len(steps)} steps, in order")
+    for row in rows if phase == "pretrain" else ():
+        _check_health(row, recipe)
     return rows
 
 
-def _history_keys(recipe: Recipe, phase: str) -> tuple[set[str], set[str]]:
+def _check_health(row: dict[str, float], recipe: Recipe) -> None:
+    """Its figures can be, and are of no more images than the recipe allows."""
+    name = health.problem(row, ARCHS[recipe.student.arch][0])
+    if abs(row["log_k"] - math.log(recipe.dino.head_n_prototypes)) > 1e-6:
+        name = "log_k"
+    if row.get("probe_images", 0) > recipe.health.probe_images:
+        name = "probe_images"
+    if name is not None:
+        raise ProtocolError(f"a reply's history has a {name} that cannot be")
+
+
+def _history_keys(recipe: Recipe, phase: str) -> tuple[set[str], set[str], set[str]]:
+    """Names in every row, names that a row may lack, names in the rows of a probe only."""
     if phase == "adapt":
-        return {"step", "loss"}, set()
+        return {"step", "loss"}, set(), set()
     koleo = {"koleo"} if recipe.dino.koleo_loss_weight else set()
     # A batch may have no masked patch, and then no iBOT.
-    return {"step", "loss", "dino", "log_k"} | koleo, {"ibot"} if recipe.ibot.loss_weight else set()
+    at_times = {"ibot"} if recipe.ibot.loss_weight else set()
+    probed = set(health.PROBE_FIGURES) if recipe.health.eval_period_iterations else set()
+    return {"step", "loss", "dino", "log_k", *health.STEP_FIGURES} | koleo, at_times, probed
 
 
 # -- moments of the features

@@ -26,6 +26,7 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, Problems, 
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
+from chexfound.model.weights import published
 from chexfound.phases import Request
 from chexfound.pretrain import curriculum, teacher
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
@@ -33,6 +34,7 @@ from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Adapt, Recipe, Train
 from server import checks
 from server.exchange import Exchange, Member
+from server.health import Watch
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
@@ -201,6 +203,7 @@ class Run:
         started: float,
         replies: list[Event],
         sent: int,
+        told: Event,
     ) -> None:
         """Put a round's weights on the disk, then the round into the journal, then drop the round before."""
         path = self.folder / "rounds" / f"{phase}-{number:06d}.safetensors"
@@ -216,6 +219,7 @@ class Run:
                 "seconds": round(time.monotonic() - started, 3),
                 "bytes": {"down": sent, "up": received},
                 "sites": replies,
+                **told,
             }
         )
         for old in self.folder.glob(f"rounds/{phase}-*.safetensors"):
@@ -261,6 +265,7 @@ class Run:
                 _load_backbone(weights, self.backbone)
         assert self.batches is not None
         gains = _frozen_gains(self.recipe, weights)
+        self.watch = Watch(self.recipe, self._rounds("pretrain"))
         for number in range(done, self.recipe.pretrain_rounds):
             step = number * config.local_steps
             weights = curriculum.enter(weights, self.recipe, step)
@@ -314,7 +319,9 @@ class Run:
                 }
             )
         weights = finish(strategy.result())
-        self._commit(phase, number, weights, started, replies, len(requests) * wire.payload_bytes(requests[0].tensors))
+        told = {"health": self.watch.look(number, taken.start, replies)} if phase == "pretrain" else {}
+        sent = len(requests) * wire.payload_bytes(requests[0].tensors)
+        self._commit(phase, number, weights, started, replies, sent, told)
         return weights
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -451,12 +458,12 @@ def _frozen_gains(recipe: Recipe, weights: dict[str, Tensor]) -> set[str]:
 
 
 def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
-    """Put a saved backbone into both student and teacher, its positions interpolated.
+    """Put a saved backbone (in our names, or DINOv2's) into both student and teacher, its positions interpolated.
 
     Raises: CheckpointError if its names or shapes are not the recipe's.
     """
     given = checkpoint.load(path)
-    given = checkpoint.with_prefix(given, "backbone.") or given
+    given = published.backbone_names(checkpoint.with_prefix(given, "backbone.") or given)
     expected = checkpoint.with_prefix(weights, "student.backbone.")
     given = curriculum.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
     odd = sorted(

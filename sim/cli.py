@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="processes, each of the recipe's number of threads (default: one a core, at most 8)",
     )
+    result.add_argument(
+        "--gpus",
+        metavar="N",
+        help="GPUs that each site, and the centralized arm, pretrains on, or all; with more than one, --workers is 1 "
+        "unless given (default: $CHEXFOUND_GPUS, else 1)",
+    )
     result.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return result
 
@@ -112,11 +118,8 @@ def _simulate(given: argparse.Namespace) -> Path:
     from rich.console import Console
 
     out = Path(given.out)
-    workers = (
-        given.workers
-        if given.workers is not None
-        else min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-    )
+    gpus = _gpus(given.gpus)
+    workers = given.workers if given.workers is not None else 1 if gpus > 1 else _cores()
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least one")
     from sim.display import Display
@@ -134,6 +137,25 @@ def _simulate(given: argparse.Namespace) -> Path:
             start(options, out)
     with Display(Console()) as display:
         return Simulation(options, out, workers, display, resume=given.resume).run()
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def _gpus(asked: str | None) -> int:
+    """How many GPUs a site takes; told to all processes of this run.
+
+    Raises: ConfigError if the machine has fewer.
+    """
+    if not asked and not os.environ.get("CHEXFOUND_GPUS"):
+        return 1
+    from chexfound import machine
+
+    number = machine.gpus(asked)
+    os.environ["CHEXFOUND_GPUS"] = str(number)
+    return number
 
 
 @contextlib.contextmanager

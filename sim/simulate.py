@@ -19,9 +19,10 @@ from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
-from chexfound.journal import Journal, canonical, write_json
+from chexfound.journal import Journal, canonical, read_journal, write_json
 from chexfound.recipe import changed
 from chexfound.schema import Recipe
+from server import health
 from server.run import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
@@ -328,6 +329,10 @@ class Simulation:
         self.left -= 1
         left = f"; {self.left} to go" if self.left else ""
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s{left}")
+        for entry in read_journal(plan.arm_folder(arm) / "journal.jsonl"):
+            for one in health.warnings(entry) if entry["event"] == "round" else ():
+                where = f"{one['site']}, round {entry['round'] + 1}"
+                self.display.say(f"[yellow]{one['symptom']}[/yellow] ({escape(where)}): {one['seen']}; {one['advice']}")
 
     def _seconds(self) -> dict[str, float]:
         """Wall seconds, added over resumptions; arms of replicates are named arm@seed."""

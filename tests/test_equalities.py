@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from chexfound import recipe as recipes
 from chexfound.adapt.train import build_head, masked_bce
 from chexfound.phases import Reply
+from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import Batch
-from chexfound.pretrain.train import Pretrainer, make_batch
+from chexfound.pretrain.train import Pretrainer
 from chexfound.schema import ARCHS, Recipe
 from strategies.aggregate import Fold
 from strategies.fedavg import FedAvg

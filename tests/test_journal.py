@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from chexfound import journal
 from chexfound.errors import CheckpointError, ConfigError, StorageError
-from chexfound.journal import GENESIS, Journal, read_journal, replace_file, write_json, write_text
+from chexfound.journal import GENESIS, Journal, new_folder, read_journal, replace_file, write_json, write_text
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -349,4 +349,48 @@ def test_other_errors_of_the_system_keep_their_word(tmp_path, monkeypatch):
     monkeypatch.setattr(journal.os, "fsync", fail(errno.EIO))
     with pytest.raises(StorageError, match=r"cannot be written \(Input/output error\); check the disk"):
         write_text(tmp_path / "file", "new")
+    assert os.listdir(tmp_path) == []
+
+
+# ---- a folder at once
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with new_folder(out) as folder:
+        write_text(folder / "a" / "b.txt", "text")
+        assert not out.exists()
+    assert (out / "a" / "b.txt").read_text() == "text"
+    assert os.listdir(out.parent) == ["out"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~journal._umask()
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    def fail() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            write_text(folder / "a.txt", "text")
+            raise ValueError("halfway")
+
+    with pytest.raises(ValueError, match="halfway"):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        write_text(folder / "a.txt", "text")
+    for path, message in ((tmp_path / "out", "the folder is not empty"), (tmp_path / "out" / "a.txt", "is a file")):
+        with pytest.raises(ConfigError, match=message), new_folder(path):
+            raise AssertionError("not reached")
+    assert (tmp_path / "out" / "a.txt").read_text() == "text"
+
+
+def test_a_folder_on_a_full_disk_is_our_error(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal.os, "replace", full)
+    with pytest.raises(StorageError, match="no space left"), new_folder(tmp_path / "out"):
+        pass
     assert os.listdir(tmp_path) == []

@@ -62,10 +62,11 @@ def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mappi
         seconds=", ".join(f"{name} {value}" for name, value in metrics["seconds"].items()),
         sha256=metrics["model_sha256"][arm],
     )
-    return head + "".join(_row(row) for row in metrics["results"] if row["arm"] == arm)
+    return head + "".join(result_row(row) for row in metrics["results"] if row["arm"] == arm)
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def result_row(row: Mapping[str, Any]) -> str:
+    """A line of the table of results, of a row of metrics.json."""
     if row["auroc"] is None:
         figure = f"– ({row['reason']})"
     else:
@@ -73,3 +74,34 @@ def _row(row: Mapping[str, Any]) -> str:
         if row["auroc_ci"]:
             figure += f" [{row['auroc_ci'][0]:.3f}, {row['auroc_ci'][1]:.3f}]"
     return f"| {row['tested_on']} | {row['finding']} | {row['n']} | {row['positives']} | {figure} |\n"
+
+
+PRETRAINED = """\
+---
+license: other
+license_name: as-the-images
+tags: [chest-x-ray, self-supervised]
+---
+# {recipe.name}: pretrained backbone
+
+A {recipe.student.arch} backbone ({parameters:,} parameters, {recipe.student.stem} stem, \
+patch {recipe.student.patch_size}), the teacher of {recipe.pretrain_steps} steps of DINO + iBOT + KoLeo by federated \
+CheXFound, on the images of one place. Not a medical device; not for clinical use.
+
+```python
+from chexfound.model import release
+
+recipe, _, backbone, _ = release.load("this folder")
+```
+
+- **Data**: {images} images of {patients} patients. The images' licences bind what is done with the weights.
+- **Input**: grey uint8, trained at up to {recipe.position_px} × {recipe.position_px} px; normalisation \
+`{recipe.input.normalization}` is done by the model (`config.json`).
+- **Weights**: SHA-256 over names, dtypes, shapes, bytes is `{sha256}`.
+"""
+
+
+def pretraining_card(recipe: Recipe, tensors: Mapping[str, Tensor], images: int, patients: int, sha256: str) -> str:
+    """Markdown on a backbone that was pretrained on one store and has no head."""
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return PRETRAINED.format(recipe=recipe, parameters=parameters, images=images, patients=patients, sha256=sha256)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
 from chexfound.journal import replace_file
+from chexfound.pretrain import ranks
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -69,12 +70,11 @@ def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[str]) -> None:
-    """Copy tensors into a module's state, all or none.
+def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], expected: list[str]) -> None:
+    """Check that tensors can be copied into a module's state (which may be on the meta device).
 
     Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
     """
-    state = module.state_dict()
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(set(tensors) - set(expected))
     if missing or unexpected:
@@ -89,6 +89,15 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[s
             )
         if not torch.isfinite(tensors[name]).all():
             raise CheckpointError(f"weights do not fit: {name} holds a value that is not finite")
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[str]) -> None:
+    """Copy tensors into a module's state, all or none.
+
+    Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
+    """
+    state = module.state_dict()
+    check_fit(state, tensors, expected)
     with torch.no_grad():
         for name in expected:
-            state[name].copy_(tensors[name])
+            state[name].copy_(ranks.placed(tensors[name], state[name]))

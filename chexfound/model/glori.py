@@ -53,6 +53,7 @@ class GLoRI(nn.Module):
     """
 
     row_parameters = ("query_embed.weight", "duplicate_pooling", "duplicate_pooling_bias")
+    findings: tuple[str, ...] = ()  # their names, where whoever loads the head knows them
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class GLoRI(nn.Module):
     ) -> None:
         super().__init__()
         memory = dim * n_blocks
+        self.dim, self.n_blocks = dim, n_blocks
         self.use_cls, self.use_stats, self.grid = cls, stats, grid
         self.token_norm, self.cls_norm = Standardize(memory), Standardize(memory)
         self.embed_standart = nn.Linear(memory, embed_dim)

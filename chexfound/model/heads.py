@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chexfound.errors import ConfigError
+from chexfound.pretrain import ranks
+
 
 def init_linear(layer: nn.Linear, init: str) -> None:
     """Draw a layer's weights from torch's global generator: "xavier", or "trunc_normal" of 0.02 as DINOv2's."""
@@ -41,8 +44,8 @@ class DINOHead(nn.Module):
     """MLP, bottleneck, L2 normalisation, prototypes (Caron et al. 2021).
 
     Args:
-        centered: subtract the mean over the tokens of the call before normalising.  A batch from one
-            scanner shares a large common component; without it the CLS loss can rest at log K.
+        centered: subtract the mean over the tokens of the call (of all GPUs of a site) before normalising.
+            A batch from one scanner shares a large common component; without it the CLS loss can rest at log K.
     """
 
     def __init__(
@@ -71,8 +74,8 @@ class DINOHead(nn.Module):
     def bottleneck(self, x: Tensor) -> Tensor:
         """(N, D) to (N, bottleneck) of length 1: what the prototypes are compared with."""
         x = self.mlp(x)
-        if self.centered and len(x) > 1:
-            x = x - x.mean(dim=0, keepdim=True)
+        if self.centered and ranks.total(len(x)) > 1:
+            x = x - ranks.mean_row(x)
         return F.normalize(x, dim=-1, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,23 +116,37 @@ class LinearHead(nn.Module):
     """Logistic regression on the CLS tokens (and, if asked, patch statistics and a grid of means) of the last blocks.
 
     Per-finding parameters: `weight` (F, channels) and `bias` (F).
+
+    Args:
+        avgpool: concatenate the mean patch token of the last block, as DINOv2's linear evaluation may.
     """
 
     row_parameters = ("weight", "bias")
+    findings: tuple[str, ...] = ()  # their names, where whoever loads the head knows them
 
-    def __init__(self, n_findings: int, dim: int, n_blocks: int, *, stats: bool = True, grid: int = 0) -> None:
+    def __init__(
+        self, n_findings: int, dim: int, n_blocks: int, *, stats: bool = True, grid: int = 0, avgpool: bool = False
+    ) -> None:
         super().__init__()
-        channels = dim * n_blocks * (1 + 3 * int(stats) + grid**2)
-        self.stats, self.grid = stats, grid
+        channels = dim * n_blocks * (1 + 3 * int(stats) + grid**2) + dim * int(avgpool)
+        self.dim, self.n_blocks = dim, n_blocks
+        self.stats, self.grid, self.avgpool = stats, grid, avgpool
         self.token_norm = Standardize(dim * n_blocks)
         self.cls_norm = Standardize(dim * n_blocks)
         self.weight = nn.Parameter(torch.zeros(n_findings, channels))
         self.bias = nn.Parameter(torch.zeros(n_findings))
 
-    def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor]) -> Tensor:
-        """Patch tokens n × (B, P, D) and CLS n × (B, D) of the last blocks to logits (B, F)."""
+    def forward(self, patches: Sequence[Tensor], cls: Sequence[Tensor], return_attention: bool = False) -> Tensor:
+        """Patch tokens n × (B, P, D) and CLS n × (B, D) of the last blocks to logits (B, F).
+
+        Raises: ConfigError if attention is asked for: there is none.
+        """
+        if return_attention:
+            raise ConfigError("a linear head has no attention: leave return_attention out, or take a GLoRI head")
         features = [self.cls_norm(torch.cat(list(cls), dim=-1))]
         tokens = self.token_norm(torch.cat(list(patches), dim=-1))
+        if self.avgpool:
+            features.append(tokens[..., -self.dim :].mean(1))
         if self.stats:
             features.append(token_statistics(tokens))
         if self.grid:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +101,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to the same shape."""
+        result: Tensor = self.proj(self.mix(x))
+        return result
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What the heads gather, before the projection: (B, N, D) to the same shape."""
         n, length, dim = x.shape
         query, key, value = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        result: Tensor = self.proj(attend(query, key, value).transpose(1, 2).reshape(n, length, dim))
-        return result
+        return attend(query, key, value).transpose(1, 2).reshape(n, length, dim)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -153,12 +158,45 @@ class Block(nn.Module):
         x = self._add(x, lambda kept: self.ls1(self.attn(self.norm1(kept))))
         return self._add(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))))
 
+    def at(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The block's output at some tokens only, so that what nobody reads is not computed.
+
+        Args:
+            x: (B, N, D).
+            rows: (R,) of the B · N tokens.
+
+        Returns: (R, D).
+        """
+        images = rows // x.shape[1]
+        result: Tensor = x.flatten(0, 1).index_select(0, rows)
+        kept = self._kept(x)
+        if kept is None:
+            mixed = self.attn.mix(self.norm1(x)).flatten(0, 1).index_select(0, rows)
+            result = result + self.ls1(self.attn.proj(mixed))
+            result = result + self.ls2(self.mlp(self.norm2(result)))
+            return result
+        place = torch.full((len(x),), -1, device=x.device).index_copy(0, kept, torch.arange(len(kept), device=x.device))
+        chosen = (place[images] >= 0).nonzero().squeeze(1)
+        there = place[images[chosen]] * x.shape[1] + rows[chosen] % x.shape[1]
+        mixed = self.attn.mix(self.norm1(x[kept])).flatten(0, 1).index_select(0, there)
+        alpha = len(x) / len(kept)
+        result = result.index_add(0, chosen, self.ls1(self.attn.proj(mixed)).to(x.dtype), alpha=alpha)
+        kept = self._kept(x)
+        chosen = torch.isin(images, cast(Tensor, kept)).nonzero().squeeze(1)
+        residual = self.ls2(self.mlp(self.norm2(result.index_select(0, chosen))))
+        return result.index_add(0, chosen, residual.to(x.dtype), alpha=alpha)
+
     def _add(self, x: Tensor, residual: Callable[[Tensor], Tensor]) -> Tensor:
-        if not (self.training and self.drop_path_rate):
+        kept = self._kept(x)
+        if kept is None:
             return x + residual(x)
-        number = max(int(len(x) * (1 - self.drop_path_rate)), 1)
-        kept = torch.randperm(len(x), device=x.device)[:number]
-        return x.index_add(0, kept, residual(x[kept]).to(x.dtype), alpha=len(x) / number)
+        return x.index_add(0, kept, residual(x[kept]).to(x.dtype), alpha=len(x) / len(kept))
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """The images that keep their residual; None where all do."""
+        if not (self.training and self.drop_path_rate):
+            return None
+        return torch.randperm(len(x), device=x.device)[: max(int(len(x) * (1 - self.drop_path_rate)), 1)]
 
 
 def swiglu_width(dim: int) -> int:
@@ -188,13 +226,16 @@ class VisionTransformer(nn.Module):
         config: architecture.
         input_config: normalisation of the input.
         grid: side of the position grid, in patches, that the parameters are made for.
+        dims: width, depth, attention heads, where they are not those of `config.arch` (weights from elsewhere).
 
     Source: Dosovitskiy et al. 2021; parameters named as in DINOv2, inside blocks as in timm.
     """
 
-    def __init__(self, config: Student, input_config: Input, grid: int) -> None:
+    def __init__(
+        self, config: Student, input_config: Input, grid: int, dims: tuple[int, int, int] | None = None
+    ) -> None:
         super().__init__()
-        dim, depth, heads = ARCHS[config.arch]
+        dim, depth, heads = dims or ARCHS[config.arch]
         self.config, self.input_config, self.grid = config, input_config, grid
         self.embed_dim, self.depth, self.patch_size = dim, depth, config.patch_size
         self.normalize = Normalize(input_config, config.in_chans)
@@ -245,18 +286,19 @@ class VisionTransformer(nn.Module):
             return result
         return block(x)  # type: ignore[no-any-return]
 
-    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Tokens after the last block.
 
         Args:
-            images: uint8 (B, H, W) or (B, C, H, W), H and W multiples of the patch size.
+            x: images, uint8 (B, H, W) or (B, C, H, W), or float as DINOv2 takes them; H and W multiples of
+                the patch size.
             masks: bool (B, P), True where the patch is replaced by the mask token.
 
         Returns:
             x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, P, D),
             x_prenorm (B, 1 + R + P, D).
         """
-        x = self.embed(images, masks)
+        x = self.embed(x, masks)
         for block in self.blocks:
             x = self._through(block, x)
         normed = self.norm(x)
@@ -268,15 +310,46 @@ class VisionTransformer(nn.Module):
             "x_prenorm": x,
         }
 
+    def tokens_at(self, images: Tensor, rows: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Some of the normed tokens after the last block, as `forward_features` gives them.
+
+        In the last block only these tokens are computed: pretraining reads the CLS tokens and the masked patches.
+
+        Args:
+            images: as there.
+            rows: (R,) of the B · (1 + R + P) tokens, image by image; `token_rows` gives them.
+            masks: as there.
+
+        Returns: (R, D).
+        """
+        x = self.embed(images, masks)
+        *blocks, last = cast(list[Block], list(self.blocks))
+        for block in blocks:
+            x = self._through(block, x)
+        if self.checkpointing and torch.is_grad_enabled():
+            x = checkpoint(last.at, x, rows, use_reentrant=False)
+        else:
+            x = last.at(x, rows)
+        result: Tensor = self.norm(x)
+        return result
+
+    def token_rows(self, n_images: int, patches: Tensor) -> Tensor:
+        """Rows of the CLS tokens of B images, then of patches given as bool (B, P), image by image."""
+        first = 1 + self.config.num_register_tokens
+        length = first + patches.shape[1]
+        image, patch = patches.nonzero(as_tuple=True)
+        cls = torch.arange(n_images, device=patches.device) * length
+        return torch.cat([cls, image * length + first + patch])
+
     def get_intermediate_layers(
-        self, images: Tensor, n: int | Sequence[int] = 1, return_class_token: bool = False, norm: bool = True
+        self, x: Tensor, n: int | Sequence[int] = 1, return_class_token: bool = False, norm: bool = True
     ) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
         """Patch tokens (B, P, D) of the last n blocks (or of the blocks numbered), oldest first.
 
         All go through the one final norm.  With return_class_token, pairs (patch tokens, CLS (B, D)).
         """
         wanted = set(range(self.depth - n, self.depth) if isinstance(n, int) else n)
-        x = self.embed(images)
+        x = self.embed(x)
         outputs: list[Tensor | tuple[Tensor, Tensor]] = []
         first = 1 + self.config.num_register_tokens
         for number, block in enumerate(self.blocks):

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chexfound.pretrain import ranks
+
 STUDENT_TEMP = 0.1
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3, distributed: bool = False) -> Tensor:
     """Teacher logits (N, K) to assignments (N, K): rows sum to 1, prototypes are used about equally.
 
     Each iteration normalises the prototypes first, then the samples.  Source: Caron et al. 2020
@@ -24,14 +26,27 @@ def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     The first iteration's prototype step is taken in logs: at temperature 0.02 the exponents span
     100, more than float32 holds, and a prototype far from every sample would be left out.  From
     then on no sum is below 1 / (N·K).
+
+    Args:
+        logits: (N, K); N may be 0 at a rank that shares the normalisation with others.
+        temp: the teacher's temperature.
+        iterations: how often both are normalised.
+        distributed: over the rows of all ranks together, however many each has.
     """
     n, k = logits.shape
+    if distributed:
+        n = ranks.total(n)
+
+    def over_rows(sums: Tensor) -> Tensor:
+        return ranks.summed(sums) if distributed else sums
+
     scaled = logits.float() / temp
-    scaled = scaled - scaled.logsumexp(dim=0, keepdim=True)
+    most = scaled.logsumexp(dim=0, keepdim=True)
+    scaled = scaled - (ranks.gathered(most).logsumexp(dim=0, keepdim=True) if distributed else most)
     q = torch.exp(scaled - scaled.amax(dim=1, keepdim=True))
     q = q / q.sum(dim=1, keepdim=True) / n
     for _ in range(iterations - 1):
-        q = q / q.sum(dim=0, keepdim=True).clamp_min(1e-30) / k
+        q = q / over_rows(q.sum(dim=0, keepdim=True)).clamp_min(1e-30) / k
         q = q / q.sum(dim=1, keepdim=True).clamp_min(1e-30) / n
     return q * n
 
@@ -64,17 +79,19 @@ def ibot_loss(student_logits: Tensor, targets: Tensor, masks_weight: Tensor, n_i
     return (cross_entropy(student_logits, targets) * masks_weight).sum() / n_images
 
 
-def koleo_loss(cls: Tensor) -> Tensor:
+def koleo_loss(cls: Tensor, distributed: bool = False) -> Tensor:
     """−mean log distance to the nearest neighbour on the sphere: (B, D), B ≥ 2; 0 for a lone image.
 
+    `distributed`: the neighbours are sought among the images of all ranks.
     Source: Sablayrolles et al. 2019, "Spreading vectors for similarity search"; eps as in DINOv2.
     """
-    if len(cls) < 2:
-        return cls.new_zeros(())
     x = F.normalize(cls.float(), dim=-1, eps=1e-8)
+    others = ranks.gathered(x) if distributed else x
+    if len(others) < 2:
+        return cls.new_zeros(())
     with torch.no_grad():
-        dots = x @ x.T
-        dots.fill_diagonal_(-1)
+        dots = x @ others.T
+        dots.diagonal(ranks.rank() * len(x) if distributed else 0).fill_(-1)  # oneself
         nearest = dots.argmax(dim=1)
-    distance = F.pairwise_distance(x, x[nearest], p=2, eps=1e-8)
+    distance = F.pairwise_distance(x, others[nearest], p=2, eps=1e-8)
     return -torch.log(distance + 1e-8).mean()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
-from chexfound.pretrain import losses
+from chexfound.pretrain import health, losses, ranks
 from chexfound.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
@@ -34,10 +34,6 @@ class Batch:
     def size(self) -> int:
         """B."""
         return len(self.global_crops) // 2
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 def build_student(recipe: Recipe) -> nn.ModuleDict:
@@ -60,8 +56,12 @@ def build_student(recipe: Recipe) -> nn.ModuleDict:
     return nn.ModuleDict({"backbone": backbone, "dino_head": head(recipe.dino), "ibot_head": head(recipe.ibot)})
 
 
-def _features(model: nn.ModuleDict, crops: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
-    return cast(vit.VisionTransformer, model["backbone"]).forward_features(crops, masks)
+def _tokens(model: nn.ModuleDict, crops: Tensor, wanted: Tensor, mask: bool = False) -> tuple[Tensor, Tensor]:
+    """CLS tokens (B, D) and the wanted patches' (M, D); wanted is bool (B, P), and with `mask` they are masked."""
+    backbone = cast(vit.VisionTransformer, model["backbone"])
+    rows = backbone.token_rows(len(crops), wanted)
+    tokens = backbone.tokens_at(crops, rows, wanted if mask else None)
+    return tokens[: len(crops)], tokens[len(crops) :]
 
 
 class SSLMetaArch(nn.Module):
@@ -99,7 +99,9 @@ class SSLMetaArch(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← m · teacher + (1 − m) · student; centres and queue take up what the last step saw."""
         torch._foreach_lerp_(
-            list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], 1 - momentum
+            [ranks.local(p) for p in self.teacher.parameters()],
+            [ranks.local(p.detach()) for p in self.student.parameters()],
+            1 - momentum,
         )
         for name, mean in self._means.items():
             getattr(self, name).lerp_(mean, 1 - CENTER_MOMENTUM)
@@ -111,39 +113,42 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def _targets(self, logits: Tensor, center: str, temp: float) -> Tensor:
         if self.recipe.train.centering == "sinkhorn_knopp":
-            return losses.sinkhorn_knopp(logits, temp)
+            return losses.sinkhorn_knopp(logits, temp, distributed=self.recipe.train.sinkhorn_distributed)
         if self.training:
-            self._means[center] = logits.float().mean(0, keepdim=True)
+            self._means[center] = ranks.mean_row(logits.float())
         return losses.softmax_center(logits, getattr(self, center), temp)
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch, temp: float) -> tuple[Tensor, Tensor]:
         """Assignments of the CLS tokens (2·B, K), the two views swapped, and of the masked patches (M, K)."""
-        output = _features(self.teacher, batch.global_crops)
-        first, second = output["x_norm_clstoken"].chunk(2)
-        head = cast(DINOHead, self.teacher["dino_head"])
-        rows = head.bottleneck(torch.cat([second, first]))
-        cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
-        if self.training and self.recipe.train.sinkhorn_queue:
-            self._seen = rows.float()
-        patches = self.teacher["ibot_head"](output["x_norm_patchtokens"][batch.masks])
-        ibot = self._targets(patches, "ibot_center", temp) if len(patches) else patches
+        seen, masked = _tokens(self.teacher, batch.global_crops, batch.masks)
+        first, second = seen.chunk(2)
+        head, swapped = cast(DINOHead, self.teacher["dino_head"]), torch.cat([second, first])
+        if self.recipe.train.sinkhorn_queue:
+            rows = head.bottleneck(swapped)
+            cls = head.last_layer(torch.cat([self.queue.to(rows.dtype), rows]))
+            self._seen = rows.float() if self.training else None
+        else:
+            cls = head(swapped)
+        patches = self.teacher["ibot_head"](masked)
+        ibot = self._targets(patches, "ibot_center", temp) if ranks.total(len(patches)) else patches
         return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss that is back-propagated, and its parts for display.
+        """The loss that is back-propagated, and for display its parts and the step's health.
 
         total = w_dino · (global + local) + w_koleo · Σ_view KoLeo + w_ibot · iBOT.  DINO's terms are
         divided by 2 + 2·L (the number of pairs of different views), as in DINOv2.
         """
         recipe = self.recipe
         dino_targets, ibot_targets = self.teacher_targets(batch, teacher_temp)
-        output = _features(self.student, batch.global_crops, batch.masks)
-        global_cls = output["x_norm_clstoken"]  # (2·B, D), before the head: KoLeo's input
+        global_cls, masked = _tokens(self.student, batch.global_crops, batch.masks, mask=True)  # KoLeo's input, iBOT's
         cls = [global_cls]
         n_local = len(batch.local_crops) // batch.size
         if n_local:
-            cls.append(_features(self.student, batch.local_crops)["x_norm_clstoken"])
+            patches = (batch.local_crops.shape[-1] // recipe.student.patch_size) ** 2
+            nothing = batch.masks.new_zeros(len(batch.local_crops), patches)
+            cls.append(_tokens(self.student, batch.local_crops, nothing)[0])
         logits = self.student["dino_head"](torch.cat(cls))
         global_logits, local_logits = logits[: 2 * batch.size], logits[2 * batch.size :]
         pairs = 2 + 2 * n_local
@@ -153,12 +158,15 @@ class SSLMetaArch(nn.Module):
         parts = {"dino": dino}
         total = recipe.dino.loss_weight * dino
         if recipe.dino.koleo_loss_weight:
-            parts["koleo"] = losses.koleo_loss(global_cls[: batch.size]) + losses.koleo_loss(global_cls[batch.size :])
+            far = recipe.dino.koleo_loss_distributed
+            first, second = (losses.koleo_loss(view, far) for view in global_cls.chunk(2))
+            parts["koleo"] = first + second
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
-        if recipe.ibot.loss_weight and len(ibot_targets):
-            patches = self.student["ibot_head"](output["x_norm_patchtokens"][batch.masks])
+        if recipe.ibot.loss_weight and ranks.total(len(ibot_targets)):  # on no row, where others have some
+            patches = self.student["ibot_head"](masked)
             per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
             parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
             total = total + recipe.ibot.loss_weight * parts["ibot"]
+        parts |= health.figures(dino_targets, global_cls)
         return total, {name: part.detach() for name, part in parts.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
+from chexfound.pretrain import ranks
 from chexfound.pretrain.schedules import Schedule
 from chexfound.schema import Optim
 
@@ -59,13 +61,21 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: Schedule) -> None:
 
 
 def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the optimizer's state, by parameter: `optimizer.<parameter>.<key>`."""
-    return {
-        f"{PREFIX}{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True)
+    """Copies of the optimizer's state, by parameter: `optimizer.<parameter>.<key>`; on the first rank."""
+    return ranks.collected(
+        (f"{PREFIX}{name}.{key}", torch.as_tensor(value))
         for name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
-    }
+    )
+
+
+def clip(module: nn.Module, most: float) -> Tensor:
+    """Scale a module's gradients to a norm (over all ranks' shards) of `most`, if it is above; returns what it was."""
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    norm = ranks.whole(torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def zero_moments(module: nn.Module) -> dict[str, Tensor]:
@@ -100,7 +110,9 @@ def checked_moments(module: nn.Module, tensors: Mapping[str, Tensor]) -> Moments
             raise CheckpointError(f"optimizer state does not fit: {full_name} holds a value that is not finite")
         if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
             raise CheckpointError(f"optimizer state does not fit: {full_name} is negative")
-        result.setdefault(parameters[name], {})[key] = value.to(parameters[name].device, copy=True)
+        target = parameters[name]
+        moment = value.to(target.device, copy=True) if key == "step" else ranks.placed(value, target.detach())
+        result.setdefault(target, {})[key] = moment
     if len({frozenset(state) for state in result.values()}) > 1:
         raise CheckpointError("optimizer state does not fit: some parameters lack a moment that others have")
     return result

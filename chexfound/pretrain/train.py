@@ -9,35 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chexfound import rng
-from chexfound.data import augment
-from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.vit import Block
-from chexfound.pretrain import curriculum, masking, optimizer, schedules
+from chexfound.pretrain import curriculum, optimizer, ranks, schedules
+from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.schema import ARCHS, Recipe
 
 Progress = Callable[[int, int], None]
 QUEUE = curriculum.OF_A_STAGE + "dino"
+Probe = Callable[[nn.Module, int], dict[str, float]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int) -> Batch:
-    """Crops and masks of a step, from its own stream: images uint8 (B, H, W)."""
-    generator = rng.numpy_generator(recipe.seed, "pretrain", step, roster_index, "augment")
-    global_crops, local_crops = augment.multi_crop(images, recipe.crops, generator)
-    masks = masking.batch_masks(
-        len(global_crops),
-        recipe.crops.global_crops_size // recipe.student.patch_size,
-        recipe.ibot.mask_sample_probability,
-        recipe.ibot.mask_ratio_min_max,
-        generator,
-    )
-    return Batch(*(torch.from_numpy(array) for array in (global_crops, local_crops, masks)))
 
 
 def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
@@ -52,11 +38,6 @@ def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
     if recipe.train.optimizer_state == "average" and recipe.optim.optimizer == "adamw":
         weights |= optimizer.zero_moments(model.student)
     return weights
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory."""
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _fresh(recipe: Recipe) -> SSLMetaArch:
@@ -74,6 +55,9 @@ class Pretrainer:
         roster_index: the site's place among the sites sorted by name; names its random streams.
         step: a global step of the stage to be trained.
         device: where the arithmetic is done; what is given and returned is on the CPU.
+
+    With several ranks (`ranks.together`) all of them make one and call the same methods: each takes its part
+    of the batch, and what comes out is that of the joint batch.
     """
 
     def __init__(
@@ -88,6 +72,8 @@ class Pretrainer:
     ) -> None:
         if n_images < 1:
             raise DataError("no training image: pretraining needs at least one")
+        if recipe.train.sinkhorn_queue and ranks.size() > 1:
+            raise ConfigError("train.sinkhorn_queue: one GPU a site keeps it; leave it 0, or train on one (--gpus 1)")
         self.run_recipe, self.stage = recipe, curriculum.index_at(recipe, step)
         self.recipe = recipe = curriculum.at(recipe, step)[0]
         self.pixels, self.n_images, self.roster_index = pixels, n_images, roster_index
@@ -97,6 +83,8 @@ class Pretrainer:
             for module in self.model.modules():
                 if isinstance(module, Block):
                     module.compile()
+        parts = (self.model.student, self.model.teacher)
+        self.joint = ranks.spread(self.model, parts, recipe.compute_precision.sharding_strategy)
         self.optimizer = optimizer.build(self.model.student, ARCHS[recipe.student.arch][1], recipe.optim)
         precision = recipe.compute_precision
         self.scaler = torch.amp.GradScaler(
@@ -122,23 +110,31 @@ class Pretrainer:
         return [name for name in self.model.state_dict() if name.startswith(prefixes)]
 
     def global_tensors(self, *, teacher: bool) -> dict[str, Tensor]:
-        """Copies of the tensors that travel."""
-        state = self.model.state_dict()
-        return {name: _on_cpu(state[name]) for name in self.global_names(teacher=teacher)}
+        """Copies of the tensors that travel; on the first rank, nothing on the others."""
+        state = self._state_dict()
+        return ranks.collected((name, state[name]) for name in self.global_names(teacher=teacher))
+
+    def _state_dict(self) -> dict[str, Tensor]:
+        ranks.gathered_no_more(self.model)
+        state: dict[str, Tensor] = self.model.state_dict()
+        return state
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's moments, where they travel."""
+        """The optimizer's moments, where they travel; on the first rank, nothing on the others."""
         return optimizer.moments(self.optimizer, self.model.student)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next round stands on: model, teacher, centres, queue, optimizer moments, loss scale."""
-        tensors = {f"model.{name}": _on_cpu(tensor) for name, tensor in self.model.state_dict().items()}
-        queue = {QUEUE: _on_cpu(self.model.queue)} if len(self.model.queue) else {}
+        """Everything that the next round stands on: model, teacher, centres, queue, optimizer moments, loss scale.
+
+        The same whatever the number of ranks.  All ranks take part; the first gets it, the others nothing.
+        """
+        tensors = ranks.collected((f"model.{name}", tensor) for name, tensor in self._state_dict().items())
+        queue = {QUEUE: self.model.queue.to("cpu", copy=True)} if len(self.model.queue) else {}
         return tensors | queue | self.moments() | self._scale()
 
     def _scale(self) -> dict[str, Tensor]:
         """The loss scale of fp16 and the steps since it last changed; nothing without a scaler."""
-        if not self.scaler.is_enabled():
+        if not self.scaler.is_enabled() or not ranks.first():
             return {}
         values = self.scaler.state_dict()
         return {"scaler.scale": torch.tensor([values["scale"], values["_growth_tracker"]], dtype=torch.float64)}
@@ -166,12 +162,27 @@ class Pretrainer:
             )
 
     def run(
-        self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
+        self,
+        first_step: int,
+        steps: int,
+        batch_size: int,
+        progress: Progress | None = None,
+        probe: Probe | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[dict[str, Any]]:
         """Take global steps first_step … first_step + steps − 1.
 
+        Args:
+            first_step: the first.
+            steps: how many.
+            batch_size: images a step, of all ranks together.
+            progress: told (done, of how many) after each step.
+            probe: asked after each step with the teacher's backbone and the step; what it says joins the row.  It
+                draws nothing at random and leaves the backbone as it is: training takes the same course without it.
+            stop: asked after each step whether to take no further one; what one rank says holds for all.
+
         Returns:
-            One row a step: step, loss and its parts, log_k.
+            One row a step: step, loss and its parts (means over the ranks), log_k, and the figures of health.py.
 
         Raises:
             DivergedError naming the step and its images when loss or gradient is not finite; nothing was updated by it.
@@ -181,20 +192,32 @@ class Pretrainer:
         stages = {curriculum.index_at(self.run_recipe, step) for step in (first_step, first_step + steps - 1)}
         if stages != {self.stage}:
             raise ValueError(f"steps {first_step} … {first_step + steps - 1} are not all in stage {self.stage}")
-        sampler = EndlessSampler(self.n_images, batch_size, recipe.seed, "pretrain", self.roster_index)
+        batches = Batches(
+            recipe,
+            self.pixels,
+            self.n_images,
+            batch_size,
+            self.roster_index,
+            rank=ranks.rank(),
+            world_size=ranks.size(),
+            device=self.device,
+        )
         rows = []
         self.model.train()
-        for step in range(first_step, first_step + steps):
-            places = sampler.batch(step)
-            batch = make_batch(recipe, self.pixels(places), step, self.roster_index)
+        own = (ranks.rank(),) if ranks.rank() else ()  # drop path is each rank's own
+        for step, batch in batches.steps(first_step, first_step + steps - 1):
             with (
-                self._naming(step, places),
-                rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch"),
+                self._naming(step, batches.positions(step)),
+                rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch", *own),
             ):
                 parts = self.step(batch, step)
             rows.append({"step": step, **parts, "log_k": math.log(recipe.dino.head_n_prototypes)})
+            if probe is not None:
+                rows[-1] |= probe(self.model.teacher["backbone"], step)
             if progress is not None:
                 progress(step - first_step + 1, steps)
+            if stop is not None and ranks.any_of(stop()):
+                break
         return rows
 
     @contextlib.contextmanager
@@ -226,17 +249,17 @@ class Pretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         dtype = DTYPES[self.recipe.compute_precision.param_dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            loss, parts = self.model(batch.to(self.device), values.teacher_temp)
-        if not torch.isfinite(loss):
+            loss, parts = self.joint(batch, values.teacher_temp)
+        told = {"loss": loss, **parts}
+        shown = dict(zip(told, ranks.average(torch.stack([x.float() for x in told.values()])).tolist(), strict=True))
+        if not math.isfinite(shown["loss"]):  # on all ranks then
             raise DivergedError(
-                f"pretraining step {step}: the loss is {loss.item()}; lower optim.lr or raise teacher.teacher_temp"
+                f"pretraining step {step}: the loss is {shown['loss']}; lower optim.lr or raise teacher.teacher_temp"
             )
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         for name in SUBMODULES:
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.model.student[name].parameters(), self.recipe.optim.clip_grad or math.inf
-            )
+            norm = optimizer.clip(self.model.student[name], self.recipe.optim.clip_grad or math.inf)
             if not torch.isfinite(norm) and not self._rescales():
                 raise DivergedError(
                     f"pretraining step {step}: the gradient of the {name} has the norm {norm.item()}; lower optim.lr"
@@ -244,7 +267,7 @@ class Pretrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.update_teacher(values.momentum)
-        return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        return shown
 
     def _rescales(self) -> bool:
         """Whether an overflow is the loss scale's, which will be halved, and not the model's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chexfound.pretrain.symptoms import ADVICE, symptoms
 from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result, Run
 from chexfound.report.story import (
     ORDER,
@@ -51,7 +52,7 @@ def callouts(run: Run) -> list[Callout]:
     if ranked:
         for part in (_random, _floors, _elsewhere, _others, _unjudged, _alone):
             found += part(run, ranked[0])
-    found += [*_missing(run), *_stuck(run)]
+    found += [*_missing(run), *_stuck(run), *_ailing(run)]
     kinds = ("bad", "warn", "good", "note")
     return sorted(found, key=lambda one: kinds.index(one.kind))
 
@@ -272,6 +273,29 @@ def _stuck(run: Run) -> list[Callout]:
         text = f"{short} steps are too few to judge whether the DINO loss leaves log K (take at least {STUCK_STEPS})."
         return [Callout("note", text)]
     return []
+
+
+def _ailing(run: Run) -> list[Callout]:
+    """What else ailed pretraining at its end, by name of symptom; that it stands at log K is said by `_stuck`."""
+    told: dict[str, list[str]] = {}
+    for arm, points in (run.history.pretrain if run.history else {}).items():
+        for site in dict.fromkeys(point.site for point in points):
+            rows = [point.row() for point in sorted(points, key=lambda point: point.step) if point.site == site]
+            for one in symptoms(rows, dim=run.width):
+                if one.name != "cls-plateau":
+                    where = (
+                        arm_name(arm) if len({point.site for point in points}) == 1 else f"{arm_name(arm)} at {site}"
+                    )
+                    told.setdefault(one.name, []).append(f"{where} ({one.seen})")
+    return [
+        Callout("warn", f"Pretraining ended ailing, {name}: {listed(where, 4)}. {_remedy(name)}")
+        for name, where in told.items()
+    ]
+
+
+def _remedy(name: str) -> str:
+    text = ADVICE[name]
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _stands_at_log_k(pairs: Sequence[tuple[float, float]]) -> float | None:

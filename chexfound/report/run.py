@@ -21,6 +21,7 @@ from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapt
 from pydantic.dataclasses import dataclass as checked
 
 from chexfound.errors import DataError, Problems
+from chexfound.schema import ARCHS
 
 SCHEMA = 1
 FEDERATED, CENTRALIZED, RANDOM = "federated", "centralized", "random"
@@ -185,7 +186,7 @@ class Site:
 
 @checked(frozen=True, kw_only=True, config=_lenient)
 class Point:
-    """Losses at one global step; `log_k` is the DINO loss of a model that tells nothing apart."""
+    """Losses and health at one global step; `log_k` is the DINO loss of a model that tells nothing apart."""
 
     step: int
     site: str | None = None
@@ -194,6 +195,17 @@ class Point:
     ibot: float | None = None
     koleo: float | None = None
     log_k: float | None = None
+    teacher_entropy: float | None = None
+    prototype_perplexity: float | None = None
+    prototype_usage: float | None = None
+    feature_std: float | None = None
+    probe_images: float | None = None
+    rankme: float | None = None
+    knn_auroc: float | None = None
+
+    def row(self) -> dict[str, float]:
+        """What was measured, as `chexfound.pretrain.symptoms` takes it."""
+        return {name: value for name, value in vars(self).items() if name != "site" and value is not None}
 
 
 @checked(frozen=True, kw_only=True, config=_lenient)
@@ -304,6 +316,12 @@ class Run:
         return float(value) if isinstance(value, int | float) else 0.95
 
     @property
+    def width(self) -> int:
+        """Of the backbone; 0 if nothing tells."""
+        arch = self.setting("student", "arch")
+        return ARCHS[arch][0] if isinstance(arch, str) and arch in ARCHS else 0
+
+    @property
     def pretrain_steps(self) -> int | None:
         """Global steps of self-supervised pretraining; None if nothing tells."""
         phases = self.setting("phases")
@@ -311,7 +329,11 @@ class Run:
         if isinstance(phases, list) and "pretrain" not in phases:
             return 0
         if isinstance(rounds, int) and isinstance(local_steps, int):
-            return rounds * local_steps
+            stages = self.setting("curriculum")
+            later = (
+                [stage.get("rounds") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+            )
+            return (rounds + sum(number for number in later if isinstance(number, int))) * local_steps
         points = (self.history.pretrain if self.history else {}).get(FEDERATED, [])
         return max((point.step for point in points), default=-1) + 1 or None
 

@@ -146,3 +146,20 @@ def test_a_reply_that_cannot_be_packed_is_a_code(make_message: Any) -> None:
 
 def test_nothing_leaves_in_an_unknown_phase(make_message: Any) -> None:
     assert egress.release(make_message(RecordDict()), "unknown", Reply()).error.reason == "policy"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file": 1.0}, r"holds \['file'\], which may not leave"),
+        ({"probe_images": 12, "rankme": 3.0}, "probe_images .* of too few images"),
+        ({"knn_auroc": 0.7}, "too few images"),
+        ({"feature_std": 7.0}, "feature_std .* cannot be"),
+    ],
+)
+def test_a_row_of_the_history_that_may_not_leave(row: dict[str, float], message: str) -> None:
+    sound = {"step": 0, "loss": 1.0, "log_k": 5.0, "probe_images": 20, "rankme": 3.0, "knn_auroc": 0.7}
+    values = {"images": 1, "state": "travels"}
+    egress.admit("pretrain", Reply(values=values | {"history": [sound]}))
+    with pytest.raises(PolicyError, match=message):
+        egress.admit("pretrain", Reply(values=values | {"history": [{"step": 0, "loss": 1.0, "log_k": 5.0} | row]}))

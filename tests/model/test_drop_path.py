@@ -67,3 +67,30 @@ def test_checkpointing_changes_memory_and_nothing_else(rate):
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
     assert any(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_some_tokens_are_those_of_all(rate, masked):
+    torch.manual_seed(0)
+    model = VisionTransformer(Student(drop_path_rate=rate, layerscale=1.0), Input(), grid=2).train()
+    images = torch.randint(0, 256, (5, 32, 32), dtype=torch.uint8)
+    patches = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    masks = patches if masked else None
+    results = []
+    for some in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)  # the same images are dropped
+        if some:
+            tokens = model.tokens_at(images, model.token_rows(5, patches), masks)
+        else:
+            every = model.forward_features(images, masks)
+            tokens = torch.cat([every["x_norm_clstoken"], every["x_norm_patchtokens"][patches]])
+        (tokens.sigmoid() * torch.arange(tokens.numel()).view_as(tokens)).sum().backward()
+        results.append((tokens.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (one, gradients), (other, others) = results
+    assert one.shape == (5 + 7, 96)
+    assert torch.allclose(one, other, atol=1e-5)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, others[name], rtol=1e-4, atol=1e-3 * gradient.abs().max().item()), name

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import CheckpointError, ConfigError, DivergedError
 from chexfound.pretrain import train
 from chexfound.pretrain.train import Pretrainer
@@ -94,7 +95,7 @@ def test_a_diverged_step_names_its_images(small, images, monkeypatch):
     monkeypatch.setattr(train.SSLMetaArch, "forward", lambda *_: (torch.tensor(math.nan, requires_grad=True), {}))
     with pytest.raises(DivergedError, match="step 2: the loss is nan") as caught:
         one.run(2, 1, 4)
-    sampler = train.EndlessSampler(len(images), 4, one.recipe.seed, "pretrain", 0)
+    sampler = EndlessSampler(len(images), 4, one.recipe.seed, "pretrain", 0)
     assert (caught.value.step, caught.value.places) == (2, sampler.batch(2).tolist())
 
 

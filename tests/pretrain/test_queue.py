@@ -9,7 +9,8 @@ import torch
 from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.pretrain import curriculum, losses
-from chexfound.pretrain.train import QUEUE, Pretrainer, make_batch
+from chexfound.pretrain.batches import make_batch
+from chexfound.pretrain.train import QUEUE, Pretrainer
 from chexfound.schema import Recipe
 
 

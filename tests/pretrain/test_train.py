@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from chexfound.errors import CheckpointError, DataError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.pretrain import train
-from chexfound.pretrain.train import Pretrainer, initial_weights, make_batch
+from chexfound.pretrain.batches import make_batch
+from chexfound.pretrain.train import Pretrainer, initial_weights
 from chexfound.schema import Recipe
 
 Small = Callable[..., Recipe]

@@ -95,13 +95,58 @@ def test_without_a_bound_of_the_optimizer_a_weight_has_one(kind: Any) -> None:
         check_update({"w": torch.full((2,), 3e38)}, sent, set(), pace, range(1))
 
 
+healthy = {
+    "step": 3,
+    "loss": 1.0,
+    "dino": 1.0,
+    "log_k": math.log(256),
+    "teacher_entropy": 2.0,
+    "prototype_perplexity": 0.5,
+    "prototype_usage": 1.0,
+    "feature_std": 0.6,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teacher_entropy": 5.6}, "teacher_entropy"),
+        ({"teacher_entropy": -0.1}, "teacher_entropy"),
+        ({"prototype_usage": 1.2}, "prototype_usage"),
+        ({"feature_std": -0.5}, "feature_std"),
+        ({"log_k": 5.0, "teacher_entropy": 1.0}, "log_k"),
+        ({"probe_images": 19, "rankme": 3.0}, "probe_images"),
+        ({"probe_images": 101, "rankme": 3.0}, "probe_images"),
+        ({"probe_images": 100, "rankme": 97.0}, "rankme"),
+        ({"probe_images": 100, "rankme": 0.5}, "rankme"),
+        ({"probe_images": 100, "rankme": 9.0, "knn_auroc": 1.1}, "knn_auroc"),
+        ({"knn_auroc": 0.7}, "knn_auroc|probe_images"),
+    ],
+)
+def test_figures_of_health_that_cannot_be(change: dict[str, float], named: str) -> None:
+    recipe = recipes.load("demo", {"health.eval_period_iterations": 4, "health.probe_images": 100})
+    sound = healthy | {"koleo": 0.0, "probe_images": 100, "rankme": 9.0, "knn_auroc": 0.7}
+    assert check_history(Reply(values={"history": [sound]}), recipe, "pretrain", range(3, 4)) == [sound]
+    rows = [healthy | {"koleo": 0.0} | change]
+    with pytest.raises(ProtocolError, match=named):
+        check_history(Reply(values={"history": rows}), recipe, "pretrain", range(3, 4))
+
+
+def test_a_probe_at_another_step_than_asked() -> None:
+    row = healthy | {"koleo": 0.0, "probe_images": 100, "rankme": 9.0}
+    for every in (0, 3):
+        recipe = recipes.load("demo", {"health.eval_period_iterations": every})
+        with pytest.raises(ProtocolError, match="rows of finite numbers"):
+            check_history(Reply(values={"history": [row]}), recipe, "pretrain", range(3, 4))
+
+
 def test_a_batch_without_masked_patches_has_no_ibot() -> None:
     recipe = recipes.load("demo")
-    row = {"step": 3, "loss": 1.0, "dino": 1.0, "koleo": -0.5, "log_k": 5.5}
+    row = healthy | {"koleo": -0.5}
     for rows in ([row], [row | {"ibot": 2.0}]):
         assert check_history(Reply(values={"history": rows}), recipe, "pretrain", range(3, 4)) == rows
     bare = recipes.load("demo", {"dino.koleo_loss_weight": 0.0, "ibot.loss_weight": 0.0})
-    with pytest.raises(ProtocolError, match="rows of finite numbers: dino, log_k, loss, step"):
+    with pytest.raises(ProtocolError, match="rows of finite numbers: dino, feature_std, log_k, loss"):
         check_history(Reply(values={"history": [row]}), bare, "pretrain", range(3, 4))
 
 

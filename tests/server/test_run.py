@@ -351,7 +351,7 @@ HOSTILE: list[Any] = [
     ("pretrain", values(images=12), "its enrolment 13"),
     *(("pretrain", curve(step=step), "a row for each of its 1 steps, in order") for step in (1, 2**30)),
     *(("pretrain", curve(step=step), "must be rows of finite numbers") for step in (0.5, -1e308, False)),
-    ("pretrain", curve(**{"<b>x": 1.0}), "must be rows of finite numbers: dino, koleo, log_k, loss, step"),
+    ("pretrain", curve(**{"<b>x": 1.0}), "must be rows of finite numbers: dino, feature_std, koleo"),
     ("pretrain", curve(loss=1e308), "must be rows of finite numbers"),
     ("pretrain", lambda reply: values(history=reply.values["history"] * 2)(reply), "a row for each"),
     *((phase, values(history=[]), "a row for each") for phase in ("pretrain", "adapt")),

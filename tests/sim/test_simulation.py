@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from chexfound import load_backbone, load_head
+from chexfound.cli import main as chexfound_command
 from chexfound.model import checkpoint
 
 SITES, FINDINGS = ["alpha", "beta", "gamma"], ["Bar", "Blob"]
@@ -47,6 +49,19 @@ def test_everything_is_there(one_worker: Any) -> None:
     card = (out / "model" / "README.md").read_text()
     assert one_worker.hashes["federated"] in card
     assert not list((out / "work").rglob("features"))  # what an arm needed only while it trained is gone
+
+
+def test_its_model_can_be_released_with_its_heads(one_worker: Any, tmp_path: Path) -> None:
+    for source, arm in (
+        (one_worker.out, "federated"),
+        (one_worker.out / "work" / "seed-0" / "centralized", "centralized"),
+    ):
+        assert chexfound_command(["weights", "export", str(source), "--out", str(tmp_path / arm)]) == 0
+        assert {"dino_head.safetensors", "ibot_head.safetensors"} <= {path.name for path in (tmp_path / arm).iterdir()}
+        summary = json.loads((tmp_path / arm / "training_summary.json").read_text())
+        assert (summary["arm"], summary["weights_sha256"]) == (arm, one_worker.hashes[arm])
+        assert load_head(tmp_path / arm).findings == tuple(FINDINGS)
+        assert load_backbone(tmp_path / arm).embed_dim == load_backbone(source).embed_dim
 
 
 # ---- the schema of metrics.json

@@ -1,0 +1,317 @@
+"""Pretraining of one store without a federation, in one folder that it can be gone on with.
+
+    OUT/pretraining.json        what is done: recipe, store
+    OUT/saves/*.safetensors     the last two states, until it is done
+    OUT/metrics.jsonl           a row a step
+    OUT/model/                  at the end: the teacher's backbone, as model/release.py has it
+    OUT/heads.safetensors       at the end: `student.dino_head.…`, `teacher.ibot_head.…`, and so on
+
+It takes the steps, to the bit, that a lone site takes which is asked for round after round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chexfound import machine
+from chexfound import recipe as recipes
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
+from chexfound.journal import storage, write_json, write_text
+from chexfound.model import card, checkpoint, release
+from chexfound.pretrain import curriculum, ranks, saves
+from chexfound.pretrain.saves import Saves
+from chexfound.pretrain.train import Pretrainer
+from chexfound.schema import Recipe
+
+FORMAT = 1
+ABOUT = "pretraining.json"
+
+
+def prepare(
+    out: Path, store: str | None, recipe: str | None, overrides: list[str], *, resume: bool, log_every: int
+) -> Pretraining:
+    """What is asked for, or what `out` holds already where it is not said.
+
+    Raises: ConfigError if the two differ, or nothing says what to do; DataError if the store cannot be used.
+    """
+    about = _about(out)
+    if about is None and resume:
+        raise ConfigError(f"{out}: no pretraining to resume here (no {ABOUT}); start one without --resume")
+    if overrides and not recipe:
+        raise ConfigError("--set changes a recipe: name it too, with --recipe")
+    wanted = recipes.load(recipe, recipes.parse_overrides(overrides)) if recipe else None
+    held = recipes.validate(about["recipe"], str(out / ABOUT)) if about else wanted
+    assert held is not None  # the command asks for a recipe where there is nothing to resume
+    if wanted is not None and wanted != held:
+        raise ConfigError(
+            f"{out}: holds a pretraining by another recipe ({_differences(held, wanted)}); choose another --out"
+        )
+    opened = Store.open(Path(store or (about or {})["store"]))
+    sha256 = opened.digest()
+    if about and about["store_sha256"] != sha256:
+        raise ConfigError(
+            f"{out}: was begun with other images than those of {opened.path} (another store, or images were added or "
+            "changed since); give that store, or choose another --out"
+        )
+    ranks.meet()  # all have read what the first will write
+    return Pretraining(opened, sha256, held, out, log_every, finished=bool(about and about.get("model_sha256")))
+
+
+def _about(out: Path) -> dict[str, Any] | None:
+    """What the folder says that it is; None for a folder that is not there, or empty.
+
+    Raises: ConfigError if it holds something else; CheckpointError if it is damaged.
+    """
+    path = out / ABOUT
+    with storage(path):
+        if not path.is_file():
+            if out.exists() and (not out.is_dir() or any(not entry.name.startswith(".") for entry in out.iterdir())):
+                raise ConfigError(f"{out}: is in use by something else (no {ABOUT} in it); choose another --out")
+            return None
+        text = path.read_bytes()
+    try:
+        about = json.loads(text)
+        if about["format"] != FORMAT:
+            raise CheckpointError(f"{path}: of format {about['format']!r}; this release reads {FORMAT}")
+        kinds = {"store": str, "store_sha256": str, "recipe": dict}
+        if not all(isinstance(about[name], kind) for name, kind in kinds.items()):
+            raise TypeError("a value is of another kind")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); start anew in another folder") from error
+    return about  # type: ignore[no-any-return]
+
+
+def _differences(held: Recipe, wanted: Recipe) -> str:
+    one, other = _flat(recipes.to_dict(held)), _flat(recipes.to_dict(wanted))
+    keys = [name for name in one | other if one.get(name) != other.get(name)]
+    told = "; ".join(f"{name} is {one.get(name)!r} there, {other.get(name)!r} here" for name in keys[:3])
+    return told + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
+
+
+@dataclass
+class Pretraining:
+    """A pretraining in its folder; with several ranks, all make one, and the first one writes and talks.
+
+    Args:
+        store: its training patients' images are trained on.
+        store_sha256: its digest.
+        recipe: the run.
+        out: the folder.
+        log_every: steps between two lines of loss and speed.
+        finished: whether the folder says so.
+    """
+
+    store: Store
+    store_sha256: str
+    recipe: Recipe
+    out: Path
+    log_every: int = 50
+    finished: bool = False
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Pretrain from where the folder is to the end, or until told to stop; returns whether it was stopped.
+
+        Raises: ChexfoundError; what was saved is kept.
+        """
+        if self.finished:
+            _say(f"{self.out}: finished already; its model is {self.out / 'model'}")
+            return False
+        torch.set_num_threads(self.recipe.threads)
+        self.check(ranks.size())
+        with self._alone():
+            self._write_about()
+            step = self._train(stop)
+            if step == self.recipe.pretrain_steps:
+                self._finish()
+            else:
+                _say(f"stopped before step {step} of {self.recipe.pretrain_steps}; the same command goes on from there")
+            ranks.meet()  # whoever ends first is the end of all
+        return step < self.recipe.pretrain_steps
+
+    def check(self, gpus: int) -> None:
+        """Raise what is wrong with recipe and store before anything is done; `gpus`: how many are to train."""
+        if "pretrain" not in self.recipe.phases:
+            raise ConfigError("recipe: its phases leave pretrain out, so there is nothing to do; add it to phases")
+        if self.store.px != self.recipe.image_px:
+            raise DataError(
+                f"{self.store.path}: holds images of {self.store.px} px, the recipe asks for {self.recipe.image_px}; "
+                f"ingest again with --image-px {self.recipe.image_px}"
+            )
+        for _, batch in self._stages():
+            ranks.share(batch, gpus)
+        self.ids = View.of(self.store, "all", None).split(self.recipe.seed, self.recipe.split, "train")
+        if not len(self.ids):
+            raise DataError(f"{self.store.path}: no training image; the split gives all to val and test")
+
+    def _stages(self) -> Iterator[tuple[int, int]]:
+        """The step after the last, and images a step, of each stage."""
+        last = 0
+        for stage in curriculum.stages(self.recipe):
+            last += stage.pretrain_steps
+            yield last, recipes.site_batch_size(stage.train, 1, "train")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep a second command out of the folder.
+
+        Raises: ConfigError.
+        """
+        if not ranks.first():
+            yield
+            return
+        with storage(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            handle = open(self.out / ".lock", "w")  # noqa: SIM115 (held, with its lock, as long as we train)
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.out}: another process is pretraining into it; wait for it, or stop it"
+                ) from error
+            yield
+
+    def _write_about(self, **more: str) -> None:
+        if ranks.first():
+            about = {"format": FORMAT, "store": str(self.store.path.resolve()), "store_sha256": self.store_sha256}
+            write_json(self.out / ABOUT, {**about, **more, "recipe": recipes.to_dict(self.recipe)})
+
+    # -- training
+
+    def _train(self, stop: Callable[[], bool]) -> int:
+        """Take the steps that are left, or some of them; returns the step that is next."""
+        self.saves = Saves(self.out / "saves", saves.key(recipes.to_json(self.recipe), self.store_sha256))
+        total, step = self.recipe.pretrain_steps, self.saves.newest() or 0
+        self._cut_rows(step)
+        _say(
+            f"{len(self.ids)} training images of {self.store.path}, {total} steps on {ranks.size()} × "
+            f"{machine.device()}" + (f"; going on at step {step}" if step else "")
+        )
+        with _Display(total, step) as display:
+            for last, batch in self._stages():
+                if step < last:
+                    step = self._stage(step, last, batch, display, stop)
+                if step < last:
+                    break
+        return step
+
+    def _stage(self, step: int, last: int, batch: int, display: _Display, stop: Callable[[], bool]) -> int:
+        trainer = Pretrainer(
+            self.recipe,
+            lambda places: self.store.pixels(self.ids[places]),
+            len(self.ids),
+            0,
+            step=step,
+            device=machine.device(),
+        )
+        if step:
+            trainer.load_state(curriculum.enter(self.saves.read(step).state, self.recipe, step))
+        every = saves.steps_between(self.recipe) or self.recipe.train.local_steps
+        stopped = False
+        while step < last and not stopped:
+            until, began = saves.next_stop(step, last, every, self.log_every), time.monotonic()
+            try:
+                rows = trainer.run(step, until - step, batch, display.progress(step), stop=stop)
+            except DivergedError as error:
+                raise saves.diverged(self.out, self.store, self.ids, trainer, error) from error
+            step += len(rows)
+            stopped = step < until
+            self._add_rows(rows)
+            if step % self.log_every == 0 or step == last:
+                display.say(_line(rows, self.recipe.pretrain_steps, batch, time.monotonic() - began))
+            if step % every == 0 or step == last or stopped:
+                state = trainer.state()
+                self.saves.write(step, state)
+        return step
+
+    # -- what is written
+
+    def _cut_rows(self, step: int) -> None:
+        """Drop the rows of steps that will be taken again, and one that was half-written."""
+        path = self.out / "metrics.jsonl"
+        if ranks.first():
+            lines = path.read_text().splitlines() if path.is_file() else []
+            write_text(path, "".join(f"{line}\n" for line in lines[:step]))
+
+    def _add_rows(self, rows: list[dict[str, Any]]) -> None:
+        path = self.out / "metrics.jsonl"
+        if ranks.first():
+            with storage(path), open(path, "a") as file:
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _finish(self) -> None:
+        """Leave the model of the last save, and the heads beside it."""
+        if not ranks.first():
+            return
+        state = checkpoint.with_prefix(self.saves.read(self.recipe.pretrain_steps).state, "model.")
+        checkpoint.save(self.out / "heads.safetensors", {name: state[name] for name in state if "_head." in name})
+        backbone = checkpoint.add_prefix(checkpoint.with_prefix(state, "teacher.backbone."), "backbone.")
+        sha256 = checkpoint.digest(backbone)
+        patients = len({self.store.keys[place] for place in self.ids})
+        told = card.pretraining_card(self.recipe, backbone, len(self.ids), patients, sha256)
+        release.save(self.out / "model", self.recipe, (), backbone, told)
+        self._write_about(model_sha256=sha256)
+        self.saves.clear()
+        _say(f"model: {self.out / 'model'} (sha256 {sha256})")
+
+
+def _say(text: str) -> None:
+    if ranks.first():
+        print(text, flush=True)
+
+
+def _line(rows: list[dict[str, Any]], total: int, batch: int, seconds: float) -> str:
+    """What the log says of some steps: means of the loss and its parts, and the speed."""
+    parts = [name for name in ("loss", "dino", "koleo", "ibot") if name in rows[-1]]
+    means = " ".join(f"{name}={sum(row[name] for row in rows) / len(rows):.4f}" for name in parts)
+    return f"step={rows[-1]['step'] + 1} of={total} {means} images_per_s={len(rows) * batch / seconds:.1f}"
+
+
+class _Display:
+    """A bar while it runs, on a terminal, and lines above it; the first rank's only."""
+
+    def __init__(self, total: int, done: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        shown = ranks.first() and sys.stdout.isatty()
+        columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, transient=True, disable=not shown)
+        self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if ranks.first():
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, before: int) -> Callable[[int, int], None]:
+        """The callback of a run that begins at a step."""
+        return lambda done, _: self._bar.update(self._task, completed=before + done)

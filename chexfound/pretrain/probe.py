@@ -1,0 +1,103 @@
+"""What a site sees of its own images through the teacher, every so many steps: effective rank and a kNN probe.
+
+Images and labels stay; what is told is one figure of each, and only over enough images of enough
+patients (`health.FEWEST_IMAGES`, `FEWEST_PATIENTS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chexfound import rng
+from chexfound.evaluate.metrics import auroc
+from chexfound.model.vit import VisionTransformer
+from chexfound.pretrain import health
+
+CHUNK = 64  # images a forward pass
+DECIMALS = 3  # of the AUROC: finer digits are noise on hundreds of images, and tell of single ones
+
+
+class Probe:
+    """Looks at the same images each time, chosen once: labelled ones first, as many as the limit allows.
+
+    Args:
+        pixels: gives uint8 (n, H, W) for positions 0 … N − 1 of the site's training images.
+        labels: int8 (N, F) of them, 1, 0 or −1.
+        patients: of each of them.
+        every: steps between two looks.
+        limit: images at most.
+        seed: with the roster index it names the stream that the images are chosen by, one of its own.
+        dtype: of the arithmetic, as in training.
+    """
+
+    def __init__(
+        self,
+        pixels: Callable[[np.ndarray], np.ndarray],
+        labels: np.ndarray,
+        patients: Sequence[str],
+        *,
+        every: int,
+        limit: int,
+        seed: int,
+        roster_index: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        order = rng.numpy_generator(seed, "health", "probe", roster_index).permutation(len(labels))
+        labelled = (labels[order] >= 0).any(1)
+        self.places = np.sort(np.concatenate([order[labelled], order[~labelled]])[:limit])
+        self.pixels, self.every, self.dtype = pixels, every, dtype
+        self.labels, self.patients = labels[self.places], [patients[place] for place in self.places]
+
+    def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:
+        """The figures after a step, or none if it is not one to look after.
+
+        `rankme` of the CLS tokens; `knn_auroc`, the mean over the findings that can be judged, if there is one;
+        `probe_images`, how many were looked at.
+        """
+        if (step + 1) % self.every or not self._enough():
+            return {}
+        cls, both = self.features(backbone)
+        told = {"probe_images": len(self.places), "rankme": health.rankme(cls)}
+        scores = [self._auroc(both, column) for column in range(self.labels.shape[1]) if self._judged(column)]
+        if scores:
+            told["knn_auroc"] = round(float(np.mean(scores)), DECIMALS)
+        return told
+
+    def _enough(self) -> bool:
+        return len(self.places) >= health.FEWEST_IMAGES and len(set(self.patients)) >= health.FEWEST_PATIENTS
+
+    @torch.no_grad()
+    def features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        """CLS tokens (n, D), and CLS beside mean patch token (n, 2·D), each of length 1, of the chosen images."""
+        was, device = backbone.training, next(backbone.parameters()).device
+        backbone.eval()
+        cls, patches = [], []
+        try:
+            for start in range(0, len(self.places), CHUNK):
+                images = torch.from_numpy(self.pixels(self.places[start : start + CHUNK])).to(device)
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    seen = cast(VisionTransformer, backbone).forward_features(images)
+                cls.append(seen["x_norm_clstoken"].float())
+                patches.append(seen["x_norm_patchtokens"].float().mean(1))
+        finally:
+            backbone.train(was)
+        tokens = torch.cat(cls)
+        return tokens, torch.cat([F.normalize(tokens, dim=-1), F.normalize(torch.cat(patches), dim=-1)], dim=-1)
+
+    def _judged(self, column: int) -> bool:
+        labels = self.labels[:, column]
+        return all(
+            len({patient for patient, label in zip(self.patients, labels, strict=True) if label == value})
+            >= health.FEWEST_PATIENTS
+            for value in (0, 1)
+        )
+
+    def _auroc(self, features: Tensor, column: int) -> float:
+        labels = self.labels[:, column]
+        return auroc(labels, health.knn_scores(features, torch.from_numpy(labels), self.patients))

@@ -1,0 +1,120 @@
+"""Symptoms on real curves: honest runs, and collapses that were brought about.
+
+`tests/vectors/health_curves.json`: rows of `Pretrainer.run` on the X-rays of ../shared/data/cxr at 64 px (preset
+laptop, 96 wide, probes of 256 images every 20 steps), recorded 2026-11-24 with torch
+2.14.1, four digits.  What was changed:
+
+honest8, honest32  NIH at batches of 8 and 32; nothing
+gz8                Guangzhou at a batch of 8; nothing
+gz8_nocent_lin     head_centered false, linear stem, no KoLeo: one site's alike batches
+center_nocent      softmax centering, head_centered false, temperature 0.07
+center             softmax centering at temperature 0.02
+one                softmax centering, temperature 0.02, no head_centered, KoLeo, iBOT
+dim4               four prototypes, no KoLeo, iBOT
+uniform            softmax centering at a teacher's temperature of 1
+rise               a learning rate of 0.2 from step 120 on
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chexfound import recipe as recipes
+from chexfound.pretrain import watch
+from chexfound.pretrain.symptoms import ADVICE, GRACE, WINDOW, judged_from, symptoms, tail
+
+CURVES = json.loads((Path(__file__).parents[1] / "vectors" / "health_curves.json").read_text())
+
+
+def curve(name: str) -> list[dict[str, float]]:
+    columns = dict(CURVES[name])
+    probes, log_k = columns.pop("probes"), columns.pop("log_k")
+    rows = [
+        {"step": step, "log_k": log_k, **dict(zip(columns, values, strict=True))}
+        for step, values in enumerate(zip(*columns.values(), strict=True))
+    ]
+    for step, rank, images in probes:
+        rows[step] |= {"rankme": rank, "probe_images": images}
+    return rows
+
+
+def said(rows: list[dict[str, float]], every: int = 5) -> list[tuple[int, set[str]]]:
+    """Which symptoms are told after which step, where that changes; asked round by round, as a site is."""
+    before: list[str] = []
+    kept: list[dict[str, float]] = []
+    changes = []
+    for start in range(0, len(rows), every):
+        kept = tail([*kept, *rows[start : start + every]])
+        now = [one.name for one in symptoms(kept, dim=96, before=before)]
+        if set(now) != set(before):
+            changes.append((start + every, set(now)))
+        before = now
+    return changes
+
+
+@pytest.mark.parametrize("name", ["honest8", "honest32", "gz8"])
+def test_honest_runs_ail_of_nothing(name):
+    assert said(curve(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "symptom"),
+    [
+        ("gz8_nocent_lin", "cls-plateau"),
+        ("center_nocent", "cls-plateau"),
+        ("center", "one-prototype"),
+        ("one", "constant-features"),
+        ("dim4", "dimensional-collapse"),
+        ("uniform", "uniform-teacher"),
+    ],
+)
+def test_a_collapse_is_called_by_its_name_as_soon_as_it_may(name, symptom):
+    assert said(curve(name))[0] == (GRACE + WINDOW, {symptom})
+
+
+def test_what_begins_later_is_told_later():
+    assert said(curve("rise")) == [(150, {"loss-rises"})]
+
+
+def test_the_figures_are_in_what_is_said():
+    (one,) = symptoms(curve("uniform"), dim=96)
+    assert one.name == "uniform-teacher"
+    assert one.seen == "teacher entropy 100.0 % of log K"
+    assert one.advice == ADVICE["uniform-teacher"]
+
+
+def test_it_goes_only_when_it_has_cleared():
+    rows = [row | {"feature_std": 0.03} for row in curve("honest8")]
+    assert symptoms(rows, dim=96) == []  # not yet one …
+    (one,) = symptoms(rows, dim=96, before=["constant-features"])  # … but one that was there stays
+    assert one.name == "constant-features"
+
+
+def test_nothing_is_judged_before_the_warm_up_ends():
+    rows = curve("uniform")
+    assert symptoms(rows[: GRACE + WINDOW - 1], dim=96) == []
+    assert symptoms(rows, dim=96, judged_from=160) == []
+    recipe = recipes.load("laptop", {"optim.warmup_epochs": 30})
+    assert judged_from(recipe, 0) == 300
+    assert judged_from(recipes.load("laptop"), 0) == GRACE
+    staged = recipes.load("laptop", {"curriculum": [{"rounds": 5, "global_crops_size": 128, "local_crops_size": 48}]})
+    assert judged_from(staged, 310) == 300 + GRACE
+
+
+def test_a_curve_without_figures_is_not_judged():
+    bare = [{name: row[name] for name in ("step", "loss")} for row in curve("uniform")]
+    assert symptoms(bare, dim=96) == []
+
+
+def test_a_site_says_it_once_and_keeps_its_curve_on_the_disk(tmp_path):
+    recipe, path, rows = recipes.load("laptop"), tmp_path / "health" / "curve.json", curve("uniform")
+    told = [
+        [one.name for one in watch.new_symptoms(path, recipe, start, rows[start : start + 5])]
+        for start in range(0, 150, 5)
+    ]
+    assert told == [[]] * 19 + [["uniform-teacher"]] + [[]] * 10
+    path.write_text("{")  # damaged: the warning may come late, the round does not fail
+    assert watch.new_symptoms(path, recipe, 150, rows[150:155]) == []

@@ -1,0 +1,171 @@
+"""`chexfound weights`, as a user types it: what it prints, what it leaves, and with which code it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from chexfound.cli import main
+from chexfound.model.checkpoint import add_prefix
+from chexfound.model.weights.architecture import Backbone
+from chexfound.schema import Input
+
+torch.set_num_threads(1)
+
+
+def backbone(**values: object) -> dict[str, Tensor]:
+    """A small backbone in the reference's names, in two chunks of one block."""
+    given = dict(dim=64, depth=2, heads=4, patch_size=8, in_chans=3, registers=4, ffn="mlp", layerscale=True, grid=4)
+    state = Backbone(**{**given, **values}).build(Input()).state_dict()
+    return {
+        f"blocks.{name.split('.')[1]}.{name.removeprefix('blocks.')}" if name.startswith("blocks.") else name: tensor
+        for name, tensor in state.items()
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of published checkpoints, where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    teacher, student = (add_prefix(backbone(), f"{whose}.backbone.") for whose in ("teacher", "student"))
+    torch.save({"teacher": add_prefix(backbone(), "backbone.")}, "teacher_checkpoint.pth")
+    torch.save({"model": {**teacher, **student, "dino_loss.center": torch.zeros(1, 4)}}, "model_checkpoint.pth")
+    rates = {f"classifiers_dict.linear:blocks=2:avgpool=False:lr=0_{lr}.linear.": lr for lr in (1, 2)}
+    tensors = {
+        f"{start}{name}": torch.ones(shape) * lr for start, lr in rates.items() for name, shape in LINEAR.items()
+    }
+    torch.save({"model": tensors, "iteration": 9, "optimizer": {"state": {}}}, "linear.pth")
+    return tmp_path
+
+
+LINEAR = {"weight": (3, 128), "bias": (3,)}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """`run("import", …)`: exit code, and all that was printed."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        try:
+            code = main(["weights", *arguments])
+        except SystemExit as end:
+            code = int(str(end.code))
+        printed = capsys.readouterr()
+        return code, " ".join((printed.out + printed.err).split())  # lines are wrapped
+
+    return call
+
+
+def test_import_prints_what_it_found_and_writes_nothing_unasked(here, run):
+    before = sorted(os.listdir())
+    code, text = run("import", "teacher_checkpoint.pth")
+    assert code == 0
+    assert "width 64, depth 2, heads 1, patch 8, 3 channels, 4 registers, mlp (hidden 256), LayerScale" in text
+    assert "36 tensors" in text
+    assert "0 missing, 0 unexpected" in text
+    assert "1 attention head of the backbone (width / 64); the file does not say: --heads" in text
+    assert "ImageNet's mean and deviation" in text
+    assert "nothing was written" in text
+    assert sorted(os.listdir()) == before
+
+
+def test_import_then_show_then_export(here, run):
+    code, text = run("import", "teacher_checkpoint.pth", "--heads", "4", "--out", "imported")
+    assert code == 0
+    assert "heads 4" in text
+    assert "wrote imported: backbone_compatible.safetensors, config.json" in text
+    assert 'chexfound.load_backbone("imported")' in text
+    code, text = run("show", "imported")
+    assert code == 0
+    assert "an imported folder" in text
+    code, text = run("show", "imported", "--json")
+    assert json.loads(text)["parts"]["backbone"]["heads"] == 4
+    code, text = run("export", "imported", "--out", "release")
+    assert code == 0
+    assert 'timm.create_model("local-dir:release", pretrained=True)' in text
+    assert run("export", "imported", "--out", "release")[0] == 2
+    assert run("export", "release", "--out", "again")[0] == 2
+
+
+def test_what_is_left_out_is_named(here, run):
+    code, text = run("import", "model_checkpoint.pth", "--heads", "4")
+    assert code == 0
+    assert "student: 36 tensors; take it with --which student" in text
+    assert "dino_loss: training state" in text
+    code, text = run("import", "model_checkpoint.pth", "--which", "student", "--heads", "4")
+    assert "the student's" in text
+
+
+def test_one_of_several_heads_is_chosen(here, run):
+    code, text = run("import", "linear.pth")
+    assert code == 2
+    assert "2 heads are in it" in text
+    assert "linear:blocks=2:avgpool=False:lr=0_2" in text
+    code, text = run("import", "linear.pth", "--classifier", "lr=0_2", "--findings", "A,B,C", "--out", "head")
+    assert code == 0
+    assert "linear: 3 findings from the CLS of the last 2 blocks of width 64" in text
+    assert "lr=0_1: another head; take it with --classifier" in text
+    assert "optimizer: training state" in text
+    assert "iteration 9" in text
+    assert 'chexfound.load_head("head")' in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["import", "none.pth"], 4, "none.pth: cannot be read"),
+        (["import", "teacher_checkpoint.pth", "--heads", "7"], 2, "heads 7: must divide the width 64"),
+        (["import", "teacher_checkpoint.pth", "teacher_checkpoint.pth"], 2, "two of the files hold a backbone"),
+        (["import", "teacher_checkpoint.pth", "--which", "student"], 2, "holds no student"),
+        (["import", "teacher_checkpoint.pth", "--mean", "x", "--std", "1"], 2, "--mean 'x': give one number, or three"),
+        (["import", "teacher_checkpoint.pth", "--mean", "0.5,0.5", "--std", "1"], 2, "give one number, or three"),
+        (["import", "linear.pth", "--classifier", "0_1", "--findings", "A"], 2, "1 names for a head of 3"),
+        (["import", "linear.pth", "--classifier", "0_1", "--findings", "A,A,B"], 2, "each once"),
+        (["import", "linear.pth", "--classifier", "0_1", "--n-last-blocks", "3"], 2, "128 channels, which are not 3"),
+        (["export", "none", "--out", "x"], 4, "none: cannot be read"),
+        (["export", ".", "--out", "x"], 4, "no weights that are known"),
+        (["export", "linear.pth", "--out", "x"], 2, "take it in first"),
+        (["show", "."], 4, "no weights that are known"),
+        (["show"], 2, "PATH"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_what_is_wrong_ends_with_its_code(here, run, arguments, code, message):
+    found, text = run(*arguments)
+    assert message in text
+    assert found == code
+    assert not (here / "x").exists()
+
+
+def test_a_head_and_a_backbone_that_do_not_fit(here, run):
+    torch.save({"linear.weight": torch.zeros(1, 40), "linear.bias": torch.zeros(1)}, "other.pth")
+    code, text = run("import", "teacher_checkpoint.pth", "other.pth", "--heads", "4")
+    assert code == 4
+    assert "the head is made for a backbone of width 10, this one's is 64" in text
+
+
+def test_code_in_a_checkpoint_does_not_run(here, run):
+    class Call:
+        def __reduce__(self) -> object:
+            return os.mkdir, ("it ran",)
+
+    torch.save({"teacher": {"x": Call()}}, "evil.pth")
+    for command in ("import", "show"):
+        code, text = run(command, "evil.pth")
+        assert code == 4
+        assert "refused, nothing of it was run" in text
+    assert not (here / "it ran").exists()
+
+
+def test_help_teaches(run):
+    for command, words in (("import", "--classifier lr=0_0005"), ("show", "--json"), ("export", "local-dir:release")):
+        code, text = run(command, "--help")
+        assert code == 0
+        assert "examples:" in text
+        assert words in text
