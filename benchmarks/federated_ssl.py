@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--finding", default="Pneumonia")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    logging.disable(logging.INFO)
+    logging.disable(logging.INFO)  # of this process, which a caller in it takes back
     rows: list[dict[str, Any]] = []
     try:
         for seed in (int(text) for text in options.seeds.split(",")):

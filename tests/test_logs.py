@@ -11,6 +11,7 @@ from chexfound import logs
 def clean() -> object:
     logger = logging.getLogger("chexfound")
     handlers, level = list(logger.handlers), logger.level
+    logger.handlers[:] = []  # another test of this process may have had lines shown, on a terminal that is gone
     yield
     logger.handlers[:] = handlers
     logger.setLevel(level)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ import pytest
 from chexfound.evaluate.metrics import Scores
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    yield
+    logging.disable(logging.NOTSET)  # a benchmark silences its process
 
 
 @pytest.fixture
