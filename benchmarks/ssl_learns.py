@@ -72,10 +72,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for seed in seeds:
             judged.append(_judged(recipes.load(options.recipe, overrides | {"seed": seed}), store, options.finding))
     for pooling in PENALTIES:
-        for source in judged[0][pooling, "random"]:
+        for source in sorted({source for one in judged for source in one[pooling, "random"]}):
             triples = [
-                (seed, one[pooling, "pretrained"][source], one[pooling, "random"][source])
+                (seed, *(one[pooling, arm][source] for arm in ARMS))
                 for seed, one in zip(seeds, judged, strict=True)
+                if source in one[pooling, "random"]  # a rare class may have no patient in a part of a seed's split
             ]
             (row,) = across_seeds(triples, source, SAMPLES, CONFIDENCE, ARMS)
             areas = [[auroc(arm.labels[:, 0], arm.scores[:, 0]) for arm in pair] for _, *pair in triples]

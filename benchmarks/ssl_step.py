@@ -504,19 +504,19 @@ def write_files(pixels: np.ndarray, folder: Path) -> list[str]:
 
 
 def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
-    """Floating-point operations of one step, two a multiply-add; matrix products only.
+    """Floating-point operations of one step of ours, two a multiply-add; matrix products only.
 
     A linear layer takes 2 · rows · in · out; attention 4 · N² · D a sequence of N tokens.  A block has
-    3·D² (qkv), D² (projection) and 3·D·H (SwiGLU of hidden width H); in the last one projection and SwiGLU
-    see only the tokens that are read: CLS, and the masked patches.  The student runs forward and backward
-    (three times the forward pass; the stem twice, as nobody takes the pixels' gradient) on 2 global and L
-    local crops, the teacher forward on the global ones.  The DINO head sees all student CLS tokens, the
-    iBOT head the masked patches.  Drop path by subset computes a share (1 − rate) of the student's blocks;
-    nothing counts that is recomputed.
+    3·D² (qkv), D² (projection) and 3·D·H (SwiGLU of hidden width H).  The student runs forward and
+    backward (three times the forward pass; the stem twice, as nobody takes the pixels' gradient) on
+    2 global and L local crops, the teacher forward on the global ones.  The DINO head sees all student
+    CLS tokens, the iBOT head the masked patches; in the last block only these tokens go on after the
+    attention.  Drop path by subset computes a share (1 − rate) of the student's blocks; nothing counts that is
+    recomputed.
     """
     student, crops = config["student"], config["crops"]
     dim, depth, _ = ARCHS[student["arch"]]
-    mixing, after = 3 * dim * dim, dim * dim + 3 * dim * ((int(dim * 4 * 2 / 3) + 7) // 8 * 8)
+    hidden = (int(dim * 4 * 2 / 3) + 7) // 8 * 8
 
     def head(rows: int, section: dict[str, Any]) -> float:
         wide, narrow = section["head_hidden_dim"], section["head_bottleneck_dim"]
@@ -528,15 +528,17 @@ def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
 
     def blocks(images: int, px: int, read: int) -> float:
         tokens = (px // student["patch_size"]) ** 2 + 1 + student["num_register_tokens"]
-        each = 2 * images * tokens * mixing + 4 * images * tokens**2 * dim
-        return depth * each + 2 * ((depth - 1) * images * tokens + read) * after
+        attention, rest = 2 * tokens * 3 * dim * dim + 4 * tokens**2 * dim, 2 * (dim * dim + 3 * dim * hidden)
+        return images * (depth * attention + (depth - 1) * tokens * rest) + read * rest
 
     big = 2 * batch, crops["global_crops_size"]
     small = crops["local_crops_number"] * batch, crops["local_crops_size"]
     heads = head(big[0], config["dino"]) + head(masked, config["ibot"])
-    teacher = stem(*big) + blocks(*big, big[0] + masked) + heads
-    kept = 1 - student["drop_path_rate"]
-    learnt = kept * (blocks(*big, big[0] + masked) + blocks(*small, small[0])) + heads + head(small[0], config["dino"])
+    seen = blocks(*big, big[0] + masked)
+    teacher = stem(*big) + seen + heads
+    learnt = (
+        (1 - student["drop_path_rate"]) * (seen + blocks(*small, small[0])) + heads + head(small[0], config["dino"])
+    )
     return teacher + 3 * learnt + 2 * (stem(*big) + stem(*small))
 
 

@@ -46,7 +46,12 @@ examples:
 def add(commands: Any) -> None:
     """Add the command to `chexfound`'s."""
     about = "import published weights, show any, export a release that timm can load"
-    weights = commands.add_parser("weights", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    weights = commands.add_parser(
+        "weights",
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog="Each has examples: chexfound weights import --help",
+    )
     parts = weights.add_subparsers(dest="weights", required=True, metavar="COMMAND")
 
     command = _command(parts, "import", "take in a published checkpoint", IMPORT)
@@ -147,7 +152,7 @@ def _import(given: argparse.Namespace) -> int:
 
     options = _told(given)
     found = parts.merged([parts.of_file(Path(file), options) for file in given.files])
-    print("\n".join([describe.source(found.source), *describe.lines(found)]))
+    print("\n".join([*describe.sources(found.source), *describe.lines(found)]))
     if not given.out:
         print("checked; nothing was written (--out DIR writes it)")
         return 0
@@ -177,7 +182,7 @@ def _export(given: argparse.Namespace) -> int:
 
     out = Path(given.out)
     found, why_not, files = export(Path(given.source), out, Options(findings=_findings(given.findings)))
-    print("\n".join([f"from {describe.source(found.source)}", *describe.lines(found, hints=False)]))
+    print("\n".join([*describe.sources(found.source), *describe.lines(found, hints=False)]))
     print(f"wrote {out}: {', '.join(files)}")
     if why_not:
         print(f'timm cannot load it: {why_not}; chexfound.load_backbone("{out}") can')

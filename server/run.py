@@ -26,6 +26,7 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, Problems, 
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
+from chexfound.model.weights import published
 from chexfound.phases import Request
 from chexfound.pretrain import curriculum, teacher
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
@@ -457,12 +458,12 @@ def _frozen_gains(recipe: Recipe, weights: dict[str, Tensor]) -> set[str]:
 
 
 def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
-    """Put a saved backbone into both student and teacher, its positions interpolated.
+    """Put a saved backbone (in our names, or DINOv2's) into both student and teacher, its positions interpolated.
 
     Raises: CheckpointError if its names or shapes are not the recipe's.
     """
     given = checkpoint.load(path)
-    given = checkpoint.with_prefix(given, "backbone.") or given
+    given = published.backbone_names(checkpoint.with_prefix(given, "backbone.") or given)
     expected = checkpoint.with_prefix(weights, "student.backbone.")
     given = curriculum.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
     odd = sorted(

@@ -118,7 +118,8 @@ def _simulate(given: argparse.Namespace) -> Path:
     from rich.console import Console
 
     out = Path(given.out)
-    workers = given.workers if given.workers is not None else 1 if _gpus(given.gpus) > 1 else _cores()
+    gpus = _gpus(given.gpus)
+    workers = given.workers if given.workers is not None else 1 if gpus > 1 else _cores()
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least one")
     from sim.display import Display

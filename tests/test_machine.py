@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from chexfound import machine
+from chexfound.errors import ConfigError
 from chexfound.machine import benchmark_line
 
 
@@ -30,3 +32,52 @@ def test_a_line_names_no_host_and_no_path(monkeypatch):
     assert "ward-7-pc" not in text
     assert str(Path.home()) not in text
     assert str(Path.cwd()) not in text
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """`cards(n)`: a machine with n GPUs."""
+    for name in ("CHEXFOUND_DEVICE", "CHEXFOUND_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def have(number: int) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: number > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: number)
+
+    return have
+
+
+@pytest.mark.parametrize(("there", "asked", "taken"), [(4, None, 1), (4, "", 1), (4, "all", 4), (4, 3, 3), (0, "1", 1)])
+def test_gpus_as_asked(cards, there, asked, taken):
+    cards(there)
+    assert machine.gpus(asked) == taken
+
+
+def test_gpus_of_the_environment(cards, monkeypatch):
+    cards(4)
+    monkeypatch.setenv("CHEXFOUND_GPUS", "2")
+    assert machine.gpus() == 2
+    assert machine.gpus("3") == 3
+    monkeypatch.setenv("CHEXFOUND_DEVICE", "cpu")
+    assert machine.gpus("7") == 7  # processes without a GPU
+    assert machine.gpus("all") == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "message"),
+    [
+        (2, "4", "4 GPUs are asked for, but there are 2 in this machine; give --gpus 2"),
+        (1, "2", "there is one in this machine; give --gpus 1"),
+        (0, "2", "there is none that PyTorch can use in this machine"),
+        (0, "all", "there is none"),
+        (2, "0", "gpus '0': give a number"),
+        (2, "-1", "gpus '-1': give a number"),
+        (2, "two", "gpus 'two': give a number"),
+        (2, "9" * 30, "give a number"),
+        (2, "٣", "give a number"),
+    ],
+)
+def test_gpus_that_cannot_be_had(cards, there, asked, message):
+    cards(there)
+    with pytest.raises(ConfigError, match=message):
+        machine.gpus(asked)

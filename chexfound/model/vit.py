@@ -286,18 +286,19 @@ class VisionTransformer(nn.Module):
             return result
         return block(x)  # type: ignore[no-any-return]
 
-    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Tokens after the last block.
 
         Args:
-            images: uint8 (B, H, W) or (B, C, H, W), H and W multiples of the patch size.
+            x: images, uint8 (B, H, W) or (B, C, H, W), or float as DINOv2 takes them; H and W multiples of
+                the patch size.
             masks: bool (B, P), True where the patch is replaced by the mask token.
 
         Returns:
             x_norm_clstoken (B, D), x_norm_regtokens (B, R, D), x_norm_patchtokens (B, P, D),
             x_prenorm (B, 1 + R + P, D).
         """
-        x = self.embed(images, masks)
+        x = self.embed(x, masks)
         for block in self.blocks:
             x = self._through(block, x)
         normed = self.norm(x)
@@ -341,14 +342,14 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, image * length + first + patch])
 
     def get_intermediate_layers(
-        self, images: Tensor, n: int | Sequence[int] = 1, return_class_token: bool = False, norm: bool = True
+        self, x: Tensor, n: int | Sequence[int] = 1, return_class_token: bool = False, norm: bool = True
     ) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
         """Patch tokens (B, P, D) of the last n blocks (or of the blocks numbered), oldest first.
 
         All go through the one final norm.  With return_class_token, pairs (patch tokens, CLS (B, D)).
         """
         wanted = set(range(self.depth - n, self.depth) if isinstance(n, int) else n)
-        x = self.embed(images)
+        x = self.embed(x)
         outputs: list[Tensor | tuple[Tensor, Tensor]] = []
         first = 1 + self.config.num_register_tokens
         for number, block in enumerate(self.blocks):

@@ -137,7 +137,7 @@ class Pretraining:
             _say(f"{self.out}: finished already; its model is {self.out / 'model'}")
             return False
         torch.set_num_threads(self.recipe.threads)
-        self._check()
+        self.check(ranks.size())
         with self._alone():
             self._write_about()
             step = self._train(stop)
@@ -148,8 +148,8 @@ class Pretraining:
             ranks.meet()  # whoever ends first is the end of all
         return step < self.recipe.pretrain_steps
 
-    def _check(self) -> None:
-        """Raise what is wrong with recipe and store before anything is done."""
+    def check(self, gpus: int) -> None:
+        """Raise what is wrong with recipe and store before anything is done; `gpus`: how many are to train."""
         if "pretrain" not in self.recipe.phases:
             raise ConfigError("recipe: its phases leave pretrain out, so there is nothing to do; add it to phases")
         if self.store.px != self.recipe.image_px:
@@ -158,7 +158,7 @@ class Pretraining:
                 f"ingest again with --image-px {self.recipe.image_px}"
             )
         for _, batch in self._stages():
-            ranks.share(batch, ranks.size())
+            ranks.share(batch, gpus)
         self.ids = View.of(self.store, "all", None).split(self.recipe.seed, self.recipe.split, "train")
         if not len(self.ids):
             raise DataError(f"{self.store.path}: no training image; the split gives all to val and test")

@@ -13,9 +13,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chexfound.errors import ConfigError
 from chexfound.pretrain.environment import PARENT, follow_parent, to_come
+
+if TYPE_CHECKING:
+    from chexfound.pretrain.central import Pretraining
 
 DESCRIPTION = """\
 Self-supervised pretraining (DINO + iBOT + KoLeo) on the training patients of one store, without a
@@ -26,7 +30,7 @@ examples:
   chexfound ingest IMAGES store --image-px 128
   chexfound pretrain store --recipe vitt16-demo --out out/demo
   chexfound pretrain store --recipe vits16-224 --set train.num_workers=4 --out out/vits --gpus all
-  torchrun --nproc-per-node 8 -m chexfound.pretrain store --recipe vitl16-cxr1m --out out/vitl
+  torchrun --standalone --nproc-per-node 8 -m chexfound.pretrain store --recipe vitl16-cxr1m --out out/vitl
   CHEXFOUND_DEVICE=cpu chexfound pretrain store --recipe demo --out out/two --gpus 2   # to try it without a GPU
 
 OUT/model is the finished backbone (the teacher's), as chexfound.model.release reads it; OUT/heads.safetensors
@@ -84,6 +88,10 @@ def run(given: argparse.Namespace) -> int:
 def _by_ranks(given: argparse.Namespace, number: int) -> int:
     from chexfound.pretrain.launch import Ranks, died
 
+    work = _prepared(given)
+    if work.finished:
+        return int(work.run())
+    work.check(number)  # here, before the processes take their time to start
     arguments = ["-m", "chexfound.pretrain", "--out", given.out, "--log-every", str(given.log_every)]
     arguments += ["--recipe", given.recipe] if given.recipe else []
     arguments += ["--resume"] if given.resume else []
@@ -105,14 +113,19 @@ def _by_ranks(given: argparse.Namespace, number: int) -> int:
 
 
 def _here(given: argparse.Namespace) -> int:
-    from chexfound.pretrain import central, ranks
+    from chexfound.pretrain import ranks
 
     with _stoppable() as asked, ranks.together():
-        work = central.prepare(
-            Path(given.out), given.store, given.recipe, given.set, resume=given.resume, log_every=given.log_every
-        )
-        stopped = work.run(lambda: bool(asked))
+        stopped = _prepared(given).run(lambda: bool(asked))
     return 128 + (asked or [signal.SIGTERM])[0] if stopped else 0
+
+
+def _prepared(given: argparse.Namespace) -> Pretraining:
+    from chexfound.pretrain import central
+
+    return central.prepare(
+        Path(given.out), given.store, given.recipe, given.set, resume=given.resume, log_every=given.log_every
+    )
 
 
 @contextlib.contextmanager

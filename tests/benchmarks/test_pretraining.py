@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from chexfound.evaluate.metrics import Scores
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -20,11 +23,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, tiny_images: Path, tin
     """`command("ssl_learns", "--seeds", "3")`: (exit code, its JSON lines, its errors)."""
     monkeypatch.syspath_prepend(BENCHMARKS)  # as when it is run by path: one uses another
 
-    def run(name: str, *arguments: str, json_lines: bool = True) -> tuple[int, Any, str]:
+    def run(name: str, *arguments: str, json_lines: bool = True, judged: Any = None) -> tuple[int, Any, str]:
         spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)  # dataclasses look themselves up there
         spec.loader.exec_module(module)
+        if judged is not None:
+            monkeypatch.setattr(module, "_judged", judged)
         given = ["--data", str(tiny_images), "--recipe", str(tiny_recipe_file), "--finding", "Blob", *arguments]
         monkeypatch.setattr(sys, "argv", [name, *given, *(["--json"] if json_lines else [])])
         code = module.main()
@@ -93,3 +98,23 @@ def test_the_difference_is_that_of_the_areas(command: Callable) -> None:
     code, text, _ = command("ssl_learns", "--seeds", "0", "--set", "train.rounds=1", json_lines=False)
     assert "does not hold" in text or "holds" in text
     assert "alpha" in text
+
+
+def test_a_seed_without_a_class_at_a_source_is_left_out_there(command: Callable) -> None:
+    """As covid-chestxray, whose few negatives may all fall to the training patients."""
+
+    def judged(recipe: Any, store: Any, finding: str) -> Any:
+        patients, labels = [f"p{number}" for number in range(8)], np.array([[1], [0]] * 4, np.int8)
+        scored = {
+            "pretrained": Scores(patients, labels, labels.astype(np.float32), [finding]),
+            "random": Scores(patients, labels, np.zeros((8, 1), np.float32), [finding]),
+        }
+        sources = ["alpha", "rare"] if recipe.seed == 1 else ["alpha"]
+        return {(p, arm): dict.fromkeys(sources, one) for p in ("plain", "grid") for arm, one in scored.items()}
+
+    code, rows, errors = command("ssl_learns", "--seeds", "0,1,2", judged=judged)
+    assert code == 0, errors
+    plain = {row["tested_on"]: row for row in rows if row["pooling"] == "plain"}
+    assert {name: row["seeds"] for name, row in plain.items()} == {"alpha": [0, 1, 2], "rare": [1]}
+    assert (plain["alpha"]["ours"], plain["alpha"]["rival"], plain["alpha"]["difference"]) == (1.0, 0.5, 0.5)
+    assert plain["alpha"]["holds"]

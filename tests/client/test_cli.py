@@ -155,3 +155,17 @@ def test_help_imports_nothing_heavy() -> None:
     output = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     loaded = json.loads(output.splitlines()[-1])
     assert not {"torch", "numpy", "cv2", "flwr", "rich", "pydantic"}.intersection(loaded)
+
+
+def test_gpus_are_told_to_the_node(images, serve, monkeypatch, capsys):
+    monkeypatch.delenv("CHEXFOUND_GPUS", raising=False)
+    monkeypatch.setenv("CHEXFOUND_DEVICE", "cpu")
+    assert serve(*options(images, "--insecure", "--gpus", "2")) == 0
+    assert 'gpus="2"' in serve.command[serve.command.index("--node-config") + 1]
+    assert serve(*options(images, "--insecure")) == 0
+    assert "gpus=" not in serve.command[serve.command.index("--node-config") + 1]
+    monkeypatch.delenv("CHEXFOUND_DEVICE")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert serve(*options(images, "--insecure", "--gpus", "2")) == 2
+    assert "2 GPUs are asked for, but there is none" in capsys.readouterr().err

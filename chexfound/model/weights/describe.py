@@ -124,10 +124,12 @@ def table(rows: Sequence[tuple[str, str]]) -> list[str]:
     return result
 
 
-def source(values: Mapping[str, Any]) -> str:
-    """Where weights came from."""
-    if "files" in values:
-        return "; ".join(source(one) for one in values["files"])
+def sources(values: Mapping[str, Any]) -> list[str]:
+    """Where weights came from, a line for each file."""
+    return [_source(one) for one in values.get("files") or [values]]
+
+
+def _source(values: Mapping[str, Any]) -> str:
     if "run" in values:
         whose = f", its {values['whose']}'s" if values.get("whose") else ""
         return f"run {values['run']!r}{whose}, weights {values['weights_sha256'][:16]}…"

@@ -37,7 +37,7 @@ UNKNOWN = {"note": "not trained by federated CheXFound; ask its source for the d
 
 
 def export(source: Path, out: Path, options: Options) -> tuple[Weights, str | None, list[str]]:
-    """Write a release directory from a run, its model/, an imported folder, or a published checkpoint.
+    """Write a release directory from a run, its model/, or an imported folder.
 
     Returns:
         What it holds, why timm cannot load it (None if it can, or without a backbone), and the files.
@@ -45,6 +45,11 @@ def export(source: Path, out: Path, options: Options) -> tuple[Weights, str | No
     Raises: CheckpointError, ConfigError if the source cannot be used or `out` is not new; StorageError.
     """
     source = Path(source)
+    if source.is_file():
+        raise ConfigError(
+            f"{source}: is a file; take it in first, which asks for what it does not say: "
+            f"chexfound weights import {source} --out DIR"
+        )
     config = folders.config(source) if (source / "config.json").is_file() else {}
     if (config.get(folders.KEY) or {}).get("kind") == "release":
         raise ConfigError(f"{source}: is a release already; copy it as it is")

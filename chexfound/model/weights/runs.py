@@ -6,6 +6,7 @@ only in the last round's weights, which a run's folder keeps beside its journal.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,11 @@ def read(path: Path, wanted: Collection[str] = ALL) -> Weights:
     if not set(wanted) & set(PROJECTIONS):
         return found
     sha256 = found.source["weights_sha256"]
-    run = _run_folder(path.parent if model == path else path, sha256)
+    base = path.parent if model == path else path
+    run = _run_folder(base, sha256)
+    if run is None and (projections := _of_pretraining(base, sha256, found.recipe)):
+        found = replace(found, projections=projections, source={**found.source, "whose": "teacher"})
+        return replace(found, summary=summary.of_recipe(found))
     if run is None:
         return replace(found, left_out={name: NONE_BESIDE for name in PROJECTIONS}, summary=summary.of_recipe(found))
     projections, why_not, whose = _projections(run, found)
@@ -121,6 +126,18 @@ def _run_folder(folder: Path, sha256: str) -> Path | None:
             if entries and entries[-1].get("model_sha256") == sha256:
                 return journal.parent
     return None
+
+
+def _of_pretraining(folder: Path, sha256: str, recipe: Recipe | None) -> dict[str, Part]:
+    """The teacher's heads that `chexfound pretrain` left beside its model; nothing if it is not of this model."""
+    try:
+        about = json.loads((folder / "pretraining.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(about, dict) or about.get("model_sha256") != sha256:
+        return {}
+    tensors = checkpoint.load(folder / "heads.safetensors")
+    return {name: _projection(tensors, f"teacher.{name}.", recipe, name) for name in PROJECTIONS}
 
 
 def _projections(run: Path, found: Weights) -> tuple[dict[str, Part], dict[str, str], str | None]:

@@ -118,7 +118,7 @@ def text(seen: Look) -> list[str]:
         rows += [("file", size), ("SHA-256", values["sha256"])]
         rows += [("says", f"{key}: {value}") for key, value in values["says"].items()]
     else:
-        rows.append(("source", describe.source(values["source"])))
+        rows += [("source", line) for line in describe.sources(values["source"])]
     lines = [values["path"], *describe.table(rows)]
     if seen.found is not None:
         lines += describe.lines(seen.found, hints="sha256" in values)

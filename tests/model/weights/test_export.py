@@ -276,9 +276,15 @@ def test_a_folder_that_is_not_new_is_refused_and_left_as_it_is(make_run):
 
 
 def test_a_head_alone_is_released_without_a_backbone(tmp_path):
-    save_file({"linear.weight": torch.randn(2, 8), "linear.bias": torch.zeros(2)}, tmp_path / "linear.safetensors")
-    options = Options(findings=("A", "B"))
-    _, why_not, files = export(tmp_path / "linear.safetensors", tmp_path / "release", options)
+    path = tmp_path / "linear.safetensors"
+    save_file({"linear.weight": torch.randn(2, 8), "linear.bias": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match=r"is a file; take it in first.* weights import \S+linear\.safetensors --out"):
+        export(path, tmp_path / "release", Options())
+    weights = of_file(path, Options())
+    (tmp_path / "imported").mkdir()
+    folders.write_parts(tmp_path / "imported", weights)
+    folders.write_config(tmp_path / "imported", weights, "imported")
+    _, why_not, files = export(tmp_path / "imported", tmp_path / "release", Options(findings=("A", "B")))
     assert why_not is None
     assert files == ["head.safetensors", "training_summary.json", "README.md", "config.json"]
     assert chexfound.load_head(tmp_path / "release").findings == ("A", "B")

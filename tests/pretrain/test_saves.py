@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chexfound.errors import CheckpointError
+from chexfound.model import checkpoint
+from chexfound.pretrain import saves
+from chexfound.pretrain.saves import Saves, next_stop
+from chexfound.pretrain.train import Pretrainer
+
+STATE = {"a": torch.arange(4.0)}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_is_read_back_and_two_are_kept(tmp_path):
+    here = Saves(tmp_path / "saves", "w")
+    assert here.newest() is None
+    for step in (3, 6, 12):
+        here.write(step, {"a": torch.full((4,), float(step))}, [{"step": step, "loss": 0.1 + 0.2}])
+    assert files(here.folder) == ["0000000006.safetensors", "0000000012.safetensors"]
+    assert here.newest() == 12
+    save = here.read(12)
+    assert torch.equal(save.state["a"], torch.full((4,), 12.0))
+    assert (save.step, save.rows) == (12, [{"step": 12, "loss": 0.1 + 0.2}])  # the very number
+    here.clear()
+    assert not here.folder.exists()
+    here.clear()
+
+
+def test_a_save_of_other_work_is_ignored_and_removed(tmp_path):
+    Saves(tmp_path, "one").write(3, STATE)
+    other = Saves(tmp_path, "other")
+    assert other.newest() is None
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:60]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xff" * 200),
+        lambda path: checkpoint.save(path, STATE),  # nothing in it says whose it is
+        lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "7", "rows": "[]"}),  # of another step
+        lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "six", "rows": "[]"}),
+        lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "6", "rows": "[" * 100_000}),
+        lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "6", "rows": "{}"}),
+    ],
+)
+def test_a_damaged_save_gives_way_to_the_one_before(tmp_path, damage):
+    here = Saves(tmp_path, "w")
+    here.write(3, STATE)
+    here.write(6, STATE)
+    damage(tmp_path / "0000000006.safetensors")
+    assert here.newest() == 3
+    assert files(tmp_path) == ["0000000003.safetensors"]
+
+
+def test_a_save_that_went_away_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=r"0000000004\.safetensors: cannot be read any more"):
+        Saves(tmp_path, "w").read(4)
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "every", "expected"),
+    [(0, 10, (4,), 4), (4, 10, (4,), 8), (8, 10, (4,), 10), (5, 10, (4, 3), 6), (0, 10, (0,), 10), (9, 10, (10,), 10)],
+)
+def test_next_stop(step, last, every, expected):
+    assert next_stop(step, last, *every) == expected
+
+
+def test_epochs_between_saves(small):
+    assert [saves.steps_between(small(train__saveckp_freq=f)) for f in (0, 0.1, 0.5, 1, 2.5)] == [0, 1, 2, 4, 10]
+
+
+def test_the_key_depends_on_every_part():
+    keys = {saves.key(*parts) for parts in [(), ("a",), ("a", "b"), ("ab",), (["a"],), ("a", 1), ("a", "1")]}
+    assert len(keys) == 7
+
+
+# ---- a round in parts
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing of ours catches it."""
+
+
+def kill_at(step: int) -> Callable[[int, int], None]:
+    def progress(done: int, _: int) -> None:
+        if done == step:
+            raise Killed
+
+    return progress
+
+
+def trained(recipe: Any, images: Any, folder: Path, progress: Any = None) -> tuple[list[Any], dict[str, Tensor]]:
+    one = Pretrainer(recipe, lambda places: images[places], len(images), 0)
+    rows = saves.run(one, 0, 7, 4, progress, Saves(folder, "w"))
+    return rows, one.state()
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train__centering": "centering", "student__drop_path_rate": 0.3}])
+@pytest.mark.parametrize("at", range(1, 8))
+def test_killed_at_any_step_and_gone_on_is_uninterrupted(small, images, tmp_path, overrides, at):
+    recipe = small(train__saveckp_freq=0.5, **overrides)  # every 2 steps
+    one = Pretrainer(recipe, lambda places: images[places], len(images), 0)
+    rows, whole = one.run(0, 7, 4), one.state()
+    with pytest.raises(Killed):
+        trained(recipe, images, tmp_path, kill_at(at))
+    saved = [int(name[:10]) for name in files(tmp_path)]
+    assert saved == [step for step in (2, 4, 6) if step < at][-2:]
+    again, state = trained(recipe, images, tmp_path)
+    assert again == rows
+    assert checkpoint.digest(state) == checkpoint.digest(whole)
+
+
+def test_progress_counts_from_the_start(small, images, tmp_path):
+    told: list[Any] = []
+    trained(small(train__saveckp_freq=0.5), images, tmp_path, lambda *what: told.append(what))
+    assert told == [(n, 7) for n in range(1, 8)]
+
+
+def test_stopping_is_after_a_step(small, images):
+    one = Pretrainer(small(), lambda places: images[places], len(images), 0)
+    answers = iter([False, True])
+    assert [row["step"] for row in one.run(0, 5, 4, stop=lambda: next(answers))] == [0, 1]
