@@ -1,6 +1,6 @@
 """One whole training step against the papers' formulas, in float64 and in one place.
 
-Losses, gradient norms before clipping, weights after AdamW, teacher after the EMA, for several steps in
+Losses, gradients and their norms before clipping, weights after AdamW, teacher after the EMA, for several steps in
 a row.  Nothing of the model's code is used but its parameters' names and initial values.
 """
 
@@ -38,6 +38,7 @@ class ByHand:
         self.first = {name: torch.zeros_like(tensor) for name, tensor in self.student.items()}
         self.second = {name: torch.zeros_like(tensor) for name, tensor in self.student.items()}
         self.centers = {"dino": torch.zeros(()), "ibot": torch.zeros(())}
+        self.grads: Weights = {}
         self.steps = 0
 
     # ---- model
@@ -122,7 +123,7 @@ class ByHand:
     # ---- update
 
     def step(self, batch: Batch, number: int) -> tuple[dict[str, float], dict[str, float]]:
-        """(losses, gradient norms before clipping); the weights move."""
+        """(losses, gradient norms before clipping); the weights move, and `grads` holds the clipped gradients."""
         recipe, values = self.recipe, schedules.at(self.recipe, number)
         w = {name: tensor.clone().requires_grad_() for name, tensor in self.student.items()}
         parts = self.losses(w, batch, values.teacher_temp)
@@ -139,7 +140,7 @@ class ByHand:
             norms[module] = math.sqrt(sum(float((grads[name] ** 2).sum()) for name in mine))
             for name in mine:
                 grads[name] = grads[name] * min(1.0, recipe.optim.clip_grad / (norms[module] + 1e-6))
-        self.steps += 1
+        self.steps, self.grads = self.steps + 1, grads
         for name, grad in grads.items():
             self.adamw(name, grad, values)
             kept = self.teacher[name] * values.momentum
@@ -228,7 +229,7 @@ def true_gradients(tensor: Tensor, name: str) -> Tensor:
 def test_steps_equal_the_formulas(trainer, images, monkeypatch):
     by_hand, norms = ByHand(trainer), []
     clip = optimizer.clip
-    monkeypatch.setattr(optimizer, "clip", lambda *a: norms.append(clip(*a)) or norms[-1])
+    monkeypatch.setattr(optimizer, "clip", lambda *arguments: norms.append(clip(*arguments)) or norms[-1])
     before = dict(by_hand.student)
     for number in range(STEPS):
         batch = make_batch(trainer.recipe, images[number : number + 4], number, 0)
@@ -238,6 +239,9 @@ def test_steps_equal_the_formulas(trainer, images, monkeypatch):
         row = trainer.step(batch, number)
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-5)
         assert dict(zip(SUBMODULES, map(float, norms), strict=True)) == pytest.approx(expected_norms, rel=2e-4)
+        for name, parameter in trainer.model.student.named_parameters():
+            off = (parameter.grad - by_hand.grads[name]).abs().max()
+            assert off < 2e-4 * by_hand.grads[name].abs().max() + 1e-7, (number, name)
         state = trainer.model.state_dict()
         lr = schedules.at(trainer.recipe, number).lr
         for name, expected_weight in by_hand.student.items():
