@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-class Engine:
+class Engine(ABC):
     """Student, teacher and optimizer over a list of image files.
 
     Args:
@@ -34,25 +35,25 @@ class Engine:
 
     # ---- what a subclass gives
 
+    @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """The student's and the teacher's, named as in the published checkpoints (`student.backbone.…`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, file: str) -> Any:
         """Decode a file and augment it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, samples: list[Any]) -> Any:
         """Samples to a batch, with its masks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def crops(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """A batch's global crops (2·B, 3, H, W), local crops (L·B, 3, h, w) and masks (2·B, P)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, batch: Any, values: dict[str, float], precision: str) -> float:
         """One optimizer step and the teacher's EMA; the loss that was back-propagated."""
-        raise NotImplementedError
 
     # ---- what is asked of it
 
@@ -86,7 +87,8 @@ class Engine:
         return [after - before for before, after in zip(start, clocks(), strict=True)]
 
     def close(self) -> None:
-        """Let go of what it holds; nothing here."""
+        """Let go of the batches that it keeps."""
+        self.kept.clear()
 
     def _next(self, batch: Any, precision: str) -> float:
         schedules = self.settings["schedules"]

@@ -111,22 +111,30 @@ class GLoRI(nn.Module):
         return (logits, attention) if return_attention else logits
 
 
+def head_options(recipe: Recipe, n_findings: int) -> dict[str, Any]:
+    """The recipe's head as arguments: of `LinearHead` if `adapt.head` is "linear", else of `GLoRI`."""
+    config = recipe.adapt
+    options = {
+        "n_findings": n_findings,
+        "dim": ARCHS[recipe.student.arch][0],
+        "n_blocks": config.n_last_blocks,
+        "stats": config.glori_stats,
+        "grid": config.glori_grid,
+    }
+    if config.head == "linear":
+        return options
+    return options | {
+        "embed_dim": config.glori_dim,
+        "heads": config.glori_heads,
+        "ffn_dim": config.glori_ffn_dim,
+        "dropout": config.dropout,
+        "cls": config.glori_cls,
+        "positions": (recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
+    }
+
+
 def build_head(recipe: Recipe, n_findings: int) -> GLoRI | LinearHead:
     """The recipe's head, with fresh weights that depend on the seed alone."""
-    config, dim = recipe.adapt, ARCHS[recipe.student.arch][0]
+    options = head_options(recipe, n_findings)
     with rng.torch_stream(recipe.seed, "init", "adapt"):
-        if config.head == "linear":
-            return LinearHead(n_findings, dim, config.n_last_blocks, stats=config.glori_stats, grid=config.glori_grid)
-        return GLoRI(
-            n_findings,
-            dim,
-            config.n_last_blocks,
-            embed_dim=config.glori_dim,
-            heads=config.glori_heads,
-            ffn_dim=config.glori_ffn_dim,
-            dropout=config.dropout,
-            cls=config.glori_cls,
-            stats=config.glori_stats,
-            grid=config.glori_grid,
-            positions=(recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
-        )
+        return LinearHead(**options) if recipe.adapt.head == "linear" else GLoRI(**options)

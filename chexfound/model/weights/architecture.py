@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model import checkpoint
-from chexfound.model.glori import GLoRI
+from chexfound.model.glori import GLoRI, head_options
 from chexfound.model.heads import DINOHead, LinearHead
 from chexfound.model.vit import VisionTransformer, swiglu_width
 from chexfound.schema import ARCHS, Input, Prototypes, Recipe, Student, Width
@@ -246,28 +246,8 @@ Head = Glori | Linear
 
 def head_of_recipe(recipe: Recipe, n_findings: int) -> Head:
     """The head that a run trains: `glori.build_head`'s, as values."""
-    config, dim = recipe.adapt, ARCHS[recipe.student.arch][0]
-    if config.head == "linear":
-        return Linear(
-            n_findings=n_findings,
-            dim=dim,
-            n_blocks=config.n_last_blocks,
-            stats=config.glori_stats,
-            grid=config.glori_grid,
-        )
-    return Glori(
-        n_findings=n_findings,
-        dim=dim,
-        n_blocks=config.n_last_blocks,
-        embed_dim=config.glori_dim,
-        heads=config.glori_heads,
-        ffn_dim=config.glori_ffn_dim,
-        dropout=config.dropout,
-        cls=config.glori_cls,
-        stats=config.glori_stats,
-        grid=config.glori_grid,
-        positions=(recipe.image_px // recipe.student.patch_size) ** 2 if config.glori_positions else 0,
-    )
+    options = head_options(recipe, n_findings)
+    return Linear(**options) if recipe.adapt.head == "linear" else Glori(**options)
 
 
 def section(kind: Callable[..., Section], values: Mapping[str, Any], where: str) -> Section:
