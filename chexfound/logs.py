@@ -6,6 +6,8 @@ import logging
 import sys
 import time
 
+logging.getLogger("chexfound").addHandler(logging.NullHandler())  # or Python writes warnings to a terminal by itself
+
 
 def show() -> None:
     """Write what is logged under "chexfound", from INFO on, to standard error; once, however often it is called."""

@@ -329,10 +329,18 @@ class Simulation:
         self.left -= 1
         left = f"; {self.left} to go" if self.left else ""
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s{left}")
+        self._warn(plan, arm)
+
+    def _warn(self, plan: Plan, arm: str) -> None:
+        """What ailed an arm's pretraining: one line a symptom, at the sites where it began in the same round."""
         for entry in read_journal(plan.arm_folder(arm) / "journal.jsonl"):
-            for one in health.warnings(entry) if entry["event"] == "round" else ():
-                where = f"{one['site']}, round {entry['round'] + 1}"
-                self.display.say(f"[yellow]{one['symptom']}[/yellow] ({escape(where)}): {one['seen']}; {one['advice']}")
+            found = health.warnings(entry) if entry["event"] == "round" else []
+            for symptom in dict.fromkeys(one["symptom"] for one in found):
+                same = [one for one in found if one["symptom"] == symptom]
+                where = "; ".join(f"{one['site']}: {one['seen']}" for one in same)
+                self.display.say(
+                    f"[yellow]{symptom}[/yellow] from round {entry['round'] + 1} ({escape(where)}): {same[0]['advice']}"
+                )
 
     def _seconds(self) -> dict[str, float]:
         """Wall seconds, added over resumptions; arms of replicates are named arm@seed."""
