@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "checkpointing": {**FULL, "train.checkpointing": True},
     "adamw": {**ADAMW, "compute_precision.sharding_strategy": "SHARD_GRAD_OP"},
 }
+if shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile needs on a processor; see test_compile.py
+    SCENARIOS["compiled"] = {"train.compile": True}
 PLAIN_HEAD = SCENARIOS["plain_head"]  # the mean that a centred one subtracts is always the joint batch's
 APART = {
     "koleo_apart": {**PLAIN_HEAD, "dino.koleo_loss_distributed": False},
