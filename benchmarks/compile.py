@@ -35,10 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--repeats", metavar="N", type=int, default=8, help="of each, in turns (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), action="append", help="default: both")
     parser.add_argument("--drop-path", metavar="RATE", type=float, default=0.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for precision in ("fp32", "bf16"):
+    for precision in given.precision or ("fp32", "bf16"):
         values = measure(precision, given.drop_path, given.repeats)
         if given.json:
             print(machine.benchmark_line("compile", ("torch",), precision=precision, **values), flush=True)

@@ -11,10 +11,13 @@ from torch._dynamo.utils import counters
 
 from chexfound.pretrain.train import Pretrainer
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="no C++ compiler, which torch.compile needs on a processor",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which(os.environ.get("CXX", "g++")) is None,
+        reason="no C++ compiler, which torch.compile needs on a processor",
+    ),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # PyTorch's own, as it traces
+]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

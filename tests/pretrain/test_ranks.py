@@ -42,8 +42,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "checkpointing": {**FULL, "train.checkpointing": True},
     "adamw": {**ADAMW, "compute_precision.sharding_strategy": "SHARD_GRAD_OP"},
 }
-if shutil.which(os.environ.get("CXX", "g++")):  # what torch.compile needs on a processor; see test_compile.py
-    SCENARIOS["compiled"] = {"train.compile": True}
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))  # torch.compile needs it on a processor
+COMPILED = {"student.drop_path_rate": 0.3, "train.compile": True}  # the graphs of test_compile.py, from PyTorch's cache
 PLAIN_HEAD = SCENARIOS["plain_head"]  # the mean that a centred one subtracts is always the joint batch's
 APART = {
     "koleo_apart": {**PLAIN_HEAD, "dino.koleo_loss_distributed": False},
@@ -103,6 +103,9 @@ def done(folder: Path, pictures: np.ndarray, recipe_of) -> Path:
         tasks[f"{name}_1"] = {"recipe": changes, "steps": 2, "batch": BATCH}
         tasks[f"{name}_2"] = {**tasks[f"{name}_1"], "first": 2, "state": f"{name}_1.safetensors"}
     tasks["dropped"] = {"recipe": DROPPED, "steps": STEPS, "batch": BATCH}
+    for wanted in (False, True) if COMPILER else ():
+        changes = {**COMPILED, "train.compile": wanted}
+        tasks[f"compiled_{wanted}"] = {"recipe": changes, "steps": STEPS, "batch": BATCH}
     tasks["odd"] = {"recipe": {}, "steps": 1, "batch": 5}
     tasks["queue"] = {"recipe": {"train.sinkhorn_queue": 2}, "steps": 1, "batch": BATCH}
     for task in tasks.values():
@@ -238,6 +241,13 @@ def test_shards_gone_on_with_are_uninterrupted_to_the_bit(done):
     then, state = found(done, "dropped_2")
     assert first + then == rows
     assert checkpoint.digest(state) == checkpoint.digest(whole)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler, which torch.compile needs on a processor")
+def test_compiled_ranks_take_the_steps_of_plain_ones(done):
+    (rows, state), (told, there) = (found(done, f"compiled_{wanted}") for wanted in (False, True))
+    assert [row["loss"] for row in told] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert apart(state, there, "student") < 1e-4
 
 
 def test_a_state_does_not_depend_on_how_many_wrote_it(done, alone, recipe_of):
