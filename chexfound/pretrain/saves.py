@@ -22,7 +22,7 @@ from torch import Tensor
 
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, DataError, DivergedError
-from chexfound.journal import canonical, write_json
+from chexfound.journal import canonical, remove_unfinished, write_json
 from chexfound.model import checkpoint
 from chexfound.pretrain import ranks
 from chexfound.pretrain.train import Pretrainer, Probe, Progress
@@ -64,7 +64,9 @@ class Saves:
         self.folder, self.work = Path(folder), work
 
     def newest(self) -> int | None:
-        """The step of the newest, if there is any; those of other work, and damaged ones, are removed."""
+        """The step of the newest, if there is any; those of other work, damaged and half-written are removed."""
+        if ranks.first():
+            remove_unfinished(self.folder)
         step = ranks.of_first(max(self._own(), default=-1) if ranks.first() else 0)
         return step if step >= 0 else None
 

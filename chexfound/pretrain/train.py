@@ -177,12 +177,14 @@ class Pretrainer:
             steps: how many.
             batch_size: images a step, of all ranks together.
             progress: told (done, of how many) after each step.
-            probe: asked after each step with the teacher's backbone and the step; what it says joins the row.  It
-                draws nothing at random and leaves the backbone as it is: training takes the same course without it.
+            probe: asked after each step with the teacher's backbone and the step, by every rank, since the weights may
+                be dealt out to all; what it says joins the row.  It draws nothing at random and leaves the backbone as
+                it is: training takes the same course without it.
             stop: asked after each step whether to take no further one; what one rank says holds for all.
 
         Returns:
-            One row a step: step, loss and its parts (means over the ranks), log_k, and the figures of health.py.
+            One row a step: step, loss and its parts (means over the ranks), log_k, and the figures of health.py
+            (of the joint batch), and what the probe says.
 
         Raises:
             DivergedError naming the step and its images when loss or gradient is not finite; nothing was updated by it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ SETTINGS = [
     "train.OFFICIAL_EPOCH_LENGTH=4",
     "curriculum=[{rounds: 2, global_crops_size: 48, local_crops_size: 32, lr: 0.001}]",
 ]
+PROBED = [*SETTINGS, "health.eval_period_iterations=3", "health.probe_images=30"]
 Pretrain = Callable[..., int]
 
 
@@ -89,8 +91,9 @@ def test_what_it_leaves(pretrain, tmp_path, recipe, capsys):
     assert files(out) == again
 
 
-def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, recipe, make_site):
-    assert pretrain(tmp_path / "out") == 0
+def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, tiny_recipe_file, make_site):
+    recipe = recipes.load(tiny_recipe_file, recipes.parse_overrides(PROBED))
+    assert pretrain(tmp_path / "out", settings=PROBED) == 0
     site = make_site("all", None)
     weights = initial_weights(recipe)
     rows = []
@@ -103,6 +106,16 @@ def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, recip
     teacher = checkpoint.with_prefix(weights, "teacher.backbone.")
     assert checkpoint.digest(checkpoint.with_prefix(model, "backbone.")) == checkpoint.digest(teacher)
     assert [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()] == rows
+    assert [row["step"] for row in rows if {"probe_images", "rankme", "knn_auroc"} <= row.keys()] == [2, 5, 8]
+
+
+def test_a_probe_takes_no_part_in_training(pretrain, tmp_path, capsys):
+    assert pretrain(tmp_path / "plain") == 0
+    assert "rankme=" not in capsys.readouterr().out
+    assert pretrain(tmp_path / "probed", settings=PROBED) == 0
+    assert "rankme=" in capsys.readouterr().out
+    for name in ("model/model.safetensors", "heads.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "probed" / name).read_bytes()
 
 
 class Killed(BaseException):
@@ -111,7 +124,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("freq", ["0", "0.25", "0.75"])  # every 2 steps, 1, 3
 def test_killed_again_and_again_it_ends_the_same(pretrain, tmp_path, monkeypatch, freq):
-    settings = [*SETTINGS, f"train.saveckp_freq={freq}"]
+    settings = [*PROBED, f"train.saveckp_freq={freq}"]
     assert pretrain(tmp_path / "whole", settings=settings) == 0
     step, killed = Pretrainer.step, 0
     for at in (0, 4, 5, 6, 9):
@@ -167,6 +180,39 @@ def test_killed_while_the_model_is_written(pretrain, tmp_path, monkeypatch):
             pretrain(tmp_path / "out")
     assert pretrain(tmp_path / "out") == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(begun, pretrain, tmp_path):
+    (begun / "model").mkdir()
+    (begun / "model/.config.json.x1.tmp").touch()
+    for name in ("heads.safetensors", "metrics.jsonl", "saves/0000000009.safetensors"):
+        path = begun / name
+        (path.parent / f".{path.name}.x1.tmp").write_bytes(b"half")
+    assert pretrain(begun) == 0
+    assert not list(begun.rglob("*.tmp"))
+    assert not (begun / "saves").exists()
+
+
+def test_a_symptom_is_told_once(pretrain, tmp_path, monkeypatch, capsys):
+    """Of steps that are not taken: DINO's loss rests at log K, and from step 140 on all features are the same."""
+    settings = ["train.pooled_batch_size=2", "train.rounds=100", "train.local_steps=2", "train.saveckp_freq=1"]
+    killed = iter([False] * 124 + [True] + [False] * 100)
+
+    def step(self: Pretrainer, batch: Any, number: int) -> dict[str, float]:
+        if next(killed):
+            raise Killed
+        return {"loss": 5.0, "dino": math.log(32), "feature_std": 0.5 if number < 140 else 0.0}
+
+    monkeypatch.setattr(Pretrainer, "step", step)
+    with pytest.raises(Killed):
+        pretrain(tmp_path / "out", settings=settings)
+    first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(first) == 1
+    assert first[0].startswith("warning: cls-plateau by step 100: DINO loss 3.466, log K 3.466; the image-level")
+    assert pretrain(tmp_path / "out", settings=settings) == 0
+    then = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1] for line in then] == [" constant-features by step 190"]
+    assert not (tmp_path / "out/health.json").exists()
 
 
 @pytest.fixture

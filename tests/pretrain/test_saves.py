@@ -43,6 +43,14 @@ def test_a_save_of_other_work_is_ignored_and_removed(tmp_path):
     assert files(tmp_path) == []
 
 
+def test_a_half_written_save_is_removed(tmp_path):
+    here = Saves(tmp_path, "w")
+    here.write(3, STATE)
+    (tmp_path / ".0000000006.safetensors.abc.tmp").write_bytes(b"half")
+    assert Saves(tmp_path, "w").newest() == 3
+    assert files(tmp_path) == ["0000000003.safetensors"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
