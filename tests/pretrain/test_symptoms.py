@@ -23,7 +23,6 @@ from pathlib import Path
 import pytest
 
 from chexfound import recipe as recipes
-from chexfound.pretrain import watch
 from chexfound.pretrain.symptoms import ADVICE, GRACE, WINDOW, judged_from, symptoms, tail
 
 CURVES = json.loads((Path(__file__).parents[1] / "vectors" / "health_curves.json").read_text())
@@ -107,14 +106,3 @@ def test_nothing_is_judged_before_the_warm_up_ends():
 def test_a_curve_without_figures_is_not_judged():
     bare = [{name: row[name] for name in ("step", "loss")} for row in curve("uniform")]
     assert symptoms(bare, dim=96) == []
-
-
-def test_a_site_says_it_once_and_keeps_its_curve_on_the_disk(tmp_path):
-    recipe, path, rows = recipes.load("laptop"), tmp_path / "health" / "curve.json", curve("uniform")
-    told = [
-        [one.name for one in watch.new_symptoms(path, recipe, start, rows[start : start + 5])]
-        for start in range(0, 150, 5)
-    ]
-    assert told == [[]] * 19 + [["uniform-teacher"]] + [[]] * 10
-    path.write_text("{")  # damaged: the warning may come late, the round does not fail
-    assert watch.new_symptoms(path, recipe, 150, rows[150:155]) == []
