@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class Strip:
     value: Callable[[Point], float | None]
     bound: Callable[[Point], float | None] = lambda _: None
     bound_says: str = ""
+    above: float = math.inf  # how far above the bound is shown at least; what is farther up hides what is below
     of_head: bool = False
 
     def series(self, line: Line) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +112,8 @@ CURVES = (
     Strip("Head loss", lambda point: point.loss, of_head=True),
 )
 HEALTH = (  # each with the value that it has in the collapse that it shows
-    Strip("DINO loss less log K", _gap, lambda _: 0.0, "tells nothing apart"),
-    Strip("Teacher’s entropy, % of log K", _entropy, lambda _: 100.0, "says nothing"),
+    Strip("DINO loss less log K", _gap, lambda _: 0.0, "tells nothing", above=0.1),
+    Strip("Teacher’s entropy (%)", _entropy, lambda _: 100.0, "says nothing"),
     Strip("Spread of features", lambda point: point.feature_std, lambda _: 0.0, "all the same"),
     Strip("Effective rank", lambda point: point.rankme, lambda _: 1.0, "all on a line"),
     Strip("AUROC of neighbours", lambda point: point.knn_auroc, lambda _: 0.5, "chance"),
@@ -201,6 +203,7 @@ def strips_panel(lines: Sequence[Line], strips: Sequence[Strip], name: str, alt:
     pitch, gap, top, bottom = 62.0, 20.0, 18.0, 34.0
     extra = 26.0 if strips[-1].of_head and len(strips) > 1 else 0.0  # the head has an axis of steps of its own
     height = top + bottom + extra + len(strips) * pitch + (len(strips) - 1) * gap
+    last = max([1, *(point.step for line in lines for point in line.pretrain)])  # one axis for all but the head's
     with rc_context(_STYLE):
         figure = _figure(height)
         y = height - top
@@ -208,6 +211,8 @@ def strips_panel(lines: Sequence[Line], strips: Sequence[Strip], name: str, alt:
             y -= pitch + (gap if index else 0) + (extra if strip.of_head and index else 0)
             axes = figure.add_axes((46 / WIDTH, y / height, (WIDTH - 46 - 8) / WIDTH, pitch / height))
             _strip(axes, lines, strip)
+            if not strip.of_head:
+                axes.set_xlim(-0.02 * last, 1.02 * last)
             figure.text(
                 46 / WIDTH, (y + pitch + 5) / height, strip.title, fontsize=12, weight="bold", color=ROLES["ink"]
             )
@@ -249,7 +254,7 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: Strip) -> None:
     )
     low, high = axes.get_ylim()
     if bound is not None:
-        low, high = min(low, bound), max(high, bound)
+        low, high = min(low, bound), max(min(high, bound + max(strip.above, bound - low)), bound)
     margin = max((high - low) * 0.12, abs(high) * 0.004, 1e-6)
     axes.set_ylim(low - margin, high + margin * (1.6 if bound is not None else 1))
     if bound is not None:

@@ -23,11 +23,13 @@ vitt_nih, vitt_gz  NIH; Guangzhou, whose images are more alike; nothing changed
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from chexfound import recipe as recipes
+from chexfound.pretrain import symptoms as module
 from chexfound.pretrain.symptoms import ADVICE, GRACE, PATIENCE, WINDOW, judged_from, symptoms, tail
 
 CURVES = json.loads((Path(__file__).parents[1] / "vectors" / "health_curves.json").read_text())
@@ -120,3 +122,22 @@ def test_nothing_is_judged_before_the_warm_up_ends():
 def test_a_curve_without_figures_is_not_judged():
     bare = [{name: row[name] for name in ("step", "loss")} for row in curve("uniform")]
     assert symptoms(bare, dim=96) == []
+
+
+def test_the_guide_has_the_thresholds_of_the_code():
+    guide = (Path(__file__).parents[2] / "docs" / "health.md").read_text()
+    told = {line.split("`")[1]: line.split("|")[2:4] for line in guide.splitlines() if line.startswith("| `")}
+    for name, pairs in {
+        "cls-plateau": [module.AT_LOG_K],
+        "uniform-teacher": [module.UNIFORM],
+        "one-prototype": [module.FEW_PROTOTYPES, module.FEW_USED],
+        "constant-features": [module.SAME_FEATURES],
+        "dimensional-collapse": [module.FEW_DIMENSIONS, module.LOW_RANK, module.SHRUNK],
+        "loss-rises": [module.RISES],
+    }.items():
+        for words, values in zip(told[name], zip(*pairs, strict=True), strict=True):
+            assert {f"{value:g}" for value in values} <= set(re.findall(r"\d+(?:\.\d+)?", words)), name
+    assert set(ADVICE) <= set(told)
+    assert f"{module.FALLS:g}" in told["cls-plateau"][0]
+    assert f"mean over {WINDOW} steps (`cls-plateau`: {PATIENCE})" in guide
+    assert f"is after {GRACE + WINDOW} steps, of a plateau after {GRACE + PATIENCE}" in guide
