@@ -81,7 +81,7 @@ class Reference(Engine):
             local_crops_size=crops.local_crops_size,
         )
         self.dataset = Files(self.files, augmentation)
-        self.collate = functools.partial(
+        self.collated = functools.partial(
             collate_data_and_cast,
             mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
             mask_probability=cfg.ibot.mask_sample_probability,
@@ -111,6 +111,10 @@ class Reference(Engine):
     def sample(self, file: str) -> Any:
         """By its dataset."""
         return self.dataset[self.files.index(file)]
+
+    def collate(self, samples: list[Any]) -> Any:
+        """By its function."""
+        return self.collated(samples)
 
     def crops(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """By their names in its collated batch."""

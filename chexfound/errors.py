@@ -11,7 +11,7 @@ ChexfoundError            1
 ├── SiteError             7   a site, or the process that plays it, failed in a round
 └── StorageError          8   the disk is full or refuses to be written
 
-130 is Ctrl-C, as everywhere.  A message says what was wrong, where, and what to do; an offending
+130 is Ctrl-C and 143 SIGTERM, as everywhere.  A message says what was wrong, where, and what to do; an offending
 value is shown with !r.  The text stays where it was raised: what leaves a site is only `code`.
 """
 

@@ -6,15 +6,21 @@ No host name, no path, no user: a line can be published as it is.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import math
 import os
 import platform
 import re
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chexfound.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # What a run's bits and figures may depend on.
 RUN_PACKAGES = (
@@ -89,6 +95,27 @@ def check_gpus(number: int) -> None:
     if number > found:
         there = f"there are {found}" if found > 1 else "there is one" if found else "there is none that PyTorch can use"
         raise ConfigError(f"{number} GPUs are asked for, but {there} in this machine; give --gpus {max(found, 1)}")
+
+
+@functools.cache
+def slowdown(dtype: torch.dtype, device: str = "cpu") -> float:
+    """How many times as long as in float32 a matrix product takes in another type here: the best of a few each.
+
+    Below 1 where the processor has instructions for it; on one that has none it is done element by element, and
+    takes some fifty times as long.
+    """
+    import torch
+
+    def seconds(kind: torch.dtype) -> float:
+        one = torch.ones(256, 256, dtype=kind, device=device)
+        best = math.inf
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            (one @ one)[0, 0].item()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(dtype) / seconds(torch.float32)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -55,7 +55,9 @@ def pictures(bench: ModuleType, tmp_path: Path) -> Any:
 
 def test_against_the_plain_step(bench, tiny, pictures, monkeypatch):
     monkeypatch.setattr(bench, "open_images", lambda data, scratch: pictures)
+    monkeypatch.setattr(bench, "slowdown", lambda dtype: 0.5)
     lines = dict(bench.compare(tiny))
+    assert lines["ssl_step"]["precision"] == "bf16"
     assert lines["ssl_step_loss_fp32"]["largest_relative_difference"] < 1e-5
     assert lines["ssl_step_loss_bf16"]["equal"]
     for name in ("ssl_step", "ssl_step_alone_fp32", "ssl_step_alone_bf16", "ssl_data_path"):
@@ -63,6 +65,15 @@ def test_against_the_plain_step(bench, tiny, pictures, monkeypatch):
         assert row["ratio"] == pytest.approx(row["ours"] / row["rival"])
         assert row["unit"] == "img/s"
     json.dumps(lines, allow_nan=False)
+
+
+def test_without_bfloat16_instructions_the_step_is_timed_in_fp32(bench, tiny, pictures, monkeypatch):
+    monkeypatch.setattr(bench, "open_images", lambda data, scratch: pictures)
+    monkeypatch.setattr(bench, "slowdown", lambda dtype: 50.0)
+    lines = dict(bench.compare(tiny))
+    assert lines["ssl_step"]["precision"] == "fp32"
+    assert lines["ssl_step_bf16"] == {"figure": "not measured: products take 50 times as long as in fp32 here"}
+    assert "ssl_step_loss_bf16" not in lines
 
 
 def test_drop_path_while_timing(bench, tiny, pictures, monkeypatch):
@@ -130,6 +141,111 @@ def test_a_checkout_that_does_not_run(bench, tmp_path):
     (tmp_path / "chexfound" / "train" / "ssl_meta_arch.py").touch()
     with pytest.raises(ConfigError, match=r"does not run on this machine(.|\n)*xFormers is required for training"):
         bench.start(tmp_path, {}, tmp_path / "log")
+
+
+CHECKOUT = {  # what ssl_rival.py uses of the public code, over a backbone of one number a pixel
+    "omegaconf.py": """
+from types import SimpleNamespace
+
+
+class OmegaConf:
+    @staticmethod
+    def create(values):
+        return values
+
+    @staticmethod
+    def merge(defaults, values):
+        def spaced(value):
+            return SimpleNamespace(**{k: spaced(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+        return spaced({**defaults, **values})
+""",
+    "chexfound/__init__.py": "",
+    "chexfound/configs.py": "dinov2_default_config = {}",
+    "chexfound/data/__init__.py": """
+import torch
+
+
+class DataAugmentationDINO:
+    def __init__(self, *scales, **sizes):
+        pass
+
+    def __call__(self, image):
+        return torch.tensor(list(image.resize((4, 4)).tobytes()[::3])) / 255
+
+
+class MaskingGenerator:
+    def __init__(self, **sizes):
+        pass
+
+
+def collate_data_and_cast(samples, **options):
+    crops = torch.stack([image for image, _ in samples])
+    masks = torch.zeros(len(crops), 4, dtype=torch.bool)
+    return {"collated_global_crops": crops, "collated_local_crops": crops.clone(), "collated_masks": masks}
+""",
+    "chexfound/data/datasets/__init__.py": "",
+    "chexfound/data/datasets/extended.py": """
+import io
+
+from PIL import Image
+
+
+class ExtendedVisionDataset:
+    def __init__(self, root, transform, target_transform):
+        self.transform = transform
+
+    def __getitem__(self, index):
+        return self.transform(Image.open(io.BytesIO(self.get_image_data(index))).convert("RGB")), self.get_target(index)
+""",
+    "chexfound/train/__init__.py": "",
+    "chexfound/train/ssl_meta_arch.py": """
+import torch
+
+
+class SSLMetaArch(torch.nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.student, self.teacher = (
+            torch.nn.ModuleDict({"backbone": torch.nn.Linear(16, 1)}) for _ in ("student", "teacher")
+        )
+
+    def get_params_groups(self):
+        rates = {"is_last_layer": False, "lr_multiplier": 1.0, "wd_multiplier": 1.0}
+        return [{"params": list(self.student.parameters()), **rates}]
+
+    def forward_backward(self, batch, teacher_temp):
+        loss = self.student["backbone"](batch["collated_global_crops"]).square().mean() / teacher_temp
+        loss.backward()
+        return {"dino_global_crops_loss": loss.detach()}
+
+    def update_teacher(self, momentum):
+        raise RuntimeError("no FSDP module")
+""",
+}
+
+
+def test_a_checkout_that_runs(bench, tiny, pictures, tmp_path):
+    for name, text in CHECKOUT.items():
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    config = bench.configuration(tiny)
+    settings = bench._settings(config, bench.our_recipe(config, 4, "fp32"), pictures, tiny)
+    rival = bench.start(tmp_path / "checkout", settings, tmp_path / "log")
+    try:
+        rival.export(str(tmp_path / "batches.safetensors"), 4)
+        weights, batches = bench._exported(tmp_path / "batches.safetensors")
+        losses = rival.losses()
+        assert [batch.size for batch in batches] == [2] * 4  # the stub's crops are one an image
+        assert all(len(rival.seconds(what, 1, "fp32")) == 2 for what in ("whole", "alone", "data"))
+    finally:
+        rival.close()
+    batch = batches[0].global_crops
+    by_hand = (batch @ weights["student.backbone.weight"].T + weights["student.backbone.bias"]).square().mean() / 0.04
+    assert losses[0] == pytest.approx(float(by_hand), rel=1e-5)
+    assert len(losses) == 4
+    torch.testing.assert_close(weights["student.backbone.weight"], weights["teacher.backbone.weight"])
 
 
 def test_without_a_gpu_nothing_is_claimed(bench, tiny, monkeypatch):
