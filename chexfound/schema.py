@@ -30,7 +30,7 @@ Seconds = Annotated[float, Field(gt=0, le=100_000_000)]  # three years
 Moment = Annotated[float, Field(ge=0, lt=1)]  # Adam's decay rates
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 Strength = Annotated[float, Field(ge=0, le=5)]  # in log units
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Fraction, Fraction]

@@ -29,12 +29,12 @@ from chexfound import recipe as recipes
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
-from chexfound.journal import remove_unfinished, storage, write_json, write_text
+from chexfound.journal import remove_unfinished, replace_file, storage, write_json
 from chexfound.model import card, checkpoint, release
 from chexfound.pretrain import curriculum, display, ranks, saves, watch
 from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.saves import Saves
-from chexfound.pretrain.train import DTYPES, Pretrainer
+from chexfound.pretrain.train import DTYPES, Pretrainer, check_gpus
 from chexfound.schema import Recipe
 
 FORMAT = 1
@@ -136,6 +136,7 @@ class Pretraining:
         Raises: ChexfoundError; what was saved is kept.
         """
         if self.finished:
+            release.load(self.out / "model")  # it is there, and as it was left
             display.say(f"{self.out}: finished already; its model is {self.out / 'model'}")
             return False
         torch.set_num_threads(self.recipe.threads)
@@ -163,6 +164,7 @@ class Pretraining:
                 f"{self.store.path}: holds images of {self.store.px} px, the recipe asks for {self.recipe.image_px}; "
                 f"ingest again with --image-px {self.recipe.image_px}"
             )
+        check_gpus(self.recipe, gpus)
         for _, batch in self._stages():
             ranks.share(batch, gpus)
         self.ids = View.of(self.store, "all", None).split(self.recipe.seed, self.recipe.split, "train")
@@ -206,7 +208,8 @@ class Pretraining:
 
     def _train(self, stop: Callable[[], bool]) -> int:
         """Take the steps that are left, or some of them; returns the step that is next."""
-        self.saves = Saves(self.out / "saves", saves.key(recipes.to_json(self.recipe), self.store_sha256))
+        work = saves.key(recipes.to_json(self.recipe), self.store_sha256)
+        self.saves = Saves(self.out / "saves", work, lasting=True)
         self.probe = self._probe()
         total, step = self.recipe.pretrain_steps, self.saves.newest() or 0
         self._cut_rows(step)
@@ -214,15 +217,17 @@ class Pretraining:
             f"{len(self.ids)} training images of {self.store.path}, {total} steps on {ranks.size()} × "
             f"{machine.device()}" + (f"; going on at step {step}" if step else "")
         )
+        stopped = False
         with display.Display(total, step) as shown:
             for last, batch in self._stages():
-                if step < last:
-                    step = self._stage(step, last, batch, shown, stop)
-                if step < last:
-                    break
+                if step < last and not stopped:
+                    step, stopped = self._stage(step, last, batch, shown, stop)
         return step
 
-    def _stage(self, step: int, last: int, batch: int, shown: display.Display, stop: Callable[[], bool]) -> int:
+    def _stage(
+        self, step: int, last: int, batch: int, shown: display.Display, stop: Callable[[], bool]
+    ) -> tuple[int, bool]:
+        """Take the steps up to `last`; returns the step that is next, and whether it was told to stop."""
         trainer = Pretrainer(
             self.recipe,
             lambda places: self.store.pixels(self.ids[places]),
@@ -243,7 +248,7 @@ class Pretraining:
                 raise saves.diverged(self.out, self.store, self.ids, trainer, error) from error
             step += len(rows)
             untold += rows
-            stopped = step < until
+            stopped = ranks.any_of(stop())
             self._add_rows(rows)
             self._warn(rows, shown)
             if step % self.log_every == 0 or step == last:
@@ -252,7 +257,7 @@ class Pretraining:
             if step % every == 0 or step == last or stopped:
                 state = trainer.state()
                 self.saves.write(step, state)
-        return step
+        return step, stopped
 
     def _probe(self) -> Probe | None:
         """What looks at the teacher while it trains; every rank asks it, as its weights may be dealt out to all."""
@@ -279,8 +284,12 @@ class Pretraining:
         """Drop the rows of steps that will be taken again, and one that was half-written."""
         path = self.out / "metrics.jsonl"
         if ranks.first():
-            lines = path.read_text().splitlines() if path.is_file() else []
-            write_text(path, "".join(f"{line}\n" for line in lines[:step]))
+            with storage(path):
+                lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+            if len(lines) < step:
+                display.say(f"{path}: the rows of {step - len(lines)} steps before step {step} are not there any more")
+            with replace_file(path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines[:step]))
 
     def _add_rows(self, rows: list[dict[str, Any]]) -> None:
         path = self.out / "metrics.jsonl"

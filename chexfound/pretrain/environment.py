@@ -15,8 +15,9 @@ GRACE_S = 2.0  # a rank that fails for another's sake waits so long, for whoever
 
 
 def to_come() -> int:
-    """How many ranks there are, by torchrun's variables or launch.py's; 1 without them."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= set(os.environ) else 1
+    """How many ranks there are, by torchrun's variables or launch.py's; 1 where those are no numbers."""
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return int(given[1]) if all(text.isascii() and text.isdigit() for text in given) else 1
 
 
 def teller() -> str:

@@ -40,6 +40,12 @@ def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
     return weights
 
 
+def check_gpus(recipe: Recipe, number: int) -> None:
+    """Raise ConfigError if the recipe does not go with so many GPUs at a site."""
+    if recipe.train.sinkhorn_queue and number > 1:
+        raise ConfigError("train.sinkhorn_queue: one GPU a site keeps it; leave it 0, or train on one (--gpus 1)")
+
+
 def _fresh(recipe: Recipe) -> SSLMetaArch:
     with rng.torch_stream(recipe.seed, "init", "pretrain"):
         return SSLMetaArch(recipe)
@@ -72,8 +78,7 @@ class Pretrainer:
     ) -> None:
         if n_images < 1:
             raise DataError("no training image: pretraining needs at least one")
-        if recipe.train.sinkhorn_queue and ranks.size() > 1:
-            raise ConfigError("train.sinkhorn_queue: one GPU a site keeps it; leave it 0, or train on one (--gpus 1)")
+        check_gpus(recipe, ranks.size())
         self.run_recipe, self.stage = recipe, curriculum.index_at(recipe, step)
         self.recipe = recipe = curriculum.at(recipe, step)[0]
         self.pixels, self.n_images, self.roster_index = pixels, n_images, roster_index
@@ -220,7 +225,16 @@ class Pretrainer:
                 progress(step - first_step + 1, steps)
             if stop is not None and ranks.any_of(stop()):
                 break
+        self._check_finite(step, batches)
         return rows
+
+    def _check_finite(self, step: int, batches: Batches) -> None:
+        """What the last step left can be gone on from; a step before it would have shown in the loss."""
+        finite = all(bool(torch.isfinite(ranks.local(p)).all()) for p in self.model.parameters())
+        if ranks.any_of(not finite):
+            error = DivergedError(f"pretraining step {step}: it left weights that are not finite; lower optim.lr")
+            error.step, error.places, error.when = step, batches.positions(step).tolist(), "after"
+            raise error
 
     @contextlib.contextmanager
     def _naming(self, step: int, places: np.ndarray) -> Iterator[None]:

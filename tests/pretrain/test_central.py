@@ -194,24 +194,24 @@ def test_what_a_killed_process_left_half_written_is_removed(begun, pretrain, tmp
 
 
 def test_a_symptom_is_told_once(pretrain, tmp_path, monkeypatch, capsys):
-    """Of steps that are not taken: DINO's loss rests at log K, and from step 140 on all features are the same."""
-    settings = ["train.pooled_batch_size=2", "train.rounds=100", "train.local_steps=2", "train.saveckp_freq=1"]
-    killed = iter([False] * 124 + [True] + [False] * 100)
+    """Of steps that are not taken: DINO's loss rests at log K, and from step 240 on all features are the same."""
+    settings = ["train.pooled_batch_size=2", "train.rounds=150", "train.local_steps=2", "train.saveckp_freq=1"]
+    killed = iter([False] * 224 + [True] + [False] * 100)
 
     def step(self: Pretrainer, batch: Any, number: int) -> dict[str, float]:
         if next(killed):
             raise Killed
-        return {"loss": 5.0, "dino": math.log(32), "feature_std": 0.5 if number < 140 else 0.0}
+        return {"loss": 5.0, "dino": math.log(32), "feature_std": 0.5 if number < 240 else 0.0}
 
     monkeypatch.setattr(Pretrainer, "step", step)
     with pytest.raises(Killed):
         pretrain(tmp_path / "out", settings=settings)
     first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(first) == 1
-    assert first[0].startswith("warning: cls-plateau by step 100: DINO loss 3.466, log K 3.466; the image-level")
+    assert first[0].startswith("warning: cls-plateau by step 200: DINO loss 3.466, log K 3.466; the image-level")
     assert pretrain(tmp_path / "out", settings=settings) == 0
     then = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert [line.split(":")[1] for line in then] == [" constant-features by step 190"]
+    assert [line.split(":")[1] for line in then] == [" constant-features by step 290"]
     assert not (tmp_path / "out/health.json").exists()
 
 
@@ -321,3 +321,59 @@ def test_a_step_that_diverges_leaves_state_and_files(pretrain, tmp_path, capsys)
     told = json.loads(next((out / "diverged").glob("*.json")).read_text())
     assert len(told["files"]) == 4
     assert next((out / "diverged").glob("*.safetensors")).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("at", [0, 4, 5, 8])
+def test_told_to_stop_it_stops_after_that_step(pretrain, tmp_path, monkeypatch, at):
+    """Also where each step is a piece of its own, and where a stage ends."""
+    step = Pretrainer.step
+
+    def asked(self: Pretrainer, batch: Any, number: int) -> Any:
+        if number == at:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Pretrainer, "step", asked)
+    assert pretrain(tmp_path / "out", "--log-every", "1") == 143
+    assert [path.name for path in (tmp_path / "out/saves").iterdir()][-1:] == [f"{at + 1:010d}.safetensors"]
+    monkeypatch.setattr(Pretrainer, "step", step)
+    assert pretrain(tmp_path / "out") == 0
+
+
+def test_a_recipe_that_was_changed_in_the_folder_costs_no_save(begun, capsys):
+    out, whole = begun, files(begun)
+    about = json.loads(whole["pretraining.json"])
+    about["recipe"]["optim"]["lr"] *= 2
+    (out / "pretraining.json").write_text(json.dumps(about))
+    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 4
+    assert "is a save of other work than is asked for now" in capsys.readouterr().err
+    assert {name for name in whole if name.startswith("saves/")} <= set(files(out))
+    (out / "pretraining.json").write_bytes(whole["pretraining.json"])
+    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff"])
+def test_rows_that_went_away_are_told(begun, capsys, left):
+    (begun / "metrics.jsonl").write_bytes(left)
+    assert cli.main(["pretrain", "--resume", "--out", str(begun)]) == 0
+    assert "metrics.jsonl: the rows of 1 steps before step 1 are not there any more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda model: model.write_bytes(model.read_bytes()[:-8]), lambda model: model.unlink()]
+)
+def test_a_finished_model_that_is_damaged_is_told(pretrain, tmp_path, capsys, damage):
+    assert pretrain(tmp_path / "out") == 0
+    damage(tmp_path / "out/model/model.safetensors")
+    assert pretrain(tmp_path / "out") == 4
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_weights_that_the_last_step_made_useless_are_no_model(pretrain, tmp_path, capsys):
+    settings = [*SETTINGS, "train.rounds=1", "train.local_steps=1", "curriculum=[]", "optim.warmup_epochs=0"]
+    settings += ["optim.lr=1000000", "optim.optimizer=sgd", "optim.clip_grad=0", "dino.loss_weight=1000000"]
+    assert pretrain(tmp_path / "out", settings=settings) == 3
+    error = capsys.readouterr().err
+    assert "pretraining step 0: it left weights that are not finite" in error
+    assert "the state after it is saved" in error
+    assert not (tmp_path / "out/model").exists()
