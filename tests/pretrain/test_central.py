@@ -194,24 +194,25 @@ def test_what_a_killed_process_left_half_written_is_removed(begun, pretrain, tmp
 
 
 def test_a_symptom_is_told_once(pretrain, tmp_path, monkeypatch, capsys):
-    """Of steps that are not taken: DINO's loss rests at log K, and from step 240 on all features are the same."""
-    settings = ["train.pooled_batch_size=2", "train.rounds=150", "train.local_steps=2", "train.saveckp_freq=1"]
-    killed = iter([False] * 224 + [True] + [False] * 100)
+    """Of steps that are not taken: all features are the same, and from step 140 on the teacher says nothing."""
+    settings = ["train.pooled_batch_size=2", "train.rounds=100", "train.local_steps=2", "train.saveckp_freq=1"]
+    killed = iter([False] * 124 + [True] + [False] * 100)
 
     def step(self: Pretrainer, batch: Any, number: int) -> dict[str, float]:
         if next(killed):
             raise Killed
-        return {"loss": 5.0, "dino": math.log(32), "feature_std": 0.5 if number < 240 else 0.0}
+        early = number < 140
+        return {"loss": 5.0, "feature_std": 0.0 if early else 0.5, "teacher_entropy": 1.0 if early else math.log(32)}
 
     monkeypatch.setattr(Pretrainer, "step", step)
     with pytest.raises(Killed):
         pretrain(tmp_path / "out", settings=settings)
     first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(first) == 1
-    assert first[0].startswith("warning: cls-plateau by step 200: DINO loss 3.466, log K 3.466; the image-level")
+    assert first[0].startswith("warning: constant-features by step 100: feature std 0.000 of 1; the features of all")
     assert pretrain(tmp_path / "out", settings=settings) == 0
     then = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert [line.split(":")[1] for line in then] == [" constant-features by step 290"]
+    assert [line.split(":")[1] for line in then] == [" uniform-teacher by step 190"]
     assert not (tmp_path / "out/health.json").exists()
 
 
