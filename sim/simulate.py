@@ -12,14 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 
+from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
 from chexfound.journal import Journal, canonical, write_json
+from chexfound.pretrain.train import slow_arithmetic
 from chexfound.recipe import changed
 from chexfound.schema import Recipe
 from server.run import Batches, choose_findings
@@ -160,6 +163,8 @@ class Simulation:
 
     def _check_early(self) -> None:
         """What needs no image, before hours are spent on taking them in."""
+        if slow := slow_arithmetic(self.recipe.compute_precision.param_dtype, torch.device(machine.device()).type):
+            self.display.say(f"[yellow]slow[/yellow]: {escape(slow)}")
         rule = Rule.parse(self.options.by)
         if not rule.shards or (Path(self.options.data) / "index.sqlite").exists():
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chexfound import rng
+from chexfound import machine, rng
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.vit import Block
@@ -20,9 +22,11 @@ from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.schema import ARCHS, Recipe
 
+log = logging.getLogger("chexfound.pretrain")
 Progress = Callable[[int, int], None]
 QUEUE = curriculum.OF_A_STAGE + "dino"
 Probe = Callable[[nn.Module, int], dict[str, float]]
+SLOW = 2.0  # times as long as in float32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +48,23 @@ def check_gpus(recipe: Recipe, number: int) -> None:
     """Raise ConfigError if the recipe does not go with so many GPUs at a site."""
     if recipe.train.sinkhorn_queue and number > 1:
         raise ConfigError("train.sinkhorn_queue: one GPU a site keeps it; leave it 0, or train on one (--gpus 1)")
+
+
+def slow_arithmetic(param_dtype: str, device: str) -> str | None:
+    """What to say of a recipe for GPUs on a processor without such instructions: days in place of minutes."""
+    times = 1.0 if param_dtype == "fp32" else machine.slowdown(DTYPES[param_dtype], device)
+    if times <= SLOW:
+        return None
+    return (
+        f"products in {param_dtype} take {times:.0f} times as long as in fp32 on this {device}; "
+        "set compute_precision.param_dtype=fp32"
+    )
+
+
+@functools.cache  # once in a process
+def _warn_if_slow(param_dtype: str, device: str) -> None:
+    if (text := slow_arithmetic(param_dtype, device)) is not None:
+        log.warning("event=warning what=%r", text)
 
 
 def _fresh(recipe: Recipe) -> SSLMetaArch:
@@ -83,6 +104,8 @@ class Pretrainer:
         self.recipe = recipe = curriculum.at(recipe, step)[0]
         self.pixels, self.n_images, self.roster_index = pixels, n_images, roster_index
         self.device = torch.device(device)
+        if ranks.first():
+            _warn_if_slow(recipe.compute_precision.param_dtype, self.device.type)
         self.model = _fresh(recipe).to(self.device)
         if recipe.train.compile:
             for module in self.model.modules():
