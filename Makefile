@@ -29,7 +29,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(BIN)/python -c 'import torch, torchvision, timm' || { echo "error: torch and torchvision do not fit each other; install a matching pair (pytorch.org), then: rm -r $(VENV) && make setup"; exit 2; }
 	@touch $@
 
-demo: setup  ## draw DICOM phantoms of four hospitals, federate them, report (about five minutes)
+demo: setup  ## draw DICOM phantoms of four hospitals, federate them, report (about five minutes on two idle cores)
 	@rm -rf $(DEMO)-phantoms $(DEMO)
 	$(BIN)/chexfound phantom --sites 4 --patients 60 --out $(DEMO)-phantoms
 	$(BIN)/chexfound-sim --data $(DEMO)-phantoms --recipe demo --out $(DEMO)

@@ -100,9 +100,14 @@ def check_gpus(number: int) -> None:
     import torch
 
     found = torch.cuda.device_count()
+    if not found:
+        raise ConfigError(
+            "--gpus: PyTorch finds no GPU in this machine; leave it out, or set CHEXFOUND_DEVICE=cpu to start "
+            "that many processes without one"
+        )
     if number > found:
-        there = f"there are {found}" if found > 1 else "there is one" if found else "there is none that PyTorch can use"
-        raise ConfigError(f"{number} GPUs are asked for, but {there} in this machine; give --gpus {max(found, 1)}")
+        there = f"there are {found}" if found > 1 else "there is one"
+        raise ConfigError(f"{number} GPUs are asked for, but {there} in this machine; give --gpus {found}")
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from chexfound import machine
 from chexfound.errors import ConfigError
@@ -68,8 +69,8 @@ def test_gpus_of_the_environment(cards, monkeypatch):
     [
         (2, "4", "4 GPUs are asked for, but there are 2 in this machine; give --gpus 2"),
         (1, "2", "there is one in this machine; give --gpus 1"),
-        (0, "2", "there is none that PyTorch can use in this machine"),
-        (0, "all", "there is none"),
+        (0, "2", "PyTorch finds no GPU in this machine; leave it out"),
+        (0, "all", "PyTorch finds no GPU"),
         (2, "0", "gpus '0': give a number"),
         (2, "-1", "gpus '-1': give a number"),
         (2, "two", "gpus 'two': give a number"),
@@ -81,3 +82,23 @@ def test_gpus_that_cannot_be_had(cards, there, asked, message):
     cards(there)
     with pytest.raises(ConfigError, match=message):
         machine.gpus(asked)
+
+
+@pytest.mark.parametrize("asked", ["tpu", "cuda:x", "cpu:0", "CUDA", "cuda:4", "cuda"])
+def test_a_device_that_is_none(cards, monkeypatch, asked):
+    cards(4 if asked == "cuda:4" else 0)
+    monkeypatch.setenv("CHEXFOUND_DEVICE", asked)
+    with pytest.raises(ConfigError, match="CHEXFOUND_DEVICE"):
+        machine.device()
+
+
+def test_a_device_that_is_there(cards, monkeypatch):
+    cards(4)
+    for asked in ("cpu", "cuda", "cuda:3"):
+        monkeypatch.setenv("CHEXFOUND_DEVICE", asked)
+        assert machine.device() == asked
+
+
+def test_how_much_slower_a_type_is():
+    assert machine.slowdown(torch.float32) == pytest.approx(1.0, abs=0.9)
+    assert machine.slowdown(torch.bfloat16) > 0

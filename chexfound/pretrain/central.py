@@ -129,6 +129,7 @@ class Pretraining:
     out: Path
     log_every: int = 50
     finished: bool = False
+    paced: int = 0  # pieces that were trained, until it was said how long all may take
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Pretrain from where the folder is to the end, or until told to stop; returns whether it was stopped.
@@ -242,10 +243,17 @@ class Pretraining:
         untold, began, stopped = [], time.monotonic(), False
         while step < last and not stopped:
             until = saves.next_stop(step, last, every, self.log_every)
+            if self.paced < 2:  # the first two alone, so that it is known soon how long all will take
+                until, step_began = step + 1, time.monotonic()
             try:
                 rows = trainer.run(step, until - step, batch, shown.progress(step), self.probe, stop)
             except DivergedError as error:
                 raise saves.diverged(self.out, self.store, self.ids, trainer, error) from error
+            self.paced += 1
+            if self.paced == 2:  # the first is slower: memory is taken, kernels are chosen
+                seconds = time.monotonic() - step_began
+                left = display.duration((self.recipe.pretrain_steps - until) * seconds)
+                shown.say(f"a step takes {seconds:.1f} s; at that pace {left} are left")
             step += len(rows)
             untold += rows
             stopped = ranks.any_of(stop())
@@ -319,3 +327,4 @@ class Pretraining:
         self.saves.clear()
         (self.out / HEALTH).unlink(missing_ok=True)
         display.say(f"model: {self.out / 'model'} (sha256 {sha256})")
+        display.say(f"in Python: chexfound.load_backbone({str(self.out / 'model')!r})")
