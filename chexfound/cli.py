@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from chexfound import __version__, weights_cli
-from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.errors import ChexfoundError, ConfigError, StorageError
+from chexfound.names import shown
 from chexfound.pretrain import command
 from chexfound.pretrain.environment import teller
 
@@ -132,7 +137,31 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code.
+
+    Output that its reader closed (`| head`) ends it quietly, with a shell's 141; a full device is told, with 8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where it can still be told
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        with contextlib.suppress(OSError, ValueError):  # what is still to be written would fail again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 141
+        with contextlib.suppress(OSError):
+            print(f"error: the output could not be written ({os.strerror(error.errno)})", file=sys.stderr)
+        return StorageError.exit_code
+
+
+def _run(arguments: list[str] | None) -> int:
     given = parser().parse_args(arguments)
     try:
         code: int = given.run(given)
@@ -140,7 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nStopped; nothing was left half-written.", file=sys.stderr)
         return 130
     except ChexfoundError as error:
-        print(f"error: {teller()}{error}", file=sys.stderr)
+        text = f"{teller()}{error}"
+        print("error: " + "
+".join(shown(line, 2000) for line in text.split("
+")), file=sys.stderr)
         return error.exit_code
     return code
 

@@ -97,10 +97,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises: ConfigError if there is a file, or a folder that is not empty; StorageError.
     """
-    path = Path(path).absolute()
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path}: is a file; give a new folder")
+    path = Path(os.path.realpath(path))  # a link is followed: what it leads to is made, not the link replaced
     with storage(path):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: is a file; give a new folder")
         if path.is_dir() and any(path.iterdir()):
             raise ConfigError(f"{path}: the folder is not empty; give a new one, or empty it")
         path.parent.mkdir(parents=True, exist_ok=True)

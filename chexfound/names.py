@@ -1,4 +1,4 @@
-"""Names: which may travel between the ends, and how one that is not UTF-8 is written."""
+"""Names: which may travel between the ends, and how one that is not UTF-8 or not printable is written."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def utf8(path: str | os.PathLike[str]) -> bool:
 def written(path: str | os.PathLike[str]) -> str:
     r"""A path as text that can be stored and shown: a byte that is not UTF-8 becomes, say, `\xe9`."""
     return os.fspath(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def shown(value: object, length: int = 300) -> str:
+    r"""Foreign text as a table may have it: a newline or an escape becomes `\n`, `\x1b`; cut to a length."""
+    text = str(value)
+    text = text if len(text) <= length else f"{text[:length]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

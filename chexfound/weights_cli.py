@@ -129,8 +129,8 @@ def _told(given: argparse.Namespace) -> Any:
 
 def _findings(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",")) if text else ()
-    if not all(names) or len(set(names)) != len(names):
-        raise ConfigError(f"--findings {text[:80]!r}: give names with commas between, each once")
+    if not all(name and name.isprintable() for name in names) or len(set(names)) != len(names):
+        raise ConfigError(f"--findings {text[:80]!r}: give printable names with commas between, each once")
     return names
 
 

@@ -386,6 +386,17 @@ def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
     assert (tmp_path / "out" / "a.txt").read_text() == "text"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_through_a_link_is_made_where_it_leads(tmp_path, there):
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as folder:
+        write_text(folder / "a.txt", "text")
+    assert (tmp_path / "real" / "a.txt").read_text() == "text"
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_folder_on_a_full_disk_is_our_error(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

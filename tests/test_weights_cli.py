@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +171,71 @@ def test_help_teaches(run):
         assert code == 0
         assert "examples:" in text
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--glori-heads", "0"], "--glori-heads 0: must be a whole number from 1"),
+        (["--n-last-blocks", "0"], "--n-last-blocks 0: must be a whole number from 1"),
+        (["--mean", "nan", "--std", "1"], "--mean nan"),
+    ],
+)
+def test_an_option_that_nothing_can_have_is_refused_for_a_head_alone_too(here, run, arguments, message):
+    code, text = run("import", "linear.pth", "--classifier", "0_1", *arguments)
+    assert code == 2
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_px": "64"}, "image_px: Input should be a valid integer"),
+        ({"image_px": True}, "image_px: Input should be a valid integer"),
+        ({"image_px": 0}, "image_px: Input should be greater than 0"),
+        ({"image_px": 33}, "image_px 33: not 1 to 512 patches of 8"),
+        ({"source": {"run": "x"}}, "source"),
+        ({"assumed": {"heads": 3}}, "assumed"),
+        ({"files": [1]}, "files"),
+        ({"format": [1]}, "weights of format [1]"),
+    ],
+)
+def test_a_hostile_config_is_an_error_of_one_line(here, run, change, message):
+    assert run("import", "teacher_checkpoint.pth", "--out", "imported")[0] == 0
+    values = json.loads((here / "imported" / "config.json").read_text())
+    values["chexfound"] |= change
+    (here / "imported" / "config.json").write_text(json.dumps(values))
+    for arguments in (["show", "imported"], ["export", "imported", "--out", "x"]):
+        code, text = run(*arguments)
+        assert code == 4
+        assert message in text
+
+
+def test_a_folder_s_parts_are_held_against_its_config(here, run):
+    assert run("import", "teacher_checkpoint.pth", "--out", "imported")[0] == 0
+    values = json.loads((here / "imported" / "config.json").read_text())
+    values["chexfound"]["backbone"]["depth"] = 5
+    (here / "imported" / "config.json").write_text(json.dumps(values))
+    for arguments in (["show", "imported"], ["export", "imported", "--out", "x"]):
+        code, text = run(*arguments)
+        assert code == 4
+        assert "weights do not fit" in text
+
+
+def test_a_path_that_is_too_long(here, run):
+    assert run("show", "x" * 5000)[0] == 4
+    assert run("import", "teacher_checkpoint.pth", "--out", "x" * 300)[0] == 2
+
+
+def test_output_to_a_full_device_and_to_a_closed_pipe(here):
+    command = [sys.executable, "-m", "chexfound.cli", "weights", "show", "teacher_checkpoint.pth"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert ended.returncode == 8
+    assert ended.stderr.startswith("error: the output could not be written")
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")

@@ -32,11 +32,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, atomically and durably.
+    """Write tensors to a safetensors file, atomically and durably; those that share memory each on their own.
 
     Raises: StorageError.
     """
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name in sorted(data, key=lambda name: data[name].data_ptr()):
+        if data[name].data_ptr() < end:  # tied to the one before: safetensors refuses what shares memory
+            data[name] = data[name].clone()
+        else:
+            end = data[name].data_ptr() + data[name].nbytes
     with replace_file(path) as temporary:
         try:
             safetensors.torch.save_file(data, temporary, metadata=dict(metadata or {}))
@@ -79,7 +85,8 @@ def check_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], expect
     unexpected = sorted(set(tensors) - set(expected))
     if missing or unexpected:
         raise CheckpointError(
-            f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+            f"weights do not fit: {len(missing)} missing {[name[:80] for name in missing[:3]]}, "
+            f"{len(unexpected)} unexpected {[name[:80] for name in unexpected[:3]]}"
         )
     for name in expected:
         if tensors[name].shape != state[name].shape or tensors[name].dtype != state[name].dtype:

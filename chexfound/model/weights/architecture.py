@@ -21,6 +21,7 @@ from chexfound.model import checkpoint
 from chexfound.model.glori import GLoRI, head_options
 from chexfound.model.heads import DINOHead, LinearHead
 from chexfound.model.vit import VisionTransformer, swiglu_width
+from chexfound.names import shown
 from chexfound.schema import ARCHS, Input, Prototypes, Recipe, Student, Width
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -106,19 +107,19 @@ class Backbone:
 
         Raises: CheckpointError if they are no such backbone's; ConfigError if `heads` must be given, or cannot be so.
         """
-        dim = _shape(tensors, "cls_token", 3)[2]
-        positions = _shape(tensors, "pos_embed", 3)[1] - 1
+        dim = shape(tensors, "cls_token", 3)[2]
+        positions = shape(tensors, "pos_embed", 3)[1] - 1
         grid = math.isqrt(max(positions, 0))
         if not grid or grid * grid != positions:
             raise CheckpointError(f"pos_embed has {positions} places beside the CLS token's: not a square grid")
         conv = "patch_embed.convs.0.weight" in tensors
-        _, in_chans, patch_size, _ = _shape(tensors, "patch_embed.proj.weight", 4)
+        _, in_chans, patch_size, _ = shape(tensors, "patch_embed.proj.weight", 4)
         if conv:
-            in_chans, patch_size = _shape(tensors, "patch_embed.convs.0.weight", 4)[1], 16
-        depth = len({found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))})
+            in_chans, patch_size = shape(tensors, "patch_embed.convs.0.weight", 4)[1], 16
+        depth = len({found[1] for name in tensors if (found := re.match(r"blocks\.([^.]+)\.", name))})
         width_in, width_out = (
-            _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0],
-            _shape(tensors, "blocks.0.mlp.fc2.weight", 2)[1],
+            shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0],
+            shape(tensors, "blocks.0.mlp.fc2.weight", 2)[1],
         )
         ffn = {width_out: "mlp", 2 * width_out: "swiglu"}.get(width_in)
         if ffn is None or width_out != _ffn_dim(dim, ffn):
@@ -134,7 +135,7 @@ class Backbone:
                 heads=attention_heads(dim, depth, heads),
                 patch_size=patch_size,
                 in_chans=in_chans,
-                registers=_shape(tensors, "register_tokens", 3)[1],
+                registers=shape(tensors, "register_tokens", 3)[1],
                 ffn=ffn,
                 layerscale="blocks.0.ls1.gamma" in tensors,
                 grid=grid,
@@ -170,9 +171,9 @@ class Projection:
 
         Raises: CheckpointError.
         """
-        layers = sorted(int(found[1]) for name in tensors if (found := re.fullmatch(r"mlp\.(\d+)\.weight", name)))
-        first = _shape(tensors, "mlp.0.weight", 2)
-        n_prototypes, bottleneck = _shape(tensors, "last_layer.weight_v", 2)
+        layers = [name for name in tensors if re.fullmatch(r"mlp\.\d+\.weight", name)]
+        first = shape(tensors, "mlp.0.weight", 2)
+        n_prototypes, bottleneck = shape(tensors, "last_layer.weight_v", 2)
         values = dict(
             dim=first[1],
             n_prototypes=n_prototypes,
@@ -258,11 +259,13 @@ def section(kind: Callable[..., Section], values: Mapping[str, Any], where: str)
     try:
         return kind(**values)
     except (ValidationError, TypeError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise CheckpointError(f"{where}: {key}: {first['msg']} (got {str(first['input'])[:80]!r})") from error
-        raise CheckpointError(f"{where}: {error}") from error
+        if not isinstance(error, ValidationError):
+            raise CheckpointError(f"{where}: {shown(error)}") from error
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        if first["type"] == "value_error":  # of a validator of ours, which says all itself
+            raise CheckpointError(f"{where}: {shown(key)}{first['ctx']['error']}") from error
+        raise CheckpointError(f"{where}: {shown(key)}{first['msg']} (got {str(first['input'])[:80]!r})") from error
 
 
 def check(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: str) -> None:
@@ -273,7 +276,7 @@ def check(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], what: s
     try:
         with torch.device("meta"):
             state = build().state_dict()
-    except ValueError as error:  # torch's, of widths that a layer cannot have
+    except (ValueError, RuntimeError) as error:  # torch's, of widths that a layer cannot have
         raise CheckpointError(f"{what}: no such module can be built: {error}") from error
     try:
         checkpoint.check_fit(state, tensors, list(state))
@@ -326,7 +329,11 @@ def _ffn_dim(dim: int, ffn: str) -> int:
     return 4 * dim if ffn == "mlp" else swiglu_width(dim)
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+def shape(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there.
+
+    Raises: CheckpointError if it is not, or has not `ndim` dimensions.
+    """
     if name not in tensors:
         raise CheckpointError(f"there is no {name}")
     if tensors[name].ndim != ndim:

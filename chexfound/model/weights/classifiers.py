@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from chexfound.errors import CheckpointError, ConfigError
-from chexfound.model.weights.architecture import Glori, Head, Linear, section
+from chexfound.model.weights.architecture import Glori, Head, Linear, section, shape
+from chexfound.model.weights.untrusted import named_once
 
 BLOCKS, ATTENTION_HEADS = 4, 8  # the paper's, where neither an option nor the name says another
 
@@ -53,9 +54,9 @@ def read(
 
     Raises: CheckpointError if they are no such head's; ConfigError if an option does not fit the shapes.
     """
-    n_last_blocks = n_last_blocks or blocks_of(name) or BLOCKS
+    n_last_blocks = next(n for n in (n_last_blocks, blocks_of(name), BLOCKS) if n is not None)
     if "duplicate_pooling" in tensors:
-        return _glori(tensors, heads or ATTENTION_HEADS, n_last_blocks)
+        return _glori(tensors, ATTENTION_HEADS if heads is None else heads, n_last_blocks)
     if "linear.weight" in tensors:
         if avgpool is None:
             avgpool = bool(re.search(r"avgpool[=_]True", name))
@@ -67,17 +68,17 @@ def read(
 
 def blocks_of(name: str) -> int | None:
     """How many last blocks a head takes, if its name says so."""
-    found = re.search(r"blocks=(\d+)|classifier_(\d+)_blocks", name)
+    found = re.search(r"blocks=(\d{1,4})(?!\d)|classifier_(\d{1,4})_blocks", name)
     return int(found[1] or found[2]) if found else None
 
 
 def _glori(tensors: Mapping[str, Tensor], heads: int, n_blocks: int) -> tuple[Head, dict[str, Tensor]]:
-    try:
-        embed_dim, memory = tensors["embed_standart.weight"].shape
-        n_findings, channels = tensors["duplicate_pooling"].shape[:2]
-        ffn_dim = tensors["layers.0.linear1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"not a GLoRI head of one layer: {error} is lacking or of another shape") from error
+    pooling = tensors["duplicate_pooling"]
+    if pooling.ndim == 3 and pooling.shape[2] == 1:  # the reference's
+        pooling = pooling.squeeze(2)
+    n_findings, channels = shape({"duplicate_pooling": pooling}, "duplicate_pooling", 2)
+    embed_dim, memory = shape(tensors, "embed_standart.weight", 2)
+    ffn_dim = shape(tensors, "layers.0.linear1.weight", 2)[0]
     if channels not in (embed_dim, embed_dim + memory):
         raise CheckpointError(
             f"duplicate_pooling takes {channels} channels: neither the queries' {embed_dim}, nor those with the CLS "
@@ -86,11 +87,6 @@ def _glori(tensors: Mapping[str, Tensor], heads: int, n_blocks: int) -> tuple[He
     if embed_dim % heads:
         raise ConfigError(f"--glori-heads {heads}: must divide the head's width {embed_dim}")
     cls = channels == embed_dim + memory
-    result = dict(tensors)
-    pooling = result["duplicate_pooling"].reshape(n_findings, channels)
-    if cls:  # the reference has the CLS tokens first, we have them last
-        pooling = torch.cat([pooling[:, memory:], pooling[:, :memory]], dim=1)
-    result["duplicate_pooling"] = pooling
     values = dict(
         n_findings=n_findings,
         dim=_width(memory, n_blocks),
@@ -100,17 +96,20 @@ def _glori(tensors: Mapping[str, Tensor], heads: int, n_blocks: int) -> tuple[He
         ffn_dim=ffn_dim,
         cls=cls,
     )
-    return section(Glori, values, "the head's shapes"), result | _no_standardisation(memory)
+    config = section(Glori, values, "the head's shapes")  # before a shape of 0 × 2⁴⁰ has cost any memory
+    if cls:  # the reference has the CLS tokens first, we have them last
+        pooling = torch.cat([pooling[:, memory:], pooling[:, :memory]], dim=1)
+    theirs = [(name, tensor) for name, tensor in tensors.items() if name != "duplicate_pooling"]
+    return config, named_once([*theirs, ("duplicate_pooling", pooling), *_no_standardisation(memory)])
 
 
 def _linear(tensors: Mapping[str, Tensor], n_blocks: int, avgpool: bool) -> tuple[Head, dict[str, Tensor]]:
-    weight = tensors["linear.weight"]
-    if weight.ndim != 2:
-        raise CheckpointError(f"linear.weight has the shape {tuple(weight.shape)}")
-    dim = _width(weight.shape[1], n_blocks + int(avgpool))
-    result = {name.removeprefix("linear."): tensor for name, tensor in tensors.items()}
-    values = dict(n_findings=weight.shape[0], dim=dim, n_blocks=n_blocks, avgpool=avgpool)
-    return section(Linear, values, "the head's shapes"), result | _no_standardisation(dim * n_blocks)
+    n_findings, channels = shape(tensors, "linear.weight", 2)
+    dim = _width(channels, n_blocks + int(avgpool))
+    values = dict(n_findings=n_findings, dim=dim, n_blocks=n_blocks, avgpool=avgpool)
+    config = section(Linear, values, "the head's shapes")
+    theirs = [(name.removeprefix("linear."), tensor) for name, tensor in tensors.items()]
+    return config, named_once([*theirs, *_no_standardisation(dim * n_blocks)])
 
 
 def _width(channels: int, parts: int) -> int:
@@ -122,10 +121,10 @@ def _width(channels: int, parts: int) -> int:
     return channels // parts
 
 
-def _no_standardisation(channels: int) -> dict[str, Tensor]:
+def _no_standardisation(channels: int) -> list[tuple[str, Tensor]]:
     """Ours standardise the tokens by given moments; the reference's do not: mean 0, deviation 1."""
-    return {
-        f"{norm}.{name}": value
+    return [
+        (f"{norm}.{name}", value)
         for norm in ("token_norm", "cls_norm")
         for name, value in (("mean", torch.zeros(channels)), ("std", torch.ones(channels)))
-    }
+    ]

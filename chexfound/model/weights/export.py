@@ -18,6 +18,7 @@ from chexfound.model.weights import load, parts, timm_format
 from chexfound.model.weights.architecture import filled
 from chexfound.model.weights.parts import Options, Weights
 from chexfound.model.weights.release_card import card
+from chexfound.model.weights.untrusted import at
 
 ABOUT = {
     "model.safetensors": "the backbone in timm's names",
@@ -45,13 +46,14 @@ def export(source: Path, out: Path, options: Options) -> tuple[Weights, str | No
     Raises: CheckpointError, ConfigError if the source cannot be used or `out` is not new; StorageError.
     """
     source = Path(source)
-    if source.is_file():
-        raise ConfigError(
-            f"{source}: is a file; take it in first, which asks for what it does not say: "
-            f"chexfound weights import {source} --out DIR"
-        )
-    config = folders.config(source) if (source / "config.json").is_file() else {}
-    if (config.get(folders.KEY) or {}).get("kind") == "release":
+    with at(source):
+        if source.is_file():
+            raise ConfigError(
+                "is a file; take it in first, which asks for what it does not say: "
+                f"chexfound weights import {source} --out DIR"
+            )
+        stated = folders.stated(source)
+    if stated is not None and stated.kind == "release":
         raise ConfigError(f"{source}: is a release already; copy it as it is")
     with new_folder(out) as folder:
         weights = load.read(source, options)

@@ -7,22 +7,90 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from chexfound.errors import CheckpointError
 from chexfound.journal import write_json
 from chexfound.model import checkpoint
 from chexfound.model.weights import published
-from chexfound.model.weights.architecture import Backbone, Glori, Linear, Projection, section
-from chexfound.model.weights.parts import ALL, Part, Weights, sha256
+from chexfound.model.weights.architecture import STRICT, Backbone, Glori, Linear, Projection, section
+from chexfound.model.weights.parts import ALL, Part, Weights, checked
+from chexfound.model.weights.pth import sha256
+from chexfound.names import shown
 from chexfound.schema import Input
 
 FORMAT = 1
 KEY = "chexfound"
 COMPATIBLE, BACKBONE = "backbone_compatible.safetensors", "backbone.safetensors"
-HEADS = {"glori": Glori, "linear": Linear}
 METADATA = {"format": "pt"}
+LARGEST_SIDE = 512  # patches; positions are resized to the images, at a cost of memory that no file has paid for
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FromFile:
+    """A published checkpoint."""
+
+    file: str
+    format: Literal["pth", "safetensors"]
+    sha256: Sha256
+    dtypes: list[str] = field(default_factory=list)
+    whose: Literal["teacher", "student"] | None = None
+    classifier: str | None = None
+    says: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FromFiles:
+    """Several of them."""
+
+    files: Annotated[list[FromFile], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FromRun:
+    """A run of ours."""
+
+    run: str
+    weights_sha256: Sha256
+    whose: Literal["teacher", "student"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Stated:
+    """What is ours of config.json."""
+
+    format: Literal[1]
+    kind: Literal["imported", "release"]
+    backbone: Backbone | None = None
+    dino_head: Projection | None = None
+    ibot_head: Projection | None = None
+    head: Annotated[Glori | Linear, Field(discriminator="kind")] | None = None
+    input: Input | None = None
+    image_px: Annotated[int, Field(strict=True, gt=0)] | None = None
+    findings: tuple[str, ...] = ()
+    source: FromFile | FromFiles | FromRun
+    assumed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Sha256]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Stated:
+        if self.backbone is not None:
+            if self.input is None or self.image_px is None:
+                raise ValueError("a backbone without its input or image_px")
+            side, rest = divmod(self.image_px, self.backbone.patch_size)
+            largest = max(self.backbone.grid, LARGEST_SIDE)
+            if rest or side > largest:
+                raise ValueError(f"image_px {self.image_px}: not 1 to {largest} patches of {self.backbone.patch_size}")
+        if self.head is not None and self.findings and len(self.findings) != self.head.n_findings:
+            raise ValueError(f"{len(self.findings)} findings for a head of {self.head.n_findings}")
+        return self
 
 
 def file_of(name: str, config: Mapping[str, Any]) -> str:
@@ -69,25 +137,49 @@ def write_config(folder: Path, weights: Weights, kind: str, others: Mapping[str,
 
 def plain(config: Any) -> dict[str, Any]:
     """A config as JSON has it."""
-    from dataclasses import asdict
-
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return values
 
 
+def stated(folder: Path) -> Stated | None:
+    """What config.json says, checked; None if there is none, or it is no folder's of ours.
+
+    Raises: CheckpointError.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    ours = config(folder).get(KEY)
+    if ours is None:
+        return None
+    if not isinstance(ours, dict) or ours.get("format") != FORMAT:
+        found = ours.get("format") if isinstance(ours, dict) else None
+        raise CheckpointError(f"{path}: weights of format {found!r}; this release reads {FORMAT}")
+    result: Stated = section(Stated, ours, str(path))
+    return result
+
+
 def config(folder: Path) -> dict[str, Any]:
-    """What config.json holds.
+    """What config.json holds; all texts in it printable.
 
     Raises: CheckpointError if it is absent or no JSON object.
     """
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text())
+        values = _printable(json.loads(path.read_text()))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
     return values
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {shown(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def read(folder: Path, wanted: Collection[str] = ALL) -> Weights:
@@ -96,51 +188,34 @@ def read(folder: Path, wanted: Collection[str] = ALL) -> Weights:
     Raises: CheckpointError if one is absent, damaged, changed, or is not what the config says.
     """
     folder = Path(folder)
-    where = f"{folder}/config.json"
-    ours = config(folder).get(KEY)
-    if not isinstance(ours, dict) or ours.get("format") != FORMAT:
-        found = ours.get("format") if isinstance(ours, dict) else None
-        raise CheckpointError(f"{where}: weights of format {found!r}; this release reads {FORMAT}")
-    parts = {name: _part(folder, name, ours, where) for name in ALL if name in wanted and ours.get(name)}
-    findings = ours.get("findings") or []
-    if not isinstance(findings, list) or not all(isinstance(name, str) for name in findings):
-        raise CheckpointError(f"{where}: findings: not a list of names")
-    head = parts.get("head")
-    if head is not None and findings and len(findings) != head.config.n_findings:
-        raise CheckpointError(f"{where}: {len(findings)} findings for a head of {head.config.n_findings}")
-    image_px = ours.get("image_px")
+    said = stated(folder)
+    if said is None:
+        raise CheckpointError(f"{folder}/config.json: is not there, or says nothing of weights of ours")
+    architectures = {name: getattr(said, name) for name in ALL if name in wanted}
+    parts = {name: _part(folder, name, found, said) for name, found in architectures.items() if found}
     return Weights(
         backbone=parts.get("backbone"),
         projections={name: parts[name] for name in published.PROJECTIONS if name in parts},
-        head=head,
-        findings=tuple(findings),
-        input=section(Input, ours["input"], f"{where}: input") if ours.get("input") else None,
-        image_px=image_px if isinstance(image_px, int) else None,
-        source=dict(_mapping(ours, "source", where)),
-        left_out=dict(_mapping(ours, "left_out", where)),
-        assumed=dict(_mapping(ours, "assumed", where)),
+        head=parts.get("head"),
+        findings=said.findings,
+        input=said.input,
+        image_px=said.image_px,
+        source=_without_none(said.source),
+        left_out=said.left_out,
+        assumed=said.assumed,
     )
 
 
-def _mapping(ours: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = ours.get(key) or {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: {key}: not a JSON object")
-    return value
+def _without_none(source: Any) -> dict[str, Any]:
+    values: dict[str, Any] = asdict(source, dict_factory=lambda pairs: {key: value for key, value in pairs if value})
+    return values
 
 
-def _part(folder: Path, name: str, ours: Mapping[str, Any], where: str) -> Part:
-    values = ours[name]
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: {name}: not a JSON object")
-    kind: Any = {"backbone": Backbone, "head": HEADS.get(str(values.get("kind")))}.get(name, Projection)
-    if kind is None:
-        raise CheckpointError(f"{where}: a head of the kind {values.get('kind')!r}; there are glori and linear")
-    read_config = section(kind, values, f"{where}: {name}")
-    file = file_of(name, values)
-    verify(folder, file, _mapping(ours, "files", where))
+def _part(folder: Path, name: str, found: Any, said: Stated) -> Part:
+    file = file_of(name, plain(found))
+    verify(folder, file, said.files)
     tensors = checkpoint.load(folder / file)
-    return Part(read_config, published.backbone_names(tensors) if name == "backbone" else tensors)
+    return checked(name, found, published.backbone_names(tensors) if name == "backbone" else tensors)
 
 
 def verify(folder: Path, file: str, stated: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from chexfound.model.vit import VisionTransformer
 from chexfound.model.weights import folder, parts, runs
 from chexfound.model.weights.architecture import attention_heads, filled
 from chexfound.model.weights.parts import ALL, Options, Triple, Weights
+from chexfound.model.weights.untrusted import at
 
 KINDS = (
     "a published checkpoint (.pth or .safetensors), a folder that `chexfound weights import` or `export` wrote, "
@@ -26,16 +27,19 @@ def read(path: Path, options: Options, wanted: Collection[str] = ALL) -> Weights
     Raises: CheckpointError if it is none of the kinds that are known, damaged, or holds code.
     """
     path = Path(path)
-    if not path.is_dir():
-        return parts.of_file(path, options, wanted)
+    with at(path):
+        return _folder(path, options, wanted) if path.is_dir() else parts.of_file(path, options, wanted)
+
+
+def _folder(path: Path, options: Options, wanted: Collection[str]) -> Weights:
     if options.classifier or options.glori_heads or options.n_last_blocks or options.avgpool is not None:
         raise ConfigError(f"{path}: a folder says itself what its head is: options of a head are for a checkpoint file")
-    if (path / "config.json").is_file() and folder.KEY in folder.config(path):
+    if folder.stated(path) is not None:
         found = folder.read(path, wanted)
     elif runs.is_run(path):
         found = runs.read(path, wanted)
     else:
-        raise CheckpointError(f"{path}: no weights that are known; give {KINDS}")
+        raise CheckpointError(f"no weights that are known; give {KINDS}")
     return _told(found, options)
 
 

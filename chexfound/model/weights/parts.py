@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +13,14 @@ from torch import Tensor
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model.weights import classifiers, pth, published
 from chexfound.model.weights.architecture import Backbone, Head, Projection, check, section
+from chexfound.model.weights.pth import float32
+from chexfound.model.weights.untrusted import at
+from chexfound.names import shown
 from chexfound.schema import Input, Recipe
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation; CheXFound keeps them
 IMAGENET_GREY = (0.449, 0.226)  # their means
+LARGEST_COUNT = 1024  # heads, blocks: far above any model
 ALL = ("backbone", "dino_head", "ibot_head", "head")
 
 Triple = float | tuple[float, float, float]
@@ -36,6 +39,16 @@ class Options:
     findings: tuple[str, ...] = ()
     mean: Triple | None = None
     std: Triple | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError for what no model can have, whether the option will be used or not."""
+        if self.which not in ("teacher", "student"):
+            raise ConfigError(f"which {self.which!r}: must be 'teacher' or 'student'")
+        counts = {"heads": self.heads, "glori-heads": self.glori_heads, "n-last-blocks": self.n_last_blocks}
+        for name, value in counts.items():
+            if value is not None and not (isinstance(value, Integral) and 1 <= value <= LARGEST_COUNT):
+                raise ConfigError(f"--{name} {value!r}: must be a whole number from 1 to {LARGEST_COUNT}")
+        input_config(self.mean, self.std, in_chans=3)
 
 
 class Part(NamedTuple):
@@ -68,51 +81,47 @@ class Weights:
         return {name: part for name, part in found.items() if part is not None}
 
 
-@contextlib.contextmanager
-def at(path: Path) -> Iterator[None]:
-    """Say which file an error is about."""
-    try:
-        yield
-    except (CheckpointError, ConfigError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise type(error)(f"{path}: {error}") from error
-
-
 def of_file(path: Path, options: Options, wanted: Collection[str] = ALL) -> Weights:
     """The wanted parts of a published checkpoint, checked: none missing, none unexpected.
 
     Raises: CheckpointError if it is damaged, holds code, or another architecture; ConfigError if an option is lacking.
     """
-    file = pth.read(path)
-    with at(path):
+    return of_tensors(pth.read(path), options, wanted)
+
+
+def of_tensors(file: pth.File, options: Options, wanted: Collection[str] = ALL) -> Weights:
+    """The same of a file that was read.
+
+    Raises: CheckpointError, ConfigError, as there.
+    """
+    with at(file.path):
         names = published.sort(file.tensors, options.which)
         if names.ours:
             raise CheckpointError(
                 "written by a run of federated CheXFound, which keeps beside it how images are normalised and how "
                 "the head is set: give the run's folder, or its model/"
             )
-        whose = {"whose": names.whose} if names.whose else {}
-        result = Weights(
-            source={
-                "file": Path(path).name,
-                "format": file.format,
-                "sha256": sha256(path),
-                "dtypes": list(file.dtypes),
-                **whose,
-                **({"says": said(file)} if said(file) else {}),
-            },
-            left_out={**file.left_out, **names.left_out},
-        )
+        result = Weights(source=_source(file, names.whose), left_out={**file.left_out, **names.left_out})
         if names.backbone and "backbone" in wanted:
-            result = _with_backbone(result, names.backbone, options)
+            result = _with_backbone(result, float32(names.backbone), options)
         for name, tensors in names.projections.items():
             if name in wanted:
                 config = Projection.of_shapes(tensors)
-                result.projections[name] = _checked(name, config, tensors)
+                result.projections[name] = checked(name, config, float32(tensors))
         if names.classifiers and "head" in wanted:
             result = _with_head(result, names.classifiers, options)
     return result
+
+
+def _source(file: pth.File, whose: str | None) -> dict[str, Any]:
+    return {
+        "file": shown(file.path.name),
+        "format": file.format,
+        "sha256": file.sha256,
+        "dtypes": dtypes(file),
+        **({"whose": whose} if whose else {}),
+        **({"says": said(file)} if said(file) else {}),
+    }
 
 
 def _with_backbone(weights: Weights, tensors: dict[str, Tensor], options: Options) -> Weights:
@@ -126,7 +135,7 @@ def _with_backbone(weights: Weights, tensors: dict[str, Tensor], options: Option
     given = input_config(options.mean, options.std, config.in_chans)
     return replace(
         weights,
-        backbone=_checked("backbone", config, tensors),
+        backbone=checked("backbone", config, tensors),
         input=given,
         image_px=config.position_px,
         assumed=assumed,
@@ -137,7 +146,7 @@ def _with_head(weights: Weights, found: dict[str, dict[str, Tensor]], options: O
     name = classifiers.choose(found, options.classifier)
     config, tensors = classifiers.read(
         name,
-        found[name],
+        float32(found[name]),
         heads=options.glori_heads,
         n_last_blocks=options.n_last_blocks,
         avgpool=options.avgpool,
@@ -153,7 +162,7 @@ def _with_head(weights: Weights, found: dict[str, dict[str, Tensor]], options: O
     others = {other: "another head; take it with --classifier" for other in found if other != name}
     return replace(
         weights,
-        head=_checked("head", config, tensors),
+        head=checked("head", config, tensors),
         findings=findings,
         assumed=assumed,
         left_out={**weights.left_out, **others},
@@ -161,7 +170,11 @@ def _with_head(weights: Weights, found: dict[str, dict[str, Tensor]], options: O
     )
 
 
-def _checked(name: str, config: Any, tensors: dict[str, Tensor]) -> Part:
+def checked(name: str, config: Any, tensors: dict[str, Tensor]) -> Part:
+    """A part, if its tensors are those of its architecture.
+
+    Raises: CheckpointError naming what is missing, unexpected, of another shape or not finite.
+    """
     build = (lambda: config.build(Input())) if name == "backbone" else config.build
     check(build, tensors, name)
     return Part(config, tensors)
@@ -186,14 +199,14 @@ def input_config(mean: Triple | None, std: Triple | None, in_chans: int) -> Inpu
         raise ConfigError("say both --mean and --std, or neither")
     if mean is None or std is None:
         mean, std = IMAGENET if in_chans == 3 else IMAGENET_GREY
-    if in_chans == 1 and (isinstance(mean, tuple) or isinstance(std, tuple)):
-        raise ConfigError("--mean, --std: this backbone takes one channel, so give one number each")
     try:
         given: Input = section(Input, dict(normalization="mean_std", mean=mean, std=std), "")
     except CheckpointError as error:
         raise ConfigError(
             f"--mean {mean}, --std {std}: must be of pixels scaled to [0, 1], deviations above 0"
         ) from error
+    if in_chans == 1 and (isinstance(given.mean, tuple) or isinstance(given.std, tuple)):
+        raise ConfigError("--mean, --std: this backbone takes one channel, so give one number each")
     return given
 
 
@@ -238,16 +251,12 @@ def check_widths(weights: Weights) -> None:
             )
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def dtypes(file: pth.File) -> list[str]:
+    """Kinds of numbers in a file."""
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
 
 
 def said(file: pth.File) -> dict[str, Any]:
-    """What a file says beside its tensors, cut to what a table shows."""
-    return {
-        key[:80]: value[:200] if isinstance(value, str) else value
-        for key, value in file.values.items()
-        if (key, value) != ("format", "pt")  # which library wrote a safetensors file
-    }
+    """What a file says beside its tensors."""
+    pairs = file.values.items()
+    return {key: value for key, value in pairs if (key, value) != ("format", "pt")}  # "pt": safetensors' own

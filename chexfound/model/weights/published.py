@@ -11,7 +11,6 @@ Blocks may stand in chunks, `blocks.CHUNK.INDEX.…`: the index counts over all 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model import checkpoint
+from chexfound.model.weights.untrusted import named_once
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, of torch.compile, of the hub's edition
 PARTS = ("backbone.", "dino_head.", "ibot_head.", "classifiers_dict.", "head.")
@@ -108,7 +108,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "this is one GPU's shard of a training state (flat parameters of FSDP), not a model: take "
             "eval/training_N/teacher_checkpoint.pth of that run"
         )
-    result = {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
+    result = named_once((name.replace("_fsdp_wrapped_module.", ""), tensor) for name, tensor in tensors.items())
     while found := next((w for w in WRAPPERS if result and all(name.startswith(w) for name in result)), None):
         result = checkpoint.with_prefix(result, found)
     return result
@@ -129,8 +129,9 @@ def _choose(tensors: dict[str, Tensor], which: str) -> tuple[dict[str, Tensor], 
         for whose, count in counts.items()
         if count and whose != which
     }
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("teacher.", "student."))}
-    return _unwrapped(checkpoint.with_prefix(tensors, f"{which}.")) | rest, which, left_out
+    rest = [(name, tensor) for name, tensor in tensors.items() if not name.startswith(("teacher.", "student."))]
+    chosen = _unwrapped(checkpoint.with_prefix(tensors, f"{which}."))
+    return named_once([*chosen.items(), *rest]), which, left_out
 
 
 def _unknown(tensors: Mapping[str, Tensor], unknown: list[str]) -> str:
@@ -147,35 +148,35 @@ def backbone_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises: CheckpointError if two tensors come to the same name, or a block is lacking.
     """
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        ours = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
-        ours = re.sub(r"\.(ls[12])\.weight$", r".\1.gamma", ours)
-        ours = ours.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
-        if ours in result:
-            raise CheckpointError(f"two tensors are called {ours}, {name[:80]!r} for one")
-        result[ours] = tensor
-    if result and "register_tokens" not in result and "cls_token" in result:
-        result["register_tokens"] = torch.zeros(1, 0, result["cls_token"].shape[-1])
-    blocks = {int(found[1]) for name in result if (found := re.match(r"blocks\.(\d+)\.", name))}
-    lacking = sorted(set(range(max(blocks, default=-1) + 1)) - blocks)
-    if lacking:
-        raise CheckpointError(f"block {lacking[0]} is lacking (there are {len(blocks)}, up to number {max(blocks)})")
+    result = named_once((_backbone_name(name), tensor) for name, tensor in tensors.items())
+    if "register_tokens" not in result and "cls_token" in result:
+        width = result["cls_token"].shape[-1:]  # none of a scalar, which is refused with its shape later
+        result["register_tokens"] = torch.zeros(1, 0, *width)
+    blocks = {found[1] for name in result if (found := re.match(r"blocks\.([^.]+)\.", name))}
+    lacking = next((number for number in range(len(blocks)) if str(number) not in blocks), None)
+    if lacking is not None:
+        raise CheckpointError(f"block {lacking} is lacking (there are {len(blocks)})")
     return result
+
+
+def _backbone_name(name: str) -> str:
+    name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+    name = re.sub(r"\.(ls[12])\.weight$", r".\1.gamma", name)
+    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 
 def _projection_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A DINO or iBOT head's; a single layer has no number there."""
-    return {re.sub(r"^mlp\.(weight|bias)$", r"mlp.0.\1", name): tensor for name, tensor in tensors.items()}
+    return named_once((re.sub(r"^mlp\.(weight|bias)$", r"mlp.0.\1", name), tensor) for name, tensor in tensors.items())
 
 
 def _classifiers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """By the name of each: GLoRI's after `decoder.`, a linear head's as `linear.…`."""
-    result: dict[str, dict[str, Tensor]] = {}
+    result: dict[str, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         classifier, _, rest = name.partition(".")
-        result.setdefault(classifier, {})[rest.removeprefix("decoder.")] = tensor
-    return result
+        result.setdefault(classifier, []).append((rest.removeprefix("decoder."), tensor))
+    return {classifier: named_once(pairs) for classifier, pairs in result.items()}
 
 
 def dinov2_names(tensors: Mapping[str, Tensor], swiglu: bool) -> dict[str, Tensor]:
@@ -187,8 +188,3 @@ def dinov2_names(tensors: Mapping[str, Tensor], swiglu: bool) -> dict[str, Tenso
         if tensor.numel() or name != "register_tokens":
             result[name] = tensor
     return result
-
-
-def groups(tensors: Mapping[str, Tensor]) -> Counter[str]:
-    """How many tensors stand under each first name, blocks together."""
-    return Counter(re.sub(r"\.\d+", "", ".".join(name.split(".")[:2])) for name in tensors)

@@ -33,7 +33,7 @@ def is_run(path: Path) -> bool:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() and folders.KEY not in folders.config(path)
+    return (path / "config.json").is_file() and folders.stated(path) is None
 
 
 def read(path: Path, wanted: Collection[str] = ALL) -> Weights:

@@ -14,6 +14,8 @@ from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model.weights import describe, load, parts, pth, published
 from chexfound.model.weights import folder as folders
 from chexfound.model.weights.parts import Options, Weights
+from chexfound.model.weights.untrusted import at
+from chexfound.names import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,37 +34,37 @@ def look(path: Path, options: Options) -> Look:
     Raises: CheckpointError if it cannot be read, holds code, or a file is not what the folder's config says.
     """
     path = Path(path)
-    return _folder(path, options) if path.is_dir() else _file(path, options)
+    with at(path):
+        return _folder(path, options) if path.is_dir() else _file(path, options)
 
 
 def _folder(path: Path, options: Options) -> Look:
     found = load.read(path, options)
     kind, files = "a run's model", {}
-    ours = folders.config(path).get(folders.KEY) if (path / "config.json").is_file() else None
-    if isinstance(ours, dict):
-        kind = "a release" if ours.get("kind") == "release" else "an imported folder"
-        files = {str(name): str(value) for name, value in (ours.get("files") or {}).items()}
+    stated = folders.stated(path)
+    if stated is not None:
+        kind, files = "a release" if stated.kind == "release" else "an imported folder", stated.files
         for name in files:
             folders.verify(path, name, files)
-    values = {"path": path.name or str(path), "kind": kind, **_values(found), "files": files}
+    values = {"path": shown(path.name or path), "kind": kind, **_values(found), "files": files}
     return Look(values=values | {"timm": found.backbone is not None and "model.safetensors" in files}, found=found)
 
 
 def _file(path: Path, options: Options) -> Look:
     file = pth.read(path)
     values: dict[str, Any] = {
-        "path": path.name,
+        "path": shown(path.name),
         "kind": "a published checkpoint",
         "format": file.format,
         "bytes": path.stat().st_size,
-        "sha256": parts.sha256(path),
-        "dtypes": list(file.dtypes),
+        "sha256": file.sha256,
+        "dtypes": parts.dtypes(file),
         "says": parts.said(file),
         "groups": _groups(file.tensors),
         "left_out": file.left_out,
     }
     try:
-        found = parts.of_file(path, options)
+        found = parts.of_tensors(file, options)
     except (CheckpointError, ConfigError) as error:
         why = str(error).removeprefix(f"{path}: ")
         return Look(values=values | {"kind": "tensors, not a checkpoint that can be taken in", "why": why}, found=None)

@@ -66,7 +66,7 @@ def test_widths_that_a_layer_cannot_have():
     with pytest.raises(CheckpointError, match="backbone: no such module can be built: num_channels"):
         check(lambda: config.build(Input()), {}, "backbone")
     for kind, values in ((Glori, dict(n_findings=1, dim=8, n_blocks=1, embed_dim=12, heads=5)),):
-        with pytest.raises(CheckpointError, match="here: : Value error, 5 attention heads do not divide the width 12"):
+        with pytest.raises(CheckpointError, match="here: 5 attention heads do not divide the width 12"):
             section(kind, values, "here")
 
 

@@ -126,8 +126,11 @@ def test_the_paper_s_attention_heads():
     ("change", "message"),
     [
         ({"duplicate_pooling": torch.zeros(F, E + 1, 1)}, "takes 9 channels: neither the queries' 8"),
-        ({"embed_standart.weight": None}, "not a GLoRI head of one layer"),
-        ({"layers.0.linear1.weight": None}, "not a GLoRI head of one layer"),
+        ({"embed_standart.weight": None}, "there is no embed_standart.weight"),
+        ({"layers.0.linear1.weight": None}, "there is no layers.0.linear1.weight"),
+        ({"layers.0.linear1.weight": torch.zeros(())}, r"linear1.weight has the shape \(\)"),
+        ({"duplicate_pooling": torch.zeros(F, E, 2)}, r"duplicate_pooling has the shape"),
+        ({"token_norm.mean": torch.ones(N * D)}, "two tensors are called token_norm.mean"),
         ({"duplicate_pooling": None}, "neither GLoRI nor linear"),
     ],
 )

@@ -266,8 +266,8 @@ BACKBONE = "backbone_compatible.safetensors"
         (lambda f: (f / "config.json").write_text('{"chexfound": 3}'), "weights of format None"),
         (lambda f: edit(f, lambda c: c.update(format=9)), "weights of format 9; this release reads 1"),
         (lambda f: edit(f, lambda c: c["files"].pop(BACKBONE)), "states no SHA-256"),
-        (lambda f: edit(f, lambda c: c.update(files=3)), "files: not a JSON object"),
-        (lambda f: edit(f, lambda c: c.update(backbone=3)), "backbone: not a JSON object"),
+        (lambda f: edit(f, lambda c: c.update(files=3)), "files: Input should be a valid dict"),
+        (lambda f: edit(f, lambda c: c.update(backbone=3)), "backbone: Input should be a dict"),
         (lambda f: edit(f, lambda c: c["backbone"].update(heads=5)), "5 attention heads do not divide the width 64"),
         (lambda f: edit(f, lambda c: c["backbone"].update(dim=10**12)), "backbone: dim: Input should be less"),
         (lambda f: edit(f, lambda c: c["backbone"].update(depth=3)), "weights do not fit: 0 missing"),
@@ -286,9 +286,9 @@ def test_a_damaged_folder_is_a_checkpoint_error(folder, damage, message):
     ("damage", "message"),
     [
         (lambda f: flip(f / "head.safetensors"), "is not the file that config.json was written for"),
-        (lambda f: edit(f, lambda c: c["head"].update(kind="forest")), "a head of the kind 'forest'"),
+        (lambda f: edit(f, lambda c: c["head"].update(kind="forest")), "head: Input tag 'forest' found"),
         (lambda f: edit(f, lambda c: c.update(findings=["a"])), "1 findings for a head of 2"),
-        (lambda f: edit(f, lambda c: c.update(findings=[1, 2])), "findings: not a list of names"),
+        (lambda f: edit(f, lambda c: c.update(findings=[1, 2])), "findings: 0: Input should be a valid string"),
         (lambda f: edit(f, lambda c: c.update(head=None)), "holds no head of findings"),
     ],
 )

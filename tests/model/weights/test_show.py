@@ -71,7 +71,7 @@ def test_a_file_outside_the_folder_is_not_looked_at(path, tmp_path):
     folders.write_parts(tmp_path / "folder", weights)
     folders.write_config(tmp_path / "folder", weights, "imported")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    config["chexfound"]["files"]["../teacher_checkpoint.pth"] = "0"
+    config["chexfound"]["files"]["../teacher_checkpoint.pth"] = "0" * 64
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"states no SHA-256 of '\.\./teacher"):
         look(tmp_path / "folder", Options())
