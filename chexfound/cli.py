@@ -170,9 +170,7 @@ def _run(arguments: list[str] | None) -> int:
         return 130
     except ChexfoundError as error:
         text = f"{teller()}{error}"
-        print("error: " + "
-".join(shown(line, 2000) for line in text.split("
-")), file=sys.stderr)
+        print("error: " + "\n".join(shown(line, 2000) for line in text.split("\n")), file=sys.stderr)
         return error.exit_code
     return code
 
