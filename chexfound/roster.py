@@ -97,7 +97,7 @@ class Roster:
 
         Raises: ConfigError if its name or one of its keys is taken.
         """
-        check_name(name, "site")
+        check_name(name, "site name")
         if name in self.sites:
             raise ConfigError(f"site {name!r} is in the federation already; remove it first to give it new keys")
         for other, taken in self.sites.items():

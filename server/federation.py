@@ -127,7 +127,7 @@ def create(folder: Path, name: str, public: Address, listen: Address, superlink:
 
     Raises: ConfigError if the folder is in use, or something is wrongly given.
     """
-    roster.check_name(name, "federation")
+    roster.check_name(name, "federation name")
     folder = folder.absolute()
     with storage(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
