@@ -9,7 +9,8 @@ ViT-S/16 with 4 registers and SwiGLU, 2 x 112 + 8 x 48 px, batch 8, one thread e
 
 1. The rival exports its initial weights and its first batches.  Both train on these batches from these
    weights (drop path 0, float32; ours once more in bfloat16), and the losses are compared step by step.
-2. The two are timed in turns, a step each, so that both meet the same load; the figures are medians over
+2. Ours in the precision and with or without `train.compile`, whichever takes the least time here, is `ssl_step`.
+   The two are timed in turns, a step each, so that both meet the same load; the figures are medians over
    the rounds.  A checkout runs in a process of its own, which waits while we work.  `ratio` is by the
    clock; `ratio_of_cpu_time` depends less on what else the machine does.
 
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16"),
         help="of ours in the line ssl_step (default: the one in which this machine's products take less time)",
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave train.compile alone (it needs a C++ compiler)")
     parser.add_argument("--cuda", action="store_true", help="measure ViT-L at 512 px on the GPU instead")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, where its name is not known")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -198,13 +200,16 @@ def configuration(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def our_recipe(config: dict[str, Any], batch: int, precision: str, drop_path: float = 0.0) -> Recipe:
+def our_recipe(
+    config: dict[str, Any], batch: int, precision: str, drop_path: float = 0.0, *, compiled: bool = False
+) -> Recipe:
     """The same as a recipe: the paper's model with RGB statistics, so that the rival's weights fit."""
     values = {section: dict(keys) for section, keys in config.items()}
     values["student"] |= {"stem": "linear", "in_chans": 3, "init": "trunc_normal", "drop_path_rate": drop_path}
     for head in ("dino", "ibot"):
         values[head] |= {"head_centered": False, "head_norm_last_layer": False}
     values["train"] |= {"rounds": 500, "local_steps": 2, "pooled_batch_size": batch, "optimizer_state": "local"}
+    values["train"]["compile"] = compiled
     values["crops"] |= PHOTOMETRY
     values["input"] = {"normalization": "mean_std", "mean": list(MEAN), "std": list(STD)}
     values["compute_precision"] = {"param_dtype": precision}
@@ -424,6 +429,12 @@ def compare_speed(
         precision: Ours(our_recipe(config, options.batch, precision, options.drop_path), images, weights, batches)
         for precision in options.precisions
     }
+    headline, compiled = options.precision, False
+    if not options.no_compile:
+        recipe = our_recipe(config, options.batch, headline, options.drop_path, compiled=True)
+        candidate = _compiled(recipe, images, weights, batches)
+        if compiled := candidate is not None and _faster(candidate, ours[headline]):
+            ours["compiled"] = candidate
     turns: dict[str, Turn] = {}
     for what, steps in (("whole", 1), ("alone", 1), ("data", 3)):
         turns[f"rival {what}"] = (lambda what=what, steps=steps: rival.seconds(what, steps, "fp32")), steps
@@ -436,11 +447,11 @@ def compare_speed(
     gflop = step_flops(config, options.batch, int(batches[0].masks.sum())) / 1e9
     common = {"arch": options.arch, "batch": options.batch, "drop_path": options.drop_path}
     common |= {"prototypes": options.prototypes, "against": "checkout" if options.rival else "plain_ssl.py"}
-    headline = options.precision
     pairs = {
-        "ssl_step": (f"{headline} whole", "rival whole", headline),
+        "ssl_step": (f"{'compiled' if compiled else headline} whole", "rival whole", headline),
         "ssl_step_fp32": ("fp32 whole", "rival whole", "fp32"),
         "ssl_step_bf16": ("bf16 whole", "rival whole", "bf16"),
+        "ssl_step_alone": (f"{'compiled' if compiled else headline} alone", "rival alone", headline),
         "ssl_step_alone_fp32": ("fp32 alone", "rival alone", "fp32"),
         "ssl_step_alone_bf16": ("bf16 alone", "rival alone", "bf16"),
         "ssl_step_alone_bf16_both": ("bf16 alone", "rival alone bf16", "bf16"),
@@ -452,7 +463,24 @@ def compare_speed(
         values = _ratio(speeds[mine], speeds[theirs])
         if "data" not in mine and not options.drop_path:
             values["gflop_per_step"] = gflop
-        yield name, values | {"precision": precision} | common
+        yield name, values | {"precision": precision, "compiled": mine.startswith("compiled")} | common
+
+
+def _compiled(recipe: Recipe, images: Images, weights: dict[str, Tensor], batches: list[Batch]) -> Ours | None:
+    """Ours with `train.compile`, after the step that compiles; None where there is nothing to compile with."""
+    side = Ours(recipe, images, weights, batches)
+    try:
+        side.seconds("alone", 1)
+    except Exception as error:  # noqa: BLE001 (Inductor's own errors are many)
+        print(f"not compiled: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return side
+
+
+def _faster(one: Ours, other: Ours) -> bool:
+    """By processor time of the best of three steps each, in turns."""
+    times = [[side.seconds("alone", 1)[1] for side in (one, other)] for _ in range(3)]
+    return min(mine for mine, _ in times) < min(theirs for _, theirs in times)
 
 
 def interleave(turns: dict[str, Turn], rounds: int, batch: int) -> dict[str, list[tuple[float, ...]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from chexfound import __version__, weights_cli
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.pretrain import command
-from chexfound.pretrain.environment import wait_for_first
+from chexfound.pretrain.environment import teller
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,8 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nStopped; nothing was left half-written.", file=sys.stderr)
         return 130
     except ChexfoundError as error:
-        wait_for_first()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {teller()}{error}", file=sys.stderr)
         return error.exit_code
     return code
 

@@ -42,11 +42,13 @@ class DataError(ChexfoundError):
 class DivergedError(DataError):
     """A training step whose loss or gradient is not finite.
 
-    `step` and `places` (of its images among the training images) are set by the loop that took it.
+    `step` and `places` (of its images among the training images) are set by the loop that took it; `when` says
+    whether the state that is there is that "before" the step or "after" it.
     """
 
     step: int = -1
     places: list[int] = []
+    when: str = "before"
 
 
 class CheckpointError(ChexfoundError):

@@ -118,6 +118,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder and below: what it had not yet put in place.
+
+    For a folder that no other process writes into.
+
+    Raises: StorageError.
+    """
+    with storage(folder):
+        for path in list(Path(folder).rglob(".*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -58,10 +58,18 @@ def _memory_gib() -> float | None:
 
 
 def device() -> str:
-    """Where a model's arithmetic is done: $CHEXFOUND_DEVICE, else the first GPU, else the processor."""
+    """Where a model's arithmetic is done: $CHEXFOUND_DEVICE, else the first GPU, else the processor.
+
+    Raises: ConfigError if $CHEXFOUND_DEVICE names none that this machine has.
+    """
     import torch
 
-    return os.environ.get("CHEXFOUND_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = os.environ.get("CHEXFOUND_DEVICE", "")
+    if asked not in ("", "cpu") and not re.fullmatch(r"cuda(:\d{1,3})?", asked):
+        raise ConfigError(f"CHEXFOUND_DEVICE={asked!r}: write cpu, cuda, or cuda:NUMBER")
+    if asked.startswith("cuda") and int(asked.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"CHEXFOUND_DEVICE={asked!r}: PyTorch finds {torch.cuda.device_count()} GPUs here")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gpus(asked: str | int | None = None) -> int:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from chexfound.schema import Recipe
 
 FEDERATED_ARMS = ("federated", "random", "shuffled")
 FITTED_ARMS = ("site-view", "histogram")
+OnWarnings = Callable[[int, str, list[dict[str, Any]]], None]  # seed, arm, what `server.health.warnings` gives
+on_warnings: OnWarnings | None = None  # told what begins to ail a lone arm, as it does; set by who runs it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
     """One of the arms in which all sites take part, through the ServerApp and the ClientApps."""
     from flwr.app import Context, RecordDict
 
-    from server.app import app
+    from server.app import app, observers
     from sim.engine import RUN_ID, InProcessGrid
 
     # random and shuffled are a head alone: on the weights that all arms start from, or on the federated ones.
@@ -147,7 +149,23 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
     }
     nodes = [node_config(plan, arm, site) for site in plan.sites]
     context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
-    app(InProcessGrid(pool, nodes, run_config), context)
+    warn = _warner(plan, arm, pool.on_warnings)
+    observers.append(warn)
+    try:
+        app(InProcessGrid(pool, nodes, run_config), context)
+    finally:
+        observers.remove(warn)
+
+
+def _warner(plan: Plan, arm: str, listener: OnWarnings | None) -> Callable[[dict[str, Any]], None]:
+    """What passes the warnings in a journal's record on."""
+    from server import health
+
+    def warn(event: dict[str, Any]) -> None:
+        if listener is not None and (found := health.warnings(event)):
+            listener(plan.recipe.seed, arm, found)
+
+    return warn
 
 
 def node_config(plan: Plan, arm: str, site: str) -> dict[str, Any]:
@@ -190,7 +208,8 @@ def run_alone(plan: Plan, arm: str) -> float:
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
     own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
     batches = Batches.pooled(recipe, n_sites)
-    outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches).run()
+    warn = _warner(plan, arm, on_warnings)
+    outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches, on_event=warn).run()
     for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))
         request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)
@@ -206,10 +225,10 @@ def trained_on(arm: str) -> str:
 
 
 def discard(plan: Plan, arm: str) -> None:
-    """Drop what an arm needed only while it trained: cached features and optimizer states."""
+    """Drop what an arm needed only while it trained: cached features, optimizer states, the ends of its curves."""
     homes = [plan.site_home(arm, site) for site in plan.sites] + [plan.arm_folder(arm) / "own"]
     for home in homes:
-        for part in ("features", "state"):
+        for part in ("features", "state", "health"):
             shutil.rmtree(home / part, ignore_errors=True)
 
 

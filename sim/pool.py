@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from chexfound.errors import ChexfoundError, SiteError
+from sim import arms
+from sim.arms import OnWarnings
 
 OnProgress = Callable[[str, str, int, int], None]  # who, phase, done, of how many
 Task = tuple[str, tuple[Any, ...]]
@@ -42,9 +44,11 @@ class Pool:
     `run` spreads independent tasks over whoever is free.
     """
 
-    def __init__(self, workers: int, on_progress: OnProgress | None = None) -> None:
+    def __init__(
+        self, workers: int, on_progress: OnProgress | None = None, on_warnings: OnWarnings | None = None
+    ) -> None:
         self.size = workers
-        self.on_progress = on_progress
+        self.on_progress, self.on_warnings = on_progress, on_warnings
         self._workers: list[_Worker] = []
         self._results: dict[int, Any] = {}
         self._tickets = 0
@@ -83,7 +87,7 @@ class Pool:
         Raises: whatever the task raised; SiteError naming what a worker was doing when it died.
         """
         if self.size == 1:
-            return _call(self._results.pop(ticket), self.on_progress)
+            return _call(self._results.pop(ticket), self.on_progress, self.on_warnings)
         while ticket not in self._results:
             self._pump()
         ok, value = self._results.pop(ticket)
@@ -95,7 +99,7 @@ class Pool:
         """Do independent (label, task) pairs; yield (label, value) as they end."""
         if self.size == 1:
             for label, task in tasks:
-                yield label, _call(task, self.on_progress)
+                yield label, _call(task, self.on_progress, self.on_warnings)
             return
         waiting, running = deque(tasks), {}
         for index in range(min(self.size, len(tasks))):
@@ -138,9 +142,10 @@ class Pool:
             except (EOFError, OSError, pickle.UnpicklingError):
                 self._died(worker)
                 continue
-            if kind == "progress":
-                if self.on_progress is not None:
-                    self.on_progress(*content)
+            if kind in ("progress", "warnings"):
+                listener: Callable[..., None] | None = self.on_progress if kind == "progress" else self.on_warnings
+                if listener is not None:
+                    listener(*content)
                 continue
             ticket, value = content
             self._results[ticket] = (kind == "ok", value)
@@ -162,12 +167,12 @@ class Pool:
         )
 
 
-def _call(task: Task, on_progress: OnProgress | None) -> Any:
+def _call(task: Task, on_progress: OnProgress | None, on_warnings: OnWarnings | None) -> Any:
     from client import site
 
     name, arguments = task
     module, _, function = name.partition(":")
-    site.on_progress = on_progress
+    site.on_progress, arms.on_warnings = on_progress, on_warnings
     return getattr(importlib.import_module(module), function)(*arguments)
 
 
@@ -179,8 +184,11 @@ def _work(pipe: Connection, path: list[str], parent: int) -> None:
             return
     sys.path[:] = path
 
-    def report(*content: Any) -> None:
+    def progress(*content: Any) -> None:
         pipe.send(("progress", *content))
+
+    def warn(*content: Any) -> None:
+        pipe.send(("warnings", *content))
 
     while True:
         try:
@@ -188,7 +196,7 @@ def _work(pipe: Connection, path: list[str], parent: int) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: tuple[str, int, Any] = ("ok", ticket, _call(task, report))
+            answer: tuple[str, int, Any] = ("ok", ticket, _call(task, progress, warn))
         except ChexfoundError as error:
             answer = ("error", ticket, error)
         except Exception as error:  # noqa: BLE001 (carried to the parent, which raises it)

@@ -12,17 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 
+from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
-from chexfound.journal import Journal, canonical, read_journal, write_json
+from chexfound.journal import Journal, canonical, write_json
+from chexfound.pretrain.train import slow_arithmetic
 from chexfound.recipe import changed
 from chexfound.schema import Recipe
-from server import health
 from server.run import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
@@ -133,7 +135,7 @@ class Simulation:
             if Options.read(self.out) != self.options:
                 raise ConfigError(f"{self.out}: another process has just started a run here; choose another folder")
             plans, arm_names = self._begin()
-            with Pool(min(self.workers, _at_work(plans, arm_names)), self.display.update) as pool:
+            with Pool(min(self.workers, _at_work(plans, arm_names)), self.display.update, self._warn) as pool:
                 self._run_arms(plans, arm_names, pool)
             self.display.clear()
             self.display.say("comparing the arms, drawing the report")
@@ -161,6 +163,8 @@ class Simulation:
 
     def _check_early(self) -> None:
         """What needs no image, before hours are spent on taking them in."""
+        if slow := slow_arithmetic(self.recipe.compute_precision.param_dtype, torch.device(machine.device()).type):
+            self.display.say(f"[yellow]slow[/yellow]: {escape(slow)}")
         rule = Rule.parse(self.options.by)
         if not rule.shards or (Path(self.options.data) / "index.sqlite").exists():
             return
@@ -329,18 +333,16 @@ class Simulation:
         self.left -= 1
         left = f"; {self.left} to go" if self.left else ""
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s{left}")
-        self._warn(plan, arm)
 
-    def _warn(self, plan: Plan, arm: str) -> None:
-        """What ailed an arm's pretraining: one line a symptom, at the sites where it began in the same round."""
-        for entry in read_journal(plan.arm_folder(arm) / "journal.jsonl"):
-            found = health.warnings(entry) if entry["event"] == "round" else []
-            for symptom in dict.fromkeys(one["symptom"] for one in found):
-                same = [one for one in found if one["symptom"] == symptom]
-                where = "; ".join(f"{one['site']}: {one['seen']}" for one in same)
-                self.display.say(
-                    f"[yellow]{symptom}[/yellow] from round {entry['round'] + 1} ({escape(where)}): {same[0]['advice']}"
-                )
+    def _warn(self, seed: int, arm: str, found: Sequence[dict[str, Any]]) -> None:
+        """What a round found to ail an arm's pretraining: one line a symptom, at the sites where it begins."""
+        for symptom in dict.fromkeys(one["symptom"] for one in found):
+            same = [one for one in found if one["symptom"] == symptom]
+            where = "; ".join(f"{one['site']}: {one['seen']}" for one in same)
+            self.display.say(
+                f"seed {seed}: [bold]{escape(arm)}[/bold], round {same[0]['since'] + 1}: "
+                f"[yellow]{symptom}[/yellow] ({escape(where)}): {same[0]['advice']}"
+            )
 
     def _seconds(self) -> dict[str, float]:
         """Wall seconds, added over resumptions; arms of replicates are named arm@seed."""

@@ -218,6 +218,18 @@ def test_weights_that_do_not_fit(make_site: Callable[..., Site], tiny_recipe: An
             phases.run(make_site("alpha"), tiny_recipe, pretrain(tiny_recipe, wrong))
 
 
+def test_a_site_that_cannot_watch_itself_trains_on(
+    make_site: Callable[..., Site], tiny_recipe: Any, tmp_path: Any
+) -> None:
+    site, well = make_site("alpha"), make_site("alpha", home=tmp_path / "well")
+    site.home.mkdir(parents=True)
+    (site.home / "health").touch()  # where its folder should be
+    request = pretrain(tiny_recipe, student(tiny_recipe))
+    tensors = [phases.run(one, tiny_recipe, request).tensors for one in (site, well)]
+    assert checkpoint.digest(tensors[0]) == checkpoint.digest(tensors[1])
+    assert [one.home.joinpath("health").is_dir() for one in (site, well)] == [False, True]
+
+
 # ---- features and adapt
 
 

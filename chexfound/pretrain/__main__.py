@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 
-# Before PyTorch is there to read it: DDP warns of an option that it is given on purpose (ranks.py).
+# As launch.py has it, for torchrun's ranks; before PyTorch is there to read it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from chexfound.cli import main  # noqa: E402
-from chexfound.pretrain.environment import end  # noqa: E402
+from chexfound.pretrain.environment import GRACE_S, end, to_come  # noqa: E402
 
 if __name__ == "__main__":
-    end(main(["pretrain", *sys.argv[1:]]))
+    try:
+        code = main(["pretrain", *sys.argv[1:]])
+    except Exception:
+        if to_come() > 1:
+            time.sleep(GRACE_S)  # another's death shows here as an error of the connection: let it be seen first
+        traceback.print_exc()
+        code = 1
+    end(code)

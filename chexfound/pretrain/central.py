@@ -3,6 +3,7 @@
     OUT/pretraining.json        what is done: recipe, store
     OUT/saves/*.safetensors     the last two states, until it is done
     OUT/metrics.jsonl           a row a step
+    OUT/health.json             the end of that curve and what ails it, until it is done
     OUT/model/                  at the end: the teacher's backbone, as model/release.py has it
     OUT/heads.safetensors       at the end: `student.dino_head.…`, `teacher.ibot_head.…`, and so on
 
@@ -15,7 +16,6 @@ import contextlib
 import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,15 +29,17 @@ from chexfound import recipe as recipes
 from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
-from chexfound.journal import storage, write_json, write_text
+from chexfound.journal import remove_unfinished, replace_file, storage, write_json
 from chexfound.model import card, checkpoint, release
-from chexfound.pretrain import curriculum, ranks, saves
+from chexfound.pretrain import curriculum, display, ranks, saves, watch
+from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.saves import Saves
-from chexfound.pretrain.train import Pretrainer
+from chexfound.pretrain.train import DTYPES, Pretrainer, check_gpus
 from chexfound.schema import Recipe
 
 FORMAT = 1
 ABOUT = "pretraining.json"
+HEALTH = "health.json"
 
 
 def prepare(
@@ -134,17 +136,22 @@ class Pretraining:
         Raises: ChexfoundError; what was saved is kept.
         """
         if self.finished:
-            _say(f"{self.out}: finished already; its model is {self.out / 'model'}")
+            release.load(self.out / "model")  # it is there, and as it was left
+            display.say(f"{self.out}: finished already; its model is {self.out / 'model'}")
             return False
         torch.set_num_threads(self.recipe.threads)
         self.check(ranks.size())
         with self._alone():
+            if ranks.first():
+                remove_unfinished(self.out)
             self._write_about()
             step = self._train(stop)
             if step == self.recipe.pretrain_steps:
                 self._finish()
             else:
-                _say(f"stopped before step {step} of {self.recipe.pretrain_steps}; the same command goes on from there")
+                display.say(
+                    f"stopped before step {step} of {self.recipe.pretrain_steps}; the same command goes on from there"
+                )
             ranks.meet()  # whoever ends first is the end of all
         return step < self.recipe.pretrain_steps
 
@@ -157,6 +164,7 @@ class Pretraining:
                 f"{self.store.path}: holds images of {self.store.px} px, the recipe asks for {self.recipe.image_px}; "
                 f"ingest again with --image-px {self.recipe.image_px}"
             )
+        check_gpus(self.recipe, gpus)
         for _, batch in self._stages():
             ranks.share(batch, gpus)
         self.ids = View.of(self.store, "all", None).split(self.recipe.seed, self.recipe.split, "train")
@@ -200,22 +208,26 @@ class Pretraining:
 
     def _train(self, stop: Callable[[], bool]) -> int:
         """Take the steps that are left, or some of them; returns the step that is next."""
-        self.saves = Saves(self.out / "saves", saves.key(recipes.to_json(self.recipe), self.store_sha256))
+        work = saves.key(recipes.to_json(self.recipe), self.store_sha256)
+        self.saves = Saves(self.out / "saves", work, lasting=True)
+        self.probe = self._probe()
         total, step = self.recipe.pretrain_steps, self.saves.newest() or 0
         self._cut_rows(step)
-        _say(
+        display.say(
             f"{len(self.ids)} training images of {self.store.path}, {total} steps on {ranks.size()} × "
             f"{machine.device()}" + (f"; going on at step {step}" if step else "")
         )
-        with _Display(total, step) as display:
+        stopped = False
+        with display.Display(total, step) as shown:
             for last, batch in self._stages():
-                if step < last:
-                    step = self._stage(step, last, batch, display, stop)
-                if step < last:
-                    break
+                if step < last and not stopped:
+                    step, stopped = self._stage(step, last, batch, shown, stop)
         return step
 
-    def _stage(self, step: int, last: int, batch: int, display: _Display, stop: Callable[[], bool]) -> int:
+    def _stage(
+        self, step: int, last: int, batch: int, shown: display.Display, stop: Callable[[], bool]
+    ) -> tuple[int, bool]:
+        """Take the steps up to `last`; returns the step that is next, and whether it was told to stop."""
         trainer = Pretrainer(
             self.recipe,
             lambda places: self.store.pixels(self.ids[places]),
@@ -227,22 +239,44 @@ class Pretraining:
         if step:
             trainer.load_state(curriculum.enter(self.saves.read(step).state, self.recipe, step))
         every = saves.steps_between(self.recipe) or self.recipe.train.local_steps
-        stopped = False
+        untold, began, stopped = [], time.monotonic(), False
         while step < last and not stopped:
-            until, began = saves.next_stop(step, last, every, self.log_every), time.monotonic()
+            until = saves.next_stop(step, last, every, self.log_every)
             try:
-                rows = trainer.run(step, until - step, batch, display.progress(step), stop=stop)
+                rows = trainer.run(step, until - step, batch, shown.progress(step), self.probe, stop)
             except DivergedError as error:
                 raise saves.diverged(self.out, self.store, self.ids, trainer, error) from error
             step += len(rows)
-            stopped = step < until
+            untold += rows
+            stopped = ranks.any_of(stop())
             self._add_rows(rows)
+            self._warn(rows, shown)
             if step % self.log_every == 0 or step == last:
-                display.say(_line(rows, self.recipe.pretrain_steps, batch, time.monotonic() - began))
+                shown.say(display.line(untold, self.recipe.pretrain_steps, batch, time.monotonic() - began))
+                untold, began = [], time.monotonic()
             if step % every == 0 or step == last or stopped:
                 state = trainer.state()
                 self.saves.write(step, state)
-        return step
+        return step, stopped
+
+    def _probe(self) -> Probe | None:
+        """What looks at the teacher while it trains; every rank asks it, as its weights may be dealt out to all."""
+        config = self.recipe.health
+        if not config.eval_period_iterations:
+            return None
+        return Probe(
+            lambda places: self.store.pixels(self.ids[places]),
+            self.store.labels(self.ids, tuple(self.store.findings)),
+            self._patients(),
+            every=config.eval_period_iterations,
+            limit=config.probe_images,
+            seed=self.recipe.seed,
+            roster_index=0,
+            dtype=DTYPES[self.recipe.compute_precision.param_dtype],
+        )
+
+    def _patients(self) -> list[str]:
+        return [self.store.keys[place] for place in self.ids]
 
     # -- what is written
 
@@ -250,8 +284,12 @@ class Pretraining:
         """Drop the rows of steps that will be taken again, and one that was half-written."""
         path = self.out / "metrics.jsonl"
         if ranks.first():
-            lines = path.read_text().splitlines() if path.is_file() else []
-            write_text(path, "".join(f"{line}\n" for line in lines[:step]))
+            with storage(path):
+                lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+            if len(lines) < step:
+                display.say(f"{path}: the rows of {step - len(lines)} steps before step {step} are not there any more")
+            with replace_file(path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines[:step]))
 
     def _add_rows(self, rows: list[dict[str, Any]]) -> None:
         path = self.out / "metrics.jsonl"
@@ -261,6 +299,12 @@ class Pretraining:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def _warn(self, rows: list[dict[str, Any]], shown: display.Display) -> None:
+        """Say what begins to ail the training."""
+        if ranks.first():
+            for one in watch.new_symptoms(self.out / HEALTH, self.recipe, rows[0]["step"], rows):
+                shown.say(f"warning: {one.name} by step {rows[-1]['step'] + 1}: {one.seen}; {one.advice}")
+
     def _finish(self) -> None:
         """Leave the model of the last save, and the heads beside it."""
         if not ranks.first():
@@ -269,49 +313,9 @@ class Pretraining:
         checkpoint.save(self.out / "heads.safetensors", {name: state[name] for name in state if "_head." in name})
         backbone = checkpoint.add_prefix(checkpoint.with_prefix(state, "teacher.backbone."), "backbone.")
         sha256 = checkpoint.digest(backbone)
-        patients = len({self.store.keys[place] for place in self.ids})
-        told = card.pretraining_card(self.recipe, backbone, len(self.ids), patients, sha256)
+        told = card.pretraining_card(self.recipe, backbone, len(self.ids), len(set(self._patients())), sha256)
         release.save(self.out / "model", self.recipe, (), backbone, told)
         self._write_about(model_sha256=sha256)
         self.saves.clear()
-        _say(f"model: {self.out / 'model'} (sha256 {sha256})")
-
-
-def _say(text: str) -> None:
-    if ranks.first():
-        print(text, flush=True)
-
-
-def _line(rows: list[dict[str, Any]], total: int, batch: int, seconds: float) -> str:
-    """What the log says of some steps: means of the loss and its parts, and the speed."""
-    parts = [name for name in ("loss", "dino", "koleo", "ibot") if name in rows[-1]]
-    means = " ".join(f"{name}={sum(row[name] for row in rows) / len(rows):.4f}" for name in parts)
-    return f"step={rows[-1]['step'] + 1} of={total} {means} images_per_s={len(rows) * batch / seconds:.1f}"
-
-
-class _Display:
-    """A bar while it runs, on a terminal, and lines above it; the first rank's only."""
-
-    def __init__(self, total: int, done: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        shown = ranks.first() and sys.stdout.isatty()
-        columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, transient=True, disable=not shown)
-        self._task = self._bar.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if ranks.first():
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def progress(self, before: int) -> Callable[[int, int], None]:
-        """The callback of a run that begins at a step."""
-        return lambda done, _: self._bar.update(self._task, completed=before + done)
+        (self.out / HEALTH).unlink(missing_ok=True)
+        display.say(f"model: {self.out / 'model'} (sha256 {sha256})")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chexfound import names
 from chexfound.errors import ConfigError
 from chexfound.pretrain.environment import PARENT, follow_parent, to_come
 
@@ -69,6 +70,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Pretrain, here or by a process for each GPU; returns the exit code."""
+    if not names.utf8(given.out):
+        raise ConfigError(f"--out {given.out!r}: holds bytes that are not UTF-8; choose another name")
     if given.log_every < 1:
         raise ConfigError(f"--log-every {given.log_every}: at least 1")
     if not given.resume and (not given.store or not given.recipe):

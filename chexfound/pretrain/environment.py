@@ -15,14 +15,25 @@ GRACE_S = 2.0  # a rank that fails for another's sake waits so long, for whoever
 
 
 def to_come() -> int:
-    """How many ranks there are, by torchrun's variables or launch.py's; 1 without them."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= set(os.environ) else 1
+    """How many ranks there are, by torchrun's variables or launch.py's; 1 where those are no numbers."""
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return int(given[1]) if all(text.isascii() and text.isdigit() for text in given) else 1
 
 
-def wait_for_first() -> None:
-    """Before an error is told: an error of all is the first rank's to tell, and the end of the others."""
-    if to_come() > 1 and os.environ["RANK"] != "0":
-        time.sleep(GRACE_S)
+def teller() -> str:
+    """What stands before an error that is told here: nothing, or the GPU that it is of.
+
+    An error of all is the first rank's to tell, and the end of the others while they wait here.
+    """
+    if to_come() == 1 or os.environ["RANK"] == "0":
+        return ""
+    time.sleep(GRACE_S)
+    return named(int(os.environ["RANK"]), to_come())
+
+
+def named(rank: int, of: int) -> str:
+    """How an error says which rank it is of."""
+    return f"GPU {rank} (of {of}): "
 
 
 def follow_parent() -> None:

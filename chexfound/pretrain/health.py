@@ -104,7 +104,8 @@ def knn_scores(
 ) -> np.ndarray:
     """How positive each image's nearest neighbours are, in [0, 1], float32 (N,); none of them is of its own patient.
 
-    The k neighbours of highest cosine vote, each with exp(cosine / temp).  Only images with a known label vote.
+    The k neighbours of highest cosine vote, each with exp(cosine / temp).  Only images with a known label vote.  k is
+    a tenth of them at most: an image has no vote on itself, so if nearly all others vote, positives score lower.
 
     Args:
         features: (N, D).
@@ -124,7 +125,7 @@ def knn_scores(
     for rows, own in zip(torch.split(unit, 1024), torch.split(owner, 1024), strict=True):
         cosines = rows @ unit[voters].T  # (rows, voters)
         cosines = cosines.masked_fill(own[:, None] == owner[voters][None], -math.inf)
-        nearest, places = cosines.topk(min(k, len(voters)), dim=1)
+        nearest, places = cosines.topk(min(k, math.ceil(len(voters) / 10)), dim=1)
         weights = torch.exp((nearest - nearest[:, :1]) / temp).nan_to_num(0.0)  # no neighbour at all: −∞ − −∞
         scores.append((weights * positive[places]).sum(1) / weights.sum(1).clamp_min(1e-12))
     return torch.cat(scores).cpu().numpy()

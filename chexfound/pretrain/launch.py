@@ -131,4 +131,6 @@ def environment(rank: int, number: int, folder: Path) -> dict[str, str]:
         PARENT: str(os.getpid()),
         "GLOO_SOCKET_IFNAME": LOOPBACK,
         "NCCL_SOCKET_IFNAME": LOOPBACK,
+        # DDP warns, from within C++, of an option that it is given on purpose (ranks.py).
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }

@@ -168,5 +168,5 @@ class SSLMetaArch(nn.Module):
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
             parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
             total = total + recipe.ibot.loss_weight * parts["ibot"]
-        parts |= health.figures(dino_targets, global_cls)
+        parts |= health.figures(ranks.gathered(dino_targets), ranks.gathered(global_cls.detach()))  # of the joint batch
         return total, {name: part.detach() for name, part in parts.items()}

@@ -26,7 +26,7 @@ from chexfound.journal import write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request, Site
 from chexfound.pretrain import ranks
-from chexfound.pretrain.environment import GRACE_S, end
+from chexfound.pretrain.environment import GRACE_S, end, named
 from chexfound.pretrain.launch import Ranks, died
 from chexfound.schema import Recipe
 
@@ -90,7 +90,7 @@ def _failure(folder: Path, codes: list[int]) -> ChexfoundError:
         path = folder / f"error-{number}.json"
         if path.is_file():
             told = json.loads(path.read_text())
-            return CODES[told["code"]](told["text"])
+            return CODES[told["code"]]((named(number, len(codes)) if number else "") + told["text"])
     number, code = next((number, code) for number, code in enumerate(codes) if code)
     return died(number, len(codes), code)
 

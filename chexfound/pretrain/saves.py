@@ -1,8 +1,8 @@
 """A long piece of training in parts, with its state on the disk after each: what a killed process goes on from.
 
 A save is one file, replaced atomically: the whole state, and in its metadata the step it was taken
-before, what it belongs to, and the rows so far.  What it belongs to is the digest of all that the work
-stands on; a save of anything else is not this work's, and is removed.
+before, what it belongs to, the rows so far, and the state's digest.  What it belongs to is the digest of all that
+the work stands on.  A save that is damaged is set aside, as NAME.damaged, and the one before it taken.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, DataError, DivergedError
-from chexfound.journal import canonical, write_json
+from chexfound.journal import canonical, remove_unfinished, storage, write_json
 from chexfound.model import checkpoint
 from chexfound.pretrain import ranks
 from chexfound.pretrain.train import Pretrainer, Probe, Progress
@@ -58,15 +58,38 @@ class Save:
 
 
 class Saves:
-    """The saves of one piece of work, in a folder of their own.  The first rank writes and removes; all read."""
+    """The saves of one piece of work, in a folder of their own.  The first rank writes and removes; all read.
 
-    def __init__(self, folder: Path, work: str) -> None:
-        self.folder, self.work = Path(folder), work
+    Args:
+        folder: theirs.
+        work: what they belong to.
+        lasting: whether the folder is this work's for good, so that a save of other work in it is a mistake and no
+            leftover of work that is done.
+    """
+
+    def __init__(self, folder: Path, work: str, *, lasting: bool = False) -> None:
+        self.folder, self.work, self.lasting = Path(folder), work, lasting
 
     def newest(self) -> int | None:
-        """The step of the newest, if there is any; those of other work, and damaged ones, are removed."""
-        step = ranks.of_first(max(self._own(), default=-1) if ranks.first() else 0)
+        """The step of the newest sound one, if there is any; leftovers of other work and half-written ones are removed.
+
+        Raises: StorageError for one that may not be read; CheckpointError for one of other work in a lasting folder.
+        Nothing is removed then.
+        """
+        step = ranks.of_first(self._newest() if ranks.first() else 0)
         return step if step >= 0 else None
+
+    def _newest(self) -> int:
+        remove_unfinished(self.folder)
+        for step in sorted(self._own(), reverse=True):
+            path = self._path(step)
+            with storage(path), contextlib.suppress(CheckpointError, SafetensorError):
+                with safe_open(path, "pt") as file:
+                    sha256 = (file.metadata() or {}).get("sha256")
+                if checkpoint.digest(checkpoint.load(path)) == sha256:
+                    return step
+            self._set_aside(path)
+        return -1
 
     def read(self, step: int) -> Save:
         """The save of a step that `newest` named.
@@ -86,37 +109,58 @@ class Saves:
         if not ranks.first():
             return
         metadata = {"work": self.work, "step": str(step), "rows": json.dumps(list(rows), allow_nan=False)}
-        checkpoint.save(self._path(step), state, metadata)
-        for old in sorted(self.folder.glob("*.safetensors"))[:-KEPT]:
+        checkpoint.save(self._path(step), state, {**metadata, "sha256": checkpoint.digest(state)})
+        for old in self._files()[:-KEPT]:
             old.unlink()
 
     def clear(self) -> None:
-        """Remove all."""
-        for path in self.folder.glob("*.safetensors") if ranks.first() else ():
-            path.unlink()
+        """Remove all, and those that were set aside."""
         if ranks.first():
+            for path in (*self._files(), *self.folder.glob("*.damaged")):
+                path.unlink()
             with contextlib.suppress(OSError):  # not there, or something else is in it
                 self.folder.rmdir()
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:010d}.safetensors"
 
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.safetensors") if path.is_file())
+
     def _own(self) -> list[int]:
-        steps = []
-        for path in sorted(self.folder.glob("*.safetensors")):
+        """The steps of this work's, as their metadata say."""
+        steps, others = [], []
+        for path in self._files():
+            with storage(path):
+                path.open("rb").close()  # one that may not be read is not damaged
             try:
                 with safe_open(path, "pt") as file:
                     metadata = file.metadata() or {}
-                    step, rows = int(metadata["step"]), json.loads(metadata["rows"])
-                valid = metadata["work"] == self.work and path == self._path(step) and isinstance(rows, list)
+                    step, rows, work = int(metadata["step"]), json.loads(metadata["rows"]), metadata["work"]
+                if path != self._path(step) or not isinstance(rows, list):
+                    raise ValueError("it says something else than its name")
             except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
-                valid = False
-            if valid:
+                self._set_aside(path)
+                continue
+            if work == self.work:
                 steps.append(step)
             else:
-                log.warning("save=%s is damaged or of other work; removed", path.name)
-                path.unlink()
+                others.append(path)
+        if others and self.lasting:
+            raise CheckpointError(
+                f"{others[-1]}: is a save of other work than is asked for now: another recipe, other images, or a "
+                "release that reads the recipe in another way; give back what it was begun with, or start anew in "
+                "another folder"
+            )
+        for path in others:
+            log.info("save=%s is of work that is done; removed", path.name)
+            path.unlink()
         return steps
+
+    def _set_aside(self, path: Path) -> None:
+        log.warning("save=%s is damaged; set aside", path.name)
+        with storage(path):
+            path.replace(path.with_suffix(".damaged"))
 
 
 def run(
@@ -158,7 +202,7 @@ def _shifted(progress: Progress | None, before: int, of: int) -> Progress | None
 
 
 def diverged(home: Path, store: Store, ids: np.ndarray, trainer: Pretrainer, error: DivergedError) -> DataError:
-    """Save the state before the step that failed, and the files of its batch; the error says where.
+    """Save the state that the step that failed began with (or left), and the files of its batch; the error says where.
 
     Args:
         home: both go into `diverged/` in it.
@@ -176,5 +220,5 @@ def diverged(home: Path, store: Store, ids: np.ndarray, trainer: Pretrainer, err
     ranks.meet()  # whoever ends first is the end of all
     named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     return DataError(
-        f"{error}. Its images: {named}; all are listed, and the state before it is saved, in {path.parent}"
+        f"{error}. Its images: {named}; all are listed, and the state {error.when} it is saved, in {path.parent}"
     )

@@ -19,24 +19,26 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, float]
 
-# -- the thresholds, each with what it was held against: real X-rays (NIH, Guangzhou) at ViT-demo, batches 8 to 32, and
-# collapses made on purpose (tests/pretrain/test_symptoms.py)
+# -- the thresholds, each with what it was held against: real X-rays (NIH, Guangzhou) at ViT-demo, batches 8 to 32,
+# and at ViT-T with 1,024 prototypes, and collapses made on purpose (tests/pretrain/test_symptoms.py)
 
 WINDOW = 50  # rows; a step's loss strays from its mean by up to 3 % of log K at batch 8, the mean of 25 by under 1 %
-GRACE = (
-    50  # first steps of a stage, or its warm-up if longer; with the window it makes the 100 that leaving log K takes
-)
+GRACE = 50  # first steps of a stage, or its warm-up if longer
+PATIENCE = 3 * WINDOW  # rows that the DINO loss is watched over: an honest run may take 150 steps to leave log K
 TAIL = 4 * WINDOW  # rows of the past that the loss is held against
 PROBES = 8  # and probes
 
 # Each (on, off).
-AT_LOG_K = (0.99, 0.98)  # of log K.  Honest: 0.98 after 80 steps at batch 8, 0.87 at 32; stalled: 0.998
-FALLS = 0.005  # of log K, from one half of the window to the other: it is on its way
+# Of log K.  Half a window, honest after 200 steps: 0.82 to 0.98, at worst 0.9938 (ViT-T); stalled: 0.9957 to 0.999
+AT_LOG_K = (0.995, 0.99)
+FALLS = 0.003  # of log K, from half to half of the window: it is on its way.  Stalled: to 0.0024; that ViT-T: 0.0042
 UNIFORM = (0.995, 0.99)  # of log K, the teacher's entropy.  Stalled runs have 0.97 to 0.988, uniform ones over 0.999
 FEW_PROTOTYPES = (4.0, 6.0)  # exp of the entropy of the mean assignment; softmax centering gone wrong: 1.0 to 3
 FEW_USED = (0.2, 0.3)  # of those that the batch could use; with it, so that four images a batch may use four
-SAME_FEATURES = (0.02, 0.04)  # feature_std; 0.02: a mean cosine of 0.9996.  Honest: 0.3 at the start, then 0.6 to 0.97
+# feature_std; 0.025: a mean cosine of 0.9994.  Honest: 0.3 at the start, then 0.6 to 0.98; collapsed: 0.010 to 0.012
+SAME_FEATURES = (0.025, 0.04)
 FEW_DIMENSIONS = (0.05, 0.08)  # of min(D, images).  Honest: 0.25 at step 20, then 0.5; collapsed: 0.01 to 0.05
+LOW_RANK = (2.5, 4.0)  # whatever D and the images are: 5 % of 24 would be next to 1, which nothing falls below
 SHRUNK = (0.5, 0.6)  # of the largest rank seen before
 RISES = (0.10, 0.05)  # of log K, above the lowest mean of half a window seen before.  Honest: up to 0.03
 
@@ -110,13 +112,17 @@ class _Look:
     def _limit(self, name: str, on_off: tuple[float, float]) -> float:
         return on_off[name in self.before]
 
-    def _window(self, value: Callable[[Row], float], *needed: str) -> tuple[float, float, float] | None:
-        """Mean over the window and over each half of it; None where a row lacks what is needed, or K is 1."""
-        rows = self.rows[-WINDOW:]
-        if not all(key in row and (key != "log_k" or row[key] > 0) for row in rows for key in needed):
+    def _window(
+        self, value: Callable[[Row], float], *needed: str, size: int = WINDOW
+    ) -> tuple[float, float, float] | None:
+        """Mean over a window and over each half of it; None where a row lacks what is needed, or K is 1."""
+        rows = self.rows[-size:]
+        if len(rows) < size or not all(
+            key in row and (key != "log_k" or row[key] > 0) for row in rows for key in needed
+        ):
             return None
         values = [value(row) for row in rows]
-        return fmean(values), fmean(values[: WINDOW // 2]), fmean(values[WINDOW // 2 :])
+        return fmean(values), fmean(values[: size // 2]), fmean(values[size // 2 :])
 
     def _beyond(self, name: str, on_off: tuple[float, float], window: tuple[float, ...], *, below: bool) -> bool:
         """All three means are beyond the limit; of a symptom that was there, the mean over the window is enough."""
@@ -147,7 +153,8 @@ class _Look:
         return _of(name, f"teacher entropy {100 * window[0]:.1f} % of log K")
 
     def plateau(self) -> Symptom | None:
-        name, window = "cls-plateau", self._window(lambda row: row["dino"] / row["log_k"], "dino", "log_k")
+        name = "cls-plateau"
+        window = self._window(lambda row: row["dino"] / row["log_k"], "dino", "log_k", size=PATIENCE)
         if window is None or not self._beyond(name, AT_LOG_K, window, below=False):
             return None
         if window[1] - window[2] >= FALLS:
@@ -165,7 +172,11 @@ class _Look:
             return None
         most = min(float(self.dim), probes[-1][1])
         best = max((rank for rank, _ in probes[:-2]), default=0.0)
-        limit = max(self._limit(name, FEW_DIMENSIONS) * most, self._limit(name, SHRUNK) * best)
+        limit = max(
+            self._limit(name, LOW_RANK),
+            self._limit(name, FEW_DIMENSIONS) * most,
+            self._limit(name, SHRUNK) * best,
+        )
         last = [rank for rank, _ in probes[-1 if name in self.before else -2 :]]
         return _of(name, f"effective rank {last[-1]:.1f} of {most:.0f}") if max(last) <= limit else None
 

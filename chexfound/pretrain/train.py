@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chexfound import rng
+from chexfound import machine, rng
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.vit import Block
@@ -20,9 +22,11 @@ from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
 from chexfound.schema import ARCHS, Recipe
 
+log = logging.getLogger("chexfound.pretrain")
 Progress = Callable[[int, int], None]
 QUEUE = curriculum.OF_A_STAGE + "dino"
 Probe = Callable[[nn.Module, int], dict[str, float]]
+SLOW = 2.0  # times as long as in float32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,6 +42,29 @@ def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
     if recipe.train.optimizer_state == "average" and recipe.optim.optimizer == "adamw":
         weights |= optimizer.zero_moments(model.student)
     return weights
+
+
+def check_gpus(recipe: Recipe, number: int) -> None:
+    """Raise ConfigError if the recipe does not go with so many GPUs at a site."""
+    if recipe.train.sinkhorn_queue and number > 1:
+        raise ConfigError("train.sinkhorn_queue: one GPU a site keeps it; leave it 0, or train on one (--gpus 1)")
+
+
+def slow_arithmetic(param_dtype: str, device: str) -> str | None:
+    """What to say of a recipe for GPUs on a processor without such instructions: days in place of minutes."""
+    times = 1.0 if param_dtype == "fp32" else machine.slowdown(DTYPES[param_dtype], device)
+    if times <= SLOW:
+        return None
+    return (
+        f"products in {param_dtype} take {times:.0f} times as long as in fp32 on this {device}; "
+        "set compute_precision.param_dtype=fp32"
+    )
+
+
+@functools.cache  # once in a process
+def _warn_if_slow(param_dtype: str, device: str) -> None:
+    if (text := slow_arithmetic(param_dtype, device)) is not None:
+        log.warning("event=warning what=%r", text)
 
 
 def _fresh(recipe: Recipe) -> SSLMetaArch:
@@ -72,12 +99,13 @@ class Pretrainer:
     ) -> None:
         if n_images < 1:
             raise DataError("no training image: pretraining needs at least one")
-        if recipe.train.sinkhorn_queue and ranks.size() > 1:
-            raise ConfigError("train.sinkhorn_queue: one GPU a site keeps it; leave it 0, or train on one (--gpus 1)")
+        check_gpus(recipe, ranks.size())
         self.run_recipe, self.stage = recipe, curriculum.index_at(recipe, step)
         self.recipe = recipe = curriculum.at(recipe, step)[0]
         self.pixels, self.n_images, self.roster_index = pixels, n_images, roster_index
         self.device = torch.device(device)
+        if ranks.first():
+            _warn_if_slow(recipe.compute_precision.param_dtype, self.device.type)
         self.model = _fresh(recipe).to(self.device)
         if recipe.train.compile:
             for module in self.model.modules():
@@ -177,12 +205,14 @@ class Pretrainer:
             steps: how many.
             batch_size: images a step, of all ranks together.
             progress: told (done, of how many) after each step.
-            probe: asked after each step with the teacher's backbone and the step; what it says joins the row.  It
-                draws nothing at random and leaves the backbone as it is: training takes the same course without it.
+            probe: asked after each step with the teacher's backbone and the step, by every rank, since the weights may
+                be dealt out to all; what it says joins the row.  It draws nothing at random and leaves the backbone as
+                it is: training takes the same course without it.
             stop: asked after each step whether to take no further one; what one rank says holds for all.
 
         Returns:
-            One row a step: step, loss and its parts (means over the ranks), log_k, and the figures of health.py.
+            One row a step: step, loss and its parts (means over the ranks), log_k, and the figures of health.py
+            (of the joint batch), and what the probe says.
 
         Raises:
             DivergedError naming the step and its images when loss or gradient is not finite; nothing was updated by it.
@@ -218,7 +248,19 @@ class Pretrainer:
                 progress(step - first_step + 1, steps)
             if stop is not None and ranks.any_of(stop()):
                 break
+        self._check_finite(step, batches)
         return rows
+
+    def _check_finite(self, step: int, batches: Batches) -> None:
+        """What the last step left can be gone on from; a step before it would have shown in the loss.
+
+        By the sums of the student's weights, which take a tenth of the time of asking each; the teacher follows it.
+        """
+        sums = torch.stack([ranks.local(p).detach().sum() for p in self.model.student.parameters()])
+        if ranks.any_of(not bool(torch.isfinite(sums).all())):
+            error = DivergedError(f"pretraining step {step}: it left weights that are not finite; lower optim.lr")
+            error.step, error.places, error.when = step, batches.positions(step).tolist(), "after"
+            raise error
 
     @contextlib.contextmanager
     def _naming(self, step: int, places: np.ndarray) -> Iterator[None]:

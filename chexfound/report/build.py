@@ -6,6 +6,7 @@ address but data URIs, so that even a name that slipped through could do nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def render(run: Run) -> str:
     )
     ranked = story.ranked_findings(run)
     said = callouts.callouts(run)
-    curves = _curves(run)
+    curves = _curves(run, figures.CURVES, "c", "Learning curves")
+    health = _curves(run, figures.HEALTH, "h", "Health of pretraining")
     drawn = [_finding(run, finding, index) for index, finding in enumerate(ranked[:FINDINGS_DRAWN])]
     return environment.get_template("template.html.j2").render(
         run=run,
@@ -60,7 +62,7 @@ def render(run: Run) -> str:
         ),
         samples=_samples(run),
         curves=curves,
-        legend={role for panel in curves for role in panel["roles"]},
+        health=health,
         hidden=[part for part in ("samples", "attention") if run.metrics.deployed and getattr(run, part) is None],
         results=tables.results(run),
         differences=tables.differences(run),
@@ -155,7 +157,8 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     return [{"site": site, "images": [figures.jpeg(image) for image in samples[site][:SAMPLES]]} for site in order]
 
 
-def _curves(run: Run) -> list[dict[str, Any]]:
+def _curves(run: Run, strips: Sequence[figures.Strip], name: str, title: str) -> list[dict[str, Any]]:
+    """A panel a site, with its own arms and the pooled one; none of a site that has no such figure."""
     if run.history is None:
         return []
     pretrain, adapt = run.history.pretrain, run.history.adapt
@@ -177,27 +180,23 @@ def _curves(run: Run) -> list[dict[str, Any]]:
                 ("federated", "", FEDERATED),
             )
         ]
-        svg = figures.curves_panel(lines, f"c{index}", f"Learning curves at {site or 'all sites'}: {_ends(lines)}")
+        alt = f"{title} at {site or 'all sites'}: {_ends(lines, strips)}"
+        svg = figures.strips_panel(lines, strips, f"{name}{index}", alt)
         if svg:
-            roles = [line.role for line in lines if line.pretrain or line.adapt]
+            roles = [line.role for line in lines if any(len(strip.series(line)[0]) for strip in strips)]
             panel = {"site": site, "roles": roles, "own": "local" in roles}
             panels.append({**panel, "svg": Markup(svg)})  # noqa: S704 (drawn here; its alt text is escaped)
     return panels
 
 
-def _ends(lines: list[figures.Line]) -> str:
+def _ends(lines: list[figures.Line], strips: Sequence[figures.Strip]) -> str:
     """Where each curve begins and ends, for those who cannot see it."""
     said = []
-    for line in lines:
-        for strip in ("dino", "ibot", "koleo", "loss"):
-            points = line.adapt if strip == "loss" else line.pretrain
-            values = [getattr(point, strip) for point in points if getattr(point, strip) is not None]
-            if values:
-                said.append(
-                    f"{line.role} {'head' if strip == 'loss' else strip} from {values[0]:.3f} to {values[-1]:.3f}"
-                )
-    log_k = next((point.log_k for line in lines for point in line.pretrain if point.log_k), None)
-    return "; ".join(said) + (f"; log K is {log_k:.3f}" if log_k else "")
+    for strip in strips:
+        ends = [(line.role, *values[[0, -1]]) for line in lines if len(values := strip.series(line)[1])]
+        if ends:
+            said.append(f"{strip.title} " + ", ".join(f"{role} from {a:.3f} to {b:.3f}" for role, a, b in ends))
+    return "; ".join(said)
 
 
 def _attention(attention: Attention | None) -> dict[str, Any] | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chexfound.pretrain.symptoms import ADVICE, symptoms
+from chexfound.pretrain.symptoms import ADVICE, PATIENCE, symptoms
 from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result, Run
 from chexfound.report.story import (
     ORDER,
@@ -27,8 +26,6 @@ from chexfound.report.story import (
 )
 
 ENOUGH_STEPS = 300  # below it, gains of pretraining were inside the noise of the seeds
-STUCK = 0.01  # of log K: the loss stands this near to it
-STUCK_STEPS = 100  # below it, a loss that will leave log K may not have done so yet
 NEAR = 0.05  # of AUROC: a floor this little below the model is near it
 ABOVE_CHANCE = 0.6  # AUROC that is clearly above chance where there is no interval
 
@@ -52,7 +49,7 @@ def callouts(run: Run) -> list[Callout]:
     if ranked:
         for part in (_random, _floors, _elsewhere, _others, _unjudged, _alone):
             found += part(run, ranked[0])
-    found += [*_missing(run), *_stuck(run), *_ailing(run)]
+    found += [*_missing(run), *_ailing(run)]
     kinds = ("bad", "warn", "good", "note")
     return sorted(found, key=lambda one: kinds.index(one.kind))
 
@@ -245,62 +242,39 @@ def _missing(run: Run) -> list[Callout]:
     return [Callout("note", f"{text}What those would have shown is not known.")]
 
 
-def _stuck(run: Run) -> list[Callout]:
-    """One warning that names each arm whose DINO loss stands at log K, or one note that the run is too short."""
-    stuck, short = [], 0
-    for arm, points in (run.history.pretrain if run.history else {}).items():
-        where = []
-        for site in dict.fromkeys(point.site for point in points):
-            ordered = sorted((point for point in points if point.site == site), key=lambda point: point.step)
-            pairs = [(point.dino, point.log_k) for point in ordered if point.dino is not None and point.log_k]
-            if len(pairs) < 3:
-                continue
-            steps = ordered[-1].step + 1
-            short = max(short, steps) if steps < STUCK_STEPS else short
-            if steps >= STUCK_STEPS and (end := _stands_at_log_k(pairs)) is not None:
-                alone = len({point.site for point in points}) == 1
-                where.append(f"{end:.3f} of {pairs[-1][1]:.3f}" + ("" if alone else f" at {site}"))
-        if where:
-            stuck.append(f"{arm_name(arm)} ({listed(where)})")
-    if stuck:
-        text = (
-            "The DINO loss stands at log K, its value for a model that tells no images apart: "
-            f"{listed(stuck, len(stuck))}. "
-            "Up to here the image-level objective has learned nothing, even where iBOT and KoLeo fall."
-        )
-        return [Callout("warn", text)]
-    if short:
-        text = f"{short} steps are too few to judge whether the DINO loss leaves log K (take at least {STUCK_STEPS})."
-        return [Callout("note", text)]
-    return []
-
-
 def _ailing(run: Run) -> list[Callout]:
-    """What else ailed pretraining at its end, by name of symptom; that it stands at log K is said by `_stuck`."""
+    """One warning for each symptom that pretraining ended with; a note if it was too short to tell of a plateau."""
+    pretrain = {
+        arm: [point for point in points if point.log_k]
+        for arm, points in (run.history.pretrain if run.history else {}).items()
+    }
+    last = max((point.step for points in pretrain.values() for point in points), default=None)
+    if last is None:
+        return []
+    first = run.judged_from(last)
     told: dict[str, list[str]] = {}
-    for arm, points in (run.history.pretrain if run.history else {}).items():
-        for site in dict.fromkeys(point.site for point in points):
+    for arm, points in pretrain.items():
+        seen: dict[str, list[str]] = {}
+        sites = dict.fromkeys(point.site for point in points)
+        for site in sites:
             rows = [point.row() for point in sorted(points, key=lambda point: point.step) if point.site == site]
-            for one in symptoms(rows, dim=run.width):
-                if one.name != "cls-plateau":
-                    where = (
-                        arm_name(arm) if len({point.site for point in points}) == 1 else f"{arm_name(arm)} at {site}"
-                    )
-                    told.setdefault(one.name, []).append(f"{where} ({one.seen})")
-    return [
-        Callout("warn", f"Pretraining ended ailing, {name}: {listed(where, 4)}. {_remedy(name)}")
+            for one in symptoms(rows, dim=run.width, judged_from=first):
+                seen.setdefault(one.name, []).append(f"{site}: {one.seen}" if len(sites) > 1 else one.seen)
+        for name, where in seen.items():
+            told.setdefault(name, []).append(f"{arm_name(arm)} ({'; '.join(where)})")
+    said = [
+        Callout("warn", f"Pretraining ended ailing, {name}: {listed(where, len(where))}. {_remedy(name)}")
         for name, where in told.items()
     ]
+    if last + 1 < first + PATIENCE:
+        text = (
+            f"{last + 1} steps are too few to judge whether the DINO loss leaves log K "
+            f"(take at least {first + PATIENCE})."
+        )
+        said.append(Callout("note", text))
+    return said
 
 
 def _remedy(name: str) -> str:
     text = ADVICE[name]
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _stands_at_log_k(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """The mean over the last third of (loss, log K), if it is at log K or above and no longer falls."""
-    third = len(pairs) // 3
-    before, end = (sum(dino for dino, _ in part) / third for part in (pairs[-2 * third : -third], pairs[-third:]))
-    log_k = pairs[-1][1]
-    return end if end >= (1 - STUCK) * log_k and before - end < STUCK / 2 * log_k else None

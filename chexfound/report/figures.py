@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ _STYLE: Any = {
 WIDTH = 340  # units of a panel, about a phone's: the page scales it to the column, and its text with it
 CURVE_POINTS = 120  # of a line, at most
 RUNNING = 30  # a running mean spans 1/30 of the steps
+FEW_POINTS = 12  # below it each is marked: a line of one is not to be seen
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,58 @@ class Line:
     dashes: str
     pretrain: Sequence[Point]
     adapt: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One of a panel's small drawings over the steps: a figure of each point, and a value to hold it against."""
+
+    title: str
+    value: Callable[[Point], float | None]
+    bound: Callable[[Point], float | None] = lambda _: None
+    bound_says: str = ""
+    above: float = math.inf  # how far above the bound is shown at least; what is farther up hides what is below
+    of_head: bool = False
+
+    def series(self, line: Line) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and running mean of a line's figure, at most CURVE_POINTS of them (float64, ascending)."""
+        found: dict[int, list[float]] = {}
+        for point in line.adapt if self.of_head else line.pretrain:
+            value = self.value(point)
+            if value is not None:
+                found.setdefault(point.step, []).append(value)
+        steps = np.array(sorted(found), float)
+        values = np.array([np.mean(found[int(step)]) for step in steps], float)
+        span = max(1, len(steps) // RUNNING)
+        if span > 1:
+            totals = np.concatenate([[0.0], np.cumsum(values)])
+            values = (totals[span:] - totals[:-span]) / span
+            steps = steps[span - 1 :]
+        keep = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), CURVE_POINTS)).round().astype(int))
+        return steps[keep], values[keep]
+
+
+def _gap(point: Point) -> float | None:
+    return None if point.dino is None or point.log_k is None else point.dino - point.log_k
+
+
+def _entropy(point: Point) -> float | None:
+    return None if point.teacher_entropy is None or not point.log_k else 100 * point.teacher_entropy / point.log_k
+
+
+CURVES = (
+    Strip("DINO loss", lambda point: point.dino, lambda point: point.log_k or None, "log K = {:.2f}"),
+    Strip("iBOT loss", lambda point: point.ibot),
+    Strip("KoLeo loss", lambda point: point.koleo),
+    Strip("Head loss", lambda point: point.loss, of_head=True),
+)
+HEALTH = (  # each with the value that it has in the collapse that it shows
+    Strip("DINO loss less log K", _gap, lambda _: 0.0, "tells nothing", above=0.1),
+    Strip("Teacher’s entropy (%)", _entropy, lambda _: 100.0, "says nothing"),
+    Strip("Spread of features", lambda point: point.feature_std, lambda _: 0.0, "all the same"),
+    Strip("Effective rank", lambda point: point.rankme, lambda _: 1.0, "all on a line"),
+    Strip("AUROC of neighbours", lambda point: point.knn_auroc, lambda _: 0.5, "chance"),
+)
 
 
 def axis_floor(dots: Sequence[Dot]) -> float:
@@ -141,37 +195,32 @@ def _dot(axes: Axes, dot: Dot, row: float) -> None:
     axes.text(1.3, row, between.strip(), ha="left", color=ROLES["muted"], **{**words, "fontsize": 11.5})
 
 
-def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
-    """DINO (with log K dashed), iBOT and KoLeo over the steps, then the head's loss; None without points."""
-    strips = [
-        strip for strip in ("dino", "ibot", "koleo", "loss") if any(_series(line, strip)[0].size for line in lines)
-    ]
+def strips_panel(lines: Sequence[Line], strips: Sequence[Strip], name: str, alt: str) -> str | None:
+    """The strips that have points, one below the other, the head's last; None without any."""
+    strips = [strip for strip in strips if any(strip.series(line)[0].size for line in lines)]
     if not strips:
         return None
-    titles = {"dino": "DINO", "ibot": "iBOT", "koleo": "KoLeo", "loss": "Head"}
     pitch, gap, top, bottom = 62.0, 20.0, 18.0, 34.0
-    extra = 26.0 if "loss" in strips and len(strips) > 1 else 0.0  # the head has an axis of steps of its own
+    extra = 26.0 if strips[-1].of_head and len(strips) > 1 else 0.0  # the head has an axis of steps of its own
     height = top + bottom + extra + len(strips) * pitch + (len(strips) - 1) * gap
+    last = max([1, *(point.step for line in lines for point in line.pretrain)])  # one axis for all but the head's
     with rc_context(_STYLE):
         figure = _figure(height)
         y = height - top
         for index, strip in enumerate(strips):
-            y -= pitch + (gap if index else 0) + (extra if strip == "loss" and index else 0)
+            y -= pitch + (gap if index else 0) + (extra if strip.of_head and index else 0)
             axes = figure.add_axes((46 / WIDTH, y / height, (WIDTH - 46 - 8) / WIDTH, pitch / height))
             _strip(axes, lines, strip)
+            if not strip.of_head:
+                axes.set_xlim(-0.02 * last, 1.02 * last)
             figure.text(
-                46 / WIDTH,
-                (y + pitch + 5) / height,
-                f"{titles[strip]} loss",
-                fontsize=12,
-                weight="bold",
-                color=ROLES["ink"],
+                46 / WIDTH, (y + pitch + 5) / height, strip.title, fontsize=12, weight="bold", color=ROLES["ink"]
             )
-            last_of_axis = index + 1 == len(strips) or strips[index + 1] == "loss"
+            last_of_axis = index + 1 == len(strips) or strips[index + 1].of_head
             axes.tick_params(labelbottom=last_of_axis)
             if last_of_axis:
                 axes.set_xlabel(
-                    "step of the head" if strip == "loss" else "global step of pretraining",
+                    "step of the head" if strip.of_head else "global step of pretraining",
                     fontsize=11,
                     color=ROLES["muted"],
                     labelpad=2,
@@ -179,7 +228,7 @@ def curves_panel(lines: Sequence[Line], name: str, alt: str) -> str | None:
         return _svg(figure, name, alt)
 
 
-def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
+def _strip(axes: Axes, lines: Sequence[Line], strip: Strip) -> None:
     _bare(axes, None, None)
     axes.spines["left"].set_visible(True)
     axes.spines["left"].set_color(ROLES["rule"])
@@ -187,7 +236,7 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
     axes.locator_params(axis="y", nbins=3)
     axes.locator_params(axis="x", nbins=6, integer=True)
     for line in lines:
-        steps, values = _series(line, strip)
+        steps, values = strip.series(line)
         if steps.size:
             style = {"": "-", "long": (0, (6, 2)), "dots": (0, (1.2, 1.6))}[line.dashes]
             axes.plot(
@@ -197,47 +246,28 @@ def _strip(axes: Axes, lines: Sequence[Line], strip: str) -> None:
                 linewidth=2.2 if not line.dashes else 1.7,
                 linestyle=style,
                 solid_capstyle="round",
+                marker="o" if steps.size < FEW_POINTS else "",
+                markersize=3.5,
             )
-    log_k = (
-        next((point.log_k for line in lines for point in line.pretrain if point.log_k), None)
-        if strip == "dino"
-        else None
+    bound = next(
+        (value for line in lines for point in line.pretrain if (value := strip.bound(point)) is not None), None
     )
     low, high = axes.get_ylim()
-    if log_k is not None:
-        low, high = min(low, log_k), max(high, log_k)
+    if bound is not None:
+        low, high = min(low, bound), max(min(high, bound + max(strip.above, bound - low)), bound)
     margin = max((high - low) * 0.12, abs(high) * 0.004, 1e-6)
-    axes.set_ylim(low - margin, high + margin * (1.6 if log_k is not None else 1))
-    if log_k is not None:
-        axes.axhline(log_k, color=ROLES["ink"], linewidth=1.2, dashes=(5, 4))
+    axes.set_ylim(low - margin, high + margin * (1.6 if bound is not None else 1))
+    if bound is not None:
+        axes.axhline(bound, color=ROLES["ink"], linewidth=1.2, dashes=(5, 4))
         axes.text(
             1,
             1.06,
-            f"dashed: log K = {log_k:.2f}",
+            f"dashed: {strip.bound_says.format(bound)}",
             transform=axes.transAxes,
             ha="right",
             fontsize=11,
             color=ROLES["muted"],
         )
-
-
-def _series(line: Line, strip: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and running mean of one loss, at most CURVE_POINTS of them (float64, ascending)."""
-    points = line.adapt if strip == "loss" else line.pretrain
-    found: dict[int, list[float]] = {}
-    for point in points:
-        value = getattr(point, strip)
-        if value is not None:
-            found.setdefault(point.step, []).append(value)
-    steps = np.array(sorted(found), float)
-    values = np.array([np.mean(found[int(step)]) for step in steps], float)
-    span = max(1, len(steps) // RUNNING)
-    if span > 1:
-        totals = np.concatenate([[0.0], np.cumsum(values)])
-        values = (totals[span:] - totals[:-span]) / span
-        steps = steps[span - 1 :]
-    keep = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), CURVE_POINTS)).round().astype(int))
-    return steps[keep], values[keep]
 
 
 def _figure(height: float) -> Figure:

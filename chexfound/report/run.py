@@ -20,7 +20,9 @@ import yaml
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from chexfound.errors import DataError, Problems
+from chexfound import recipe as recipes
+from chexfound.errors import ConfigError, DataError, Problems
+from chexfound.pretrain import symptoms
 from chexfound.schema import ARCHS
 
 SCHEMA = 1
@@ -320,6 +322,13 @@ class Run:
         """Of the backbone; 0 if nothing tells."""
         arch = self.setting("student", "arch")
         return ARCHS[arch][0] if isinstance(arch, str) and arch in ARCHS else 0
+
+    def judged_from(self, step: int) -> int:
+        """The first global step that counts for the health of pretraining at `step`, as the run itself judged."""
+        try:
+            return symptoms.judged_from(recipes.validate(self.recipe or {}, "recipe.yaml"), step)
+        except ConfigError:
+            return symptoms.GRACE
 
     @property
     def pretrain_steps(self) -> int | None:

@@ -17,9 +17,28 @@ import torch
 from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
 from chexfound.model import checkpoint
-from chexfound.pretrain import ranks
+from chexfound.pretrain import curriculum, ranks
+from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.train import Pretrainer
-from chexfound.schema import ARCHS
+from chexfound.schema import ARCHS, Recipe
+
+
+def trainer(recipe: Recipe, images: np.ndarray, first: int = 0, state: dict[str, torch.Tensor] | None = None) -> Any:
+    one = Pretrainer(recipe, lambda places: images[places], len(images), 0, step=first)
+    if state:
+        one.load_state(curriculum.enter(state, recipe, first))
+    return one
+
+
+def probe(recipe: Recipe, images: np.ndarray) -> Probe | None:
+    """Of images that are bright or dark, two a patient, labelled by it."""
+    labels = (images.mean((1, 2)) > np.median(images.mean((1, 2)))).astype(np.int8)[:, None]
+    patients = [str(number // 2) for number in range(len(images))]
+    every = recipe.health.eval_period_iterations
+    look = Probe(
+        lambda places: images[places], labels, patients, every=every, limit=len(images), seed=0, roster_index=0
+    )
+    return look if every else None
 
 
 def do(folder: Path, name: str, scenario: dict[str, Any]) -> None:
@@ -27,11 +46,12 @@ def do(folder: Path, name: str, scenario: dict[str, Any]) -> None:
     images = np.load(folder / "images.npy")
     rows: list[dict[str, Any]] = []
     state: dict[str, torch.Tensor] = {}
+    first = scenario.get("first", 0)
+    ranks.meet()  # the state of another scenario is written
     try:
-        one = Pretrainer(recipe, lambda places: images[places], len(images), 0)
-        if scenario.get("state"):
-            one.load_state(checkpoint.load(folder / scenario["state"]))
-        rows = one.run(scenario.get("first", 0), scenario["steps"], scenario["batch"])
+        before = checkpoint.load(folder / scenario["state"]) if scenario.get("state") else None
+        one = trainer(recipe, images, first, before)
+        rows = one.run(first, scenario["steps"], scenario["batch"], probe=probe(recipe, images))
         state = one.state()
     except ChexfoundError as error:
         rows = [{"error": f"{type(error).__name__}: {error}"}]

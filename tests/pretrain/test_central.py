@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chexfound import cli, phases
 from chexfound import recipe as recipes
@@ -16,6 +18,7 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, StorageErr
 from chexfound.model import checkpoint, release
 from chexfound.phases import Request
 from chexfound.pretrain import curriculum
+from chexfound.pretrain.meta_arch import SSLMetaArch
 from chexfound.pretrain.train import Pretrainer, initial_weights
 from chexfound.schema import Recipe
 
@@ -27,6 +30,7 @@ SETTINGS = [
     "train.OFFICIAL_EPOCH_LENGTH=4",
     "curriculum=[{rounds: 2, global_crops_size: 48, local_crops_size: 32, lr: 0.001}]",
 ]
+PROBED = [*SETTINGS, "health.eval_period_iterations=3", "health.probe_images=30"]
 Pretrain = Callable[..., int]
 
 
@@ -89,8 +93,9 @@ def test_what_it_leaves(pretrain, tmp_path, recipe, capsys):
     assert files(out) == again
 
 
-def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, recipe, make_site):
-    assert pretrain(tmp_path / "out") == 0
+def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, tiny_recipe_file, make_site):
+    recipe = recipes.load(tiny_recipe_file, recipes.parse_overrides(PROBED))
+    assert pretrain(tmp_path / "out", settings=PROBED) == 0
     site = make_site("all", None)
     weights = initial_weights(recipe)
     rows = []
@@ -103,6 +108,16 @@ def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, recip
     teacher = checkpoint.with_prefix(weights, "teacher.backbone.")
     assert checkpoint.digest(checkpoint.with_prefix(model, "backbone.")) == checkpoint.digest(teacher)
     assert [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()] == rows
+    assert [row["step"] for row in rows if {"probe_images", "rankme", "knn_auroc"} <= row.keys()] == [2, 5, 8]
+
+
+def test_a_probe_takes_no_part_in_training(pretrain, tmp_path, capsys):
+    assert pretrain(tmp_path / "plain") == 0
+    assert "rankme=" not in capsys.readouterr().out
+    assert pretrain(tmp_path / "probed", settings=PROBED) == 0
+    assert "rankme=" in capsys.readouterr().out
+    for name in ("model/model.safetensors", "heads.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "probed" / name).read_bytes()
 
 
 class Killed(BaseException):
@@ -111,7 +126,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("freq", ["0", "0.25", "0.75"])  # every 2 steps, 1, 3
 def test_killed_again_and_again_it_ends_the_same(pretrain, tmp_path, monkeypatch, freq):
-    settings = [*SETTINGS, f"train.saveckp_freq={freq}"]
+    settings = [*PROBED, f"train.saveckp_freq={freq}"]
     assert pretrain(tmp_path / "whole", settings=settings) == 0
     step, killed = Pretrainer.step, 0
     for at in (0, 4, 5, 6, 9):
@@ -167,6 +182,40 @@ def test_killed_while_the_model_is_written(pretrain, tmp_path, monkeypatch):
             pretrain(tmp_path / "out")
     assert pretrain(tmp_path / "out") == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(begun, pretrain, tmp_path):
+    (begun / "model").mkdir()
+    (begun / "model/.config.json.x1.tmp").touch()
+    for name in ("heads.safetensors", "metrics.jsonl", "saves/0000000009.safetensors"):
+        path = begun / name
+        (path.parent / f".{path.name}.x1.tmp").write_bytes(b"half")
+    assert pretrain(begun) == 0
+    assert not list(begun.rglob("*.tmp"))
+    assert not (begun / "saves").exists()
+
+
+def test_a_symptom_is_told_once(pretrain, tmp_path, monkeypatch, capsys):
+    """Of steps that are not taken: all features are the same, and from step 140 on the teacher says nothing."""
+    settings = ["train.pooled_batch_size=2", "train.rounds=100", "train.local_steps=2", "train.saveckp_freq=1"]
+    killed = iter([False] * 124 + [True] + [False] * 100)
+
+    def step(self: Pretrainer, batch: Any, number: int) -> dict[str, float]:
+        if next(killed):
+            raise Killed
+        early = number < 140
+        return {"loss": 5.0, "feature_std": 0.0 if early else 0.5, "teacher_entropy": 1.0 if early else math.log(32)}
+
+    monkeypatch.setattr(Pretrainer, "step", step)
+    with pytest.raises(Killed):
+        pretrain(tmp_path / "out", settings=settings)
+    first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(first) == 1
+    assert first[0].startswith("warning: constant-features by step 100: feature std 0.000 of 1; the features of all")
+    assert pretrain(tmp_path / "out", settings=settings) == 0
+    then = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1] for line in then] == [" uniform-teacher by step 190"]
+    assert not (tmp_path / "out/health.json").exists()
 
 
 @pytest.fixture
@@ -275,3 +324,63 @@ def test_a_step_that_diverges_leaves_state_and_files(pretrain, tmp_path, capsys)
     told = json.loads(next((out / "diverged").glob("*.json")).read_text())
     assert len(told["files"]) == 4
     assert next((out / "diverged").glob("*.safetensors")).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("at", [0, 4, 5, 8])
+def test_told_to_stop_it_stops_after_that_step(pretrain, tmp_path, monkeypatch, at):
+    """Also where each step is a piece of its own, and where a stage ends."""
+    step = Pretrainer.step
+
+    def asked(self: Pretrainer, batch: Any, number: int) -> Any:
+        if number == at:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Pretrainer, "step", asked)
+    assert pretrain(tmp_path / "out", "--log-every", "1") == 143
+    assert max(path.name for path in (tmp_path / "out/saves").iterdir()) == f"{at + 1:010d}.safetensors"
+    monkeypatch.setattr(Pretrainer, "step", step)
+    assert pretrain(tmp_path / "out") == 0
+
+
+def test_a_recipe_that_was_changed_in_the_folder_costs_no_save(begun, capsys):
+    out, whole = begun, files(begun)
+    about = json.loads(whole["pretraining.json"])
+    about["recipe"]["optim"]["lr"] *= 2
+    (out / "pretraining.json").write_text(json.dumps(about))
+    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 4
+    assert "is a save of other work than is asked for now" in capsys.readouterr().err
+    assert {name for name in whole if name.startswith("saves/")} <= set(files(out))
+    (out / "pretraining.json").write_bytes(whole["pretraining.json"])
+    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff"])
+def test_rows_that_went_away_are_told(begun, capsys, left):
+    (begun / "metrics.jsonl").write_bytes(left)
+    assert cli.main(["pretrain", "--resume", "--out", str(begun)]) == 0
+    assert "metrics.jsonl: the rows of 1 steps before step 1 are not there any more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda model: model.write_bytes(model.read_bytes()[:-8]), lambda model: model.unlink()]
+)
+def test_a_finished_model_that_is_damaged_is_told(pretrain, tmp_path, capsys, damage):
+    assert pretrain(tmp_path / "out") == 0
+    damage(tmp_path / "out/model/model.safetensors")
+    assert pretrain(tmp_path / "out") == 4
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_weights_that_the_last_step_made_useless_are_no_model(pretrain, tmp_path, monkeypatch, capsys):
+    def overflow(self: SSLMetaArch, momentum: float) -> None:
+        with torch.no_grad():
+            self.student["dino_head"].last_layer.weight_v[3, 1] = math.inf
+
+    monkeypatch.setattr(SSLMetaArch, "update_teacher", overflow)
+    settings = [*SETTINGS, "train.rounds=1", "train.local_steps=1", "curriculum=[]"]
+    assert pretrain(tmp_path / "out", settings=settings) == 3
+    error = capsys.readouterr().err
+    assert "pretraining step 0: it left weights that are not finite" in error
+    assert "the state after it is saved" in error
+    assert not (tmp_path / "out/model").exists()

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chexfound.evaluate.metrics import auroc
 from chexfound.model.checkpoint import digest
 from chexfound.pretrain import health
 from chexfound.pretrain.probe import Probe
@@ -72,6 +73,15 @@ def test_neighbours_tell_clusters_apart():
     shuffled = labels[torch.randperm(60, generator=torch.Generator().manual_seed(1))]
     noise = health.knn_scores(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)), shuffled, patients)
     assert 0.2 < noise.mean() < 0.8
+
+
+def test_on_few_images_that_look_alike_noise_scores_chance():
+    labels, patients = torch.arange(40) % 2, [str(number) for number in range(40)]
+    scored = [
+        auroc(labels.numpy(), health.knn_scores(5 + torch.randn(40, 16, generator=generator), labels, patients))
+        for generator in (torch.Generator().manual_seed(seed) for seed in range(100))
+    ]
+    assert np.mean(scored) == pytest.approx(0.5, abs=0.03)  # with 20 neighbours: 0.39
 
 
 def test_a_patient_s_own_images_have_no_vote():

@@ -138,6 +138,17 @@ def test_torchrun_s_variables(monkeypatch):
     assert environment.to_come() == 4
 
 
+def test_an_error_of_another_rank_waits_for_the_first_s_and_is_named(monkeypatch):
+    monkeypatch.setattr(environment, "GRACE_S", 0.0)
+    monkeypatch.delenv("RANK", raising=False)
+    assert environment.teller() == ""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    assert environment.teller() == ""
+    monkeypatch.setenv("RANK", "2")
+    assert environment.teller() == "GPU 2 (of 4): "
+
+
 def test_gpus_under_torchrun_are_refused(monkeypatch, capsys):
     from chexfound import cli
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from chexfound import machine
 from chexfound.data.sampler import EndlessSampler
 from chexfound.errors import CheckpointError, ConfigError, DivergedError
 from chexfound.pretrain import train
@@ -119,3 +120,22 @@ def test_another_runtime_error_passes(small, images, monkeypatch):
     monkeypatch.setattr(train.SSLMetaArch, "forward", forward)
     with pytest.raises(RuntimeError, match="shapes differ"):
         trainer(small(), images).run(0, 1, 4)
+
+
+def test_a_processor_without_the_arithmetic_is_told_once(small, images, monkeypatch, caplog):
+    train._warn_if_slow.cache_clear()
+    monkeypatch.setattr(machine, "slowdown", lambda dtype, device: 55.0)
+    for dtype in ("fp32", "bf16", "bf16"):
+        trainer(small(compute_precision__param_dtype=dtype), images)
+    assert [record.getMessage() for record in caplog.records] == [
+        "event=warning what='products in bf16 take 55 times as long as in fp32 on this cpu; "
+        "set compute_precision.param_dtype=fp32'"
+    ]
+    train._warn_if_slow.cache_clear()
+
+
+@pytest.mark.parametrize("times", [0.5, 1.9])
+def test_one_with_it_is_not_warned_of(monkeypatch, times):
+    monkeypatch.setattr(machine, "slowdown", lambda dtype, device: times)
+    assert train.slow_arithmetic("bf16", "cpu") is None
+    assert train.slow_arithmetic("fp32", "cpu") is None

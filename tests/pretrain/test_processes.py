@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from chexfound import rng
+from chexfound.errors import DataError, SiteError
 from chexfound.model import checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 240.0
 STEPS = 40
+FAULTY = ("tests.pretrain.faulty",)
 SETTINGS = [
     "train.pooled_batch_size=4",
     "train.local_steps=2",
@@ -57,6 +60,11 @@ class Command:
     @property
     def text(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def rank(self, number: int) -> int:
+        """The process that is that rank."""
+        wanted = f"RANK={number}".encode()
+        return next(pid for pid in self.children() if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
     def children(self) -> list[int]:
         """Processes that this one, or a child of it, started."""
@@ -148,6 +156,7 @@ def test_two_ranks_killed_interrupted_and_by_torchrun(command, tmp_path):
     whole = command("whole", before=torchrun)
     assert whole.wait() == 0, whole.text
     assert f"{STEPS} steps on 2 × cpu" in whole.text
+    assert "find_unused_parameters" not in whole.text
     out = tmp_path / "out"
 
     killed = command("out", "--gpus", "2")
@@ -166,9 +175,10 @@ def test_two_ranks_killed_interrupted_and_by_torchrun(command, tmp_path):
 
     bereft = command("out", "--gpus", "2")
     bereft.wait_for(lambda: saved(out) > reached)
-    os.kill(bereft.children()[-1], signal.SIGKILL)
-    assert bereft.wait() == 7
-    assert "(of 2) died (killed by signal 9; the machine may be out of memory)" in bereft.text
+    os.kill(bereft.rank(1), signal.SIGKILL)
+    assert bereft.wait() == SiteError.exit_code
+    assert "the process of GPU 1 (of 2) died (killed by signal 9; the machine may be out of memory)" in bereft.text
+    assert "Traceback" not in bereft.text
     reached = saved(out)
 
     interrupted = command("out", "--gpus", "2")
@@ -181,3 +191,29 @@ def test_two_ranks_killed_interrupted_and_by_torchrun(command, tmp_path):
     last = command("out", "--gpus", "2")
     assert last.wait() == 0, last.text
     assert left(out) == left(tmp_path / "whole")
+    assert all(line.startswith(("step=", "model: ")) or " steps on 2 × cpu" in line for line in last.text.splitlines())
+
+
+def test_a_loss_that_is_nan_at_one_rank_stops_all(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULTY_RANK", "1")
+    monkeypatch.setenv("FAULT", "nan")
+    one = command("out", "--gpus", "2", before=FAULTY)
+    assert one.wait() == DataError.exit_code, one.text  # as one process
+    (told,) = [line for line in one.text.splitlines() if "error" in line]
+    assert told.startswith("error: pretraining step 2: the loss is nan")
+    saved_at = tmp_path / "out/diverged/step-00000002"
+    files = json.loads(saved_at.with_suffix(".json").read_text())["files"]
+    assert len(files) == 4  # of both
+    assert f"Its images: {', '.join(files[:3])} and 1 more" in told
+    assert checkpoint.load(saved_at.with_suffix(".safetensors"))
+    assert "Traceback" not in one.text
+
+
+def test_an_error_of_one_rank_ends_all_and_is_told_as_its_own(command, monkeypatch):
+    monkeypatch.setenv("FAULTY_RANK", "1")
+    monkeypatch.setenv("FAULT", "error")
+    one = command("out", "--gpus", "2", before=FAULTY)
+    assert one.wait() == SiteError.exit_code
+    assert one.text.count("Traceback") == 1
+    assert "RuntimeError: a fault of one rank" in one.text
+    assert "the process of GPU 1 (of 2) died (exit code 1; its last lines above say why)" in one.text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound.errors import CheckpointError
+from chexfound.errors import CheckpointError, StorageError
 from chexfound.model import checkpoint
 from chexfound.pretrain import saves
 from chexfound.pretrain.saves import Saves, next_stop
@@ -36,11 +37,64 @@ def test_the_newest_is_read_back_and_two_are_kept(tmp_path):
     here.clear()
 
 
-def test_a_save_of_other_work_is_ignored_and_removed(tmp_path):
+def test_a_save_of_work_that_is_done_is_removed(tmp_path):
     Saves(tmp_path, "one").write(3, STATE)
     other = Saves(tmp_path, "other")
     assert other.newest() is None
     assert files(tmp_path) == []
+
+
+def test_in_a_folder_for_good_a_save_of_other_work_is_a_mistake_and_stays(tmp_path):
+    Saves(tmp_path, "one").write(3, STATE)
+    Saves(tmp_path, "other").write(6, STATE)
+    with pytest.raises(CheckpointError, match="is a save of other work than is asked for now"):
+        Saves(tmp_path, "other", lasting=True).newest()
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_save_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    here = Saves(tmp_path, "w")
+    here.write(3, STATE)
+    here.write(6, STATE)
+
+    def refused(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(StorageError, match="Permission denied"):
+        here.newest()
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    """In each byte of the tensor, one after the other."""
+    here = Saves(tmp_path, "w")
+    here.write(3, STATE)
+    path = tmp_path / "0000000003.safetensors"
+    whole = path.read_bytes()
+    for place in range(len(whole) - 16, len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0x10
+        path.write_bytes(flipped)
+        assert here.newest() is None
+        assert files(tmp_path) == ["0000000003.damaged"]
+    path.write_bytes(whole)
+    assert here.newest() == 3
+
+
+def test_a_folder_that_is_called_like_a_save_is_left_alone(tmp_path):
+    (tmp_path / "0000000009.safetensors").mkdir()
+    here = Saves(tmp_path, "w")
+    here.write(3, STATE)
+    assert here.newest() == 3
+
+
+def test_a_half_written_save_is_removed(tmp_path):
+    here = Saves(tmp_path, "w")
+    here.write(3, STATE)
+    (tmp_path / ".0000000006.safetensors.abc.tmp").write_bytes(b"half")
+    assert Saves(tmp_path, "w").newest() == 3
+    assert files(tmp_path) == ["0000000003.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +108,8 @@ def test_a_save_of_other_work_is_ignored_and_removed(tmp_path):
         lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "six", "rows": "[]"}),
         lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "6", "rows": "[" * 100_000}),
         lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "6", "rows": "{}"}),
+        lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "6", "rows": "[]"}),  # without a digest
+        lambda path: checkpoint.save(path, STATE, {"work": "w", "step": "6", "rows": "[]", "sha256": "0" * 64}),
     ],
 )
 def test_a_damaged_save_gives_way_to_the_one_before(tmp_path, damage):
@@ -62,7 +118,9 @@ def test_a_damaged_save_gives_way_to_the_one_before(tmp_path, damage):
     here.write(6, STATE)
     damage(tmp_path / "0000000006.safetensors")
     assert here.newest() == 3
-    assert files(tmp_path) == ["0000000003.safetensors"]
+    assert files(tmp_path) == ["0000000003.safetensors", "0000000006.damaged"]
+    here.clear()
+    assert not tmp_path.exists()
 
 
 def test_a_save_that_went_away_is_told(tmp_path):

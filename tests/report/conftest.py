@@ -94,7 +94,7 @@ def _history(sites: tuple[str, ...], steps: int, stuck: bool) -> dict[str, Any]:
         where = sites if arm == "federated" else ["pooled"] if arm == "centralized" else [arm.removeprefix("local:")]
         pretrain[arm], adapt[arm] = [], []
         for site in where:
-            for step in range(0, steps, max(1, steps // 60)):
+            for step in range(steps):
                 done = step / steps
                 flat = stuck and arm == "federated" and site == sites[-1]
                 dino = log_k * (1 - (0.001 if flat else 0.22) * done) + noise.normal(0, 0.01 if flat else 0.03)
@@ -102,6 +102,7 @@ def _history(sites: tuple[str, ...], steps: int, stuck: bool) -> dict[str, Any]:
                     5.5 - 1.6 * done + noise.normal(0, 0.05),
                     1.2 - 2.0 * done + noise.normal(0, 0.05),
                 )
+                probed = {"probe_images": 240, "rankme": 20 + 40 * done, "knn_auroc": 0.5 + 0.2 * done}
                 pretrain[arm].append(
                     {
                         "step": step,
@@ -111,6 +112,9 @@ def _history(sites: tuple[str, ...], steps: int, stuck: bool) -> dict[str, Any]:
                         "ibot": ibot,
                         "koleo": koleo,
                         "log_k": log_k,
+                        "teacher_entropy": log_k * (0.95 - 0.2 * done),
+                        "feature_std": 0.5 + 0.4 * done,
+                        **(probed if step % 50 == 0 else {}),
                     }
                 )
             adapt[arm] += [

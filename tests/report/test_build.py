@@ -65,6 +65,7 @@ def test_leads_with_the_sentence_and_the_figure_then_the_rest_in_order(page):
         "How to read this",
         "Sample images of each site",
         "Learning curves",
+        "Health of pretraining",
         "All results, with 95 % intervals",
         "Where the head looks",
         "What was left out",
@@ -96,7 +97,7 @@ def test_every_figure_has_words_and_every_id_is_one(page):
         attributes for tag, attributes in outline.tags if tag == "svg" and attributes.get("aria-hidden") != "true"
     ]
     assert len(images) == 4 * 6 + 2 * 4
-    assert len(drawings) == 3 + 2 + 2 + 2 + 4
+    assert len(drawings) == 3 + 2 + 2 + 2 + 4 + 4
     assert all(attributes["alt"] for attributes in images)
     assert all(attributes["role"] == "img" and len(attributes["aria-label"]) > 40 for attributes in drawings)
     assert len(outline.ids) == len(set(outline.ids))
@@ -109,7 +110,7 @@ def test_tells_the_reasons_and_what_was_left_out(page):
     assert "Local: hannover-mhh was not trained: its training images hold no finding with both classes" in text
     assert "covid-chestxray: 3 files were refused" in text
     assert "batch 32 gives each of the sites 8 images a step" in text
-    assert text.count("The DINO loss stands at log K") == 1
+    assert text.count("Pretraining ended ailing, cls-plateau: Federated (covid-chestxray: DINO loss 5.5") == 1
     assert "Best otherOf the models that other sites trained alone, the one with the highest AUROC" in text
     assert "It is picked on the patients that it is then shown on" in text
     assert "a bound of exactly 0 (0.000) counts as including it" in text
@@ -136,6 +137,24 @@ def test_says_no_more_than_the_steps_allow(make_run, page):
         "too short to show that self-supervised learning helps" in build(make_run(steps=100, sites=SITES)).read_text()
     )
     assert "too short" not in page
+
+
+def test_health_is_shown_where_it_was_looked_at(make_run, page):
+    panels = page.split('<section id="health">')[1].split("</section>")[0]
+    assert panels.count("<svg viewBox=") - panels.count('aria-hidden="true"') == 4  # sites
+    assert re.search(r"; Effective rank centralized from [\d.]+ to [\d.]+, local from .*federated from", panels)
+    assert '<a href="#health">' in page
+    out = make_run()
+    history = json.loads((out / "history.json").read_text())
+    for rows in history["pretrain"].values():
+        for row in rows:
+            del row["log_k"], row["teacher_entropy"], row["feature_std"]
+            row.pop("rankme", None), row.pop("knn_auroc", None)
+    (out / "history.json").write_text(json.dumps(history))
+    bare = build(out).read_text()
+    assert "iBOT loss" in bare
+    assert "Health of pretraining" not in bare
+    assert "#health" not in bare
 
 
 def test_void_comes_first(make_run):

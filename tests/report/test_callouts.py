@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chexfound.pretrain.symptoms import ADVICE
 from chexfound.report import callouts
 from chexfound.report.run import Comparison, History, Metrics, Point, Result, Run
 
@@ -137,54 +138,63 @@ def test_what_cannot_be_judged_is_named_with_its_reason():
     )
 
 
-def points(values, site="A"):
-    return [Point(step=step, site=site, dino=value, log_k=LOG_K) for step, value in enumerate(values)]
-
-
-def falls(first, last, steps):
-    return [first + (last - first) * step / (steps - 1) for step in range(steps)]
-
-
-def dino(text_of):
-    return [text for text in text_of if "log K" in text]
+def points(values, site="A", name="dino", **others):
+    return [Point(step=step, site=site, log_k=LOG_K, **{name: value}, **others) for step, value in enumerate(values)]
 
 
 def with_history(**pretrain):
     return run(row("federated", "A", 0.8), history=History(pretrain=pretrain))
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ([6.2] * 20 + [5.54] * 100, True),
-        ([6.2] * 120, True),  # above log K and no longer falling
-        ([6.2] * 20 + [5.0] * 100, False),  # below it
-        (falls(6.3, 5.5, 120), False),  # still falling
-        (falls(6.3, 5.6, 120), False),  # above it, still falling
-        ([6.2] * 20 + [5.48] * 100, False),  # out of the band
-    ],
-)
-def test_a_dino_loss_that_stands_at_log_k_is_told(values, told):
-    found = dino(texts(with_history(federated=points(values)), "warn"))
-    assert ["stands at log K" in text for text in found] == [True] * told
+def ailing(some):
+    return [text for text in texts(some, "warn") if text.startswith("Pretraining ended ailing")]
 
 
-def test_ten_steps_judge_nothing():
-    found = dino(texts(with_history(federated=points(falls(6.4, 5.65, 10)))))
-    assert found == ["10 steps are too few to judge whether the DINO loss leaves log K (take at least 100)."]
-    assert dino(texts(with_history(federated=points([5.545] * 99)), "warn")) == []
+FLAT, LEARNS = [5.54] * 220, [6.2] * 20 + [5.0] * 200
 
 
-def test_one_warning_names_every_arm_at_log_k_and_no_other():
-    flat, learns = [5.54] * 120, [6.2] * 20 + [5.0] * 100
+def test_a_run_too_short_to_judge_is_noted():
+    def noted(steps):
+        some = with_history(federated=points([LOG_K] * steps))
+        return [text for text in texts(some, "note") if "too few" in text], len(ailing(some))
+
+    said = "199 steps are too few to judge whether the DINO loss leaves log K (take at least 200)."
+    assert noted(199) == ([said], 0)
+    assert noted(200) == ([], 1)
+
+
+def test_a_warm_up_is_not_judged_nor_a_recipe_that_cannot_be_read():
+    some = with_history(federated=points(FLAT))
+    some.recipe["optim"] = {"warmup_epochs": 8}  # of ten steps
+    assert [text for text in texts(some, "note") if "take at least 230" in text]
+    some.recipe["optim"] = {"warmup_epochs": "eight"}
+    assert len(ailing(some)) == 1
+
+
+def test_one_warning_a_symptom_names_every_arm_and_site_and_no_other():
     some = with_history(
-        federated=[*points(flat, "A"), *points(learns, "B")],
-        centralized=points(flat, "all sites, pooled"),
-        **{"local:A": points(flat, "A"), "local:B": points(learns, "B")},
+        federated=[*points(FLAT, "A"), *points(LEARNS, "B")],
+        centralized=points(FLAT, "all sites, pooled"),
+        **{
+            "local:A": points(FLAT, "A"),
+            "local:B": points([0.01] * 220, "B", "feature_std"),
+        },
     )
-    (text,) = dino(texts(some))
-    assert "Federated (5.540 of 5.545 at A), Pooled (centralized) (5.540 of 5.545) and Local: A (5.5" in text
-    assert "Local: B" not in text
+    plateau, constant = ailing(some)
+    seen = "DINO loss 5.540, log K 5.545"
+    where = f"Federated (A: {seen}), Pooled (centralized) ({seen}) and Local: A ({seen})."
+    assert plateau == f"Pretraining ended ailing, cls-plateau: {where} {_sentence('cls-plateau')}"
+    assert constant.startswith("Pretraining ended ailing, constant-features: Local: B (feature std 0.010 of 1). ")
+
+
+def _sentence(name):
+    return f"{ADVICE[name][0].upper()}{ADVICE[name][1:]}."
+
+
+def test_a_healthy_run_and_one_without_figures_are_not_warned_of():
+    assert ailing(with_history(federated=points(LEARNS))) == []
+    bare = with_history(federated=[Point(step=step, loss=1.0) for step in range(20)])
+    assert [text for text in texts(bare) if "too few" in text] == []
 
 
 def test_a_deployed_run_is_not_told_to_lack_arms():

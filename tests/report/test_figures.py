@@ -60,11 +60,32 @@ def line(n=400, **values):
 
 
 def test_curves_show_log_k_and_only_what_there_is():
-    svg = figures.curves_panel([line(dino=5.0, ibot=4.0, log_k=5.545)], "c0", "x")
+    svg = figures.strips_panel([line(dino=5.0, ibot=4.0, log_k=5.545)], figures.CURVES, "c0", "x")
     assert {"DINO loss", "iBOT loss", "dashed: log K = 5.54"} <= set(words(svg)) or "dashed: log K = 5.55" in words(svg)
     assert not {"KoLeo loss", "Head loss"} & set(words(svg))
-    assert figures.curves_panel([line(n=0)], "c0", "x") is None
-    assert figures.curves_panel([line(n=1, dino=5.0)], "c0", "x") is not None
+    assert figures.strips_panel([line(n=0)], figures.CURVES, "c0", "x") is None
+    assert figures.strips_panel([line(n=1, dino=5.0)], figures.CURVES, "c0", "x") is not None
+
+
+def test_health_shows_each_figure_against_its_collapse():
+    def titles(**values):
+        return set(words(figures.strips_panel([line(**values)], figures.HEALTH, "h0", "x") or "<svg/>"))
+
+    seen = titles(dino=5.0, log_k=5.0, teacher_entropy=4.0, feature_std=0.5, rankme=20.0, knn_auroc=0.7)
+    assert {strip.title for strip in figures.HEALTH} < seen
+    assert {f"dashed: {strip.bound_says}" for strip in figures.HEALTH} < seen
+    assert titles(dino=5.0, teacher_entropy=4.0, ibot=3.0) == set()  # without log K they tell nothing
+    gap, entropy = (
+        strip.series(line(n=5, dino=5.5, log_k=5.0, teacher_entropy=4.0))[1] for strip in figures.HEALTH[:2]
+    )
+    assert gap == pytest.approx([0.5] * 5)
+    assert entropy == pytest.approx([80.0] * 5)
+
+
+def test_a_probe_now_and_then_is_a_line_through_its_points():
+    points = [Point(step=step, rankme=9.0 if step % 100 == 99 else None) for step in range(300)]
+    steps, _ = figures.HEALTH[3].series(figures.Line("local", "", points, []))
+    assert steps.tolist() == [99, 199, 299]
 
 
 @given(st.integers(1, 2000))
@@ -72,7 +93,7 @@ def test_curves_show_log_k_and_only_what_there_is():
 def test_series_are_short_and_stay_within_the_values(n):
     values = np.sin(np.arange(n))
     points = [Point(step=int(step), dino=float(value)) for step, value in enumerate(values)]
-    steps, means = figures._series(figures.Line("local", "", points, []), "dino")
+    steps, means = figures.CURVES[0].series(figures.Line("local", "", points, []))
     assert 1 <= len(steps) == len(means) <= figures.CURVE_POINTS
     assert (np.diff(steps) > 0).all()
     assert steps[-1] == n - 1

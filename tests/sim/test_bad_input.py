@@ -228,9 +228,9 @@ def test_no_more_processes_than_can_have_work(simulate: Any, monkeypatch: Any) -
 
     asked: list[int] = []
 
-    def pool(workers: int, on_progress: Any) -> Any:
+    def pool(workers: int, *listeners: Any) -> Any:
         asked.append(workers)
-        return Pool(1, on_progress)
+        return Pool(1, *listeners)
 
     monkeypatch.setattr(module, "Pool", pool)
     assert simulate(*NOTHING, "--workers", "24").code == 0

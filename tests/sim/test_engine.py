@@ -60,6 +60,15 @@ def test_workers_work_raise_and_die() -> None:
             pool.result(pool.submit(0, "site 'A'", ("os:kill", (mine, signal.SIGKILL))))
 
 
+def test_what_ails_an_arm_comes_from_whatever_process_runs_it() -> None:
+    told: list[Any] = []
+    found = [{"site": "all", "symptom": "cls-plateau"}]
+    for workers in (1, 2):
+        with Pool(workers, on_warnings=lambda *what: told.append(what)) as pool:
+            pool.result(pool.submit(0, "t", ("sim.arms:on_warnings", (7, "centralized", found))))
+    assert told == [(7, "centralized", found)] * 2
+
+
 class Dead:
     """A process that ended long ago."""
 

@@ -13,6 +13,8 @@ import yaml
 from chexfound import load_backbone, load_head
 from chexfound.cli import main as chexfound_command
 from chexfound.model import checkpoint
+from chexfound.pretrain.symptoms import Symptom
+from server import health
 
 SITES, FINDINGS = ["alpha", "beta", "gamma"], ["Bar", "Blob"]
 TRAINED = {"federated", "centralized", "local:alpha", "local:beta", "random", "shuffled"}
@@ -48,7 +50,8 @@ def test_everything_is_there(one_worker: Any) -> None:
     assert checkpoint.digest(checkpoint.load(out / "model" / "model.safetensors")) == one_worker.hashes["federated"]
     card = (out / "model" / "README.md").read_text()
     assert one_worker.hashes["federated"] in card
-    assert not list((out / "work").rglob("features"))  # what an arm needed only while it trained is gone
+    for part in ("features", "state", "health"):  # what an arm needed only while it trained is gone
+        assert not list((out / "work").rglob(part)), part
 
 
 def test_its_model_can_be_released_with_its_heads(one_worker: Any, tmp_path: Path) -> None:
@@ -206,6 +209,26 @@ def test_by_lot_with_fewer_arms(simulate: Any) -> None:
     assert ran.code == 0, ran.stderr
     check_schema(ran.metrics, {"federated", "centralized", "random"}, set(), ["shard-0", "shard-1"])
     assert ran.metrics["not_trained"] == []
+
+
+def test_what_ails_an_arm_is_told_as_it_begins_and_once(simulate: Any, monkeypatch: Any) -> None:
+    ill = [Symptom("uniform-teacher", "entropy [high]", "not shown: the advice goes by the name")]
+    monkeypatch.setattr(health, "symptoms", lambda rows, **_: ill)
+    ran = simulate("--arms", "federated,centralized", "--set", "phases=[pretrain]")
+    assert ran.code == 0, ran.stderr
+    lines = [line for line in ran.stdout.splitlines() if "uniform-teacher" in line or " done in " in line]
+    sites = "; ".join(f"{site}: entropy [high]" for site in SITES)
+    for line, said in zip(
+        lines,
+        (
+            f"seed 0: federated, round 1: uniform-teacher ({sites}): the teacher says nothing: lower",
+            "seed 0: federated done in",
+            "seed 0: centralized, round 1: uniform-teacher (all sites, pooled: entropy [high]): the teacher",
+            "seed 0: centralized done in",
+        ),
+        strict=True,
+    ):
+        assert said in line
 
 
 def test_one_site_need_not_wait_for_another(simulate: Any) -> None:

@@ -1,0 +1,84 @@
+"""A site's round on two GPUs, played by two processes on a processor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from chexfound import phases
+from chexfound import recipe as recipes
+from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError
+from chexfound.phases import Request
+from chexfound.pretrain import rank
+from chexfound.pretrain.train import initial_weights
+
+SETTINGS = [
+    "train.local_steps=2",
+    "optim.optimizer=sgd",
+    "optim.warmup_epochs=0",
+    "teacher.policy=local",
+    "health.eval_period_iterations=2",
+]
+
+
+@pytest.fixture
+def recipe(tiny_recipe_file: Path) -> recipes.Recipe:
+    return recipes.load(tiny_recipe_file, recipes.parse_overrides(SETTINGS))
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHEXFOUND_DEVICE", "cpu")
+    for name in ("RANK", "WORLD_SIZE", "CHEXFOUND_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.e2e
+def test_rounds_are_those_of_one_gpu(make_site, recipe):
+    """One that goes well, then one whose weights diverge."""
+    one, two = make_site("one", None), make_site("two", None)
+    two.gpus, told = "2", []
+    two.progress = lambda *what: told.append(what)
+    request = Request(phase="pretrain", steps=2, batch_size=4, tensors=initial_weights(recipe))
+    expected, reply = (phases.run(site, recipe, request) for site in (one, two))
+    assert reply.values.keys() == expected.values.keys()
+    assert "rankme" in expected.values["history"][-1]
+    for ours, theirs in zip(reply.values["history"], expected.values["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert reply.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.allclose(reply.tensors[name], tensor, rtol=1e-3, atol=1e-5), name
+    assert told == [("pretrain", done, recipe.pretrain_steps) for done in (1, 2)]
+    huge = {name: 1e25 * tensor for name, tensor in expected.tensors.items()}
+    errors = []
+    for site in (one, two):
+        with pytest.raises(DataError) as error:
+            phases.run(site, recipe, replace(request, round=1, step=2, tensors=huge))
+        errors.append(str(error.value).replace(str(site.home), ""))
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("pretraining step 2: the loss is nan")
+    files = [next((site.home / "diverged").glob("*.json")).read_text() for site in (one, two)]
+    assert files[0] == files[1]
+    assert not (two.home / "ranks").exists()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_told_before_anything_starts(make_site, recipe):
+    site = make_site("all", None, gpus="2")
+    request = Request(phase="pretrain", steps=2, batch_size=5, tensors=initial_weights(recipe))
+    with pytest.raises(ConfigError, match="a batch of 5 images cannot be divided equally among the 2 GPUs"):
+        phases.run(site, recipe, request)
+
+
+def test_whose_failure_it_was(tmp_path):
+    assert isinstance(rank._failure(tmp_path, [0, -9]), SiteError)
+    assert "GPU 1 (of 2) died (killed by signal 9" in str(rank._failure(tmp_path, [0, -9]))
+    (tmp_path / "error-1.json").write_text(json.dumps({"code": "checkpoint", "text": "no room"}))
+    told = rank._failure(tmp_path, [0, 4])
+    assert (type(told), str(told)) == (CheckpointError, "GPU 1 (of 2): no room")
+    (tmp_path / "error-0.json").write_text(json.dumps({"code": "data", "text": "of all"}))
+    told = rank._failure(tmp_path, [3, 3])
+    assert (type(told), str(told)) == (DataError, "of all")
