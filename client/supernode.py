@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chexfound.errors import ConfigError
+from chexfound.processes import die_with_parent
 
 GRACE_S = 10.0  # for the SuperNode to say goodbye to the SuperLink
 RESTART_S = (5.0, 60.0)  # before one that ended by itself is started again: doubled each time, up to this
@@ -106,11 +106,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 class SuperNode:
     """The child, in a process group of its own, so that a signal reaches it once: through us."""
 
@@ -121,7 +116,7 @@ class SuperNode:
             arguments,
             env=dict(env),
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 (no other thread runs)
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (no other thread runs)
         )
 
     def wait(self) -> int:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
+from logging.handlers import RotatingFileHandler
 
 from chexfound.errors import ConfigError, SiteError
+from chexfound.journal import storage
+from chexfound.processes import die_with_parent
 from chexfound.roster import Address
 from server import members
 from server.federation import Federation
@@ -21,14 +26,22 @@ GRACE_S = 15.0  # for a process to end by itself
 RESTART_S = (1.0, 30.0)  # before a process that ended is started again: doubled each time, up to this
 
 
-class _Process:
-    """One of them, in a session of its own, with its lines marked by its name."""
+LOG_BYTES, LOGS_KEPT = 10 * 2**20, 3  # of each process
+LAST_LINES = 15  # that are shown of a process that ended by itself
 
-    def __init__(
-        self, name: str, command: Sequence[str], environment: dict[str, str], say: Callable[[str], None]
-    ) -> None:
-        self.name, self._command, self._environment, self._say = name, command, environment, say
+
+class _Process:
+    """One of them, in a session of its own, that dies with us; its lines go to DIR/logs/NAME.log."""
+
+    def __init__(self, name: str, federation: Federation, say: Callable[[str], None]) -> None:
+        self.name, self._say = name, say
+        self._command, self._environment = federation.commands()[name], federation.environment()
         self._pause, self._again_at, self._started = RESTART_S[0], 0.0, 0.0
+        self._last: deque[str] = deque(maxlen=LAST_LINES)
+        self.log = federation.path("logs") / f"{name}.log"
+        with storage(self.log):
+            self.log.parent.mkdir(exist_ok=True)
+            self._file = RotatingFileHandler(self.log, maxBytes=LOG_BYTES, backupCount=LOGS_KEPT, encoding="utf-8")
         self.start()
 
     def start(self) -> None:
@@ -40,17 +53,28 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (no other thread runs Python code that locks)
         )
-        threading.Thread(target=self._tell, args=(self._child,), daemon=True).start()
+        self._reader = threading.Thread(target=self._keep_lines, args=(self._child,), daemon=True)
+        self._reader.start()
 
-    def _tell(self, child: subprocess.Popen[bytes]) -> None:
+    def _keep_lines(self, child: subprocess.Popen[bytes]) -> None:
         assert child.stdout is not None
-        for line in child.stdout:
-            self._say(f"{self.name}: {line.decode(errors='replace').rstrip()}")
+        with child.stdout as lines:
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                self._last.append(text)
+                self._file.emit(logging.makeLogRecord({"msg": text}))
 
     def ended(self) -> int | None:
         """The exit code, once it has ended."""
         return self._child.poll()
+
+    def tell_last(self) -> None:
+        """Show its last lines."""
+        self._reader.join(timeout=2)
+        for line in self._last:
+            self._say(f"  {self.name}: {line}")
 
     def keep(self) -> None:
         """Start it again if it ended, after a while."""
@@ -60,6 +84,7 @@ class _Process:
                 self._pause = RESTART_S[0]
         elif not self._again_at:
             self._again_at = now + self._pause
+            self.tell_last()
             self._say(f"{self.name} ended with exit code {code}; starting it again in {self._pause:.0f} s")
         elif now >= self._again_at:
             self._pause, self._again_at = min(2 * self._pause, RESTART_S[1]), 0.0
@@ -74,6 +99,8 @@ class _Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
+        self._reader.join(timeout=2)
+        self._file.close()
 
 
 def up(federation: Federation, say: Callable[[str], None]) -> int:
@@ -90,8 +117,7 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
         for address, key in ((federation.superlink, "superlink"), (federation.listen, "listen")):
             if _listens(address):
                 raise ConfigError(f"{key} {address}: something listens there already; is this federation up?")
-        commands, environment = federation.commands(), federation.environment()
-        running.append(_Process("superlink", commands["superlink"], environment, say))
+        running.append(_Process("superlink", federation, say))
         _wait(running[0], federation.superlink, asked)
         if not asked:
             new, struck = members.register_all(federation)
@@ -99,8 +125,8 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
                 say(f"site {name}: registered")
             for name in struck:
                 say(f"site {name}: struck off")
-            running += [_Process(name, commands[name], environment, say) for name in ("superexec", "guard")]
-            say(f"up: sites connect to {federation.public}; Ctrl-C ends it")
+            running += [_Process(name, federation, say) for name in ("superexec", "guard")]
+            say(f"up: sites connect to {federation.public}; logs in {federation.path('logs')}; Ctrl-C ends it")
         while not asked:
             time.sleep(0.2)
             for process in running:
@@ -117,10 +143,11 @@ def _wait(superlink: _Process, address: Address, asked: list[int]) -> None:
     deadline = time.monotonic() + START_S
     while not asked and not _listens(address):
         if (code := superlink.ended()) is not None:
+            superlink.tell_last()
             raise SiteError(f"flower-superlink ended with exit code {code}; its last lines above say why")
         if time.monotonic() > deadline:
             raise SiteError(
-                f"flower-superlink does not listen at {address} after {START_S:.0f} s; its lines above may say why"
+                f"flower-superlink does not listen at {address} after {START_S:.0f} s; {superlink.log} may say why"
             )
         time.sleep(0.1)
 
