@@ -56,3 +56,8 @@ def sim() -> int:
 def client() -> int:
     """`chexfound-client`."""
     return _enter("client.cli")
+
+
+def server() -> int:
+    """`chexfound-server`."""
+    return _enter("server.cli")

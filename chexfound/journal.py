@@ -69,8 +69,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, that file takes its place.
+
+    It is readable by its owner only until then, and after that as `mode` says (default: as the umask does).
 
     Raises: StorageError if the disk is full or not writable; `path` is then as it was.
     """
@@ -84,7 +86,7 @@ def replace_file(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~_umask() if mode is None else mode)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         finally:

@@ -1,4 +1,7 @@
-"""`chexfound-client`: takes a site's images in, then answers a coordinator from them."""
+"""`chexfound-client`: takes a site's images in, then answers a coordinator from them.
+
+`enrol` and `roster approve` come before that, once; without a word it serves.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,31 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from chexfound.errors import ChexfoundError, ConfigError, SiteError
+from chexfound.errors import ChexfoundError, ConfigError
+
+if TYPE_CHECKING:
+    from chexfound.roster import Address
+    from client.supernode import Credentials
 
 EPILOG = """\
-examples:
-  chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure
-  chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure --gpus all
-  CHEXFOUND_HOME=/srv/chexfound chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure
+once, before:
+  chexfound-client enrol --name CENTRE                  makes CENTRE.pub, for the coordinator
+  chexfound-client roster approve FILE                  the file that comes back: who is in the federation
+
+then:
+  chexfound-client --data /images                       for ever; at each start new images are taken in
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
-(default ~/.chexfound); new ones are added at the next start. Then Flower's SuperNode connects to the
-coordinator and does what runs ask for, until Ctrl-C. Images, names of patients and of files
-never leave; docs/deployed.md lists what does.
+(default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own
+key, and does what runs ask for, until Ctrl-C. Images, names of patients and of files never leave;
+docs/deployed.md lists what does.
 
-The same by hand, without taking in the images first:
-  flower-supernode --insecure --superlink 127.0.0.1:8000 --node-config 'site="CENTRE" data="/images"'
+without TLS and keys, on this machine or in a network in which every machine is trusted:
+  chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure
 
-exit codes: 0 told to stop, 2 an option is wrong, 3 the images cannot be used, 7 the SuperNode failed,
+exit codes: 0 told to stop, 2 an option is wrong or something was not approved, 3 the images or keys cannot be used,
 8 the disk is full, 130 Ctrl-C.
 """
 
@@ -45,16 +55,18 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="DIR", required=True, help="images: DICOM folder, folder with manifest.csv, or store"
     )
     result.add_argument(
-        "--name", metavar="SITE", required=True, help="this site's name, which the other sites and the report see"
+        "--name", metavar="SITE", help="this site's name (default: that of the one site enrolled on this machine)"
     )
     result.add_argument(
-        "--superlink", metavar="HOST:PORT", required=True, help="where the coordinator's flower-superlink listens"
+        "--superlink",
+        metavar="HOST:PORT",
+        help="with --insecure: where flower-superlink listens; else the approved file says where to connect",
     )
     result.add_argument(
         "--insecure",
         action="store_true",
-        help="connect without TLS: nobody is authenticated and all can be read on the way. The only way in this "
-        "release; for this machine itself, or a network in which every machine is trusted",
+        help="connect without TLS: nobody is authenticated and all can be read on the way; for this machine itself, "
+        "or a network in which every machine is trusted",
     )
     result.add_argument(
         "--gpus",
@@ -75,9 +87,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    given = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _serve(given)
+        if words and words[0] in ("enrol", "roster"):
+            from client import commands
+
+            return commands.main(words)
+        return _serve(parser().parse_args(words))
     except KeyboardInterrupt:
         print("\nStopped; nothing was left half-written.", file=sys.stderr)
         return 130
@@ -87,28 +103,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
+    from chexfound.roster import check_name
     from client import supernode
-    from client.home import checked_name, site_home
+    from client.home import site_home, sole_site
 
-    name = checked_name(given.name)
-    host, port = supernode.parse_address(given.superlink)
-    _check_insecure(given.insecure, given.superlink, supernode.is_loopback(host))
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    home = site_home(name)
+    address, credentials = _connection(given, name, home)
     data = Path(given.data).resolve()
     gpus = _gpus(given.gpus)
     config = supernode.node_config({"site": name, "data": str(data), **({"gpus": gpus} if gpus else {})})
-    home = site_home(name)
     with _alone(home, name):
         _take_in(name, data, home, given.image_px)
-        if supernode.answers(host, port):
-            _say(name, f"connecting to {given.superlink}, without TLS; Ctrl-C ends it")
+        how = "with TLS" if credentials else "without TLS"
+        if supernode.answers(address.host, address.port):
+            _say(name, f"connecting to {address}, {how}; Ctrl-C ends it")
         else:
-            _say(name, f"nothing answers at {given.superlink} yet; trying again until it does; Ctrl-C ends it")
-        child = supernode.SuperNode(supernode.command(given.superlink, config), supernode.environment(home / "flower"))
-        code = child.wait()
-    if child.asked is not None:
-        _say(name, "stopped")
-        return 130 if child.asked == signal.SIGINT else 0
-    raise SiteError(f"flower-supernode ended by itself with exit code {code}; its last lines above say why")
+            _say(name, f"nothing answers at {address} yet; trying again until it does; Ctrl-C ends it")
+        command = supernode.command(str(address), config, credentials)
+        asked = supernode.keep_running(command, supernode.environment(home / "flower"), lambda text: _say(name, text))
+    _say(name, "stopped")
+    return 130 if asked == signal.SIGINT else 0
+
+
+def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Address, Credentials | None]:
+    """Where to connect, and with what.
+
+    Raises: ConfigError if the site was not enrolled and approved, and --insecure was not given.
+    """
+    from chexfound.roster import Address
+    from client import membership
+    from client.supernode import Credentials
+
+    if given.insecure:
+        if not given.superlink:
+            raise ConfigError("--insecure: say where to connect, with --superlink HOST:PORT")
+        address = Address.parse(given.superlink, "--superlink")
+        if not address.loopback:
+            print(
+                f"warning: {address} is another machine, and nothing on the way there is encrypted or authenticated; "
+                "go on only in a network that you trust",
+                file=sys.stderr,
+            )
+        return address, None
+    if given.superlink:
+        raise ConfigError(
+            "--superlink: with TLS the approved file says where to connect (chexfound-client roster approve FILE); "
+            "--superlink is for --insecure, which encrypts nothing and authenticates nobody"
+        )
+    federation = membership.approved(home)
+    if federation is None:
+        raise ConfigError(
+            f"site {name!r} is in no federation yet: chexfound-client enrol --name {name}, give the file to the "
+            "coordinator, then chexfound-client roster approve the one that comes back"
+        )
+    membership.check_own(name, membership.public_keys(home), federation, str(home / "federation.json"))
+    return federation.server, Credentials(home / "ca.crt", home / "keys" / "node.key")
 
 
 def _gpus(asked: str | None) -> str:
@@ -121,21 +172,6 @@ def _gpus(asked: str | None) -> str:
     from chexfound import machine
 
     return str(machine.gpus(asked))
-
-
-def _check_insecure(insecure: bool, address: str, loopback: bool) -> None:
-    if insecure and not loopback:
-        print(
-            f"warning: {address} is another machine, and nothing on the way there is encrypted or authenticated; "
-            "go on only in a network that you trust",
-            file=sys.stderr,
-        )
-    if not insecure:
-        where = "this machine" if loopback else "another machine: do so only in a network that you trust"
-        raise ConfigError(
-            "--insecure is missing: this release connects without TLS only, nothing encrypted and nobody "
-            f"authenticated. Give --insecure to agree to that; {address} is {where}"
-        )
 
 
 def _say(name: str, text: str) -> None:

@@ -23,11 +23,15 @@ def store_path(folder: Path, image_px: int) -> Path:
     return folder / f"store-{image_px}"
 
 
-def checked_name(name: str) -> str:
-    """A site name that can name a folder.
+def sole_site() -> str:
+    """The name of the one site that was enrolled on this machine.
 
-    Raises: ConfigError.
+    Raises: ConfigError if there is none, or there are several.
     """
-    if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name) > 64:
-        raise ConfigError(f"site name {name!r}: use 1 to 64 printable characters and no slash")
-    return name
+    folder = home() / "sites"
+    names = sorted(path.parent.name for path in folder.glob("*/keys"))
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise ConfigError(f"several sites were enrolled on this machine ({', '.join(names)}); say which, with --name")
+    raise ConfigError("no site was enrolled on this machine yet; begin with: chexfound-client enrol --name SITE")

@@ -12,7 +12,8 @@ from chexfound.data.split import View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
 from chexfound.phases import Site
-from client.home import checked_name, site_home, store_path
+from chexfound.roster import check_name
+from client.home import site_home, store_path
 
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
@@ -50,7 +51,8 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
     if "home" in node_config:
         folder = Path(str(node_config["home"]))
     else:
-        folder = site_home(checked_name(name))
+        check_name(name, "site name")
+        folder = site_home(name)
     if (data / "index.sqlite").exists():
         store = Store.open(data)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -11,37 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from ipaddress import ip_address
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from chexfound.errors import ConfigError
+from chexfound.processes import die_with_parent
 
 GRACE_S = 10.0  # for the SuperNode to say goodbye to the SuperLink
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT" ("[ADDRESS]:PORT" for IPv6).
-
-    Raises: ConfigError.
-    """
-    host, colon, port = text.rpartition(":")
-    if "://" in text or not colon:
-        raise ConfigError(f"--superlink {text!r}: write HOST:PORT without a prefix, for example 127.0.0.1:8000")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not bare or "/" in host or any(character.isspace() for character in host) or (":" in bare and bare == host):
-        raise ConfigError(f"--superlink {text!r}: {host!r} is not a host name or an address ([ADDRESS]:PORT for IPv6)")
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ConfigError(f"--superlink {text!r}: {port!r} is not a port (1 to 65535)")
-    return bare, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its very name; a name that is looked up elsewhere is not."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+RESTART_S = (5.0, 60.0)  # before one that ended by itself is started again: doubled each time, up to this
 
 
 def answers(host: str, port: int) -> bool:
@@ -93,16 +70,33 @@ def environment(flwr_home: Path) -> dict[str, str]:
     return values
 
 
-def command(superlink: str, config: str) -> list[str]:
+def command(superlink: str, config: str, credentials: Credentials | None) -> list[str]:
     """The child's command: the flower-supernode of this environment, with a free port of its own.
 
-    Raises: ConfigError if there is none.
+    Args:
+        superlink: HOST:PORT.
+        config: of `node_config`.
+        credentials: for TLS and authentication; None is a connection without both.
+
+    Raises: ConfigError if there is no such program.
     """
     beside = Path(sys.executable).with_name("flower-supernode")
     program = str(beside) if beside.exists() else shutil.which("flower-supernode")
     if program is None:
         raise ConfigError("flower-supernode is not installed beside this Python; install the package again")
-    return [program, "--insecure", "--superlink", superlink, "--node-config", config, "--port", str(free_port())]
+    proof = ["--insecure"]
+    if credentials is not None:
+        proof = ["--root-certificates", str(credentials.authority)]
+        proof += ["--auth-supernode-private-key", str(credentials.node_key)]
+    return [program, *proof, "--superlink", superlink, "--node-config", config, "--port", str(free_port())]
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Files: the certificate that signs the coordinator's, and the key that the node is known by."""
+
+    authority: Path
+    node_key: Path
 
 
 def free_port() -> int:
@@ -110,11 +104,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class SuperNode:
@@ -127,7 +116,7 @@ class SuperNode:
             arguments,
             env=dict(env),
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 (no other thread runs)
+            preexec_fn=die_with_parent,  # noqa: PLW1509 (no other thread runs)
         )
 
     def wait(self) -> int:
@@ -154,3 +143,35 @@ class SuperNode:
             self.asked, self._asked_at = number, time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             self._child.send_signal(number)
+
+
+def keep_running(arguments: Sequence[str], env: Mapping[str, str], say: Callable[[str], None]) -> int:
+    """Run a SuperNode, and a new one whenever it ends by itself, until SIGTERM or SIGINT; returns which.
+
+    A node that was killed is refused until the SuperLink has missed it for a minute; a coordinator may be away for
+    days: so it is tried for ever.
+    """
+    pause = RESTART_S[0]
+    while True:
+        began = time.monotonic()
+        child = SuperNode(list(arguments), env)
+        code = child.wait()
+        if child.asked is not None:
+            return child.asked
+        if time.monotonic() - began > 5 * RESTART_S[1]:
+            pause = RESTART_S[0]
+        say(f"flower-supernode ended with exit code {code}, its last lines above say why; again in {pause:.0f} s")
+        if (number := _told_to_stop(pause)) is not None:
+            return number
+        pause = min(2 * pause, RESTART_S[1])
+
+
+def _told_to_stop(seconds: float) -> int | None:
+    """Wait; SIGTERM or SIGINT if one of them comes."""
+    wanted = {signal.SIGTERM, signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    try:
+        got = signal.sigtimedwait(wanted, seconds)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return got.si_signo if got else None

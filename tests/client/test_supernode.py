@@ -36,45 +36,6 @@ def test_a_path_that_is_not_unicode_is_refused() -> None:
         supernode.node_config({"data": os.fsdecode(b"/images/\xff")})
 
 
-@pytest.mark.parametrize(
-    ("text", "host", "port"),
-    [("127.0.0.1:8000", "127.0.0.1", 8000), ("[::1]:1", "::1", 1), ("a.example:65535", "a.example", 65535)],
-)
-def test_addresses(text: str, host: str, port: int) -> None:
-    assert supernode.parse_address(text) == (host, port)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "8000",
-        "host",
-        "host:",
-        ":8000",
-        "host:0",
-        "host:65536",
-        "host:x",
-        "host:-1",
-        "http://h:1",
-        "h/p:1",
-        "::1:80",
-        "a b:1",
-        "h:²",
-    ],
-)
-def test_addresses_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="--superlink"):
-        supernode.parse_address(text)
-
-
-def test_loopback() -> None:
-    assert all(supernode.is_loopback(host) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"))
-    assert not any(
-        supernode.is_loopback(host) for host in ("10.0.0.1", "0.0.0.0", "example.org", "localhost.example.org")
-    )
-
-
 def test_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -94,10 +55,37 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_command_is_that_of_this_environment() -> None:
-    program, *arguments = supernode.command("127.0.0.1:8000", 'site="A"')
+    program, *arguments = supernode.command("127.0.0.1:8000", 'site="A"', None)
     assert Path(program) == Path(sys.executable).with_name("flower-supernode")
     assert arguments[:5] == ["--insecure", "--superlink", "127.0.0.1:8000", "--node-config", 'site="A"']
     assert 0 < int(arguments[arguments.index("--port") + 1]) < 65536
+
+
+def test_the_command_with_tls_and_the_nodes_key() -> None:
+    held = supernode.Credentials(Path("/h/ca.crt"), Path("/h/node.key"))
+    _, *arguments = supernode.command("coordinator:8443", 'site="A"', held)
+    assert arguments[:4] == ["--root-certificates", "/h/ca.crt", "--auth-supernode-private-key", "/h/node.key"]
+    assert "--insecure" not in arguments
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_that_ends_by_itself_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    """Three times, each after twice the pause; then we are told to stop, in a pause."""
+    said: list[str] = []
+    monkeypatch.setattr(supernode, "RESTART_S", (0.5, 30.0))
+    before = signal.getsignal(number)
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 3:
+            threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+
+    assert supernode.keep_running([sys.executable, "-c", "raise SystemExit(3)"], os.environ, say) == number
+    assert len(said) == 3
+    assert all("ended with exit code 3" in text for text in said)
+    assert signal.getsignal(number) == before
 
 
 # A stand-in for flower-supernode, which starts a child of its own, writes its id, and waits.

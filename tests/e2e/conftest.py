@@ -18,7 +18,14 @@ import cv2
 import numpy as np
 import pytest
 
+from chexfound import recipe as recipes
+from chexfound.data.sources import ingest
+from chexfound.data.store import Store
 from chexfound.rng import numpy_generator
+from chexfound.schema import Recipe
+from sim.arms import Plan, run_federated
+from sim.partition import partition
+from sim.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 240.0  # how long a machine may take that does much else; on an idle one a test takes a tenth of it
@@ -189,3 +196,39 @@ def write_site(folder: Path, name: str, patients: int, px: int) -> Path:
 @pytest.fixture(scope="session")
 def make_site() -> Callable[[Path, str, int, int], Path]:
     return write_site
+
+
+PX = 64
+RECIPE = recipes.validate(
+    {
+        "name": "it's tiny",  # a quote, which the run-config file must carry
+        "image_px": PX,
+        "federation": {"min_sites": 2},
+        "train": {"rounds": 2, "local_steps": 2, "pooled_batch_size": 8, "OFFICIAL_EPOCH_LENGTH": 2},
+        "crops": {"global_crops_size": 48, "local_crops_size": 32, "local_crops_number": 1},
+        "adapt": {"rounds": 1, "local_steps": 2, "pooled_batch_size": 8, "views": 1, "min_positives": 4},
+        "evaluate": {"bootstrap_samples": 20},
+    },
+    "the test's recipe",
+)
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    return RECIPE
+
+
+def in_process(images: Path, folder: Path, workers: int) -> str:
+    ingest(images, folder / "store", PX)
+    sites = partition(Store.open(folder / "store"), "source", RECIPE.seed).sites
+    plan = Plan(recipe=RECIPE, store=folder / "store", sites=sites, folder=folder / "plan")
+    plan.write_shards()
+    with Pool(workers) as pool:
+        run_federated(plan, "federated", pool)
+    return json.loads((plan.arm_folder("federated") / "metrics.json").read_text())["model_sha256"]["federated"]
+
+
+@pytest.fixture(scope="session")
+def simulate() -> Callable[[Path, Path, int], str]:
+    """The hash of the model of the same run in process."""
+    return in_process

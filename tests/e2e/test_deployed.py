@@ -12,30 +12,13 @@ from typing import Any
 import pytest
 
 from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.store import Store
 from chexfound.journal import read_journal
 from chexfound.model import checkpoint, release
 from chexfound.report import build
-from sim.arms import Plan, run_federated
-from sim.partition import partition
-from sim.pool import Pool
+from chexfound.schema import Recipe
 
 pytestmark = pytest.mark.e2e
 
-PX = 64
-RECIPE = recipes.validate(
-    {
-        "name": "it's tiny",  # a quote, which the run-config file must carry
-        "image_px": PX,
-        "federation": {"min_sites": 2},
-        "train": {"rounds": 2, "local_steps": 2, "pooled_batch_size": 8, "OFFICIAL_EPOCH_LENGTH": 2},
-        "crops": {"global_crops_size": 48, "local_crops_size": 32, "local_crops_number": 1},
-        "adapt": {"rounds": 1, "local_steps": 2, "pooled_batch_size": 8, "views": 1, "min_positives": 4},
-        "evaluate": {"bootstrap_samples": 20},
-    },
-    "the test's recipe",
-)
 SECRET = "ward-seven"  # in the path of B's images  # noqa: S105
 
 
@@ -53,26 +36,22 @@ class Deployed:
         self.exit_code_a: int | None = None
 
 
-def simulate(images: Path, folder: Path, workers: int) -> str:
-    ingest(images, folder / "store", PX)
-    sites = partition(Store.open(folder / "store"), "source", RECIPE.seed).sites
-    plan = Plan(recipe=RECIPE, store=folder / "store", sites=sites, folder=folder / "plan")
-    plan.write_shards()
-    with Pool(workers) as pool:
-        run_federated(plan, "federated", pool)
-    return json.loads((plan.arm_folder("federated") / "metrics.json").read_text())["model_sha256"]["federated"]
-
-
 @pytest.fixture(scope="module")
-def deployed(federation: Any, make_site: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+def deployed(
+    federation: Any,
+    make_site: Callable[..., Path],
+    simulate: Callable[..., str],
+    recipe: Recipe,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Deployed:
     """One federation for all tests: each round costs Flower's polls and a process a message."""
     images, result = tmp_path_factory.mktemp("images"), Deployed()
     a = make_site(images / "a", "A", 40, 80)
     b = make_site(images / SECRET, "B", 36, 80)
     run_config = federation.folder / "recipe.toml"
-    run_config.write_text(recipes.to_run_config(RECIPE))
+    run_config.write_text(recipes.to_run_config(recipe))
     superlink = federation.superlink()
-    client = federation.client("A", a, federation.folder / "hospital-a", PX)
+    client = federation.client("A", a, federation.folder / "hospital-a", recipe.image_px)
 
     # A alone: the run waits for min_sites.  B comes, but its images are gone.
     first = federation.run("run-without-images", run_config)
@@ -88,7 +67,7 @@ def deployed(federation: Any, make_site: Callable[..., Path], tmp_path_factory: 
     # stopped after its first round; another run goes on from what it left.
     again = federation.folder / "again.toml"
     run_dir = federation.folder / "again"
-    again.write_text(recipes.to_run_config(replace(RECIPE, phases=("pretrain",))) + f'run-dir = "{run_dir}"\n')
+    again.write_text(recipes.to_run_config(replace(recipe, phases=("pretrain",))) + f'run-dir = "{run_dir}"\n')
     runs = [federation.run("run-1", run_config)]
     for workers in (1, 2):
         result.hashes[workers] = simulate(images, tmp_path_factory.mktemp("sim"), workers)
@@ -138,7 +117,7 @@ def test_stopped_and_resumed_gives_the_same_bits(deployed: Deployed) -> None:
     assert checkpoint.digest(backbones[0]) == checkpoint.digest(backbones[1])
 
 
-def test_a_run_leaves_what_the_report_needs(deployed: Deployed, federation: Any) -> None:
+def test_a_run_leaves_what_the_report_needs(deployed: Deployed, recipe: Recipe, federation: Any) -> None:
     folder = deployed.folders[0]
     assert folder.parent == federation.home / "runs"
     names = {path.name for path in folder.iterdir()}
@@ -152,17 +131,17 @@ def test_a_run_leaves_what_the_report_needs(deployed: Deployed, federation: Any)
     assert all(row["auroc"] is not None for row in written["results"])
     _, findings, _, head = release.load(folder / "model")
     assert (findings, head is None) == (("Nodule",), False)
-    assert recipes.load(str(folder / "recipe.yaml")) == RECIPE
+    assert recipes.load(str(folder / "recipe.yaml")) == recipe
     assert read_journal(folder / "journal.jsonl")[-1]["event"] == "done"
     page = build.build(folder).read_text()
     assert "Nodule" in page
     assert written["model_sha256"]["federated"][:12] in page
 
 
-def test_the_log_is_one_line_a_round(deployed: Deployed) -> None:
+def test_the_log_is_one_line_a_round(deployed: Deployed, recipe: Recipe) -> None:
     text = deployed.streams[0]
-    assert len(re.findall(r"event=round phase=pretrain", text)) == RECIPE.train.rounds
-    assert len(re.findall(r"event=round phase=adapt", text)) == RECIPE.adapt.rounds
+    assert len(re.findall(r"event=round phase=pretrain", text)) == recipe.train.rounds
+    assert len(re.findall(r"event=round phase=adapt", text)) == recipe.adapt.rounds
     assert "Traceback" not in text
 
 

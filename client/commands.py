@@ -1,0 +1,117 @@
+"""What a site's operator does once: `chexfound-client enrol` and `chexfound-client roster approve`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from chexfound.errors import ConfigError, PolicyError
+from chexfound.journal import write_text
+from chexfound.roster import check_name, public_file
+from chexfound.signing import fingerprint
+from client import membership
+from client.home import site_home, sole_site
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands' options."""
+    result = argparse.ArgumentParser(prog="chexfound-client")
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    enrol = commands.add_parser(
+        "enrol",
+        help="make this site's keys",
+        description="Make this site's two keys, which never leave, and SITE.pub with their public halves, for the "
+        "coordinator. Done again, it writes the same file.",
+    )
+    enrol.add_argument("--name", metavar="SITE", required=True, help="which the other sites and the report see")
+    enrol.add_argument("--out", metavar="FILE", type=Path, help="where to (default: SITE.pub here)")
+    enrol.set_defaults(run=_enrol)
+    roster = commands.add_parser("roster", help="who is in the federation")
+    of_roster = roster.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    approve = of_roster.add_parser(
+        "approve",
+        help="approve the coordinator's file",
+        description="Show who is in the federation, by the file that the coordinator sent, and approve it. Compare the "
+        "fingerprints with those people, by telephone or in person, before you say yes. Each change of who is in it "
+        "needs a new file and a new approval.",
+    )
+    approve.add_argument("file", metavar="FILE", type=Path, help="NAME.federation.json")
+    approve.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    approve.add_argument("--yes", action="store_true", help="do not ask: the fingerprints were compared before")
+    approve.set_defaults(run=_approve)
+    show = of_roster.add_parser("show", help="show what was approved")
+    show.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    show.set_defaults(run=_show)
+    return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit code.
+
+    Raises: ChexfoundError.
+    """
+    given = parser().parse_args(arguments)
+    code: int = given.run(given)
+    return code
+
+
+def _enrol(given: argparse.Namespace) -> int:
+    check_name(given.name, "site name")
+    home, out = site_home(given.name), given.out or Path(f"{given.name}.pub")
+    keys, made = membership.make_keys(home)
+    write_text(out, public_file(given.name, keys))
+    print(
+        f"site {given.name}: {'made its keys' if made else 'has its keys already'} in {home / 'keys'}; they never leave"
+    )
+    print(f"  node     {fingerprint(keys.node)}")
+    print(f"  identity {fingerprint(keys.identity)}")
+    print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")
+    print("      then approve the file that comes back: chexfound-client roster approve FILE")
+    return 0
+
+
+def _approve(given: argparse.Namespace) -> int:
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    home, federation = site_home(name), membership.read(given.file)
+    membership.check_own(name, membership.public_keys(home), federation, str(given.file))
+    before = membership.approved(home)
+    if before is not None and before.name == federation.name and before.sites.serial > federation.sites.serial:
+        raise ConfigError(
+            f"{given.file}: older (serial {federation.sites.serial}) than what was approved ({before.sites.serial}); "
+            "ask the coordinator for the present one"
+        )
+    _tell(federation, name)
+    for change in membership.changes(before, federation):
+        print(f"  change: {change}")
+    if not given.yes and not _confirmed():
+        raise PolicyError("not approved; nothing was changed")
+    membership.approve(home, federation)
+    print(f"approved; next: chexfound-client --data DIR{'' if not given.name else f' --name {shlex.quote(name)}'}")
+    return 0
+
+
+def _confirmed() -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError("there is no terminal to ask on; compare the fingerprints, then give --yes")
+    return input("Are these the fingerprints that they told you? [yes/no] ").strip().lower() == "yes"
+
+
+def _show(given: argparse.Namespace) -> int:
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    federation = membership.approved(site_home(name))
+    if federation is None:
+        raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE")
+    _tell(federation, name)
+    return 0
+
+
+def _tell(federation: membership.Federation, own: str) -> None:
+    print(f"federation {federation.name} at {federation.server}, roster {federation.sites.serial}")
+    print(f"  authority {federation.authority_fingerprint}")
+    for name, keys in sorted(federation.sites.sites.items()):
+        print(f"  {name}{' (this site)' if name == own else ''}: {fingerprint(keys.identity)}")

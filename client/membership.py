@@ -1,0 +1,178 @@
+"""A site's own keys, and the federation that its operator approved.
+
+    HOME/keys/node.key        by which Flower authenticates the site's node (ECDSA on P-384, OpenSSH's format)
+    HOME/keys/identity.key    by which the site signs what it says (Ed25519, PKCS #8)
+    HOME/federation.json      the file of the coordinator, as it was approved
+    HOME/ca.crt               the authority in it
+
+Both keys are made here, have mode 0600 and never leave.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from chexfound import roster, signing
+from chexfound.errors import ConfigError, DataError
+from chexfound.journal import replace_file, storage, write_json, write_text
+from chexfound.roster import Address, Keys, Roster
+
+
+def make_keys(home: Path) -> tuple[Keys, bool]:
+    """The site's public keys, made if there are none yet; and whether they were.
+
+    Raises: DataError if there are some that cannot be read.
+    """
+    node, identity = home / "keys" / "node.key", home / "keys" / "identity.key"
+    made = not node.exists() and not identity.exists()
+    if made:
+        with storage(node):
+            node.parent.mkdir(parents=True, exist_ok=True)
+            os.chmod(node.parent, 0o700)
+        _write(identity, Ed25519PrivateKey.generate(), serialization.PrivateFormat.PKCS8)
+        _write(node, ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
+    return public_keys(home), made
+
+
+def _write(path: Path, key: Ed25519PrivateKey | ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
+    text = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    with replace_file(path, 0o600) as temporary:
+        temporary.write_bytes(text)
+
+
+def public_keys(home: Path) -> Keys:
+    """The public halves of the site's keys.
+
+    Raises: DataError.
+    """
+    path = home / "keys" / "node.key"
+    try:
+        node = serialization.load_ssh_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: the node's key cannot be read ({error}); chexfound-client enrol makes one") from error
+    line = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return Keys(line.decode("ascii"), signing.public_line(identity_key(home).public_key()))
+
+
+def identity_key(home: Path) -> Ed25519PrivateKey:
+    """The key that the site signs with.
+
+    Raises: DataError.
+    """
+    path = home / "keys" / "identity.key"
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: the identity key cannot be read ({error}); chexfound-client enrol makes one"
+        ) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise DataError(f"{path}: not an Ed25519 key")
+    return key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """What the coordinator's file says.
+
+    Args:
+        name: of the federation.
+        server: where to connect.
+        authority: PEM of the certificate that signs the server's.
+        sites: who is in it.
+    """
+
+    name: str
+    server: Address
+    authority: str
+    sites: Roster
+
+    @property
+    def authority_fingerprint(self) -> str:
+        """SHA-256 of the certificate, in hex, as `openssl x509 -fingerprint -sha256` shows it but for the colons."""
+        return _certificate(self.authority, "ca").fingerprint(hashes.SHA256()).hex()
+
+
+def _certificate(text: str, where: str) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(text.encode("ascii"))
+    except ValueError as error:
+        raise ConfigError(f"{where}: its ca is not a certificate in PEM ({error})") from error
+
+
+def read(path: Path) -> Federation:
+    """The coordinator's file, or one that was approved.
+
+    Raises: ConfigError.
+    """
+    values = roster.read_json(path)
+    keys = {"format", "name", "server", "ca", "roster"}
+    if (
+        not isinstance(values, dict)
+        or set(values) != keys
+        or not all(isinstance(values[key], str) for key in ("name", "server", "ca"))
+    ):
+        raise ConfigError(f"{path}: not the NAME.federation.json of chexfound-server")
+    if values["format"] != roster.FORMAT:
+        raise ConfigError(f"{path}: of format {values['format']!r}; this release reads {roster.FORMAT}")
+    _certificate(values["ca"], str(path))
+    sites = roster.parse(values["roster"], str(path))
+    if sites.federation != values["name"]:
+        raise ConfigError(f"{path}: its roster is that of another federation, {sites.federation!r}")
+    server = Address.parse(values["server"], f"{path}: server")
+    return Federation(name=values["name"], server=server, authority=values["ca"], sites=sites)
+
+
+def approved(home: Path) -> Federation | None:
+    """What the site's operator approved last; None before the first time."""
+    path = home / "federation.json"
+    return read(path) if path.exists() else None
+
+
+def approve(home: Path, federation: Federation) -> None:
+    """From now on the site connects there, in this company."""
+    values = roster.invitation(federation.name, federation.server, federation.authority, federation.sites)
+    write_text(home / "ca.crt", federation.authority)
+    write_json(home / "federation.json", values)
+
+
+def check_own(name: str, keys: Keys, federation: Federation, where: str) -> None:
+    """Raise ConfigError unless the roster has this site, with the keys that it holds."""
+    sites = federation.sites.sites
+    if name not in sites:
+        near = difflib.get_close_matches(name, sites, n=1)
+        raise ConfigError(
+            f"{where}: the federation {federation.name!r} has no site {name!r}"
+            + (f" (it has {near[0]!r})" if near else "")
+            + "; give the coordinator this site's .pub file, and take the new file that comes back"
+        )
+    if sites[name] != keys:
+        raise ConfigError(
+            f"{where}: has other keys for {name!r} than this site holds "
+            f"({signing.fingerprint(sites[name].identity)} there, {signing.fingerprint(keys.identity)} here); "
+            "give the coordinator the .pub file that chexfound-client enrol makes now"
+        )
+
+
+def changes(before: Federation | None, after: Federation) -> list[str]:
+    """What would be new if this were approved; nothing if it is what was."""
+    if before is None:
+        return []
+    said = []
+    if before.server != after.server:
+        said.append(f"the coordinator is at {after.server}, not at {before.server} any more")
+    if before.authority_fingerprint != after.authority_fingerprint:
+        said.append("the certificate authority is ANOTHER ONE: ask the coordinator why, in person")
+    old, new = before.sites.sites, after.sites.sites
+    said += [f"new site {name}" for name in sorted(set(new) - set(old))]
+    said += [f"site {name} is gone" for name in sorted(set(old) - set(new))]
+    said += [f"site {name} has OTHER KEYS" for name in sorted(set(new) & set(old)) if new[name] != old[name]]
+    return said
