@@ -28,11 +28,11 @@ from chexfound.model import checkpoint
 from chexfound.phases import Request, Site
 from chexfound.recipe import changed
 from chexfound.schema import Recipe
+from sim import listeners
+from sim.listeners import OnWarnings
 
 FEDERATED_ARMS = ("federated", "random", "shuffled")
 FITTED_ARMS = ("site-view", "histogram")
-OnWarnings = Callable[[int, str, list[dict[str, Any]]], None]  # seed, arm, what `server.health.warnings` gives
-on_warnings: OnWarnings | None = None  # told what begins to ail a lone arm, as it does; set by who runs it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def run_alone(plan: Plan, arm: str) -> float:
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
     own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
     batches = Batches.pooled(recipe, n_sites)
-    warn = _warner(plan, arm, on_warnings)
+    warn = _warner(plan, arm, listeners.on_warnings)
     outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches, on_event=warn).run()
     for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))

@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from chexfound.errors import ChexfoundError, SiteError
-from sim import arms
-from sim.arms import OnWarnings
+from sim import listeners
+from sim.listeners import OnWarnings
 
 OnProgress = Callable[[str, str, int, int], None]  # who, phase, done, of how many
 Task = tuple[str, tuple[Any, ...]]
@@ -172,7 +172,7 @@ def _call(task: Task, on_progress: OnProgress | None, on_warnings: OnWarnings | 
 
     name, arguments = task
     module, _, function = name.partition(":")
-    site.on_progress, arms.on_warnings = on_progress, on_warnings
+    site.on_progress, listeners.on_warnings = on_progress, on_warnings
     return getattr(importlib.import_module(module), function)(*arguments)
 
 

@@ -65,7 +65,7 @@ def test_what_ails_an_arm_comes_from_whatever_process_runs_it() -> None:
     found = [{"site": "all", "symptom": "cls-plateau"}]
     for workers in (1, 2):
         with Pool(workers, on_warnings=lambda *what: told.append(what)) as pool:
-            pool.result(pool.submit(0, "t", ("sim.arms:on_warnings", (7, "centralized", found))))
+            pool.result(pool.submit(0, "t", ("sim.listeners:on_warnings", (7, "centralized", found))))
     assert told == [(7, "centralized", found)] * 2
 
 
