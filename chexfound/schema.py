@@ -30,7 +30,7 @@ Seconds = Annotated[float, Field(gt=0, le=100_000_000)]  # three years
 Moment = Annotated[float, Field(ge=0, lt=1)]  # Adam's decay rates
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+Weight = Annotated[float, Field(ge=0)]
 Strength = Annotated[float, Field(ge=0, le=5)]  # in log units
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Fraction, Fraction]
@@ -64,7 +64,7 @@ class Student:
     in_chans: Literal[1, 3] = 1
     num_register_tokens: Annotated[int, Field(ge=0, le=1024)] = 4
     ffn_layer: Literal["mlp", "swiglu", "swiglufused"] = "swiglu"  # swiglufused: DINOv2's other name of swiglu
-    layerscale: Weight = 0.1
+    layerscale: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     init: Literal["xavier", "trunc_normal"] = "xavier"  # of all linear layers; trunc_normal: 0.02, as DINOv2
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     drop_path_uniform: bool = True  # false: the rate rises from 0 at the first block to drop_path_rate at the last
