@@ -1,0 +1,88 @@
+"""Which code's bundles the site's operator approved, and which were refused and wait for a word.
+
+SITE/code.json             digests that were approved
+SITE/refused/DIGEST.fab    what came and was not; kept to be looked at, never unpacked
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from pathlib import Path
+
+from chexfound import bundle, roster
+from chexfound.bundle import Bundle
+from chexfound.errors import ConfigError, ProtocolError
+from chexfound.journal import storage, write_bytes, write_json
+
+FORMAT = 1
+KEPT = 5  # refused bundles, the latest
+
+
+def approved(home: Path) -> dict[str, str]:
+    """When each bundle was approved, by digest.
+
+    Raises: ConfigError if the file was damaged.
+    """
+    path = home / "code.json"
+    if not path.exists():
+        return {}
+    values = roster.read_json(path)
+    if (
+        not isinstance(values, dict)
+        or values.get("format") != FORMAT
+        or not isinstance(values.get("approved"), dict)
+        or not all(re.fullmatch("[0-9a-f]{64}", key) for key in values["approved"])
+    ):
+        raise ConfigError(f"{path}: damaged; remove it, and approve the code again: chexfound-client approve")
+    return {str(key): str(value) for key, value in values["approved"].items()}
+
+
+def approve(home: Path, digest: str) -> None:
+    """From now on runs of this bundle are accepted."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(home / "code.json", {"format": FORMAT, "approved": approved(home) | {digest: now}})
+    with storage(home):
+        (home / "refused" / f"{digest}.fab").unlink(missing_ok=True)
+
+
+def withdraw(home: Path, digest: str) -> None:
+    """Runs of this bundle are refused again.
+
+    Raises: ConfigError if it was not approved.
+    """
+    left = approved(home)
+    if left.pop(digest, None) is None:
+        raise ConfigError(f"{digest}: was not approved")
+    write_json(home / "code.json", {"format": FORMAT, "approved": left})
+
+
+def check(home: Path, content: bytes) -> str | None:
+    """Hold a bundle that came against what was approved; one that was not is kept for the operator to look at.
+
+    Returns: None if it was approved, else why not.
+    """
+    try:
+        digest = bundle.read(content).digest()
+    except ProtocolError as error:
+        return str(error)
+    try:
+        if digest in approved(home):
+            return None
+        keep(home, digest, content)
+    except (ConfigError, OSError) as error:
+        return str(error)
+    return f"the code {digest} was not approved here; look at it with: chexfound-client approve {digest[:12]}"
+
+
+def keep(home: Path, digest: str, content: bytes) -> None:
+    """Put a refused bundle where the operator finds it, the oldest of many away."""
+    write_bytes(home / "refused" / f"{digest}.fab", content)
+    for path in sorted((home / "refused").glob("*.fab"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        path.unlink(missing_ok=True)
+
+
+def refused(home: Path) -> dict[str, Bundle]:
+    """The bundles that were refused, by digest, the latest first."""
+    paths = sorted((home / "refused").glob("*.fab"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return {path.stem: bundle.read(path.read_bytes()) for path in paths}
