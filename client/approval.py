@@ -12,7 +12,7 @@ from pathlib import Path
 
 from chexfound import bundle, roster
 from chexfound.bundle import Bundle
-from chexfound.errors import ConfigError, ProtocolError
+from chexfound.errors import ChexfoundError, ConfigError, ProtocolError
 from chexfound.journal import storage, write_bytes, write_json
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def check(home: Path, content: bytes) -> str | None:
         if digest in approved(home):
             return None
         keep(home, digest, content)
-    except (ConfigError, OSError) as error:
+    except (ChexfoundError, OSError) as error:
         return str(error)
     return f"the code {digest} was not approved here; look at it with: chexfound-client approve {digest[:12]}"
 
