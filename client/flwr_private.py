@@ -9,6 +9,7 @@ the reason, for the worker to answer.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -162,22 +163,29 @@ class _Admission:
         told: Told,
     ) -> None:
         self._get_run, self._get_fab, self._refusal, self._told = get_run, get_fab, refusal, told
-        self._odd: dict[int, str] = {}
+        self._fabs: dict[int, Fab] = {}
 
     def run(self, run_id: int) -> Run:
         run = self._get_run(run_id)
         asked = run.override_config
         given: UserConfig = {key: value for key, value in asked.items() if key in RUN_KEYS and type(value) is str}
         if given != asked or run.primary_task_type == TaskType.AGENT_APP:
-            self._odd[run_id] = "the run's configuration holds what this release does not know"
+            refused: str | None = "the run's configuration holds what this release does not know"
+        else:
+            refused = self._refusal(self._get_fab(run.fab_hash, run_id).content)
+        self._told.state("receiving", refused=refused)
+        content = stand_in(refused or "")
+        self._fabs[run_id] = Fab(hashlib.sha256(content).hexdigest(), content, {})
         # A task of any other type would never be taken by the worker, and the SuperNode would wait for ever.
-        return dataclasses.replace(run, override_config=given, primary_task_type=TaskType.SERVER_APP)
+        return dataclasses.replace(
+            run,
+            override_config=given,
+            fab_hash=self._fabs[run_id].hash_str,
+            primary_task_type=TaskType.SERVER_APP,
+        )
 
     def fab(self, fab_hash: str, run_id: int) -> Fab:
-        fab = self._get_fab(fab_hash, run_id)
-        refused = self._odd.pop(run_id, None) or self._refusal(fab.content)
-        self._told.state("receiving", refused=refused)
-        return Fab(fab.hash_str, stand_in(refused or ""), {})
+        return self._fabs.pop(run_id)
 
 
 def stand_in(refused: str) -> bytes:

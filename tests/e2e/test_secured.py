@@ -79,6 +79,7 @@ def secured(federation: Any, make_site: Callable[..., Path], recipe: Recipe, tmp
         made.server("add-site", name, str(made.folder.parent / f"{name}.pub"))
     for name in NAMES:
         made.client(name, "roster", "approve", str(made.folder / "thorax.federation.json"), "--yes")
+        assert "differs from the installed release 0.1.0: nothing" in made.client(name, "approve")
     made.images = images
     made.up = federation.start("up", [sys.executable, "-m", "server.cli", "up", str(made.folder)])
     made.up.wait_for("up: sites connect to")
@@ -149,7 +150,7 @@ def test_without_tls_nothing_answers(secured: Secured) -> None:
 def node(secured: Secured, home: Path, authority: Path, name: str) -> Any:
     """Flower's node with some keys and some authority, until it says something of itself."""
     keys = supernode.Credentials(authority, home / "keys" / "node.key")
-    command = supernode.command(secured.address, 'site="X" data="/nowhere"', keys)
+    command = supernode.commands(home, secured.address, 'site="X" data="/nowhere"', keys)["supernode"]
     return secured.processes.start(name, [*command, "--max-retries", "1"], FLWR_HOME=str(home / "flower"))
 
 
