@@ -1,6 +1,7 @@
 """`chexfound-client`: takes a site's images in, then answers a coordinator from them.
 
-`enrol` and `roster approve` come before that, once; without a word it serves.
+`enrol` and `roster approve` come before that, once, and `check` looks whether it will work; without a word it serves,
+and `status` says what it is doing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ EPILOG = """\
 once, before:
   chexfound-client enrol --name CENTRE                  makes CENTRE.pub, for the coordinator
   chexfound-client roster approve FILE                  the file that comes back: who is in the federation
+
+whenever something does not work:
+  chexfound-client check --data /images                 what is wrong, and what to do about it
+  chexfound-client status                               what this site is doing
 
 then:
   chexfound-client --data /images                       for ever; at each start new images are taken in
@@ -89,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in ("enrol", "roster"):
+        if words and words[0] in ("enrol", "roster", "check", "status"):
             from client import commands
 
             return commands.main(words)
@@ -104,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(given: argparse.Namespace) -> int:
     from chexfound.roster import check_name
-    from client import supernode
+    from client import link, supernode
     from client.home import site_home, sole_site
 
     name = given.name or sole_site()
@@ -117,7 +122,7 @@ def _serve(given: argparse.Namespace) -> int:
     with _alone(home, name):
         _take_in(name, data, home, given.image_px)
         how = "with TLS" if credentials else "without TLS"
-        if supernode.answers(address.host, address.port):
+        if link.answers(address, "https" if credentials else "http"):
             _say(name, f"connecting to {address}, {how}; Ctrl-C ends it")
         else:
             _say(name, f"nothing answers at {address} yet; trying again until it does; Ctrl-C ends it")

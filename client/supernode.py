@@ -21,15 +21,6 @@ GRACE_S = 10.0  # for the SuperNode to say goodbye to the SuperLink
 RESTART_S = (5.0, 60.0)  # before one that ended by itself is started again: doubled each time, up to this
 
 
-def answers(host: str, port: int) -> bool:
-    """Whether anything listens there now."""
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
 def node_config(values: Mapping[str, str]) -> str:
     """The text for --node-config.
 
@@ -65,8 +56,9 @@ def environment(flwr_home: Path) -> dict[str, str]:
     values["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     values.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
     values.setdefault("PYTHONUNBUFFERED", "1")
+    without_proxy = values.get("no_proxy", values.get("NO_PROXY"))  # httpx looks at the other only if one is absent
     for name in ("NO_PROXY", "no_proxy"):
-        values[name] = ",".join([*filter(None, [values.get(name)]), "127.0.0.1", "localhost"])
+        values[name] = ",".join([*filter(None, [without_proxy]), "127.0.0.1", "localhost"])
     return values
 
 

@@ -1,0 +1,120 @@
+"""Against Flower's own SuperLink and SuperNode, with TLS and authentication of nodes; and through a proxy alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chexfound.roster import Address
+from client import flwr_private, link, membership, supernode
+from server import federation as federations
+from server import members
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 120.0
+
+
+class Process:
+    """One that writes to a file, in a session of its own."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        with open(log, "wb") as output:
+            self._process = subprocess.Popen(
+                command, env=dict(env), stdout=output, stderr=output, cwd=log.parent, start_new_session=True
+            )
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Fails if the process ends first."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not done():
+            assert self._process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[federations.Federation]:
+    """A SuperLink, to which one site's node is known; that of `stranger` is not."""
+    folder = tmp_path_factory.mktemp("superlink")
+    address = Address("127.0.0.1", supernode.free_port())
+    one = federations.create(folder / "thorax", "thorax", Address("coordinator.invalid", 1), Address("::1", 1), address)
+    known, _ = membership.make_keys(folder / "known")
+    membership.make_keys(folder / "stranger")
+    one.write_sites(one.sites().with_site("NORTH", known))
+    program, *options = one.commands()["superlink"]
+    command = [str(Path(sys.executable).with_name(program)), *options]
+    process = Process(command, one.environment(), folder / "superlink.log")
+    try:
+        process.wait_until(lambda: link.answers(address, "https"))
+        assert members.register_all(one) == (["NORTH"], [])
+        yield one
+    finally:
+        process.stop()
+
+
+def registered(federation: federations.Federation, name: str) -> bool:
+    key = membership.node_key(federation.folder.parent / name)
+    return flwr_private.registered(str(federation.superlink), federation.path("ca.crt").read_bytes(), key)
+
+
+def test_a_known_key_and_a_strange_one_are_told_apart(federation: federations.Federation) -> None:
+    """Without a change there: the node stays as it was registered."""
+    assert registered(federation, "known")
+    assert not registered(federation, "stranger")
+    assert members.nodes(federation)["NORTH"].status == "registered"
+
+
+def test_an_upload_without_a_signature_is_read_and_refused(federation: federations.Federation) -> None:
+    path, body, headers = flwr_private.unsigned_object(2**20)
+    trust = link.trust(federation.path("ca.crt").read_text())
+    with link.client(trust) as client:
+        assert client.post(f"https://{federation.superlink}{path}", content=body, headers=headers).status_code == 401
+
+
+def is_connected_to(port: int) -> bool:
+    """Whether a process has a connection to a port of loopback."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any((row[2], row[3]) == (f"0100007F:{port:04X}", "01") for row in rows)
+
+
+def test_a_node_behind_a_proxy(
+    federation: federations.Federation, make_proxy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The coordinator is reached through it alone, by a name that only it can look up, and this machine without it.
+
+    The node's SuperExec asks the node for work, on a port of loopback.
+    """
+    proxy = make_proxy({"coordinator.invalid": "127.0.0.1"}, "user:hunter2")
+    with monkeypatch.context() as there:
+        for name in ("HTTPS_PROXY", "HTTP_PROXY"):
+            there.setenv(name, proxy.url)
+        env = supernode.environment(tmp_path / "flower")
+    keys = supernode.Credentials(federation.path("ca.crt"), federation.folder.parent / "known" / "keys" / "node.key")
+    address = f"coordinator.invalid:{federation.superlink.port}"
+    command = supernode.command(address, 'site="NORTH" data="/nowhere"', keys)
+    process = Process(command, env, tmp_path / "node.log")
+    try:
+        process.wait_until(lambda: "SuperNode ID" in process.log.read_text())
+        process.wait_until(lambda: is_connected_to(int(command[command.index("--port") + 1])))
+        assert registered(federation, "known")
+        assert members.nodes(federation)["NORTH"].status == "online"  # whom the question did not disturb
+    finally:
+        process.stop()
+    assert set(proxy.asked) == {f"CONNECT {address}"}
+    assert "hunter2" not in process.log.read_text()
