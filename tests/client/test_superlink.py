@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from chexfound.roster import Address
@@ -78,6 +80,22 @@ def test_a_known_key_and_a_strange_one_are_told_apart(federation: federations.Fe
     assert registered(federation, "known")
     assert not registered(federation, "stranger")
     assert members.nodes(federation)["NORTH"].status == "registered"
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_clocks_that_are_borne_are_those_that_flower_bears(
+    federation: federations.Federation, monkeypatch: pytest.MonkeyPatch, within: bool, ahead: bool
+) -> None:
+    late, early = flwr_private.clock_tolerance()
+    seconds = (early if ahead else -late) * (0.5 if within else 1.1)
+    there = "flwr.supernode.node_auth_http_interceptor.now"
+    monkeypatch.setattr(there, lambda: link.now() + datetime.timedelta(seconds=seconds))
+    if within:
+        assert registered(federation, "known")
+    else:
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            registered(federation, "known")
 
 
 def test_an_upload_without_a_signature_is_read_and_refused(federation: federations.Federation) -> None:
