@@ -27,6 +27,7 @@ STATES = {
     "draining": "finishing, since it was told to stop",
     "stopped": "stopped",
 }
+IN_A_RUN = ("receiving", "working", "sending", "draining")
 TEXTS = ("since", "contact", "run", "phase", "refused")
 NUMBERS = ("round", "done", "of")
 
@@ -138,9 +139,9 @@ def _doing(node: dict[str, Any] | None) -> str:
     if node is None:
         return "has not been served yet: chexfound-client --data DIR"
     doing = STATES[node["state"]]
-    if node["phase"]:
-        doing += f", {shown(node['phase'])}"
-        doing += f" round {node['round']}" if node["round"] is not None else ""
+    if node["state"] in IN_A_RUN:
+        doing += f": {shown(node['phase'])}" if node["phase"] else ""
+        doing += f", round {node['round']}" if node["round"] is not None else ""
         doing += f", {node['done']} of {node['of']}" if node["of"] else ""
         doing += f", run {shown(node['run'])}" if node["run"] else ""
     since = f", since {_ago(node['since'])}" if node["since"] else ""

@@ -67,7 +67,9 @@ def test_what_it_is_doing(tell: Callable[..., None], capsys: pytest.CaptureFixtu
 
 def test_where_in_a_run_it_is(tell: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     tell(state="working", run="42", phase="pretrain", round=3, done=12, of=100)
-    assert "site NORTH: working, pretrain round 3, 12 of 100, run 42, since" in first(capsys)
+    assert "site NORTH: working: pretrain, round 3, 12 of 100, run 42, since" in first(capsys)
+    tell(state="idle", run="42", phase="pretrain", done=100, of=100)  # what is left of the last one
+    assert "waiting for a run, since" in first(capsys)
 
 
 def test_a_process_that_is_gone(tell: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_a_node_behind_a_proxy(
 ) -> None:
     """The coordinator is reached through it alone, by a name that only it can look up, and this machine without it.
 
-    The node's SuperExec asks the node for work, on a port of loopback.
+    The worker asks the node for work, on a port of loopback.
     """
     proxy = make_proxy({"coordinator.invalid": "127.0.0.1"}, "user:hunter2")
     with monkeypatch.context() as there:
@@ -125,14 +125,17 @@ def test_a_node_behind_a_proxy(
         env = supernode.environment(tmp_path / "flower")
     keys = supernode.Credentials(federation.path("ca.crt"), federation.folder.parent / "known" / "keys" / "node.key")
     address = f"coordinator.invalid:{federation.superlink.port}"
-    command = supernode.command(address, 'site="NORTH" data="/nowhere"', keys)
-    process = Process(command, env, tmp_path / "node.log")
+    commands = supernode.commands(tmp_path, address, 'site="NORTH" data="/nowhere"', keys)
+    processes = {name: Process(command, env, tmp_path / f"{name}.log") for name, command in commands.items()}
+    node, worker = processes["supernode"], processes["worker"]
     try:
-        process.wait_until(lambda: "SuperNode ID" in process.log.read_text())
-        process.wait_until(lambda: is_connected_to(int(command[command.index("--port") + 1])))
+        node.wait_until(lambda: "SuperNode ID" in node.log.read_text())
+        port = commands["supernode"][commands["supernode"].index("--port") + 1]
+        worker.wait_until(lambda: is_connected_to(int(port)))
         assert registered(federation, "known")
         assert members.nodes(federation)["NORTH"].status == "online"  # whom the question did not disturb
     finally:
-        process.stop()
+        for process in processes.values():
+            process.stop()
     assert set(proxy.asked) == {f"CONNECT {address}"}
-    assert "hunter2" not in process.log.read_text()
+    assert not any("hunter2" in process.log.read_text() for process in processes.values())
