@@ -140,7 +140,7 @@ def _doing(node: dict[str, Any] | None) -> str:
         return "has not been served yet: chexfound-client --data DIR"
     doing = STATES[node["state"]]
     if node["state"] in IN_A_RUN:
-        doing += f": {shown(node['phase'])}" if node["phase"] else ""
+        doing += f": {shown(node['phase'].rpartition('.')[2])}" if node["phase"] else ""
         doing += f", round {node['round']}" if node["round"] is not None else ""
         doing += f", {node['done']} of {node['of']}" if node["of"] else ""
         doing += f", run {shown(node['run'])}" if node["run"] else ""
