@@ -23,6 +23,11 @@ from client.home import store_path
 NOW = datetime.datetime.now(datetime.UTC)
 
 
+@pytest.fixture(autouse=True)
+def _time_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_now", lambda: NOW)
+
+
 @pytest.fixture
 def home(enrolled: Callable[..., Path], authority: Path) -> Path:
     return enrolled(authority, Address("coordinator.invalid", 8443))
