@@ -20,6 +20,7 @@ from client import link, membership
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 CLOCK_S = (60.0, 2.0)  # behind the coordinator's and ahead of it: more is warned of
+DATE_S = datetime.timedelta(seconds=1)  # by which a Date header is late: cut to seconds, and up to one of them old
 EXPIRY_DAYS = 30
 OTHER_NAME = (62, 64)  # OpenSSL's verification codes: of a host name, of an address
 UPLINK_MBIT_S = 4.0  # less is warned of: the slowest that hospitals have had in the field
@@ -117,7 +118,7 @@ def clock(subject: Subject) -> Finding:
         theirs = email.utils.parsedate_to_datetime(told[0])
     except ValueError:
         return warning("the coordinator tells no readable time", "see yourself that this machine's is set by NTP")
-    subject.clock_offset = theirs.replace(tzinfo=datetime.UTC) + datetime.timedelta(seconds=0.5) - contact.when
+    subject.clock_offset = theirs.replace(tzinfo=datetime.UTC) + DATE_S - contact.when
     behind = subject.clock_offset.total_seconds()
     late, early = flwr_private.clock_tolerance()
     text = f"{_span(abs(behind))} {'behind' if behind > 0 else 'ahead of'} the coordinator's (to about a second)"
