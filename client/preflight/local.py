@@ -80,7 +80,7 @@ def store(subject: Subject) -> Finding:
             return failed(f"--data {data}: no folder that this account may read", "check the path, mount and owner")
         if not any(data.iterdir()):
             return failed(f"--data {data}: is empty", "check that the images' disk is mounted")
-    own = sorted(subject.home.glob("store-*"), key=lambda path: (path / INDEX).stat().st_mtime)
+    own = sorted(path for path in subject.home.glob("store-*") if path.is_dir())
     paths = [data] if data is not None and (data / INDEX).exists() else own
     said = []
     for path in paths:

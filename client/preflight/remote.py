@@ -211,7 +211,7 @@ def key(subject: Subject) -> Finding:
         return failed(
             "the coordinator does not know this site's node",
             f"give it {subject.name}.pub (chexfound-client enrol writes it again); it takes it in with "
-            f"chexfound-server add-site DIR {subject.name} {subject.name}.pub, while it is up",
+            f"chexfound-server add-site DIR {subject.name} {subject.name}.pub",
         )
     return ok("the coordinator knows this site's node")
 

@@ -137,10 +137,13 @@ def test_code_that_was_not_approved(prepare: Callable[..., Path]) -> None:
     assert one.remedy == "chexfound-client approve"
 
 
-@pytest.mark.parametrize("part", ["index.sqlite", "shard-00000.npy"])
-def test_a_store_that_is_damaged(prepare: Callable[..., Path], part: str) -> None:
+@pytest.mark.parametrize(("part", "size"), [("index.sqlite", 100), ("shard-00000.npy", 100), ("index.sqlite", None)])
+def test_a_store_that_is_damaged(prepare: Callable[..., Path], part: str, size: int | None) -> None:
     home = prepare()
-    os.truncate(store_path(home, 16) / part, 100)
+    if size is None:
+        (store_path(home, 16) / part).unlink()
+    else:
+        os.truncate(store_path(home, 16) / part, size)
     one = only(check(home), "store")
     assert str(store_path(home, 16)) in one.text
     assert "made anew" in one.remedy
