@@ -29,12 +29,12 @@ once, before:
   chexfound-client roster approve FILE                  the file that comes back: who is in the federation
   chexfound-client approve                              the code that runs may have: that of this release
 
+then:
+  chexfound-client --data /images                       for ever; at each start new images are taken in
+
 whenever something does not work:
   chexfound-client check --data /images                 what is wrong, and what to do about it
   chexfound-client status                               what this site is doing
-
-then:
-  chexfound-client --data /images                       for ever; at each start new images are taken in
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
 (default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own
