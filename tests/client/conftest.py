@@ -93,12 +93,18 @@ def superlink(superlink_port: tuple[SuperLink, int]) -> SuperLink:
 
 @pytest.fixture
 def open_door(superlink: SuperLink, superlink_port: tuple[SuperLink, int]) -> Iterator[Callable[..., int]]:
-    """`open_door(folder, "127.0.0.1")`: a guard with the certificate of a folder, or plain HTTP; its port."""
+    """`open_door(folder, "127.0.0.1", behind)`: a guard with the certificate of a folder, or plain HTTP; its port.
+
+    Behind it is the stand-in, or the SuperLink of an address.
+    """
     with contextlib.ExitStack() as stack:
 
-        def start(folder: Path | None, host: str = "127.0.0.1") -> int:
+        def start(folder: Path | None, host: str = "127.0.0.1", behind: Address | None = None) -> int:
             files = {"certificate": str(folder / "server.crt"), "key": str(folder / "server.key")} if folder else {}
-            return stack.enter_context(serving(guard.server(host, 0, f"127.0.0.1:{superlink_port[1]}", **files), host))
+            if behind is not None:
+                files["ca"] = str(folder / "ca.crt")
+            server = guard.server(host, 0, str(behind or f"127.0.0.1:{superlink_port[1]}"), **files)
+            return stack.enter_context(serving(server, host))
 
         yield start
 

@@ -13,8 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from chexfound.roster import Address
-from client import flwr_private, link, membership, supernode
+from chexfound.bundle import Bundle
+from chexfound.roster import Address, Roster
+from client import approval, flwr_private, link, membership, supernode
+from client.preflight import checks, remote
+from client.preflight.plan import CHECKS
 from server import federation as federations
 from server import members
 
@@ -63,9 +66,12 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[federations
     command = [str(Path(sys.executable).with_name(program)), *options]
     process = Process(command, one.environment(), folder / "superlink.log")
     try:
-        process.wait_until(lambda: link.answers(address, "https"))
-        assert members.register_all(one) == (["NORTH"], [])
-        yield one
+        with pytest.MonkeyPatch.context() as here:
+            for name in ("NO_PROXY", "no_proxy"):
+                here.setenv(name, "127.0.0.1,localhost")
+            process.wait_until(lambda: link.answers(address, "https"))
+            assert members.register_all(one) == (["NORTH"], [])
+            yield one
     finally:
         process.stop()
 
@@ -80,6 +86,25 @@ def test_a_known_key_and_a_strange_one_are_told_apart(federation: federations.Fe
     assert registered(federation, "known")
     assert not registered(federation, "stranger")
     assert members.nodes(federation)["NORTH"].status == "registered"
+
+
+@pytest.mark.parametrize("name", ["known", "stranger"])
+def test_all_is_well_but_for_a_key_that_is_not_registered(
+    federation: federations.Federation, open_door: Callable[..., int], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The whole preflight, with the guard between."""
+    home = federation.folder.parent / name
+    keys = membership.public_keys(home)
+    monkeypatch.setattr(flwr_private, "release_bundle", lambda: Bundle({}))
+    monkeypatch.setattr(remote, "UPLINK_BYTES", (2**16, 2**18))
+    approval.approve(home, Bundle({}).digest())
+    server = Address("localhost", open_door(federation.folder, behind=federation.superlink))
+    sites = Roster(federation="thorax", serial=1, sites={"NORTH": keys})
+    text = federation.path("ca.crt").read_text()
+    membership.approve(home, membership.Federation(name="thorax", server=server, authority=text, sites=sites))
+    found = checks.run(checks.Subject("NORTH", home), CHECKS)
+    assert [one.name for one in found if one.state == "failed"] == (["key"] if name == "stranger" else [])
+    assert not [one for one in found if one.state == "skipped"]
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -120,6 +145,8 @@ def test_a_node_behind_a_proxy(
     """
     proxy = make_proxy({"coordinator.invalid": "127.0.0.1"}, "user:hunter2")
     with monkeypatch.context() as there:
+        for name in ("NO_PROXY", "no_proxy"):
+            there.delenv(name)
         for name in ("HTTPS_PROXY", "HTTP_PROXY"):
             there.setenv(name, proxy.url)
         env = supernode.environment(tmp_path / "flower")
