@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import flwr
 import pytest
 import uvicorn
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
+from chexfound import __version__
 from server import guard
 
 FORBIDDEN = [
@@ -156,6 +158,7 @@ def test_what_a_supernode_asks_passes(door: int, behind: Behind, path: bytes) ->
     answer = ask(door, request("POST", path.decode(), b"protobuf", "X-Flwr-Signature: abc", "TE: trailers"))
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"x-flower: yes" in answer
+    assert b"chexfound-version" not in answer
     (method, seen, headers, length), *others = behind.seen
     assert not others
     assert (method, seen, length) == ("POST", path, 8)
@@ -165,7 +168,10 @@ def test_what_a_supernode_asks_passes(door: int, behind: Behind, path: bytes) ->
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_health_passes(door: int, behind: Behind, method: str) -> None:
-    assert ask(door, request(method, "/health")).startswith(b"HTTP/1.1 200 OK\r\n")
+    answer = ask(door, request(method, "/health"))
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert f"chexfound-version: {__version__}\r\n".encode() in answer
+    assert f"flower-version: {flwr.__version__}\r\n".encode() in answer
     assert [seen[:2] for seen in behind.seen] == [(method, b"/health")]
 
 
