@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +24,27 @@ settings.load_profile("chexfound")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Programs that some tests need, by the names under which they may be found.
+PROGRAMS = {
+    "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "hadolint": (str(Path(sys.executable).with_name("hadolint")), "hadolint"),
+    "nginx": ("nginx", "/usr/sbin/nginx"),
+    "systemd-analyze": ("systemd-analyze",),
+}
+
+
 def _find(name: str) -> tuple[Path | None, str]:
     """Where a thing that not every machine has lies, and what to say where it does not."""
     if name == "shared":
         folder = ROOT.parent / "shared"
         return (folder if folder.is_dir() else None), "no folder ../shared beside the repository (real X-rays)"
-    if name == "chromium":
-        found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        return (Path(found) if found else None), "no Chromium on the PATH"
-    raise ValueError(f"require({name!r}): unknown")
+    found = next(filter(None, map(shutil.which, PROGRAMS[name])), None)
+    return (Path(found) if found else None), f"no {name} on the PATH"
 
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], Path]:
-    """require("shared") or require("chromium"): its path.
+    """require("shared"), or one of PROGRAMS: its path.
 
     Where it is absent the test is skipped, or fails if CHEXFOUND_REQUIRE names it.
     """
