@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from flwr.superlink.routers.control.router import router as control_router
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +64,24 @@ FORBIDDEN = [
     ("POST", "/v1\\fleet\\pull-messages"),
     ("POST", "http://superlink/v1/control/start-run"),
     ("POST", "http://superlink/v1/fleet/pull-messages"),
+]
+
+# What the SuperLink answers on loopback, and other ways to write some of it.
+CONTROL = sorted({f"/v1/control{route.path.removeprefix('/v1/control')}" for route in control_router.routes})
+INSIDE = [
+    *CONTROL,
+    "/v1/runtime/acquire-task",
+    "/v1/runtime/push-messages",
+    "/v1/responses",
+    "/docs",
+    "/openapi.json",
+    "/",
+    "//v1/control/list-nodes",
+    "/v1/fleet/../control/list-nodes",
+    "/v1/fleet/..%2Fcontrol%2Flist-nodes",
+    "/v1%2Fcontrol%2Flist-nodes",
+    "/v1/control//list-nodes",
+    "/v1/fleet/%2e%2e/control/list-nodes",
 ]
 
 # Headers by which some servers let a peer say where it comes from, or ask for something else than it seems to.
