@@ -29,6 +29,7 @@ once, before:
 
 then:
   chexfound-client --data /images                       for ever; at each start new images are taken in
+  chexfound-client unit --data /images                  the same as a systemd unit, to survive a restart
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
 (default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in ("enrol", "roster"):
+        if words and words[0] in ("enrol", "roster", "unit"):
             from client import commands
 
             return commands.main(words)

@@ -1,4 +1,4 @@
-"""What a site's operator does once: `chexfound-client enrol` and `chexfound-client roster approve`."""
+"""What a site's operator does once: `chexfound-client enrol`, `roster approve` and `unit`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from chexfound import units
 from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
 from client import membership
+from client.home import home as chexfound_home
 from client.home import site_home, sole_site
 
 
@@ -45,6 +47,17 @@ def parser() -> argparse.ArgumentParser:
     show = of_roster.add_parser("show", help="show what was approved")
     show.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     show.set_defaults(run=_show)
+    unit = commands.add_parser(
+        "unit",
+        help="print a systemd unit",
+        description="Print the systemd unit that serves this site, from each start of the machine on.",
+    )
+    unit.add_argument("--data", metavar="DIR", type=Path, required=True, help="as for serving; it is only read")
+    unit.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    unit.add_argument("--gpus", metavar="N", help="as for serving")
+    unit.add_argument("--image-px", metavar="N", type=int, help="as for serving")
+    unit.add_argument("--out", metavar="FILE", type=Path, help="write it there")
+    unit.set_defaults(run=_unit)
     return result
 
 
@@ -107,6 +120,24 @@ def _show(given: argparse.Namespace) -> int:
     if federation is None:
         raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE")
     _tell(federation, name)
+    return 0
+
+
+def _unit(given: argparse.Namespace) -> int:
+    name, data = given.name or sole_site(), given.data.absolute()
+    check_name(name, "site name")
+    words = ["--data", str(data), "--name", name]
+    for option, value in (("--gpus", given.gpus), ("--image-px", given.image_px)):
+        if value is not None:
+            words += [option, str(value)]
+    text = units.client(chexfound_home().absolute(), data, words)
+    if given.out is None:
+        print(text, end="")
+        return 0
+    write_text(given.out, text)
+    file = shlex.quote(str(given.out.absolute()))
+    print(f"wrote {given.out}; next, as root: install -m 644 {file} /etc/systemd/system/chexfound-client.service")
+    print("      && systemctl daemon-reload && systemctl enable --now chexfound-client")
     return 0
 
 
