@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -32,19 +33,25 @@ PROGRAMS = {
     "systemd-analyze": ("systemd-analyze",),
 }
 
+# Python packages that some tests need.
+PACKAGES = ("compose_spec", "kubernetes_validate")
+
 
 def _find(name: str) -> tuple[Path | None, str]:
     """Where a thing that not every machine has lies, and what to say where it does not."""
     if name == "shared":
         folder = ROOT.parent / "shared"
         return (folder if folder.is_dir() else None), "no folder ../shared beside the repository (real X-rays)"
+    if name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        return (Path(spec.origin) if spec and spec.origin else None), f"no package {name}: pip install -e '.[deploy]'"
     found = next(filter(None, map(shutil.which, PROGRAMS[name])), None)
     return (Path(found) if found else None), f"no {name} on the PATH"
 
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], Path]:
-    """require("shared"), or one of PROGRAMS: its path.
+    """require("shared"), or one of PROGRAMS or PACKAGES: its path.
 
     Where it is absent the test is skipped, or fails if CHEXFOUND_REQUIRE names it.
     """
