@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,25 @@ def test_each_that_serves_is_probed() -> None:
                 assert how["httpGet"] == {"path": "/health", "port": "guard", "scheme": "HTTPS"}
             else:
                 assert how["exec"]["command"] == json.loads(told("client", "HEALTHCHECK")[0].split("CMD ")[1])
+
+
+def test_a_site_is_alive_while_its_file_is_fresh(tmp_path: Path) -> None:
+    """As client/ writes it: at least every 30 s."""
+    *shell, line = json.loads(told("client", "HEALTHCHECK")[0].split("CMD ")[1])
+    command = [*shell, line.replace(HOME, str(tmp_path))]
+    assert command[-1] != line
+    node = tmp_path / "sites" / "NORTH" / "node.json"
+
+    def alive() -> bool:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    assert not alive()
+    node.parent.mkdir(parents=True)
+    node.write_text("{}")
+    assert alive()
+    before = time.time() - 300
+    os.utime(node, (before, before))
+    assert not alive()
 
 
 def test_nothing_holds_a_secret() -> None:
