@@ -15,6 +15,7 @@ from pathlib import Path
 from chexfound.errors import ConfigError
 
 USER = "chexfound"  # to be made for it, where root makes the unit
+GOODBYE_S = 60  # for a site to end once the message in hand is done or left
 
 
 def server(folder: Path) -> str:
@@ -35,13 +36,14 @@ def server(folder: Path) -> str:
     )
 
 
-def client(home: Path, data: Path, arguments: Sequence[str]) -> str:
+def client(home: Path, data: Path, arguments: Sequence[str], drain_s: float) -> str:
     """The unit that serves a site.
 
     Args:
         home: $CHEXFOUND_HOME.
         data: the site's images, which it may only read.
         arguments: of chexfound-client.
+        drain_s: how long the message in hand may take once it is told to stop.
 
     Raises: ConfigError for a folder of unprintable characters.
     """
@@ -54,7 +56,7 @@ def client(home: Path, data: Path, arguments: Sequence[str]) -> str:
         "# For HTTPS_PROXY=http://…, where the way out needs one:\n"
         f"EnvironmentFile=-{_percent(home / 'environment')}\n",
         command=_command("chexfound-client", arguments),
-        stop="15min",  # what it is working at is ended and sent
+        stop=f"{drain_s + GOODBYE_S:.0f}s",
         writable=_quoted(home),
         readable=f"ReadOnlyPaths={_quoted(data)}\n",
         devices="",

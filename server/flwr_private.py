@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -16,6 +17,14 @@ def set_identity(run_id: int, node_id: int = 1) -> None:
     TaskIdentity.run_id = run_id
     TaskIdentity.task_id = 1
     TaskIdentity.node_id = node_id
+
+
+def node_key(node: NodeInfo) -> str:
+    """The public key that a node authenticated itself with, as a line in OpenSSH's format; empty if it has none."""
+    if not node.public_key:
+        return ""
+    key = load_pem_public_key(node.public_key)
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
 
 
 class LocalGrid(Grid):

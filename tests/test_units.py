@@ -12,7 +12,7 @@ import pytest
 from chexfound import units
 from chexfound.errors import ConfigError
 from chexfound.roster import Address
-from client import cli
+from client import cli, commands
 from server import federation
 
 ODD = "a b%i \\ \"quoted\" 'x' ;#é"  # what a unit gives a meaning to
@@ -68,7 +68,7 @@ def test_a_sites(programs: Path, verify: Callable, tmp_path: Path, monkeypatch, 
     home, data, name = tmp_path / f"home {ODD}", tmp_path / f"pacs {ODD}", "St. $HOME %n 100%"
     monkeypatch.setenv("CHEXFOUND_HOME", str(home))
     out = tmp_path / "chexfound-client.service"
-    given = ["unit", "--data", str(data), "--name", name, "--gpus", "2", "--image-px", "224"]
+    given = ["unit", "--data", str(data), "--name", name, "--gpus", "2", "--image-px", "224", "--drain", "600"]
     assert cli.main([*given, "--out", str(out)]) == 0
     assert "systemctl enable --now chexfound-client" in capsys.readouterr().out
     verify(out)
@@ -80,6 +80,8 @@ def test_a_sites(programs: Path, verify: Callable, tmp_path: Path, monkeypatch, 
     assert program == str(programs / "chexfound-client")
     parsed = cli.parser().parse_args(words)
     assert (parsed.data, parsed.name, parsed.gpus, parsed.image_px) == (str(data), name, "2", 224)
+    assert parsed.drain == 600
+    assert values(text, "TimeoutStopSec") == ["660s"]
     assert [read(line) for line in values(text, "Environment")] == [[f"CHEXFOUND_HOME={home}"]]
     assert [read(line) for line in values(text, "ReadWritePaths")] == [[str(home)]]
     assert [read(line) for line in values(text, "ReadOnlyPaths")] == [[str(data)]]
@@ -96,10 +98,15 @@ def test_a_wrong_unit_is_told(verify: Callable, tmp_path: Path) -> None:
         verify(tmp_path / "chexfound-server.service")
 
 
+def test_a_site_drains_for_as_long_as_without_a_unit() -> None:
+    unit = commands.parser().parse_args(["unit", "--data", "/pacs"])
+    assert unit.drain == cli.parser().get_default("drain")
+
+
 @pytest.mark.parametrize("home", ["/home\nExecStartPre=/bin/sh", "/\x1b"])
 def test_a_line_is_not_broken(home: str) -> None:
     with pytest.raises(ConfigError, match="printable characters only"):
-        units.client(Path(home), Path("/pacs"), [])
+        units.client(Path(home), Path("/pacs"), [], 120)
     with pytest.raises(ConfigError, match="printable characters only"):
         units.server(Path(home))
 
@@ -114,7 +121,7 @@ def test_what_a_unit_may_do_is_little(require: Callable[[str], Path], tmp_path: 
     """systemd's own mark, of 10 for everything; a site keeps devices, for its GPUs."""
     made = {
         "server": lambda: units.server(Path("/srv/thorax")),
-        "client": lambda: units.client(Path("/var/lib/chexfound"), Path("/pacs"), ["--data", "/pacs"]),
+        "client": lambda: units.client(Path("/var/lib/chexfound"), Path("/pacs"), ["--data", "/pacs"], 120),
     }
     unit = tmp_path / f"chexfound-{which}.service"
     unit.write_text(made[which]())

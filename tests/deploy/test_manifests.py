@@ -19,6 +19,7 @@ import chexfound
 import client.cli
 import client.commands
 import server.cli
+from chexfound import units
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -237,6 +238,13 @@ def test_a_site_is_alive_while_its_file_is_fresh(tmp_path: Path) -> None:
     before = time.time() - 300
     os.utime(node, (before, before))
     assert not alive()
+
+
+def test_a_site_may_drain_before_it_is_killed() -> None:
+    least = client.cli.parser().get_default("drain") + units.GOODBYE_S
+    assert pods()["site"]["terminationGracePeriodSeconds"] >= least
+    sites = [one for name, one in compose()["services"].items() if name != "coordinator"]
+    assert [int(one["stop_grace_period"].removesuffix("s")) >= least for one in sites] == [True] * 3
 
 
 def test_nothing_holds_a_secret() -> None:
