@@ -226,7 +226,7 @@ def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactor
     """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid."""
     from chexfound import recipe as recipes
     from chexfound.data.store import Store
-    from server.exchange import GridExchange
+    from server.grid import GridExchange
     from sim.engine import InProcessGrid
     from sim.pool import Pool
 
