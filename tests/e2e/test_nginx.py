@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chexfound.roster import Address
-from client import membership, supernode
+from client import membership
 from server import federation as federations
 from server import guard, members, nginx
 from tests.server.doors import CONTROL, INSIDE, ask, free_port, request, running_nginx
@@ -69,8 +69,9 @@ def test_health_answers(held: federations.Federation, trust: ssl.SSLContext) -> 
 
 def test_a_sites_node_connects(held: federations.Federation, federation: Any) -> None:
     home = federation.folder / "NORTH"
-    keys = supernode.Credentials(held.path("ca.crt"), home / "keys" / "node.key")
-    command = supernode.command(str(held.public), 'site="NORTH" data="/nowhere"', keys)
+    command = [str(Path(sys.executable).with_name("flower-supernode")), "--superlink", str(held.public)]
+    command += ["--root-certificates", str(held.path("ca.crt"))]
+    command += ["--auth-supernode-private-key", str(home / "keys" / "node.key"), "--port", str(free_port())]
     node = federation.start("node", command, FLWR_HOME=str(home / "flower"))
     node.wait_for("SuperNode ID")
     assert members.nodes(held)["NORTH"].status == "online"
