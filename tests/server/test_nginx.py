@@ -166,6 +166,13 @@ def test_a_second_request_cannot_hide_in_the_body_of_a_first(door, behind, trust
     assert {(path, length) for _, path, _, length in behind.seen} == {(b"/v1/fleet/get-run", len(hidden))}
 
 
+def test_a_second_request_of_a_connection_is_judged_by_itself(door, behind, trust: ssl.SSLContext) -> None:
+    first = request("GET", "/health").replace(b"Connection: close\r\n", b"")
+    answer = ask(door, first + request("POST", "/v1/control/start-run", b"x"), trust)
+    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b"HTTP/1.1 404 ") == 1
+    assert [seen[1] for seen in behind.seen] == [b"/health"]
+
+
 def test_without_tls_nothing_answers(door: int, behind: Behind) -> None:
     assert not ask(door, request("GET", "/health")).startswith(b"HTTP/1.1 2")
     assert not behind.seen
