@@ -31,6 +31,7 @@ once, before:
 
 then:
   chexfound-client --data /images                       for ever; at each start new images are taken in
+  chexfound-client unit --data /images                  the same as a systemd unit, to survive a restart
 
 whenever something does not work:
   chexfound-client check --data /images                 what is wrong, and what to do about it
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in ("enrol", "roster", "approve", "check", "status"):
+        if words and words[0] in ("enrol", "roster", "approve", "check", "status", "unit"):
             from client import commands
 
             return commands.main(words)

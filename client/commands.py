@@ -1,4 +1,4 @@
-"""What a site's operator does beside serving: enrol, approve sites and code, check, ask for the status."""
+"""What a site's operator does beside serving: enrol, approve sites and code, check, ask for the status, a unit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import chexfound
+from chexfound import units
 from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
 from client import membership
+from client.home import home as chexfound_home
 from client.home import site_home, sole_site
 
 
@@ -81,6 +83,18 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     status.add_argument("--json", action="store_true", help="one JSON object")
     status.set_defaults(run=_status)
+    unit = commands.add_parser(
+        "unit",
+        help="print a systemd unit",
+        description="Print the systemd unit that serves this site, from each start of the machine on.",
+    )
+    unit.add_argument("--data", metavar="DIR", type=Path, required=True, help="as for serving; it is only read")
+    unit.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    unit.add_argument("--gpus", metavar="N", help="as for serving")
+    unit.add_argument("--drain", metavar="SECONDS", type=float, default=120.0, help="as for serving")
+    unit.add_argument("--image-px", metavar="N", type=int, help="as for serving")
+    unit.add_argument("--out", metavar="FILE", type=Path, help="write it there")
+    unit.set_defaults(run=_unit)
     return result
 
 
@@ -211,6 +225,24 @@ def _status(given: argparse.Namespace) -> int:
     check_name(name, "site name")
     found = status.read(name, site_home(name))
     print(json.dumps(found, indent=2) if given.json else "\n".join(status.lines(found)))
+    return 0
+
+
+def _unit(given: argparse.Namespace) -> int:
+    name, data = given.name or sole_site(), given.data.absolute()
+    check_name(name, "site name")
+    words = ["--data", str(data), "--name", name, "--drain", f"{given.drain:g}"]
+    for option, value in (("--gpus", given.gpus), ("--image-px", given.image_px)):
+        if value is not None:
+            words += [option, str(value)]
+    text = units.client(chexfound_home().absolute(), data, words, given.drain)
+    if given.out is None:
+        print(text, end="")
+        return 0
+    write_text(given.out, text)
+    file = shlex.quote(str(given.out.absolute()))
+    print(f"wrote {given.out}; next, as root: install -m 644 {file} /etc/systemd/system/chexfound-client.service")
+    print("      && systemctl daemon-reload && systemctl enable --now chexfound-client")
     return 0
 
 

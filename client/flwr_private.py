@@ -107,9 +107,11 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
             admission = _Admission(get_run, get_fab, refusal, told)
             draining, in_hand = threading.Event(), threading.Event()
 
+            parent = os.getppid()
+
             def drain(*_: object) -> None:
                 draining.set()
-                if not in_hand.is_set():
+                if not in_hand.is_set() or os.getppid() != parent:  # or nobody is left who would end it in time
                     os.kill(os.getpid(), signal.SIGINT)  # Flower's own way to say goodbye
 
             signal.signal(signal.SIGTERM, drain)

@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     command("commands", _commands, "show how its processes are started by hand")
     command("up", _up, "run SuperLink, SuperExec and guard, and keep them running")
     command("guard", _guard, "run the guard alone: the listener that sites may reach")
+    add = command("nginx", _nginx, "print a configuration by which nginx does what the guard does")
+    add("--listen", metavar="HOST:PORT", help="where nginx listens (default: all addresses, the port of `public`)")
     add = command("add-site", _add_site, "take a site into the federation")
     add("site", metavar="SITE", help="its name, as it enrolled")
     add("keys", metavar="SITE.pub", type=Path, help="the file that chexfound-client enrol made there")
@@ -148,6 +150,16 @@ def _guard(given: argparse.Namespace) -> int:
         ) from error
     except SystemExit as error:  # how uvicorn says that it cannot listen
         raise ConfigError(f"listen {held.listen}: cannot listen there; its line above says why") from error
+    return 0
+
+
+def _nginx(given: argparse.Namespace) -> int:
+    from chexfound.roster import Address
+    from server import federation, nginx
+
+    held = federation.load(given.dir)
+    listen = Address.parse(given.listen, "--listen") if given.listen else Address("0.0.0.0", held.public.port)  # noqa: S104
+    print(nginx.configuration(held, listen), end="")
     return 0
 
 
