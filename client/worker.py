@@ -1,6 +1,6 @@
 """The site's worker: one process that answers all messages, so that models and state stay in memory between them.
 
-`python -m client.worker SITE_HOME HOST:PORT SECRET_FILE KEEP_WARM_S`; it never loads code that came from the coordinator.
+`python -m client.worker SITE_HOME HOST:PORT SECRET_FILE KEEP_WARM_S`; no code of the coordinator is ever loaded.
 """
 
 from __future__ import annotations
