@@ -22,7 +22,7 @@ from client.app import app
 from client.flwr_private import Tasks
 
 log = logging.getLogger("chexfound.client")
-POLL_S = 0.05  # between two questions to this machine's own SuperNode
+POLL_S = (0.05, 1.0)  # between two questions to this machine's own SuperNode: a twentieth of the time without a message
 
 
 class _Progress(logs.Steps):
@@ -59,10 +59,11 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
     while True:
         token = tasks.take()
         if token is None:
-            if held and time.monotonic() - last > keep_warm_s:
+            idle = time.monotonic() - last
+            if held and idle > keep_warm_s:
                 release()
                 held = False
-            time.sleep(POLL_S)
+            time.sleep(min(max(idle / 20, POLL_S[0]), POLL_S[1]))
             continue
         (home / "work.json").unlink(missing_ok=True)
         try:
