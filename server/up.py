@@ -35,7 +35,7 @@ class _Process:
 
     def __init__(self, name: str, federation: Federation, say: Callable[[str], None]) -> None:
         self.name, self._say = name, say
-        self._command, self._environment = federation.commands()[name], federation.environment()
+        self._command, self._environment = federation.processes()[name], federation.environment()
         self._pause, self._again_at, self._started = RESTART_S[0], 0.0, 0.0
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self.log = federation.path("logs") / f"{name}.log"
@@ -115,7 +115,7 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
     running: list[_Process] = []
     try:
         for address, key in ((federation.superlink, "superlink"), (federation.listen, "listen")):
-            if _listens(address):
+            if listens(address):
                 raise ConfigError(f"{key} {address}: something listens there already; is this federation up?")
         running.append(_Process("superlink", federation, say))
         _wait(running[0], federation.superlink, asked)
@@ -141,7 +141,7 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
 
 def _wait(superlink: _Process, address: Address, asked: list[int]) -> None:
     deadline = time.monotonic() + START_S
-    while not asked and not _listens(address):
+    while not asked and not listens(address):
         if (code := superlink.ended()) is not None:
             superlink.tell_last()
             raise SiteError(f"flower-superlink ended with exit code {code}; its last lines above say why")
@@ -152,7 +152,8 @@ def _wait(superlink: _Process, address: Address, asked: list[int]) -> None:
         time.sleep(0.1)
 
 
-def _listens(address: Address) -> bool:
+def listens(address: Address) -> bool:
+    """Whether anything listens there now."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 (all addresses: try one)
     try:
         socket.create_connection((host, address.port), timeout=2).close()

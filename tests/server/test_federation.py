@@ -188,7 +188,7 @@ def stand_ins(made: Federation, monkeypatch: pytest.MonkeyPatch) -> dict[str, li
         "superexec": [sys.executable, "-c", "import time; time.sleep(600)"],
         "guard": [sys.executable, "-c", "print('no port for me'); raise SystemExit(5)"],
     }
-    monkeypatch.setattr(Federation, "commands", lambda self: commands)
+    monkeypatch.setattr(Federation, "processes", lambda self: commands)
     monkeypatch.setattr(members, "register_all", lambda made: (["NORTH"], []))
     monkeypatch.setattr(up, "RESTART_S", (0.1, 0.4))
     return commands
@@ -209,7 +209,7 @@ def test_up_keeps_them_running_until_it_is_told(made, stand_ins) -> None:
                         "Ctrl-C ends it"]  # fmt: skip
     assert said[2:4] == ["  guard: no port for me", "guard ended with exit code 5; starting it again in 0 s"]
     assert "a line of superlink" in made.path("logs").joinpath("superlink.log").read_text()
-    assert not up._listens(made.superlink)
+    assert not up.listens(made.superlink)
 
 
 def test_a_superlink_that_does_not_start_says_why(made, stand_ins) -> None:
