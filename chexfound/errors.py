@@ -7,7 +7,10 @@ ChexfoundError            1
 ├── CheckpointError       4   weights or saved state that do not fit or are damaged
 │   └── StateError        4   a site without the state that its next round stands on
 ├── ProtocolError         5   a message that is not what the two ends agreed on
+│   └── VersionError      5   the two ends are of different releases
 ├── PolicyError           6   what a site's policy forbids to leave (or to run)
+│   ├── CodeError         6   a run of code that the site's operator did not approve
+│   └── RosterError       6   a run with sites that the site's operator did not approve
 ├── SiteError             7   a site, or the process that plays it, failed in a round
 └── StorageError          8   the disk is full or refuses to be written
 
@@ -71,11 +74,29 @@ class ProtocolError(ChexfoundError):
     code = "protocol"
 
 
+class VersionError(ProtocolError):
+    """The two ends are of different releases."""
+
+    code = "version"
+
+
 class PolicyError(ChexfoundError):
     """What a site's policy forbids to leave, or to run."""
 
     exit_code = 6
     code = "policy"
+
+
+class CodeError(PolicyError):
+    """A run of code that the site's operator did not approve."""
+
+    code = "code"
+
+
+class RosterError(PolicyError):
+    """A run with sites that the site's operator did not approve."""
+
+    code = "roster"
 
 
 class SiteError(ChexfoundError):
@@ -101,7 +122,10 @@ CODES: dict[str, type[ChexfoundError]] = {
         CheckpointError,
         StateError,
         ProtocolError,
+        VersionError,
         PolicyError,
+        CodeError,
+        RosterError,
         SiteError,
         StorageError,
     )

@@ -2,24 +2,33 @@
 
 Everything that arrives is hostile until it has passed here: JSON into checked values, arrays into
 tensors of a known dtype.  Codec `none`: full float32 (and float64 for moments), nothing else.
+
+With a request go the coordinator's terms (its release, who is in the federation), which a site reads before
+anything else; with a reply, where sites have keys, the site's signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from chexfound.errors import CODES, ChexfoundError, ProtocolError, StateError
+import chexfound
+from chexfound import roster as rosters
+from chexfound import signing
+from chexfound.errors import CODES, ChexfoundError, ConfigError, ProtocolError, StateError, VersionError
 from chexfound.names import word as word  # the rule for every name that arrives
 from chexfound.phases import Reply, Request
+from chexfound.roster import Roster
 
 MESSAGE_TYPES = {
     "enrol": "query.enrol",
@@ -135,10 +144,34 @@ def _json(content: RecordDict, key: str) -> dict[str, Any]:
     return values
 
 
-def pack_request(request: Request) -> RecordDict:
-    """A request as a message's content."""
+def pack_request(request: Request, sites: Roster | None = None) -> RecordDict:
+    """A request as a message's content; `sites` are those of the federation, where they have keys."""
     fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-    return RecordDict({"request": ConfigRecord({"json": json.dumps(fields)}), **_pack_tensors(request.tensors)})
+    terms = {"version": chexfound.__version__, "roster": sites.as_dict() if sites else None}
+    records = {"terms": terms, "request": fields}
+    packed = {name: ConfigRecord({"json": json.dumps(values)}) for name, values in records.items()}
+    return RecordDict({**packed, **_pack_tensors(request.tensors)})
+
+
+def unpack_terms(content: RecordDict) -> Roster | None:
+    """The sites that the coordinator says are in the federation; None if it names none.
+
+    Raises: VersionError if the coordinator is of another release; ProtocolError.
+    """
+    terms = _json(content, "terms")
+    version = terms.get("version")
+    if version != chexfound.__version__:
+        shown = repr(version) if isinstance(version, str) and word(version) else "another one"
+        raise VersionError(
+            f"the coordinator runs federated CheXFound {shown}, this site {chexfound.__version__}; "
+            "install the same release at both ends"
+        )
+    if terms.get("roster") is None:
+        return None
+    try:
+        return rosters.parse(terms["roster"], "the coordinator's roster")
+    except ConfigError as error:
+        raise ProtocolError(str(error)) from error
 
 
 def unpack_request(content: RecordDict) -> Request:
@@ -169,6 +202,54 @@ def unpack_reply(content: RecordDict) -> Reply:
     Raises: ProtocolError.
     """
     return Reply(tensors=_tensors(content), values=_json(content, "reply"))
+
+
+def payload_sha256(content: RecordDict) -> bytes:
+    """SHA-256 of all that a message's content holds but its signature; every part after its length."""
+    whole = hashlib.sha256()
+
+    def add(part: bytes) -> None:
+        whole.update(len(part).to_bytes(8, "big"))
+        whole.update(part)
+
+    for name in sorted(set(content) - {"signature"}):
+        record = content[name]
+        add(name.encode())
+        if isinstance(record, ConfigRecord):
+            add(b"config")
+            add(json.dumps({key: repr(value) for key, value in record.items()}, sort_keys=True).encode())
+        elif isinstance(record, ArrayRecord):
+            add(b"arrays")
+            for key, array in sorted(record.items()):
+                add(json.dumps([key, array.dtype, list(array.shape), array.stype]).encode())
+                add(array.data)
+        else:
+            raise ProtocolError(f"the message holds a {type(record).__name__}")
+    return whole.digest()
+
+
+def _signed_fields(content: RecordDict, run_id: int, round_number: int, message_id: str) -> list[bytes]:
+    return [str(run_id).encode(), str(round_number).encode(), message_id.encode(), payload_sha256(content)]
+
+
+def sign_reply(content: RecordDict, key: Ed25519PrivateKey, run_id: int, round_number: int, message_id: str) -> None:
+    """Put a site's signature into a reply: over run, round, the request's message id and the payload's hash."""
+    signature = signing.sign(key, signing.REPLY, _signed_fields(content, run_id, round_number, message_id))
+    content["signature"] = ConfigRecord({"ed25519": signature})
+
+
+def verify_reply(content: RecordDict, key: Ed25519PublicKey, run_id: int, round_number: int, message_id: str) -> None:
+    """Check that a reply is the one which that site's key signed, to that request.
+
+    Raises: ProtocolError.
+    """
+    try:
+        signature = content.config_records["signature"]["ed25519"]
+    except KeyError as error:
+        raise ProtocolError("the reply is not signed") from error
+    if not isinstance(signature, bytes):
+        raise ProtocolError("the reply's signature is not one")
+    signing.verify(key, signature, signing.REPLY, _signed_fields(content, run_id, round_number, message_id))
 
 
 def pack_error(error: ChexfoundError, request: Message) -> Message:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from chexfound import logs, phases, recipe, wire
-from chexfound.errors import ProtocolError
-from chexfound.phases import Reply
-from client import egress, site
+from chexfound.errors import CodeError, ProtocolError
+from chexfound.phases import Reply, Request
+from client import egress, membership, site
 
 log = logging.getLogger("chexfound.client")
 PHASES = {message_type: phase for phase, message_type in wire.MESSAGE_TYPES.items()}
@@ -23,27 +25,53 @@ def handle(message: Message, context: Context) -> Message:
     """Answer one message; whatever goes wrong, the answer is a code."""
     phase = PHASES.get(message.metadata.message_type, "unknown")
     outcome: Reply | BaseException
+    sign = None
     try:
         if "home" not in context.node_config:  # a simulated site has one, and the simulation its own display
             logs.show()
             site.on_progress = site.on_progress or logs.Steps(log)
-        outcome = _answer(message, context, phase)
+        request = _admitted(message, context, phase)
+        sign = _signer(message, context, request)
+        outcome = _answer(context, request)
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
         outcome = error
-    return egress.release(message, phase, outcome)
+    return egress.release(message, phase, outcome, sign)
 
 
-def _answer(message: Message, context: Context, phase: str) -> Reply:
-    started = time.monotonic()
+def _admitted(message: Message, context: Context, phase: str) -> Request:
+    """The request, once its code, release and sites are what this site approved; before any data is touched."""
+    if refusal := context.run_config.get("refused"):
+        raise CodeError(str(refusal))
+    sites = wire.unpack_terms(message.content)
+    if (home := site.member_home(context.node_config)) is not None:
+        membership.check_terms(sites, membership.present(home))
     request = wire.unpack_request(message.content)
     if request.phase != phase:
         raise ProtocolError(f"a {message.metadata.message_type} message asks for phase {request.phase!r}")
+    return request
+
+
+def _signer(message: Message, context: Context, request: Request) -> Callable[[RecordDict], None] | None:
+    if (home := site.member_home(context.node_config)) is None:
+        return None
+    asked = message.metadata
+    return functools.partial(
+        wire.sign_reply,
+        key=membership.identity_key(home),
+        run_id=asked.run_id,
+        round_number=request.round,
+        message_id=asked.message_id,
+    )
+
+
+def _answer(context: Context, request: Request) -> Reply:
+    started = time.monotonic()
     run_recipe = recipe.from_run_config(context.run_config)
-    here = site.site_of(context.node_config, run_recipe.image_px, enrolling=phase == "enrol")
+    here = site.site_of(context.node_config, run_recipe.image_px, enrolling=request.phase == "enrol")
     reply = phases.run(here, run_recipe, request)
     log.info(
         "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
-        phase, request.round + 1, request.step, request.step + request.steps, here.name,
+        request.phase, request.round + 1, request.step, request.step + request.steps, here.name,
         reply.values.get("images", "-"), time.monotonic() - started,
     )  # fmt: skip
     return reply

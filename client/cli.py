@@ -26,13 +26,15 @@ EPILOG = """\
 once, before:
   chexfound-client enrol --name CENTRE                  makes CENTRE.pub, for the coordinator
   chexfound-client roster approve FILE                  the file that comes back: who is in the federation
+  chexfound-client approve                              the code that runs may have: that of this release
 
 then:
   chexfound-client --data /images                       for ever; at each start new images are taken in
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
 (default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own
-key, and does what runs ask for, until Ctrl-C. Images, names of patients and of files never leave;
+key, and a worker does what runs ask for, until Ctrl-C. Code that comes with a run is never executed: the worker runs
+the installed release, and only for runs whose code was approved. Images, names of patients and of files never leave;
 docs/deployed.md lists what does.
 
 without TLS and keys, on this machine or in a network in which every machine is trusted:
@@ -75,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
         "(default: $CHEXFOUND_GPUS, else 1)",
     )
     result.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=float,
+        default=120.0,
+        help="at SIGTERM, how long the message in hand may still take before it is left (default: %(default)g); "
+        "Ctrl-C leaves it at once. What was left is asked for again",
+    )
+    result.add_argument(
         "--image-px",
         metavar="N",
         type=int,
@@ -89,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in ("enrol", "roster"):
+        if words and words[0] in ("enrol", "roster", "approve"):
             from client import commands
 
             return commands.main(words)
@@ -104,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(given: argparse.Namespace) -> int:
     from chexfound.roster import check_name
-    from client import supernode
+    from client import approval, node, supernode
     from client.home import site_home, sole_site
 
     name = given.name or sole_site()
@@ -113,7 +123,10 @@ def _serve(given: argparse.Namespace) -> int:
     address, credentials = _connection(given, name, home)
     data = Path(given.data).resolve()
     gpus = _gpus(given.gpus)
-    config = supernode.node_config({"site": name, "data": str(data), **({"gpus": gpus} if gpus else {})})
+    values: dict[str, str | bool] = {"site": name, "data": str(data)}
+    values |= {"gpus": gpus} if gpus else {}
+    values |= {"secured": True} if credentials else {}
+    config = supernode.node_config(values)
     with _alone(home, name):
         _take_in(name, data, home, given.image_px)
         how = "with TLS" if credentials else "without TLS"
@@ -121,8 +134,12 @@ def _serve(given: argparse.Namespace) -> int:
             _say(name, f"connecting to {address}, {how}; Ctrl-C ends it")
         else:
             _say(name, f"nothing answers at {address} yet; trying again until it does; Ctrl-C ends it")
-        command = supernode.command(str(address), config, credentials)
-        asked = supernode.keep_running(command, supernode.environment(home / "flower"), lambda text: _say(name, text))
+        if not approval.approved(home):
+            _say(name, "no code was approved here yet, so every run is refused: chexfound-client approve")
+        commands = supernode.commands(home, str(address), config, credentials)
+        environment = supernode.environment(home / "flower")
+        asked = supernode.keep_running(commands, environment, lambda text: _say(name, text), given.drain)
+        node.Status.stopped(home)
     _say(name, "stopped")
     return 130 if asked == signal.SIGINT else 0
 

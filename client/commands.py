@@ -1,13 +1,14 @@
-"""What a site's operator does once: `chexfound-client enrol` and `chexfound-client roster approve`."""
+"""What a site's operator does once: `chexfound-client enrol`, `roster approve` and `approve`."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import chexfound
 from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
@@ -45,6 +46,20 @@ def parser() -> argparse.ArgumentParser:
     show = of_roster.add_parser("show", help="show what was approved")
     show.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     show.set_defaults(run=_show)
+    code = commands.add_parser(
+        "approve",
+        help="approve the code that runs may have",
+        description="A run comes with a bundle of code, which this site never executes: it runs its own, installed "
+        "release, and only for runs whose bundle was approved. Without a word this approves the "
+        "bundle of the installed release; after an update of both ends, approve again. A bundle that came with a run and was refused is named "
+        "by its first digits: what sets it apart from the installed release is shown first.",
+    )
+    code.add_argument("bundle", metavar="DIGITS", nargs="?", help="of a bundle that was refused (see --list)")
+    code.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    code.add_argument("--list", action="store_true", help="show what was approved, and what was refused")
+    code.add_argument("--withdraw", metavar="DIGITS", help="approve no longer")
+    code.add_argument("--yes", action="store_true", help="do not ask")
+    code.set_defaults(run=_approve_code)
     return result
 
 
@@ -87,17 +102,58 @@ def _approve(given: argparse.Namespace) -> int:
     _tell(federation, name)
     for change in membership.changes(before, federation):
         print(f"  change: {change}")
-    if not given.yes and not _confirmed():
+    if not given.yes and not _confirmed("Are these the fingerprints that they told you?"):
         raise PolicyError("not approved; nothing was changed")
     membership.approve(home, federation)
-    print(f"approved; next: chexfound-client --data DIR{'' if not given.name else f' --name {shlex.quote(name)}'}")
+    named = "" if not given.name else f" --name {shlex.quote(name)}"
+    print(f"approved; next: chexfound-client approve{named}, then: chexfound-client --data DIR{named}")
     return 0
 
 
-def _confirmed() -> bool:
+def _confirmed(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise ConfigError("there is no terminal to ask on; compare the fingerprints, then give --yes")
-    return input("Are these the fingerprints that they told you? [yes/no] ").strip().lower() == "yes"
+        raise ConfigError("there is no terminal to ask on; look at what is above, then give --yes")
+    return input(f"{question} [yes/no] ").strip().lower() == "yes"
+
+
+def _approve_code(given: argparse.Namespace) -> int:
+    from client import approval
+    from client.flwr_private import release_bundle
+
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    home = site_home(name)
+    if given.withdraw:
+        digest = _one_of(approval.approved(home), given.withdraw, "approved")
+        approval.withdraw(home, digest)
+        print(f"code {digest}: not approved any more")
+        return 0
+    release, refused = release_bundle(), approval.refused(home)
+    if given.list:
+        for digest, when in approval.approved(home).items():
+            which = ", the installed release" if digest == release.digest() else ""
+            print(f"approved {digest} since {when}{which}")
+        for digest, bundle in refused.items():
+            print(f"refused  {digest}: {len(bundle.differences(release))} files differ from the installed release")
+        return 0
+    digest = _one_of(refused, given.bundle, "refused") if given.bundle else release.digest()
+    differences = refused[digest].differences(release) if given.bundle else []
+    print(f"code {digest}")
+    print(f"differs from the installed release {chexfound.__version__}: {'' if differences else 'nothing'}")
+    for line in differences:
+        print(f"  {line}")
+    if differences and not given.yes and not _confirmed("The coordinator runs this; your site does not. Approve it?"):
+        raise PolicyError("not approved; nothing was changed")
+    approval.approve(home, digest)
+    print("approved: runs with this code are accepted")
+    return 0
+
+
+def _one_of(digests: Iterable[str], start: str, what: str) -> str:
+    found = [digest for digest in digests if digest.startswith(start)]
+    if len(found) != 1:
+        raise ConfigError(f"{start!r}: the first digits of {len(found)} bundles that were {what}; see --list")
+    return found[0]
 
 
 def _show(given: argparse.Namespace) -> int:

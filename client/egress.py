@@ -7,10 +7,11 @@ a reply that holds more than was agreed is a fault to be seen.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from chexfound import wire
 from chexfound.errors import ChexfoundError, PolicyError, StorageError
@@ -90,15 +91,20 @@ def _check_numbers(phase: str, value: Any) -> None:
         raise PolicyError(f"{phase}: the reply holds a {type(value).__name__}, which is not a plain value")
 
 
-def release(request: Message, phase: str, reply: Reply | BaseException) -> Message:
-    """Turn a reply, or what went wrong, into the message that leaves.
+def release(
+    request: Message, phase: str, reply: Reply | BaseException, sign: Callable[[RecordDict], None] | None = None
+) -> Message:
+    """Turn a reply, or what went wrong, into the message that leaves; `sign` puts the site's signature into it.
 
     An error leaves as a code only; its text, which may name patients or paths, goes to the site's
     own log.
     """
     if isinstance(reply, Reply):
         try:
-            return Message(wire.pack_reply(admit(phase, reply)), reply_to=request)
+            content = wire.pack_reply(admit(phase, reply))
+            if sign is not None:
+                sign(content)
+            return Message(content, reply_to=request)
         except Exception as error:  # not even a fault in a reply may raise: Flower would send the text
             reply = error
     if isinstance(reply, ChexfoundError):

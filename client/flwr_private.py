@@ -1,13 +1,255 @@
-"""Everything of the site that touches Flower's private API, so that a new minor version breaks one file loudly."""
+"""Everything of the site that touches Flower's private API, so that a new minor version breaks one file loudly.
+
+Flower's SuperNode runs as it is, but for what is put in front of its connection here: the bundle of code that a run
+ships never reaches it.  It is hashed, and what the SuperNode gets to parse in its stead is a bundle of ours, which
+holds no code.  A run that was refused is not dropped there (an exception would end the SuperNode) but handed on with
+the reason, for the worker to answer.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+from flwr.app import Context, Message
+from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.auth import load_superexec_auth_secret
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from chexfound import bundle
 from chexfound.bundle import Bundle
+
+RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may have, all texts
+POLL_S = (0.2, 3.0)  # between two questions for messages: a twentieth of the time without one, in these bounds
+REPLY_POLL_S = 0.05  # between two looks for the worker's reply
 
 
 def release_bundle() -> Bundle:
     """The bundle that the installed release ships, built as `flwr run` builds it."""
     return bundle.read(build_fab_from_files(bundle.release_files())[0])
+
+
+# -- the SuperNode
+
+
+class Told(Protocol):
+    """Whoever follows what the SuperNode does."""
+
+    def state(self, name: str, **about: Any) -> None:
+        """It does this now: idle, receiving, working, sending."""
+
+    def contact(self) -> None:
+        """The coordinator answered."""
+
+
+def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | None], told: Told) -> None:
+    """Run `flower-supernode` with these arguments in this process; SIGTERM lets it finish what it has in hand.
+
+    Args:
+        arguments: its command line.
+        refusal: of a bundle's bytes; None if the site's operator approved it, else why it may not run.
+        told: learns what it does.
+    """
+    sys.argv = ["flower-supernode", *arguments]
+    connect = start_client_internal._init_connection
+    pace = _Pace()
+
+    @contextmanager
+    def watched(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
+        told.state("connecting")
+        with connect(*args, **kwargs) as (
+            node_id,
+            receive,
+            send,
+            get_run,
+            get_fab,
+            pull_object,
+            push_object,
+            confirm_received,
+        ):
+            told.contact()
+            admission = _Admission(get_run, get_fab, refusal, told)
+            draining, in_hand = threading.Event(), threading.Event()
+
+            def drain(*_: object) -> None:
+                draining.set()
+                if not in_hand.is_set():
+                    os.kill(os.getpid(), signal.SIGINT)  # Flower's own way to say goodbye
+
+            signal.signal(signal.SIGTERM, drain)
+
+            def receive_next() -> Any:
+                in_hand.clear()
+                if draining.is_set():
+                    drain()
+                told.state("idle")
+                if (got := receive()) is not None:
+                    in_hand.set()
+                    pace.busy()
+                    about = got[0].metadata
+                    told.state("receiving", run=str(about.run_id), phase=about.message_type, round=about.group_id)
+                told.contact()
+                return got
+
+            def confirm(run_id: int, object_id: str) -> None:
+                confirm_received(run_id, object_id)
+                told.state("draining" if draining.is_set() else "working")
+
+            def send_reply(*reply: Any) -> Any:
+                told.state("sending")
+                pace.busy()
+                return send(*reply)
+
+            yield (
+                *(node_id, receive_next, send_reply, admission.run, admission.fab),
+                *(pull_object, push_object, confirm),
+            )
+
+    start_client_internal._init_connection = watched
+    setattr(start_client_internal, "time", pace)  # noqa: B010 (it uses time.sleep alone)
+    flower_supernode()
+
+
+class _Pace:
+    """In place of Flower's polls, which are 3 s and 0.5 s."""
+
+    def __init__(self) -> None:
+        self.busy()
+
+    def busy(self) -> None:
+        self._last = time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        idle = (time.monotonic() - self._last) / 20
+        time.sleep(REPLY_POLL_S if seconds < 1 else min(max(idle, POLL_S[0]), POLL_S[1]))
+
+
+class _Admission:
+    """Of a run: what the SuperNode is given of its configuration and of its bundle."""
+
+    def __init__(
+        self,
+        get_run: Callable[[int], Run],
+        get_fab: Callable[[str, int], Fab],
+        refusal: Callable[[bytes], str | None],
+        told: Told,
+    ) -> None:
+        self._get_run, self._get_fab, self._refusal, self._told = get_run, get_fab, refusal, told
+        self._odd: dict[int, str] = {}
+
+    def run(self, run_id: int) -> Run:
+        run = self._get_run(run_id)
+        asked = run.override_config
+        given: UserConfig = {key: value for key, value in asked.items() if key in RUN_KEYS and type(value) is str}
+        if given != asked or run.primary_task_type == TaskType.AGENT_APP:
+            self._odd[run_id] = "the run's configuration holds what this release does not know"
+        # A task of any other type would never be taken by the worker, and the SuperNode would wait for ever.
+        return dataclasses.replace(run, override_config=given, primary_task_type=TaskType.SERVER_APP)
+
+    def fab(self, fab_hash: str, run_id: int) -> Fab:
+        fab = self._get_fab(fab_hash, run_id)
+        refused = self._odd.pop(run_id, None) or self._refusal(fab.content)
+        self._told.state("receiving", refused=refused)
+        return Fab(fab.hash_str, stand_in(refused or ""), {})
+
+
+def stand_in(refused: str) -> bytes:
+    """A bundle without code, in place of the one that came; its configuration says why that was refused, if it was."""
+    config = dict.fromkeys(RUN_KEYS, "") | {"refused": refused.encode("ascii", "replace").decode()}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in config.items()]
+    text = "\n".join(
+        [
+            "[project]",
+            'name = "federated-chexfound"',
+            'version = "0"',
+            "[tool.flwr.app]",
+            'publisher = "site"',
+            "[tool.flwr.app.components]",
+            'serverapp = "none:none"',
+            'clientapp = "none:none"',
+            "[tool.flwr.app.config]",
+            *lines,
+        ]
+    )
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("pyproject.toml", text)
+    return buffer.getvalue()
+
+
+# -- its worker
+
+
+class Tasks:
+    """What the SuperNode of this machine has for its worker.
+
+    Args:
+        address: HOST:PORT of its runtime API, on loopback.
+        secret: file of the secret that the two share.
+    """
+
+    def __init__(self, address: str, secret: Path) -> None:
+        self.address = address
+        shared = load_superexec_auth_secret(secret_file=str(secret)) or b""
+        auth = SuperExecAuthHttpInterceptor(
+            master_secret=shared, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
+        )
+        self._client = self._connect(RuntimeVersionHttpInterceptor(component_name="SuperExec"), auth)
+
+    def _connect(self, *interceptors: Any) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address, insecure=True, root_certificates=None, interceptors=list(interceptors)
+        )
+
+    def take(self) -> str | None:
+        """The token of a message that waits; None if there is none, or no SuperNode."""
+        try:
+            got = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        except httpx.TransportError:
+            return None
+        return got.token or None
+
+    def answer(self, token: str, handle: Callable[[Message, Context], Message]) -> None:
+        """Have a message handled, and hand the reply over.
+
+        Raises: httpx.HTTPError if the SuperNode is gone; nobody waits for the reply then.
+        """
+        client = self._connect(
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)
+        )
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        try:
+            message, context, _, _ = pull_task_input(client)
+            push_message(client, handle(message, context), context)
+            push_task_output(client, context, SubStatus.COMPLETED, "")
+        finally:
+            heartbeat.stop()
+            client.close()

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chexfound import roster, signing
-from chexfound.errors import ConfigError, DataError
+from chexfound.errors import ConfigError, DataError, RosterError
 from chexfound.journal import replace_file, storage, write_json, write_text
 from chexfound.roster import Address, Keys, Roster
 
@@ -137,6 +137,17 @@ def approved(home: Path) -> Federation | None:
     return read(path) if path.exists() else None
 
 
+def present(home: Path) -> Federation:
+    """As `approved`, for a site that must be in one.
+
+    Raises: ConfigError.
+    """
+    federation = approved(home)
+    if federation is None:
+        raise ConfigError(f"{home}: no federation was approved yet; chexfound-client roster approve FILE")
+    return federation
+
+
 def approve(home: Path, federation: Federation) -> None:
     """From now on the site connects there, in this company."""
     values = roster.invitation(federation.name, federation.server, federation.authority, federation.sites)
@@ -176,3 +187,21 @@ def changes(before: Federation | None, after: Federation) -> list[str]:
     said += [f"site {name} is gone" for name in sorted(set(old) - set(new))]
     said += [f"site {name} has OTHER KEYS" for name in sorted(set(new) & set(old)) if new[name] != old[name]]
     return said
+
+
+def check_terms(sites: roster.Roster | None, federation: Federation) -> None:
+    """Hold the sites that the coordinator names against those that were approved: any of these, and no other.
+
+    Raises: RosterError.
+    """
+    if sites is None:
+        raise RosterError("the coordinator does not say who is in the federation")
+    if sites.federation != federation.name:
+        raise RosterError(f"the coordinator names another federation, {sites.federation!r}")
+    approved_sites = federation.sites.sites
+    for name, keys in sites.sites.items():
+        if approved_sites.get(name) != keys:
+            raise RosterError(
+                f"the coordinator's federation has a site {name!r} that was not approved here, or not with its present "
+                "keys; ask for the present file, then: chexfound-client roster approve FILE"
+            )

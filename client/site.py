@@ -25,9 +25,9 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
     """The site that a node's configuration describes.
 
     Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
-    the site's home), `gpus` (how many to pretrain on, or "all"); and for the simulation `home`,
-    `patients` (a JSON file with the shard's patients) and `shuffle-labels`.  New images are taken in at
-    enrolment only: a run's images must not change between its rounds.
+    the site's home), `gpus` (how many to pretrain on, or "all"), `secured` (true: it has keys, and signs); and
+    for the simulation `home`, `patients` (a JSON file with the shard's patients) and `shuffle-labels`.  New images
+    are taken in at enrolment only: a run's images must not change between its rounds.
 
     Raises: ConfigError if `site` or `data` is missing; DataError.
     """
@@ -38,6 +38,20 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
     listener = on_progress
     site.progress = (lambda phase, done, total: listener(site.name, phase, done, total)) if listener else None
     return site
+
+
+def member_home(node_config: Mapping[str, Any]) -> Path | None:
+    """The home of a site that takes part with its keys (`secured`); None for one that has none."""
+    if node_config.get("secured") is not True:
+        return None
+    name = str(node_config.get("site", ""))
+    check_name(name, "site name")
+    return site_home(name)
+
+
+def forget() -> None:
+    """Drop what is kept warm between messages; it is all on the disk too."""
+    _open.clear()
 
 
 def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Site:

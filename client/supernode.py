@@ -1,23 +1,26 @@
-"""Runs Flower's SuperNode as a child process, and ends it and all that it started."""
+"""Runs the site's two processes, Flower's SuperNode and our worker, and ends them and all that they started."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from chexfound._launch import application_root
 from chexfound.errors import ConfigError
+from chexfound.journal import replace_file
 from chexfound.processes import die_with_parent
 
 GRACE_S = 10.0  # for the SuperNode to say goodbye to the SuperLink
+DRAIN_S = 120.0  # for the message in hand to be answered, at SIGTERM
 RESTART_S = (5.0, 60.0)  # before one that ended by itself is started again: doubled each time, up to this
 
 
@@ -30,7 +33,7 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
-def node_config(values: Mapping[str, str]) -> str:
+def node_config(values: Mapping[str, str | bool]) -> str:
     """The text for --node-config.
 
     Flower cuts it at spaces outside quotes and reads the parts as TOML.  What could end a quoted
@@ -41,7 +44,9 @@ def node_config(values: Mapping[str, str]) -> str:
     return " ".join(f"{key}={_quoted(key, value)}" for key, value in values.items())
 
 
-def _quoted(key: str, value: str) -> str:
+def _quoted(key: str, value: str | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -55,40 +60,46 @@ def _quoted(key: str, value: str) -> str:
 def environment(flwr_home: Path) -> dict[str, str]:
     """The child's environment.
 
-    Its own FLWR_HOME, since two nodes that unpack one app into one folder at the same time can
-    import it half-written; no telemetry and no update check; and no proxy for calls to this machine.
+    Its own FLWR_HOME; our packages where they can be found; no telemetry and no update check; and no proxy for calls
+    to this machine.
     """
     values = dict(os.environ)
+    values["PYTHONPATH"] = os.pathsep.join([str(application_root()), *filter(None, [values.get("PYTHONPATH")])])
     values["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), values.get("PATH", os.defpath)])
     values["FLWR_HOME"] = str(flwr_home)
     values["FLWR_TELEMETRY_ENABLED"] = "0"
     values["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-    values.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
     values.setdefault("PYTHONUNBUFFERED", "1")
     for name in ("NO_PROXY", "no_proxy"):
         values[name] = ",".join([*filter(None, [values.get(name)]), "127.0.0.1", "localhost"])
     return values
 
 
-def command(superlink: str, config: str, credentials: Credentials | None) -> list[str]:
-    """The child's command: the flower-supernode of this environment, with a free port of its own.
+def commands(home: Path, superlink: str, config: str, credentials: Credentials | None) -> dict[str, list[str]]:
+    """The two processes: Flower's SuperNode, which talks with the coordinator, and the worker that does what is asked.
+
+    They talk on a free port of loopback, and share a secret in a new file of `home`.
 
     Args:
+        home: the site's.
         superlink: HOST:PORT.
         config: of `node_config`.
         credentials: for TLS and authentication; None is a connection without both.
-
-    Raises: ConfigError if there is no such program.
     """
-    beside = Path(sys.executable).with_name("flower-supernode")
-    program = str(beside) if beside.exists() else shutil.which("flower-supernode")
-    if program is None:
-        raise ConfigError("flower-supernode is not installed beside this Python; install the package again")
+    secret, port = home / "worker.secret", str(free_port())
+    with replace_file(secret, 0o600) as temporary:
+        temporary.write_text(secrets.token_hex(32))
     proof = ["--insecure"]
     if credentials is not None:
         proof = ["--root-certificates", str(credentials.authority)]
         proof += ["--auth-supernode-private-key", str(credentials.node_key)]
-    return [program, *proof, "--superlink", superlink, "--node-config", config, "--port", str(free_port())]
+    node = [*proof, "--superlink", superlink, "--node-config", config, "--host", "127.0.0.1", "--port", port]
+    node += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+    python = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the present folder
+    return {
+        "supernode": [*python, "client.node", str(home), *node],
+        "worker": [*python, "client.worker", str(home), f"127.0.0.1:{port}", str(secret)],
+    }
 
 
 @dataclass(frozen=True)
@@ -106,72 +117,88 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class SuperNode:
-    """The child, in a process group of its own, so that a signal reaches it once: through us."""
+@dataclass
+class _Child:
+    """One of them, in a process group of its own, so that a signal reaches it once: through us."""
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str]) -> None:
-        self.asked: int | None = None  # the signal by which we were asked to stop
-        self._asked_at = 0.0
-        self._child = subprocess.Popen(  # noqa: S603 (our own arguments, no shell)
-            arguments,
-            env=dict(env),
+    name: str
+    arguments: list[str]
+    env: Mapping[str, str]
+    say: Callable[[str], None]
+    _pause: float = field(default_factory=lambda: RESTART_S[0])
+    _again_at: float = 0.0
+
+    def start(self) -> None:
+        self._again_at, self._began = 0.0, time.monotonic()
+        self._process = subprocess.Popen(  # noqa: S603 (our own arguments, no shell)
+            self.arguments,
+            env=dict(self.env),
             start_new_session=True,
             preexec_fn=die_with_parent,  # noqa: PLW1509 (no other thread runs)
         )
 
-    def wait(self) -> int:
-        """Forward SIGTERM and SIGINT until the child ends; then end what is left of its group.
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
 
-        Returns the child's exit code.
-        """
-        before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return self._child.wait(timeout=0.5)
-                if self.asked is not None and time.monotonic() > self._asked_at + GRACE_S:
-                    self._child.kill()
-        finally:
-            # A ClientApp in mid-step has no one to answer; what it keeps on the disk is whole at any time.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGKILL)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def keep(self) -> None:
+        """Start it again if it ended, after a while."""
+        now = time.monotonic()
+        if self.running:
+            if now - self._began > 5 * RESTART_S[1]:
+                self._pause = RESTART_S[0]
+        elif not self._again_at:
+            self.kill()  # what it had started
+            self._again_at = now + self._pause
+            code = self._process.returncode
+            self.say(
+                f"{self.name} ended with exit code {code}, its last lines above say why; again in {self._pause:g} s"
+            )
+        elif now >= self._again_at:
+            self._pause = min(2 * self._pause, RESTART_S[1])
+            self.start()
 
-    def _forward(self, number: int, _frame: object) -> None:
-        if self.asked is None:
-            self.asked, self._asked_at = number, time.monotonic()
+    def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._child.send_signal(number)
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it and what is left of its group; what a worker keeps on the disk is whole at any time."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
-def keep_running(arguments: Sequence[str], env: Mapping[str, str], say: Callable[[str], None]) -> int:
-    """Run a SuperNode, and a new one whenever it ends by itself, until SIGTERM or SIGINT; returns which.
+def keep_running(
+    commands: Mapping[str, list[str]], env: Mapping[str, str], say: Callable[[str], None], drain_s: float = DRAIN_S
+) -> int:
+    """Run them, each anew whenever it ends by itself, until SIGTERM or SIGINT; returns which.
 
     A node that was killed is refused until the SuperLink has missed it for a minute; a coordinator may be away for
-    days: so it is tried for ever.
+    days: so it is tried for ever.  At SIGTERM the first, which talks with the coordinator, may first finish what it has
+    in hand; a second signal ends that, as the first SIGINT does.
     """
-    pause = RESTART_S[0]
-    while True:
-        began = time.monotonic()
-        child = SuperNode(list(arguments), env)
-        code = child.wait()
-        if child.asked is not None:
-            return child.asked
-        if time.monotonic() - began > 5 * RESTART_S[1]:
-            pause = RESTART_S[0]
-        say(f"flower-supernode ended with exit code {code}, its last lines above say why; again in {pause:.0f} s")
-        if (number := _told_to_stop(pause)) is not None:
-            return number
-        pause = min(2 * pause, RESTART_S[1])
-
-
-def _told_to_stop(seconds: float) -> int | None:
-    """Wait; SIGTERM or SIGINT if one of them comes."""
-    wanted = {signal.SIGTERM, signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda *got: asked.append(got[0])) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    children = [_Child(name, arguments, env, say) for name, arguments in commands.items()]
+    started: list[_Child] = []
     try:
-        got = signal.sigtimedwait(wanted, seconds)
+        for child in children:
+            child.start()
+            started.append(child)
+        while not asked:
+            time.sleep(0.1)
+            for child in children:
+                child.keep()
+        first, deadline = children[0], time.monotonic() + (drain_s if asked[0] == signal.SIGTERM else GRACE_S)
+        first.send(asked[0])
+        while first.running and len(asked) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return asked[0]
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return got.si_signo if got else None
+        for child in started:
+            child.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
