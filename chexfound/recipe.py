@@ -285,7 +285,9 @@ def to_run_config(recipe: Recipe, more: Mapping[str, str] | None = None) -> str:
     lines = [f"recipe = '''{text}'''"]
     for key, value in (more or {}).items():
         if not utf8(value):
-            raise ConfigError(f"{key} {written(value)}: holds bytes that are not UTF-8; rename it, or make a link to it")
+            raise ConfigError(
+                f"{key} {written(value)}: holds bytes that are not UTF-8; rename it, or make a link to it"
+            )
         lines.append(f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import cli as superlink_cli
@@ -28,10 +29,10 @@ def run_superlink(arguments: Sequence[str]) -> None:
 
     Flower gives up after 5 s ("database is locked", and the run has failed); a large model is written for longer.
     """
-    sql_mixin.SQLITE_PRAGMAS = tuple(
-        (name, str(BUSY_TIMEOUT_S * 1000) if name == "busy_timeout" else value)
-        for name, value in sql_mixin.SQLITE_PRAGMAS
+    patient = tuple(
+        (name, str(BUSY_TIMEOUT_S * 1000) if name == "busy_timeout" else value) for name, value in SQLITE_PRAGMAS
     )
+    sql_mixin.SQLITE_PRAGMAS = patient  # type: ignore[attr-defined, assignment]
     sys.argv = ["flower-superlink", *arguments]
     superlink_cli.flower_superlink()
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chexfound.errors import ConfigError
 from chexfound.journal import write_json
 from chexfound.roster import Keys
+from chexfound.signing import fingerprint
 from server import flower
 from server.federation import CONNECTION, Federation
 
@@ -53,6 +56,20 @@ def nodes(federation: Federation) -> dict[str, Node]:
     """
     known = _listed(federation)
     return {name: known[number] for name, (number, _) in _numbers(federation).items() if number in known}
+
+
+def rows(federation: Federation, nodes: Mapping[str, Node]) -> list[dict[str, Any]]:
+    """The sites as --json has them: fingerprints, and whether they are connected."""
+    return [
+        {
+            "site": name,
+            "node": fingerprint(keys.node),
+            "identity": fingerprint(keys.identity),
+            "status": nodes[name].status if name in nodes else "unknown",
+            "since": nodes[name].since if name in nodes and nodes[name].since != "N/A" else None,
+        }
+        for name, keys in sorted(federation.sites().sites.items())
+    ]
 
 
 def _register(federation: Federation, name: str, keys: Keys) -> str:

@@ -31,7 +31,8 @@ from server.federation import CONNECTION, Federation
 
 SCHEMA = 1
 END_S = 60.0  # in which the ServerApp of a run that was stopped has to end
-TRAINING = ("pretrain", "features", "adapt")  # states in which the ServerApp holds its journal
+SETTLE_S = 2.0  # in which a ServerApp that has begun opens its journal
+OVER = ("done", "failed")  # states of live.json in which the ServerApp has nothing more to ask
 
 Event = dict[str, Any]
 
@@ -65,9 +66,7 @@ class RunFolder:
 
         Raises: CheckpointError.
         """
-        return _read(
-            self.path / "live.json", {"state": str, "flower_run": str, "waiting_for": list, "replied": list}
-        )
+        return _read(self.path / "live.json", {"state": str, "flower_run": str, "waiting_for": list, "replied": list})
 
     def journal(self) -> list[Event]:
         """What has happened; nothing before the first site enrolled.
@@ -78,7 +77,7 @@ class RunFolder:
         return read_journal(path) if path.is_file() else []
 
     def flower_run(self) -> str | None:
-        """Flower's number of the last submission; that of a run submitted by hand is its folder's name, or in live.json."""
+        """Flower's number of the last submission; one by hand has it in live.json, or as its folder's name."""
         about, live = self.about(), self.live()
         if about is not None:
             return about["flower_runs"][-1]["id"] if about["flower_runs"] else None
@@ -167,7 +166,12 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
     given = {"run-dir": str(made.path), **({"backbone": str(backbone)} if backbone else {})}
     write_text(made.path / "run.toml", recipes.to_run_config(recipe, given))
     write_text(made.path / "recipe.yaml", recipes.to_yaml(recipe))
-    about = {"recipe": recipe.name, "rounds": rounds(recipe), "backbone": given.get("backbone"), "flower_runs": []}
+    about: dict[str, Any] = {
+        "recipe": recipe.name,
+        "rounds": rounds(recipe),
+        "backbone": given.get("backbone"),
+        "flower_runs": [],
+    }
     write_json(made.path / "run.json", {"schema": SCHEMA, **about})
     return made
 
@@ -275,9 +279,11 @@ def ended(status: str) -> bool:
 
 def _deserted(run: RunFolder) -> bool:
     """Whether a run that Flower still lists has lost its ServerApp, which Flower notices within a minute."""
-    live, journal = run.live(), run.journal()
-    working = live is not None and live["flower_run"] == run.flower_run() and live["state"] in TRAINING
-    return working and bool(journal) and journal[-1]["event"] != "done" and not _held(run)
+    live = run.live()
+    if live is None or live["flower_run"] != run.flower_run() or live["state"] in OVER or _held(run):
+        return False
+    time.sleep(SETTLE_S)
+    return not _held(run)
 
 
 def _held(run: RunFolder) -> bool:

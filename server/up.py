@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 from chexfound.errors import ConfigError, SiteError
 from chexfound.journal import storage
@@ -160,3 +161,26 @@ def listens(address: Address) -> bool:
     except OSError:
         return False
     return True
+
+
+def processes(federation: Federation) -> dict[str, str]:
+    """Whether each is up: by its port; the SuperExec, which has none, by its command line on this machine."""
+    seen = {True: "up", False: "not seen on this machine", None: "unknown"}
+    return {
+        "superlink": "up" if listens(federation.superlink) else "down",
+        "superexec": seen[superexec_seen(federation)],
+        "guard": "up" if listens(federation.listen) else "down",
+    }
+
+
+def superexec_seen(federation: Federation) -> bool | None:
+    """Whether a process of this machine has this federation's SuperExec secret as an argument; None if unknown."""
+    secret = str(federation.path("superexec.secret")).encode()
+    if not Path("/proc/self/cmdline").exists():
+        return None
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            arguments = file.read_bytes().split(b"\0")
+            if secret in arguments and any(part.endswith(b"flower-superexec") for part in arguments[:2]):
+                return True
+    return False
