@@ -278,7 +278,9 @@ class Federation:
 
     min_sites: Positive = 2
     wait_s: Seconds = 600.0  # for min_sites to connect
-    round_timeout_s: Seconds = 3600.0  # for a round's replies
+    round_timeout_s: Seconds = 3600.0  # for a round's replies: its deadline
+    quorum_sites: Positive | None = None  # that close a round at its deadline without the others; none: all must answer
+    quorum_weight: Fraction = 0.5  # of all sites' training images, that those of the quorum must have
 
 
 @_frozen

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +26,16 @@ from torch import Tensor
 import chexfound
 from chexfound import roster as rosters
 from chexfound import signing
-from chexfound.errors import CODES, ChexfoundError, ConfigError, ProtocolError, StateError, VersionError
+from chexfound.errors import (
+    CODES,
+    ChexfoundError,
+    CodeError,
+    ConfigError,
+    ProtocolError,
+    RosterError,
+    StateError,
+    VersionError,
+)
 from chexfound.names import word as word  # the rule for every name that arrives
 from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
@@ -48,6 +58,13 @@ FLOWER_ERRORS = {
     5: "is no longer connected",
     7: "refused the app that the coordinator sent",
     8: "the ClientApp's process died",
+}
+HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a site replied with
+    StateError: "resume the run, which sends it the teacher",
+    VersionError: "install the same release at both ends",
+    CodeError: "its operator has not approved this run's code there: chexfound-client approve",
+    RosterError: "its operator has not approved the federation's present sites: give it the present "
+    "NAME.federation.json, for chexfound-client roster approve",
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -146,11 +163,21 @@ def _json(content: RecordDict, key: str) -> dict[str, Any]:
 
 def pack_request(request: Request, sites: Roster | None = None) -> RecordDict:
     """A request as a message's content; `sites` are those of the federation, where they have keys."""
-    fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-    terms = {"version": chexfound.__version__, "roster": sites.as_dict() if sites else None}
-    records = {"terms": terms, "request": fields}
-    packed = {name: ConfigRecord({"json": json.dumps(values)}) for name, values in records.items()}
-    return RecordDict({**packed, **_pack_tensors(request.tensors)})
+    return pack_requests([request], sites)[0]
+
+
+def pack_requests(requests: Sequence[Request], sites: Roster | None = None) -> list[RecordDict]:
+    """As `pack_request`; tensors that several requests share are packed, and held in memory, once."""
+    terms = ConfigRecord({"json": json.dumps({"version": chexfound.__version__, "roster": sites and sites.as_dict()})})
+    packed: dict[int, dict[str, ArrayRecord | ConfigRecord]] = {}
+    contents = []
+    for request in requests:
+        if id(request.tensors) not in packed:
+            packed[id(request.tensors)] = _pack_tensors(request.tensors)
+        fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
+        of_request = ConfigRecord({"json": json.dumps(fields)})
+        contents.append(RecordDict({"terms": terms, "request": of_request, **packed[id(request.tensors)]}))
+    return contents
 
 
 def unpack_terms(content: RecordDict) -> Roster | None:
@@ -266,7 +293,7 @@ def explain_error(message: Message) -> str:
     """What an error message says, in our own words: the sender's text is never repeated."""
     kind = unpack_error(message)
     if (message.error.code, message.error.reason) == (kind.exit_code, kind.code):
-        hint = "; resume the run, which sends it the teacher" if kind is StateError else ""
+        hint = f"; {HINTS[kind]}" if kind in HINTS else ""
         return f"replied with error {kind.code!r} (exit code {kind.exit_code}){hint}"
     return FLOWER_ERRORS.get(message.error.code, f"failed with Flower's error code {message.error.code:d}")
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from chexfound import logs
+from chexfound import logs, roster
 from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
+from chexfound.roster import Roster
 from server import health
-from server.exchange import GridExchange
 from server.flwr_private import LocalGrid
+from server.grid import GridExchange
+from server.live import Live
 from server.result import write_metrics
 from server.run import Event, Run
 
@@ -57,6 +59,19 @@ def log_event(event: Event) -> None:
     elif event["event"] == "features":
         up, down = event["bytes"]["up"], event["bytes"]["down"]
         log.info("event=features seconds=%.1f up=%d down=%d", event["seconds"], up, down)
+        for one in event.get("missing", ()):
+            log.warning(
+                "event=missing phase=%s round=%d site=%s reason=%s",
+                event["phase"], event["round"] + 1, one["site"], one["reason"],
+            )  # fmt: skip
+    elif event["event"] in ("lost", "back"):
+        log.warning(
+            "event=%s site=%s phase=%s round=%d%s",
+            event["event"], event["site"], event["phase"], event["round"] + 1,
+            f" reason={event['reason']}" if "reason" in event else "",
+        )  # fmt: skip
+    elif event["event"] == "wait":
+        log.info("event=wait sites=%d of=%d", event["sites"], event["of"])
     elif event["event"] == "done":
         log.info("event=done model_sha256=%s", event["model_sha256"])
 
@@ -78,25 +93,35 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, context)
         return
     logs.show()
+    live = Live(run_folder(context), str(context.run_id))
+    observers.append(live)
     try:
-        _run(grid, context)
+        _run(grid, context, federation_sites())
     except ChexfoundError as error:
+        live.failed(error)
         log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
         raise error.with_traceback(None) from None  # ours says what to do; where in the code is noise
+    except BaseException as error:
+        live.failed(ChexfoundError(f"{type(error).__name__}; the SuperExec's log says where"))
+        raise
 
 
-def _run(grid: Grid, context: Context) -> None:
+def federation_sites() -> Roster | None:
+    """The sites of the federation in $CHEXFOUND_HOME, and their keys; None where there is no federation.
+
+    Raises: ConfigError.
+    """
+    path = Path(os.environ.get("CHEXFOUND_HOME") or "/nowhere") / "roster.json"
+    return roster.load(path) if path.exists() else None
+
+
+def _run(grid: Grid, context: Context, sites: Roster | None = None) -> None:
     recipe = recipes.from_run_config(context.run_config)
     folder = run_folder(context)
     log.info("event=begin run=%s folder=%s recipe=%s", context.run_id, folder, recipe.name)
     backbone = context.run_config.get("backbone")
-    run = Run(
-        recipe,
-        GridExchange(grid, lambda seen, wanted: log.info("event=wait sites=%d of=%d", seen, wanted)),
-        folder,
-        backbone=Path(str(backbone)) if backbone else None,
-        on_event=tell,
-    )
+    exchange = GridExchange(grid, sites=sites, run_id=context.run_id, on_event=lambda event: run.heard(event))
+    run = Run(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)
     outcome = run.run()
     write_metrics(folder, recipe, outcome)
     log.info("event=written folder=%s next='chexfound report %s'", folder, folder)

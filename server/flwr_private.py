@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -35,6 +36,14 @@ def run_superlink(arguments: Sequence[str]) -> None:
     sql_mixin.SQLITE_PRAGMAS = patient  # type: ignore[attr-defined, assignment]
     sys.argv = ["flower-superlink", *arguments]
     superlink_cli.flower_superlink()
+
+
+def node_key(node: NodeInfo) -> str:
+    """The public key that a node authenticated itself with, as a line in OpenSSH's format; empty if it has none."""
+    if not node.public_key:
+        return ""
+    key = load_pem_public_key(node.public_key)
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
 
 
 class LocalGrid(Grid):

@@ -47,6 +47,17 @@ def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+def subsets(folder: Path) -> list[str]:
+    """A sentence for each round, from a run's journal, that a quorum closed without some sites."""
+    said = []
+    for entry in read_journal(folder / "journal.jsonl"):
+        if entry["event"] in ("round", "features", "done") and entry.get("missing"):
+            who = ", ".join(f"{one['site']} ({one['reason']})" for one in entry["missing"])
+            what = f"{entry['phase']}, round {entry['round'] + 1}" if entry["event"] == "round" else entry["event"]
+            said.append(f"Only a part of the sites: {'evaluate' if what == 'done' else what} went without {who}.")
+    return said
+
+
 def site_rows(recipe: Recipe, roster: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """sites.json: what each site enrolled with, and how often it saw its images."""
     rows, seen = [], Batches.of(recipe, len(roster)).pretrain_images(recipe)
@@ -84,7 +95,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "not_trained": [],
         "void": None,
         "deployed": True,  # the federated arm only, and no image leaves a site: the report says so
-        "notes": [],
+        "notes": subsets(folder),
         "machine": machine(),
         "versions": versions(*RUN_PACKAGES),
         "date": datetime.date.today().isoformat(),

@@ -11,9 +11,8 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,19 @@ from torch import Tensor
 from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.adapt import features
-from chexfound.errors import CheckpointError, ConfigError, DataError, Problems, ProtocolError
+from chexfound.errors import CheckpointError, ConfigError, DataError, Problems
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.model.weights import published
-from chexfound.phases import Request
+from chexfound.phases import Reply, Request
 from chexfound.pretrain import curriculum, teacher
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Adapt, Recipe, Train
 from server import checks
-from server.exchange import Exchange, Member
+from server.cohort import Cohort
+from server.exchange import ENROLMENT, Exchange, Member
 from server.health import Watch
 from strategies.fedavg import FedAvg
 
@@ -125,6 +125,8 @@ class Run:
         self.backbone, self.on_event = backbone, on_event
         self.batches = batches
         self.roster: list[Member] = []
+        self._in_step: set[str] = set()  # sites that did the round before, in this process's time
+        self._behind: set[str] = set()  # sites that missed the phase that the present one stands on
         self.findings: tuple[str, ...] = ()
 
     def run(self) -> Outcome:
@@ -132,10 +134,11 @@ class Run:
 
         Raises: ChexfoundError; what was done is in the journal, and `run` can be called again.
         """
-        self.roster = self.exchange.enrol(self.recipe)
-        if self.batches is None:
-            self.batches = Batches.of(self.recipe, len(self.roster))
         with Journal(self.folder / "journal.jsonl") as self.journal:
+            before = [Member(name=values["site"], values=_enrolment(values)) for values in self._begun("roster", [])]
+            self.roster = self.exchange.enrol(self.recipe, before)
+            if self.batches is None:
+                self.batches = Batches.of(self.recipe, len(self.roster))
             self._start()
             weights = self._pretrain() if "pretrain" in self.recipe.phases else None
             model = checkpoint.add_prefix(self._take_backbone(weights), "backbone.")
@@ -144,13 +147,27 @@ class Run:
             checkpoint.save(self.folder / "model.safetensors", model)
             sha256 = checkpoint.digest(model)
             unscored = self._unscored()
-            results = []
+            results: list[dict[str, Any]] = []
+            missing: list[dict[str, str]] = []
             if "evaluate" in self.recipe.phases and "adapt" in self.recipe.phases:
-                results = [_without_figures(row, unscored) for row in self._evaluate(model)]
-            self._record({"event": "done", "model_sha256": sha256, "unscored": unscored, "results": results})
+                rows, missing = self._evaluate(model)
+                results = [_without_figures(row, unscored) for row in rows]
+            done: Event = {"event": "done", "model_sha256": sha256, "unscored": unscored, "results": results}
+            self._record(done | ({"missing": missing} if missing else {}))
         return Outcome(roster=self.roster, findings=self.findings, tensors=model, model_sha256=sha256, results=results)
 
     # -- the journal
+
+    def _begun(self, key: str, default: Any) -> Any:
+        """What the journal's first record, the run's start, has under a key."""
+        return self.journal.entries[0][key] if self.journal.entries else default
+
+    def heard(self, event: Event) -> None:
+        """Told by the exchange; who was lost and came back is kept."""
+        if event["event"] in ("lost", "back") and self.journal.entries:
+            self.journal.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
 
     def _record(self, event: Event) -> None:
         if event not in self.journal.entries[-1:]:
@@ -239,6 +256,10 @@ class Run:
 
     # -- the phases
 
+    def _ask(self, requests: list[Request], check: Callable[[Member, Reply], None], where: str) -> Cohort:
+        """The replies that come and pass `check`, and who is missing in the end."""
+        return Cohort(self.recipe, list(zip(self.roster, requests, strict=True)), self.exchange, check, where)
+
     def _requests(
         self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0
     ) -> list[Request]:
@@ -279,8 +300,7 @@ class Run:
                 number,
                 config.local_steps,
                 batch,
-                # Once in a run or its resumption: a site may have lost what it would derive the teacher from.
-                once=stays if step and number == done else None,
+                stays=stays if step else None,
                 finish=functools.partial(_with_teacher, self.recipe, step + config.local_steps, weights),
             )
         return weights
@@ -295,32 +315,48 @@ class Run:
         steps: int,
         batch: int,
         *,
-        once: dict[str, Tensor] | None = None,
+        stays: dict[str, Tensor] | None = None,
         finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
-        """Ask for a round and commit what `finish` makes of its mean.  `once` is sent beside `weights`."""
+        """Ask for a round and commit what `finish` makes of its mean.
+
+        `stays` is what a site derives by itself from round to round, for those that may not have what it takes.
+        """
         started, replies = time.monotonic(), []
-        requests = self._requests(phase, weights | (once or {}), number, steps, batch)
+        requests = self._requests(phase, weights, number, steps, batch)
+        if stays:
+            whole = weights | stays
+            requests = [
+                replace(request, tensors=whole) if member.name not in self._in_step else request
+                for member, request in zip(self.roster, requests, strict=True)
+            ]
         taken = range(number * steps, (number + 1) * steps)
         pace = checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase)
-        for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
-            with _blaming(member, f"{phase}, round {number + 1}"):
-                checks.check_counts(phase, reply, member, self.findings)
-                strategy.add(reply)
-                checks.check_update(reply.tensors, weights, frozen, pace, taken)
-                curve = checks.check_history(reply, self.recipe, phase, taken)
+
+        def check(member: Member, reply: Reply) -> None:
+            checks.check_counts(phase, reply, member, self.findings)
+            fold = strategy.admit(reply)
+            checks.check_update(reply.tensors, weights, frozen, pace, taken)
+            checks.check_history(reply, self.recipe, phase, taken)
+            fold()
+
+        cohort = self._ask(requests, check, f"{phase}, round {number + 1}")
+        for member, reply in cohort:
             replies.append(
                 {
                     "site": member.name,
                     "bytes": wire.payload_bytes(reply.tensors),
                     "images": reply.values["images"],
                     "labelled": reply.values["labelled"] if phase == "adapt" else [],
-                    "history": curve,
+                    "history": reply.values["history"],
                 }
             )
         weights = finish(strategy.result())
-        told = {"health": self.watch.look(number, taken.start, replies)} if phase == "pretrain" else {}
-        sent = len(requests) * wire.payload_bytes(requests[0].tensors)
+        told: Event = {"health": self.watch.look(number, taken.start, replies)} if phase == "pretrain" else {}
+        if cohort.missing:
+            told["missing"] = cohort.missing
+        self._in_step = {reply["site"] for reply in replies}
+        sent = sum(wire.payload_bytes(request.tensors) for request in requests)
         self._commit(phase, number, weights, started, replies, sent, told)
         return weights
 
@@ -341,12 +377,15 @@ class Run:
         done, head = self._last("adapt")
         started = time.monotonic()
         requests = self._requests("features", backbone)
-        sums = []
-        for member, reply in zip(self.roster, self.exchange.ask(requests), strict=True):
-            with _blaming(member, "features"):
-                checks.check_counts("features", reply, member, self.findings)
-                checks.check_moments(reply, self.recipe, backbone)
-            sums.append(reply.tensors)
+
+        def check(member: Member, reply: Reply) -> None:
+            checks.check_counts("features", reply, member, self.findings)
+            checks.check_moments(reply, self.recipe, backbone)
+
+        cohort = self._ask(requests, check, "features")
+        sums = [reply.tensors for _, reply in cohort]
+        # Without this run's features a site may hold another run's: it has no part in what stands on them.
+        self._behind = {one["site"] for one in cohort.missing}
         sums = [moments for moments in sums if moments]
         if not sums:
             raise DataError(
@@ -365,6 +404,7 @@ class Run:
                         "down": len(requests) * wire.payload_bytes(backbone),
                         "up": sum(wire.payload_bytes(tensors) for tensors in sums),
                     },
+                    **({"missing": cohort.missing} if cohort.missing else {}),
                 }
             )
         moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
@@ -387,13 +427,16 @@ class Run:
             reason = f"not trained: {self.roster[0].name} has not both classes among its training images"
         return {finding: reason for finding, total in zip(self.findings, totals, strict=True) if not total}
 
-    def _evaluate(self, model: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def _evaluate(self, model: dict[str, Tensor]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """The rows of results, and who gave none."""
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
-        results = []
-        for member, reply in zip(self.roster, self.exchange.ask(self._requests("evaluate", head)), strict=True):
-            with _blaming(member, "evaluate"):
-                results += checks.check_results(reply, member, self.findings)
-        return results
+
+        def check(member: Member, reply: Reply) -> None:
+            checks.check_results(reply, member, self.findings)
+
+        cohort = self._ask(self._requests("evaluate", head), check, "evaluate")
+        rows = [row for _, reply in cohort for row in reply.values["results"]]
+        return rows, cohort.missing
 
 
 def _parted(recipe: Recipe, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -411,13 +454,8 @@ def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: di
     return mean | teacher.rederived(recipe, step, before, curriculum.enter(mean, recipe, step))
 
 
-@contextmanager
-def _blaming(member: Member, where: str) -> Iterator[None]:
-    """Name the site, and where in the run it was, in a ProtocolError about its reply."""
-    try:
-        yield
-    except ProtocolError as error:
-        raise ProtocolError(f"site {member.name!r} in {where}: {error}") from error
+def _enrolment(values: Event) -> Event:
+    return {key: value for key, value in values.items() if key in ENROLMENT}
 
 
 def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[str, ...]:

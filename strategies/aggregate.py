@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,17 +31,26 @@ class Fold:
         self._row_weights: Tensor | None = None
 
     def add(self, update: Mapping[str, Tensor], weight: float, row_weights: Sequence[float] | None = None) -> None:
-        """Add one site's update.
+        """Add one site's update: `admit`, and what that returns."""
+        self.admit(update, weight, row_weights)()
+
+    def admit(
+        self, update: Mapping[str, Tensor], weight: float, row_weights: Sequence[float] | None = None
+    ) -> Callable[[], None]:
+        """Check one site's update; what is returned adds it, once whoever asked has looked at it too.
 
         Args:
             update: tensors by name, as those that were sent.
             weight: of the tensors that are not rows; 0 leaves the update out of them.
             row_weights: (F,), for the row tensors.
 
-        Raises: ProtocolError if names, shapes, dtypes, values or weights do not fit; nothing was added.
+        Raises: ProtocolError if names, shapes, dtypes, values or weights do not fit.
         """
         rows = None if row_weights is None else torch.tensor(list(row_weights), dtype=torch.float64)
         self._check(update, weight, rows)
+        return lambda: self._add(update, weight, rows)
+
+    def _add(self, update: Mapping[str, Tensor], weight: float, rows: Tensor | None) -> None:
         for name, tensor in update.items():
             by_row = name in self.rows and rows is not None
             part = tensor.double() * (_over(rows, tensor) if by_row else weight)  # type: ignore[arg-type]

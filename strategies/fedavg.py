@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -35,22 +35,26 @@ class FedAvg:
         self._fold = Fold(previous, rows)
 
     def add(self, reply: Reply) -> None:
-        """Fold in one site's reply.
+        """Fold in one site's reply: `admit`, and what that returns."""
+        self.admit(reply)()
+
+    def admit(self, reply: Reply) -> Callable[[], None]:
+        """Check one site's reply; what is returned folds it in.
 
         Raises: ProtocolError if its counts are not counts, or its tensors do not fit.
         """
         images = _count(reply.values.get("images"), "a reply's images")
         if self.phase == "pretrain":
-            self._fold.add(reply.tensors, images)
-            return
+            return self._fold.admit(reply.tensors, images)
         labelled = reply.values.get("labelled")
         if not isinstance(labelled, list) or len(labelled) != self.n_findings:
             raise ProtocolError(f"a reply's labelled must be {self.n_findings} counts")
         weights = [_count(number, "a reply's labelled") for number in labelled]
         if any(weights):
-            self._fold.add(reply.tensors, images, weights)
-        elif images or reply.tensors:
+            return self._fold.admit(reply.tensors, images, weights)
+        if images or reply.tensors:
             raise ProtocolError("a reply without a labelled image counts images, or holds tensors")
+        return lambda: None
 
     def result(self) -> dict[str, Tensor]:
         """The aggregated weights.

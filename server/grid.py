@@ -1,0 +1,261 @@
+"""How requests reach the sites over Flower's Grid, whichever engine it belongs to, and come back when they were lost.
+
+A node's last activation tells a site that was started again (what it had in hand is lost, and it is asked again) from
+one whose link was down (its reply is still to come).  Flower's own errors that say so much as "not there" are taken in
+the same way; only the round's deadline ends it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+
+from chexfound import signing, wire
+from chexfound.errors import ChexfoundError, ProtocolError, SiteError
+from chexfound.phases import Reply, Request
+from chexfound.roster import Roster
+from chexfound.schema import Recipe
+from server.exchange import Member, Missing, checked_roster
+from server.flwr_private import node_key
+
+LOST = (3, 4, 5, 8)  # Flower's error codes after which it helps to ask again, see wire.FLOWER_ERRORS
+LOOK_S = 2.0  # between two looks at who is connected
+AGAIN_MAX = 8  # times that a site is asked one thing again
+Event = dict[str, Any]
+
+
+@dataclass
+class _Asked:
+    """A request that is under way to one site."""
+
+    index: int
+    request: Request
+    ids: list[str] = field(default_factory=list)  # of its messages, of which one may still be answered
+    activated: str = ""  # of the node, when the last was sent
+    lost: bool = False  # told to the run
+    again: int = 0
+
+
+class GridExchange:
+    """Sites behind a Flower Grid.  Replies are pulled one at a time, in the order of the sites: one update is held.
+
+    Args:
+        sites: those of the federation, with the keys that replies are verified with; None: they have no keys.
+        run_id: which the signatures are for.
+        on_event: told "wait", "asked", "replied", "lost" and "back".
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        sites: Roster | None = None,
+        run_id: int = 0,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.grid, self.sites, self.run_id = grid, sites, run_id
+        self._tell = on_event or (lambda event: None)
+        self._names: list[str] = []
+        self._nodes: list[int] = []  # 0: not connected yet
+        self._recipe = Recipe()
+
+    # -- who takes part
+
+    def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
+        """Wait for the sites and ask each who it is.
+
+        Raises: SiteError if too few come in time, or one of them cannot take part and no quorum does without it.
+        """
+        self._recipe = recipe
+        names = [member.name for member in before]
+        nodes = self._wait(names)
+        self._names, self._nodes = [self._name_of(node) for node in nodes], [node.node_id for node in nodes]
+        replies, senders = [], {}
+        for node, reply in zip(nodes, self.ask([Request(phase="enrol") for _ in nodes]), strict=True):
+            if isinstance(reply, Reply):
+                replies.append(reply)
+                senders[str(reply.values.get("site"))] = node.node_id
+            elif reply is not None and recipe.federation.quorum_sites is None:
+                raise reply.error
+        labels = [f"node {senders[str(reply.values.get('site'))]}" for reply in replies]
+        members = {member.name: member for member in checked_roster(replies, labels)}
+        quorum = recipe.federation.quorum_sites
+        if len(members) < ((before and quorum) or recipe.federation.min_sites):
+            raise SiteError(f"only {len(members)} of {len(nodes)} sites can take part; the others' own logs say why")
+        if before:  # others that have come since are not of this run; those that are away may come back
+            members = {
+                one.name: members.get(one.name, one) for one in before if one.name in members or quorum is not None
+            }
+        self._names = list(members)
+        self._nodes = [senders.get(name, 0) for name in members]
+        return list(members.values())
+
+    def _name_of(self, node: NodeInfo) -> str:
+        """What a node is called until it has said who it is, and by its key if it has one."""
+        return self._keys().get(node_key(node), f"node {node.node_id}")  # as `flwr supernode list` shows them
+
+    def _keys(self) -> dict[str, str]:
+        return {keys.node: name for name, keys in self.sites.sites.items()} if self.sites else {}
+
+    def _connected(self) -> dict[int, NodeInfo]:
+        """Nodes by number; with keys only those of the federation's sites."""
+        known = self._keys()
+        nodes = sorted(self.grid.get_nodes(), key=lambda node: node.node_id)
+        return {node.node_id: node for node in nodes if not self.sites or node_key(node) in known}
+
+    def _wait(self, names: list[str]) -> list[NodeInfo]:
+        config = self._recipe.federation
+        deadline, seen = time.monotonic() + config.wait_s, -1
+        while True:
+            nodes = [*self._connected().values()]
+            if names and self.sites:
+                nodes = [node for node in nodes if self._name_of(node) in names]
+            wanted = max(config.min_sites, len(names))
+            if len(nodes) >= wanted:
+                return nodes
+            if len(nodes) != seen:
+                self._tell({"event": "wait", "sites": len(nodes), "of": wanted})
+            seen = len(nodes)
+            if time.monotonic() > deadline:
+                if names and config.quorum_sites is not None and seen >= config.quorum_sites:
+                    return nodes
+                raise SiteError(
+                    f"only {seen} of {'the ' if names else 'federation.min_sites '}{wanted} sites connected within "
+                    f"{config.wait_s:g} s; start the others, or lower federation.min_sites"
+                )
+            time.sleep(0.5)
+
+    # -- a request to each, and what comes back
+
+    def ask(self, requests: Sequence[Request | None]) -> Iterator[Reply | Missing | None]:
+        """Send one request to each site; a site that is lost is asked again when it is back, until the deadline."""
+        deadline = time.monotonic() + self._recipe.federation.round_timeout_s
+        asked = [_Asked(index, request) for index, request in enumerate(requests) if request is not None]
+        if asked:
+            names = [self._names[one.index] for one in asked]
+            self._tell({"event": "asked", **_where(asked[0].request), "sites": names})
+            self._push(asked, self._connected(), deadline)
+        for request in requests:
+            if request is None:
+                yield None
+                continue
+            outcome = self._await(asked[0], asked, deadline)
+            if isinstance(outcome, Reply):
+                self._tell({"event": "replied", **_where(request), "site": self._names[asked[0].index]})
+            del asked[0]
+            yield outcome
+
+    def _push(self, asked: Sequence[_Asked], nodes: dict[int, NodeInfo], deadline: float) -> None:
+        there = [one for one in asked if self._nodes[one.index]]
+        messages = [
+            Message(
+                content=content,
+                dst_node_id=self._nodes[one.index],
+                message_type=wire.MESSAGE_TYPES[one.request.phase],
+                group_id=str(one.request.round + 1),  # only shown in the logs, where the first is 1
+                ttl=max(deadline - time.monotonic(), 0.001),
+            )
+            for one, content in zip(there, wire.pack_requests([o.request for o in there], self.sites), strict=True)
+        ]
+        ids = list(self.grid.push_messages(messages))
+        for one, message_id in zip(there, ids + [""] * (len(there) - len(ids)), strict=True):
+            node = nodes.get(self._nodes[one.index])
+            one.activated = node.last_activated_at if node else ""
+            if message_id:  # Flower puts none for a message that it could not hand on
+                one.ids.append(message_id)
+
+    def _await(self, one: _Asked, pending: Sequence[_Asked], deadline: float) -> Reply | Missing:
+        pause, look_at = 0.02, time.monotonic() + LOOK_S
+        while time.monotonic() < deadline:
+            for message_id in list(one.ids):
+                for message in self.grid.pull_messages([message_id]):
+                    if (outcome := self._judged(one, message_id, message)) is not None:
+                        return outcome
+            if not one.ids and not self.sites:
+                # A node without a key has another number when it comes back, and the run another site.
+                text = f"{self._where(one)}: is no longer connected; start it again and resume the run"
+                return Missing(reason="gone", error=SiteError(text))
+            if time.monotonic() > look_at:
+                self._look(pending, deadline)
+                look_at = time.monotonic() + LOOK_S
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+        seconds = self._recipe.federation.round_timeout_s
+        text = f"{self._where(one)}: no reply within federation.round_timeout_s {seconds:g} s"
+        return self._missing(one, "late", SiteError(text))
+
+    def _look(self, pending: Sequence[_Asked], deadline: float) -> None:
+        """Ask again who lost its request and is there."""
+        nodes = self._connected()
+        by_name = {self._name_of(node): number for number, node in nodes.items()} if self.sites else {}
+        for one in pending:
+            self._nodes[one.index] = self._nodes[one.index] or by_name.get(self._names[one.index], 0)
+            node = nodes.get(self._nodes[one.index])
+            if node is None:
+                self._lose(one, "gone")
+                continue
+            if one.ids and node.last_activated_at == one.activated:
+                self._find(one)  # its reply is still to come
+                continue
+            one.again += 1
+            if one.again <= AGAIN_MAX:
+                self._lose(one, "gone")
+                self._push([one], nodes, deadline)
+                self._find(one)
+
+    def _lose(self, one: _Asked, reason: str) -> None:
+        if not one.lost:
+            self._tell({"event": "lost", **_where(one.request), "site": self._names[one.index], "reason": reason})
+        one.lost = True
+
+    def _find(self, one: _Asked) -> None:
+        if one.lost:
+            self._tell({"event": "back", **_where(one.request), "site": self._names[one.index]})
+        one.lost = False
+
+    def _judged(self, one: _Asked, message_id: str, message: Message) -> Reply | Missing | None:
+        """The reply, or why it does not count; None if there may be another."""
+        where = self._where(one)
+        if message.has_error():
+            kind = wire.unpack_error(message)
+            if kind is ChexfoundError and message.error.code in LOST:
+                one.ids.remove(message_id)
+                self._lose(one, "gone")
+                return None
+            text = f"{where}: {wire.explain_error(message)}; that site's own log says why"
+            return self._missing(one, kind.code, SiteError(text))
+        try:
+            reply = wire.unpack_reply(message.content)
+            self._verify(one, reply, message_id, message)
+        except ProtocolError as error:
+            return self._missing(one, error.code, ProtocolError(f"{where}: {error}"))
+        return reply
+
+    def _verify(self, one: _Asked, reply: Reply, message_id: str, message: Message) -> None:
+        """That the site which was asked signed this reply; at enrolment, that it says its own name."""
+        if self.sites is None:
+            return
+        name = self._names[one.index]
+        key = signing.read_public_line(self.sites.sites[name].identity)
+        wire.verify_reply(message.content, key, self.run_id, one.request.round, message_id)
+        if one.request.phase == "enrol" and reply.values.get("site") != name:
+            raise ProtocolError("says another name than that of its keys")
+
+    def _missing(self, one: _Asked, reason: str, error: ChexfoundError) -> Missing:
+        self._tell({"event": "lost", **_where(one.request), "site": self._names[one.index], "reason": reason})
+        return Missing(reason=reason, error=error)
+
+    def _where(self, one: _Asked) -> str:
+        name = self._names[one.index]
+        where = f"{name if name.startswith('node ') else f'site {name!r}'} in {one.request.phase}"
+        return where + (f", round {one.request.round + 1}" if one.request.steps else "")
+
+
+def _where(request: Request) -> Event:
+    return {"phase": request.phase, "round": request.round}

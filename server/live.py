@@ -1,0 +1,69 @@
+"""live.json in a run's folder: what the run does now and whom it waits for, for `status` and `watch`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from chexfound import recipe as recipes
+from chexfound.errors import ChexfoundError
+
+SCHEMA = 1
+
+
+class Live:
+    """Follows a run's events.  Written whole each time, not durably: it tells of a process.
+
+    Args:
+        flower_run: Flower's number of the run.
+    """
+
+    def __init__(self, folder: Path, flower_run: str) -> None:
+        self.folder = folder
+        self.values: dict[str, Any] = {
+            "schema": SCHEMA, "state": "waiting", "round": None, "rounds": None, "since": _now(),
+            "waiting_for": [], "replied": [], "flower_run": flower_run, "error": None,
+        }  # fmt: skip
+        self._rounds: dict[str, int] = {}
+        self._write()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take in an event of the run or of its exchange."""
+        kind = event["event"]
+        if kind == "asked":
+            phase, rounds = event["phase"], self._of(event["phase"])
+            self.values |= {"state": phase, "rounds": rounds, "round": event["round"] + 1 if rounds else None}
+            self.values |= {"since": _now(), "waiting_for": event["sites"], "replied": []}
+        elif kind == "replied":
+            self.values["waiting_for"] = [name for name in self.values["waiting_for"] if name != event["site"]]
+            self.values["replied"] = [*self.values["replied"], event["site"]]
+        elif kind == "done":
+            self.values |= {"state": "done", "since": _now(), "waiting_for": []}
+        else:
+            return
+        self._write()
+
+    def failed(self, error: ChexfoundError) -> None:
+        """The run ended with an error."""
+        self.values |= {"state": "failed", "since": _now(), "error": {"code": error.code, "text": str(error)}}
+        self._write()
+
+    def _of(self, phase: str) -> int | None:
+        path = self.folder / "recipe.yaml"
+        if not self._rounds and path.exists():
+            recipe = recipes.load(path)
+            self._rounds = {"pretrain": recipe.pretrain_rounds, "adapt": recipe.adapt.rounds}
+        return self._rounds.get(phase)
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / ".live.json.tmp"
+        temporary.write_text(json.dumps(self.values))
+        os.replace(temporary, self.folder / "live.json")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,412 @@
+"""Requests to sites and replies from them, with a grid whose nodes do as they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+
+from chexfound import signing, wire
+from chexfound.errors import ConfigError, DataError, ProtocolError, SiteError
+from chexfound.phases import Reply, Request
+from chexfound.roster import Keys, Roster
+from server import grid as grid_module
+from server.exchange import Member, Missing
+from server.flwr_private import LocalGrid, set_identity
+from server.grid import GridExchange
+
+ENROLMENT: dict[str, Any] = {
+    "site": "A",
+    "images": 10,
+    "patients": 8,
+    "train": 6,
+    "val": 1,
+    "test": 3,
+    "findings": {"Blob": {"positives": 2, "negatives": 3}},
+    "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"},
+    "store_sha256": "0" * 64,
+}
+RUN = 1
+Answer = Callable[[Message], Message | None]
+
+
+class Scripted(LocalGrid):
+    """Nodes that answer with what `answers[node]` makes of a request; None: not yet.
+
+    `started[node]` is when it was started last; a node that is not in `online` is not connected.
+    """
+
+    def __init__(self, answers: dict[int, Answer], keys: dict[int, bytes] | None = None) -> None:
+        set_identity(RUN)
+        self.answers, self.keys = answers, keys or {}
+        self.online, self.started = set(answers), dict.fromkeys(answers, "1")
+        self.asked: dict[str, Message] = {}
+        self.pulled: list[int] = []
+        self.looked: Callable[[], None] = lambda: None  # at each look, the first not counted
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node.node_id for node in self.get_nodes()]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        self.looked()
+        return [
+            NodeInfo(node_id=node, last_activated_at=self.started[node], public_key=self.keys.get(node, b""))
+            for node in sorted(self.online, reverse=True)
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for number, message in enumerate(messages, start=len(self.asked)):
+            message.metadata.__dict__["_message_id"] = str(number)
+            self.asked[str(number)] = message
+            yield str(number)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for name in message_ids:
+            message = self.asked[name]
+            reply = self.answers[message.metadata.dst_node_id](message)
+            if reply is not None:
+                self.pulled.append(message.metadata.dst_node_id)
+                yield reply
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+
+def enrolment(name: str, **changes: Any) -> Reply:
+    return Reply(values=ENROLMENT | {"site": name} | changes)
+
+
+def node(name: str, later: Answer | None = None, **changes: Any) -> Answer:
+    def answer(message: Message) -> Message | None:
+        if message.metadata.message_type == "query.enrol" or later is None:
+            return Message(wire.pack_reply(enrolment(name, **changes)), reply_to=message)
+        return later(message)
+
+    return answer
+
+
+def gone(message: Message) -> Message:
+    """As the SuperLink answers for a node that is not connected."""
+    return Message(Error(code=5, reason="Node unavailable"), reply_to=message)
+
+
+def in_turn(*answers: Answer) -> Answer:
+    left = list(answers)
+    return lambda message: (left.pop(0) if len(left) > 1 else left[0])(message)
+
+
+@pytest.fixture(autouse=True)
+def looks_at_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(grid_module, "LOOK_S", 0.0)
+
+
+def set_federation(recipe: Any, **values: Any) -> Any:
+    return replace(recipe, federation=replace(recipe.federation, **values))
+
+
+@pytest.fixture
+def quick(tiny_recipe: Any) -> Any:
+    return set_federation(tiny_recipe, wait_s=0.01, round_timeout_s=0.3)
+
+
+@pytest.fixture
+def patient(tiny_recipe: Any) -> Any:
+    return set_federation(tiny_recipe, wait_s=0.01, round_timeout_s=30.0)
+
+
+def pretrain(sites: int) -> list[Request]:
+    return [Request(phase="pretrain", round=2, steps=1, roster_index=index) for index in range(sites)]
+
+
+# -- who takes part
+
+
+def test_the_roster_is_sorted_by_name_and_not_by_node(quick: Any) -> None:
+    grid = Scripted({7: node("B"), 9: node("A"), 8: node("C")})
+    exchange = GridExchange(grid)
+    assert [member.name for member in exchange.enrol(quick)] == ["A", "B", "C"]
+    grid.pulled.clear()
+    replies = exchange.ask(pretrain(3))
+    next(replies)
+    assert grid.pulled == [9]  # one at a time: no more than one update is held
+    assert [reply.values["site"] for reply in replies] == ["B", "C"]  # type: ignore[union-attr]
+    assert grid.pulled == [9, 7, 8]
+
+
+def test_each_site_gets_its_own_request(quick: Any) -> None:
+    grid = Scripted({7: node("B"), 9: node("A")})
+    exchange = GridExchange(grid)
+    exchange.enrol(quick)
+    grid.asked.clear()
+    list(exchange.ask([Request(phase="adapt", roster_index=index, round=4, steps=1) for index in range(2)]))
+    seen = {message.metadata.dst_node_id: message for message in grid.asked.values()}
+    assert {node: wire.unpack_request(message.content).roster_index for node, message in seen.items()} == {9: 0, 7: 1}
+    assert {message.metadata.message_type for message in seen.values()} == {"train.adapt"}
+    assert {message.metadata.group_id for message in seen.values()} == {"5"}  # shown in logs, where the first is 1
+    assert all(0 < message.metadata.ttl <= 0.3 for message in seen.values())
+
+
+def test_a_site_that_is_not_asked_gives_nothing(quick: Any) -> None:
+    grid = Scripted({1: node("A"), 2: node("B")})
+    exchange = GridExchange(grid)
+    exchange.enrol(quick)
+    grid.asked.clear()
+    first, second = exchange.ask([None, Request(phase="features", roster_index=1)])
+    assert first is None
+    assert isinstance(second, Reply)
+    assert [message.metadata.dst_node_id for message in grid.asked.values()] == [2]
+
+
+def test_too_few_sites(quick: Any) -> None:
+    told: list[Any] = []
+    with pytest.raises(
+        SiteError, match=r"only 1 of federation.min_sites 2 sites connected within 0.01 s; start the others"
+    ):
+        GridExchange(Scripted({1: node("A")}), on_event=told.append).enrol(quick)
+    assert told == [{"event": "wait", "sites": 1, "of": 2}]
+
+
+def test_a_name_taken_twice(quick: Any) -> None:
+    with pytest.raises(ConfigError, match="two sites call themselves 'A'; give each its own --name"):
+        GridExchange(Scripted({1: node("A"), 2: node("A")})).enrol(quick)
+
+
+def test_a_run_that_goes_on_waits_for_all_its_sites(quick: Any) -> None:
+    before = [Member(name=name, values=enrolment(name).values) for name in "ABC"]
+    exchange = GridExchange(Scripted({1: node("A"), 2: node("B")}))
+    with pytest.raises(SiteError, match="only 2 of the 3 sites connected"):
+        exchange.enrol(quick, before)
+    with_quorum = set_federation(quick, quorum_sites=2)
+    assert exchange.enrol(with_quorum, before) == before
+
+
+def test_others_that_came_meanwhile_are_not_of_the_run(quick: Any) -> None:
+    before = [Member(name=name, values=enrolment(name).values) for name in "AB"]
+    exchange = GridExchange(Scripted({1: node("A"), 2: node("B"), 3: node("Z")}))
+    assert exchange.enrol(quick, before) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"site": "<\n>"}, "node 7 enrolled without a usable name"),
+        ({"train": 2**39}, "site 'B' enrolled without counts that add up: 10 images of 8 patients"),
+        ({"store_sha256": "g" * 64}, "site 'B' enrolled without its store's hash"),
+        ({"versions": ENROLMENT["versions"] | {"chexfound": "9"}}, "site 'B' runs federated CheXFound '9'"),
+    ],
+)
+def test_a_bad_enrolment_names_its_sender(quick: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        GridExchange(Scripted({9: node("A"), 7: node("B", **change)})).enrol(quick)
+
+
+# -- replies that do not come
+
+
+def second_of(recipe: Any, later: Answer, told: list[Any] | None = None) -> Missing:
+    exchange = GridExchange(Scripted({1: node("A"), 2: node("B", later)}), on_event=told.append if told else None)
+    exchange.enrol(recipe)
+    first, second = exchange.ask(pretrain(2))
+    assert isinstance(first, Reply)
+    assert isinstance(second, Missing)
+    return second
+
+
+@pytest.mark.parametrize("kind", [DataError, SiteError, ConfigError])
+def test_an_error_names_the_site_and_its_code(quick: Any, kind: Any) -> None:
+    missing = second_of(quick, lambda message: wire.pack_error(kind("Jane Doe"), message))
+    assert missing.reason == kind.code
+    assert f"site 'B' in pretrain, round 3: replied with error '{kind.code}' (exit code {kind.exit_code})" in str(
+        missing.error
+    )
+    assert "Jane" not in str(missing.error)
+
+
+def test_a_site_that_does_not_answer_is_late(quick: Any) -> None:
+    missing = second_of(quick, lambda message: None)
+    assert missing.reason == "late"
+    assert str(missing.error) == "site 'B' in pretrain, round 3: no reply within federation.round_timeout_s 0.3 s"
+
+
+def test_a_reply_that_cannot_be_read_names_the_site(quick: Any) -> None:
+    missing = second_of(quick, lambda message: Message(RecordDict(), reply_to=message))
+    assert missing.reason == "protocol"
+    assert "site 'B' in pretrain, round 3: the message holds no readable 'reply'" in str(missing.error)
+
+
+def test_a_node_without_a_key_does_not_come_back(patient: Any) -> None:
+    assert "no longer connected; start it again and resume" in str(second_of(patient, gone).error)
+
+
+# -- sites with keys, which do
+
+
+class Hospital:
+    """Its keys, and its node."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._node, self.identity = ec.generate_private_key(ec.SECP384R1()).public_key(), Ed25519PrivateKey.generate()
+        formats = serialization.PublicFormat
+        openssh = self._node.public_bytes(serialization.Encoding.OpenSSH, formats.OpenSSH)
+        self.keys = Keys(openssh.decode(), signing.public_line(self.identity.public_key()))
+        self.pem = self._node.public_bytes(serialization.Encoding.PEM, formats.SubjectPublicKeyInfo)
+
+    def answer(self, message: Message, **changes: Any) -> Message:
+        content = wire.pack_reply(enrolment(self.name))
+        asked = {
+            "key": self.identity,
+            "run_id": message.metadata.run_id,
+            "round_number": wire.unpack_request(message.content).round,
+            "message_id": message.metadata.message_id,
+        } | changes
+        wire.sign_reply(content, **asked)
+        return Message(content, reply_to=message)
+
+
+NORTH, SOUTH = Hospital("NORTH"), Hospital("SOUTH")
+SITES = Roster(federation="thorax", serial=2, sites={"NORTH": NORTH.keys, "SOUTH": SOUTH.keys})
+
+
+def secured(
+    south: Answer | None = None, online: Iterable[int] = (1, 2)
+) -> tuple[Scripted, GridExchange, list[dict[str, Any]]]:
+    told: list[dict[str, Any]] = []
+    grid = Scripted({1: NORTH.answer, 2: node("SOUTH", south) if south else SOUTH.answer}, {1: NORTH.pem, 2: SOUTH.pem})
+    if south:  # enrolled as it should be
+        grid.answers[2] = lambda message: (
+            SOUTH.answer(message) if message.metadata.message_type == "query.enrol" else south(message)
+        )
+    grid.online = set(online)
+    return grid, GridExchange(grid, sites=SITES, run_id=RUN, on_event=told.append), told
+
+
+def events(told: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(one["event"], one["site"]) for one in told if one["event"] in ("lost", "back")]
+
+
+def test_signed_replies_count(quick: Any) -> None:
+    _, exchange, told = secured()
+    assert [member.name for member in exchange.enrol(quick)] == ["NORTH", "SOUTH"]
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2)))
+    assert events(told) == []
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda message: NORTH.answer(message),  # a reply signed by another site
+        lambda message: Message(wire.pack_reply(enrolment("SOUTH")), reply_to=message),  # by nobody
+        lambda message: SOUTH.answer(message, run_id=2),
+        lambda message: SOUTH.answer(message, round_number=1),
+        lambda message: SOUTH.answer(message, message_id="0"),  # an answer to another request
+    ],
+)
+def test_a_reply_that_its_site_did_not_sign_does_not_count(quick: Any, forge: Answer) -> None:
+    _, exchange, _ = secured(forge)
+    exchange.enrol(quick)
+    first, second = exchange.ask(pretrain(2))
+    assert isinstance(first, Reply)
+    assert isinstance(second, Missing)
+    assert second.reason == "protocol"
+    assert "sign" in str(second.error)
+
+
+def test_a_changed_payload_does_not_count(quick: Any) -> None:
+    def changed(message: Message) -> Message:
+        reply = SOUTH.answer(message)
+        reply.content["reply"]["json"] = reply.content["reply"]["json"].replace('"images": 10', '"images": 11')
+        return reply
+
+    _, exchange, _ = secured(changed)
+    exchange.enrol(quick)
+    assert isinstance(list(exchange.ask(pretrain(2)))[1], Missing)
+
+
+def test_a_site_cannot_enrol_under_another_name(quick: Any) -> None:
+    grid, exchange, _ = secured()
+    other = Hospital("SOUTH")
+    other.name, other.identity = "NORTH", SOUTH.identity
+    grid.answers[2] = other.answer
+    with pytest.raises(ProtocolError, match="site 'SOUTH' in enrol: says another name than that of its keys"):
+        exchange.enrol(quick)
+
+
+def test_a_node_that_is_not_in_the_federation_is_not_asked(quick: Any) -> None:
+    grid, exchange, _ = secured()
+    grid.answers[3], grid.keys[3], grid.started[3] = node("STRANGER"), Hospital("STRANGER").pem, "1"
+    grid.online.add(3)
+    assert [member.name for member in exchange.enrol(quick)] == ["NORTH", "SOUTH"]
+
+
+def test_a_site_that_was_started_again_is_asked_again(patient: Any) -> None:
+    """Its node is another process now, and what it had in hand is lost."""
+    grid, exchange, told = secured(in_turn(*[lambda message: None] * 3, SOUTH.answer))
+    exchange.enrol(patient)
+    looks = iter(range(10**9))
+
+    def restart() -> None:
+        if next(looks) == 1:
+            grid.started[2] = "2"
+
+    grid.looked = restart
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2)))
+    asked = [message for message in grid.asked.values() if message.metadata.dst_node_id == 2]
+    assert [message.metadata.message_type for message in asked] == ["query.enrol", "train.pretrain", "train.pretrain"]
+    assert events(told) == [("lost", "SOUTH"), ("back", "SOUTH")]
+
+
+def test_a_link_that_was_down_is_waited_for(patient: Any) -> None:
+    """The same process is there again, at its work: nothing is asked twice."""
+    grid, exchange, told = secured(in_turn(*[lambda message: None] * 6, SOUTH.answer))
+    exchange.enrol(patient)
+    looks = iter(range(10**9))
+
+    def flap() -> None:
+        look = next(looks)
+        grid.online = {1} if look in (1, 2) else {1, 2}
+
+    grid.looked = flap
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2)))
+    assert len(grid.asked) == 4
+    assert events(told) == [("lost", "SOUTH"), ("back", "SOUTH")]
+
+
+def test_flowers_word_that_a_node_is_gone_is_not_the_last(patient: Any) -> None:
+    grid, exchange, told = secured(in_turn(gone, SOUTH.answer))
+    exchange.enrol(patient)
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2)))
+    assert len(grid.asked) == 5
+    assert events(told) == [("lost", "SOUTH"), ("back", "SOUTH")]
+
+
+def test_a_site_that_always_dies_of_it_is_not_asked_for_ever(quick: Any) -> None:
+    crashed = lambda message: Message(Error(code=8, reason=""), reply_to=message)  # noqa: E731
+    grid, exchange, _ = secured(crashed)
+    exchange.enrol(set_federation(quick, round_timeout_s=3.0))
+    _, second = exchange.ask(pretrain(2))
+    assert isinstance(second, Missing)
+    assert second.reason == "late"
+    assert len(grid.asked) == 4 + grid_module.AGAIN_MAX
+
+
+def test_a_site_that_is_away_when_a_run_goes_on_may_come_later(patient: Any) -> None:
+    grid, exchange, told = secured(online=[1])
+    before = [Member(name=name, values=enrolment(name).values) for name in ("NORTH", "SOUTH")]
+    exchange.enrol(set_federation(patient, quorum_sites=1), before)
+    looks = iter(range(10**9))
+
+    def come() -> None:
+        if next(looks) == 2:
+            grid.online.add(2)
+
+    grid.looked = come
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2)))
+    assert events(told)[-1] == ("back", "SOUTH")
