@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,9 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = getattr(importlib.import_module(given.module), given.command.replace("-", "_"))
     try:
         code: int = run(given)
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # its reader has gone (`| head`): quietly, with a shell's code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ChexfoundError as error:
         print("error: " + "\n".join(shown(line, 2000) for line in str(error).split("\n")), file=sys.stderr)
         return error.exit_code

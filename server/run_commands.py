@@ -186,15 +186,16 @@ def _run_lines(held: Federation, one: dict[str, Any]) -> list[str]:
     if "damaged" in one:
         return [f"{one['run']}: {one['damaged']}"]
     now = standing.Standing(**one)
-    said = [f"{now.run}: {standing.sentence(now)}{f' since {now.since}' if now.since else ''}"]
+    said = [f"{now.run}: {standing.sentence(now)}{f' since {standing.moment(now.since)}' if now.since else ''}"]
     figures = [f"{phase} {done}/{of or '?'}" for phase, (done, of) in now.done.items()]
     figures += [f"loss {now.loss:.4f}"] if now.loss is not None else []
     figures += [f"AUROC {now.auroc:.3f}"] if now.auroc is not None else []
     figures += [f"{way} {standing.size(number)}" for way, number in now.bytes.items() if number]
-    said.append("  " + ", ".join(figures))
+    if figures:
+        said.append("  " + ", ".join(figures))
     if now.error:
         said.append(shown(f"  error {now.error['code']}: {now.error['text']}"))
-    if now.state in ("failed", "stopped", "died"):
+    if now.state in ("failed", "stopped", "died", "unsubmitted"):
         said.append(f"  go on with: {_command('resume', RunFolder(held, now.run))}")
     return said
 

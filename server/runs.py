@@ -221,15 +221,20 @@ def submit(run: RunFolder) -> str:
             f"{run.path}: holds no run.json, so it was not started by chexfound-server run; submit it again as it was"
         )
     with tempfile.TemporaryDirectory() as folder:
-        stage = Path(folder) / "app"
-        for name, path in bundle.release_files().items():
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, stage / name)
-        command = ["run", str(stage), CONNECTION, "-c", str(run.path / "run.toml")]
+        app = Path(folder) / "app"
+        stage(app)
+        command = ["run", str(app), CONNECTION, "-c", str(run.path / "run.toml")]
         number = str(flower.ask(run.federation, command)["run-id"])
     about["flower_runs"].append({"id": number, "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
     write_json(run.path / "run.json", about)
     return number
+
+
+def stage(app: Path) -> None:
+    """Lay out what the installed release ships, for Flower to build the bundle from."""
+    for name, path in bundle.release_files().items():
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, app / name)
 
 
 def resubmit(run: RunFolder) -> str:

@@ -13,12 +13,13 @@ from server import flower, runs
 from server.federation import CONNECTION
 from server.runs import Event, RunFolder
 
-ENDED = ("done", "failed", "stopped", "died")
+ENDED = ("done", "failed", "stopped", "died", "unsubmitted")
 CALLED = {
+    "unsubmitted": "made, not submitted",
     "submitted": "submitted, not begun",
     "waiting": "waits for sites to connect",
     "enrol": "asks the sites who they are",
-    "running": "running",
+    "running": "begins",
     "died": "died without a word",
 }
 FAILED_LINE = re.compile(r"event=failed error=(\S+) exit_code=\d+ (.*)")
@@ -29,8 +30,8 @@ class Standing:
     """How a run stands.
 
     Args:
-        state: submitted, waiting, enrol, pretrain, features, adapt, evaluate, finishing, running (no more is known),
-            done, failed (it said why), stopped, died (it did not); "unknown" while the SuperLink is down.
+        state: unsubmitted (the SuperLink did not take it), submitted, waiting, enrol, pretrain, features, adapt, evaluate, finishing, running (it has said nothing yet),
+            done, failed (it said why), stopped, died (it did not), unknown.
         round: the round that is under way, from 1; None outside of rounds.
         rounds: how many its phase has.
         done: finished rounds by phase, with how many there are in all (None if that is not known).
@@ -106,8 +107,10 @@ def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -
         return "done"
     if said == "failed":
         return "failed"
+    if run.flower_run() is None:
+        return "unsubmitted" if run.about() else "unknown"
     if status is None:  # the SuperLink cannot be asked; the ServerApp may go on by itself
-        return "finishing" if said == "done" else said or ("unknown" if run.flower_run() else "submitted")
+        return "finishing" if said == "done" else said or "unknown"
     if runs.ended(status):
         return "stopped" if status == "finished:stopped" else "died"
     if said is not None:
@@ -155,6 +158,8 @@ def failure(run: RunFolder, standing: Standing) -> ChexfoundError:
     It is the ServerApp's own, by live.json or by Flower's log of it; one that was killed said nothing.
     """
     again = f"what is done is kept; go on with: chexfound-server resume {run.federation.folder} {run.name}"
+    if standing.state == "unsubmitted":
+        return SiteError(f"run {run.name} was not taken by the SuperLink; {again}")
     if standing.state == "stopped":
         return SiteError(f"run {run.name} was stopped; {again}")
     told = standing.error or _logged(run, standing.flower_run)
@@ -244,6 +249,11 @@ def size(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.1f} {name}"
     return f"{number} B"
+
+
+def moment(since: str) -> str:
+    """A time as Flower writes them."""
+    return since.replace("T", " ").replace("+00:00", "Z")
 
 
 def sentence(standing: Standing) -> str:
