@@ -44,7 +44,11 @@ class Follower:
         if time.monotonic() - self._asked >= ASK_S:
             self._ask()
         self.standing: Standing = standing.look(self.run, self.statuses, self.events)
-        if self.standing.state in ("stopped", "died"):  # once more: it may have ended well since Flower was asked
+        if self.standing.state in (
+            "stopped",
+            "died",
+        ):  # it may have ended well, or been resumed, since Flower was asked
+            self._ask()
             self.standing = standing.look(self.run, self.statuses)
 
     def _ask(self) -> None:

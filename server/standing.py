@@ -30,7 +30,8 @@ class Standing:
     """How a run stands.
 
     Args:
-        state: unsubmitted (the SuperLink did not take it), submitted, waiting, enrol, pretrain, features, adapt, evaluate, finishing, running (it has said nothing yet),
+        state: unsubmitted (the SuperLink did not take it), submitted, running (it has said nothing yet), waiting,
+            enrol, pretrain, features, adapt, evaluate, finishing,
             done, failed (it said why), stopped, died (it did not), unknown.
         round: the round that is under way, from 1; None outside of rounds.
         rounds: how many its phase has.
