@@ -106,6 +106,8 @@ def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -
     said = live["state"] if live else None
     if run.done:
         return "done"
+    if status == "finished:stopped":  # which its ServerApp feels as an error
+        return "stopped"
     if said == "failed":
         return "failed"
     if run.flower_run() is None:
@@ -113,7 +115,7 @@ def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -
     if status is None:  # the SuperLink cannot be asked; the ServerApp may go on by itself
         return "finishing" if said == "done" else said or "unknown"
     if runs.ended(status):
-        return "stopped" if status == "finished:stopped" else "died"
+        return "died"
     if said is not None:
         return "finishing" if said == "done" else str(said)
     return "running" if status == "running" else "submitted"

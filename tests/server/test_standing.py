@@ -30,6 +30,7 @@ def look(run: RunFolder, flwr: Any) -> standing.Standing:
         ("finished:failed", "pretrain", "died"),
         ("finished:completed", "pretrain", "died"),
         ("finished:stopped", "pretrain", "stopped"),
+        ("finished:stopped", "failed", "stopped"),
         (None, "pretrain", "died"),  # Flower's database was lost
         ("down", "pretrain", "pretrain"),
         ("down", None, "unknown"),
