@@ -44,10 +44,7 @@ class Follower:
         if time.monotonic() - self._asked >= ASK_S:
             self._ask()
         self.standing: Standing = standing.look(self.run, self.statuses, self.events)
-        if self.standing.state in (
-            "stopped",
-            "died",
-        ):  # it may have ended well, or been resumed, since Flower was asked
+        if self.ended and not self.run.done:  # stopped, or resumed, since Flower was asked?
             self._ask()
             self.standing = standing.look(self.run, self.statuses)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from chexfound.errors import ConfigError, SiteError
-from server import follow
+from server import follow, runs
 from server.runs import RunFolder
 
 
@@ -94,3 +94,26 @@ def test_silence_is_broken_by_who_is_waited_for(submitted, live, steps, monkeypa
     steps += [lambda: None, lambda: (submitted.path / "metrics.json").write_text("{}")]
     lines, _ = told(submitted)
     assert set(lines) == {"…         pretrain, round 1 of 3, waiting for SOUTH"}
+
+
+def test_a_run_that_was_stopped_is_told_so(submitted, flwr, live, steps) -> None:
+    """Its ServerApp feels that as an error, and Flower was asked before."""
+    live(submitted, "pretrain")
+
+    def stop() -> None:
+        flwr.statuses["100"] = "finished:stopped"
+        live(submitted, "failed", error={"code": "internal", "text": "SystemExit"})
+
+    steps.append(stop)
+    assert "was stopped; what is done is kept" in str(told(submitted)[1])
+
+
+def test_a_run_that_another_command_resumes_is_followed_on(submitted, flwr, live, steps) -> None:
+    live(submitted, "pretrain")
+
+    def resume() -> None:
+        flwr.statuses["100"] = "finished:failed"
+        flwr.statuses[runs.resubmit(submitted)] = "running"
+
+    steps += [resume, lambda: (submitted.path / "metrics.json").write_text("{}")]
+    assert told(submitted)[1] == "done"
