@@ -1,6 +1,7 @@
 """`chexfound-client`: takes a site's images in, then answers a coordinator from them.
 
-`enrol` and `roster approve` come before that, once; without a word it serves.
+`enrol` and `roster approve` come before that, once, and `check` looks whether it will work; without a word it serves,
+and `status` says what it is doing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ once, before:
 
 then:
   chexfound-client --data /images                       for ever; at each start new images are taken in
+  chexfound-client unit --data /images                  the same as a systemd unit, to survive a restart
+
+whenever something does not work:
+  chexfound-client check --data /images                 what is wrong, and what to do about it
+  chexfound-client status                               what this site is doing
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
 (default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in ("enrol", "roster", "approve"):
+        if words and words[0] in ("enrol", "roster", "approve", "check", "status", "unit"):
             from client import commands
 
             return commands.main(words)
@@ -114,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(given: argparse.Namespace) -> int:
     from chexfound.roster import check_name
-    from client import approval, node, supernode
+    from client import approval, link, node, supernode
     from client.home import site_home, sole_site
 
     name = given.name or sole_site()
@@ -130,7 +136,7 @@ def _serve(given: argparse.Namespace) -> int:
     with _alone(home, name):
         _take_in(name, data, home, given.image_px)
         how = "with TLS" if credentials else "without TLS"
-        if supernode.answers(address.host, address.port):
+        if link.answers(address, "https" if credentials else "http"):
             _say(name, f"connecting to {address}, {how}; Ctrl-C ends it")
         else:
             _say(name, f"nothing answers at {address} yet; trying again until it does; Ctrl-C ends it")

@@ -1,19 +1,22 @@
-"""What a site's operator does once: `chexfound-client enrol`, `roster approve` and `approve`."""
+"""What a site's operator does beside serving: enrol, approve sites and code, check, ask for the status, a unit."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import chexfound
+from chexfound import units
 from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
 from client import membership
+from client.home import home as chexfound_home
 from client.home import site_home, sole_site
 
 
@@ -60,6 +63,38 @@ def parser() -> argparse.ArgumentParser:
     code.add_argument("--withdraw", metavar="DIGITS", help="approve no longer")
     code.add_argument("--yes", action="store_true", help="do not ask")
     code.set_defaults(run=_approve_code)
+    check = commands.add_parser(
+        "check",
+        help="look whether this site can serve, and what to do if not",
+        description="Look at this machine, the way to the coordinator and the coordinator's end, and say for each "
+        "fault its cause and its remedy. It changes nothing, here or there, and a site may be serving meanwhile. "
+        "Some MB of random bytes are sent to the coordinator, to time the uplink. Exit code 2 if anything failed.",
+    )
+    check.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    check.add_argument("--data", metavar="DIR", type=Path, help="the images, as for serving")
+    check.add_argument("--gpus", metavar="N", help="as for serving (default: $CHEXFOUND_GPUS)")
+    check.add_argument("--json", action="store_true", help="one JSON object")
+    check.set_defaults(run=_check)
+    status = commands.add_parser(
+        "status",
+        help="what this site is doing",
+        description="What this site is doing, by what its own processes wrote last; nobody else is asked.",
+    )
+    status.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    status.set_defaults(run=_status)
+    unit = commands.add_parser(
+        "unit",
+        help="print a systemd unit",
+        description="Print the systemd unit that serves this site, from each start of the machine on.",
+    )
+    unit.add_argument("--data", metavar="DIR", type=Path, required=True, help="as for serving; it is only read")
+    unit.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    unit.add_argument("--gpus", metavar="N", help="as for serving")
+    unit.add_argument("--drain", metavar="SECONDS", type=float, default=120.0, help="as for serving")
+    unit.add_argument("--image-px", metavar="N", type=int, help="as for serving")
+    unit.add_argument("--out", metavar="FILE", type=Path, help="write it there")
+    unit.set_defaults(run=_unit)
     return result
 
 
@@ -163,6 +198,51 @@ def _show(given: argparse.Namespace) -> int:
     if federation is None:
         raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE")
     _tell(federation, name)
+    return 0
+
+
+def _check(given: argparse.Namespace) -> int:
+    from client.preflight import checks
+    from client.preflight.plan import CHECKS
+
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    data = given.data.resolve() if given.data else None
+    subject = checks.Subject(name=name, home=site_home(name), data=data, gpus=given.gpus)
+    if given.json:
+        results = checks.run(subject, CHECKS)
+        print(json.dumps(checks.as_dict(subject, results), indent=2))
+    else:
+        results = checks.run(subject, CHECKS, lambda result: print(checks.lines(result), flush=True))
+        print(checks.summary(results))
+    return 0 if checks.passed(results) else ConfigError.exit_code
+
+
+def _status(given: argparse.Namespace) -> int:
+    from client import status
+
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    found = status.read(name, site_home(name))
+    print(json.dumps(found, indent=2) if given.json else "\n".join(status.lines(found)))
+    return 0
+
+
+def _unit(given: argparse.Namespace) -> int:
+    name, data = given.name or sole_site(), given.data.absolute()
+    check_name(name, "site name")
+    words = ["--data", str(data), "--name", name, "--drain", f"{given.drain:g}"]
+    for option, value in (("--gpus", given.gpus), ("--image-px", given.image_px)):
+        if value is not None:
+            words += [option, str(value)]
+    text = units.client(chexfound_home().absolute(), data, words, given.drain)
+    if given.out is None:
+        print(text, end="")
+        return 0
+    write_text(given.out, text)
+    file = shlex.quote(str(given.out.absolute()))
+    print(f"wrote {given.out}; next, as root: install -m 644 {file} /etc/systemd/system/chexfound-client.service")
+    print("      && systemctl daemon-reload && systemctl enable --now chexfound-client")
     return 0
 
 

@@ -9,6 +9,7 @@ the reason, for the worker to answer.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -23,13 +24,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message
 from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
-from flwr.common.constant import SubStatus
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE, SubStatus
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.constant import TaskType
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import (
@@ -37,10 +42,14 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from chexfound import bundle
@@ -98,9 +107,11 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
             admission = _Admission(get_run, get_fab, refusal, told)
             draining, in_hand = threading.Event(), threading.Event()
 
+            parent = os.getppid()
+
             def drain(*_: object) -> None:
                 draining.set()
-                if not in_hand.is_set():
+                if not in_hand.is_set() or os.getppid() != parent:  # or nobody is left who would end it in time
                     os.kill(os.getpid(), signal.SIGINT)  # Flower's own way to say goodbye
 
             signal.signal(signal.SIGTERM, drain)
@@ -162,22 +173,29 @@ class _Admission:
         told: Told,
     ) -> None:
         self._get_run, self._get_fab, self._refusal, self._told = get_run, get_fab, refusal, told
-        self._odd: dict[int, str] = {}
+        self._fabs: dict[int, Fab] = {}
 
     def run(self, run_id: int) -> Run:
         run = self._get_run(run_id)
         asked = run.override_config
         given: UserConfig = {key: value for key, value in asked.items() if key in RUN_KEYS and type(value) is str}
         if given != asked or run.primary_task_type == TaskType.AGENT_APP:
-            self._odd[run_id] = "the run's configuration holds what this release does not know"
+            refused: str | None = "the run's configuration holds what this release does not know"
+        else:
+            refused = self._refusal(self._get_fab(run.fab_hash, run_id).content)
+        self._told.state("receiving", refused=refused)
+        content = stand_in(refused or "")
+        self._fabs[run_id] = Fab(hashlib.sha256(content).hexdigest(), content, {})
         # A task of any other type would never be taken by the worker, and the SuperNode would wait for ever.
-        return dataclasses.replace(run, override_config=given, primary_task_type=TaskType.SERVER_APP)
+        return dataclasses.replace(
+            run,
+            override_config=given,
+            fab_hash=self._fabs[run_id].hash_str,
+            primary_task_type=TaskType.SERVER_APP,
+        )
 
     def fab(self, fab_hash: str, run_id: int) -> Fab:
-        fab = self._get_fab(fab_hash, run_id)
-        refused = self._odd.pop(run_id, None) or self._refusal(fab.content)
-        self._told.state("receiving", refused=refused)
-        return Fab(fab.hash_str, stand_in(refused or ""), {})
+        return self._fabs.pop(run_id)
 
 
 def stand_in(refused: str) -> bytes:
@@ -253,3 +271,47 @@ class Tasks:
         finally:
             heartbeat.stop()
             client.close()
+
+
+# -- the preflight
+
+
+def clock_tolerance() -> tuple[float, float]:
+    """By how many seconds a node's clock may be behind the SuperLink's, and ahead of it, for its signature to be taken.
+
+    As flwr.superlink.routers.fleet.node_auth compares them.
+    """
+    return TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE
+
+
+def registered(address: str, authority: bytes, private: ec.EllipticCurvePrivateKey) -> bool:
+    """Whether the SuperLink knows a node's key; asked so that nothing changes there, for a running node either.
+
+    It is asked to take the node in with an interval of heartbeats that is out of bounds.  It looks the key up first,
+    and refuses either way: with another code.
+
+    Raises: httpx.HTTPError if it does not answer, or so as it does to no node.
+    """
+    signer = NodeAuthHttpInterceptor(private, private.public_key())
+    request = ActivateNodeRequest(public_key=public_key_to_bytes(private.public_key()), heartbeat_interval=0)
+    with FleetHttpClient.from_server_address(address, False, authority, [signer]) as client:
+        try:
+            client.ActivateNode(request)
+        except httpx.HTTPStatusError as error:
+            answer = FlowerError.from_json(error.response.text)
+            if answer is None or answer.code not in _KNOWN:
+                raise
+            return _KNOWN[answer.code]
+    raise httpx.DecodingError("the SuperLink takes a node in that asks for no heartbeats")
+
+
+_KNOWN = {
+    int(ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL): True,
+    int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED): False,
+}
+
+
+def unsigned_object(size: int) -> tuple[str, bytes, dict[str, str]]:
+    """Path, body and headers of an upload of random bytes, which the SuperLink reads and then refuses with 401."""
+    body = PushObjectRequest(object_content=os.urandom(size)).SerializeToString()
+    return "/v1/fleet/push-object", body, {"content-type": PROTOBUF_MEDIA_TYPE}

@@ -53,13 +53,23 @@ def public_keys(home: Path) -> Keys:
 
     Raises: DataError.
     """
+    line = node_key(home).public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return Keys(line.decode("ascii"), signing.public_line(identity_key(home).public_key()))
+
+
+def node_key(home: Path) -> ec.EllipticCurvePrivateKey:
+    """The key that Flower knows the site's node by.
+
+    Raises: DataError.
+    """
     path = home / "keys" / "node.key"
     try:
-        node = serialization.load_ssh_private_key(path.read_bytes(), password=None)
+        key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: the node's key cannot be read ({error}); chexfound-client enrol makes one") from error
-    line = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return Keys(line.decode("ascii"), signing.public_line(identity_key(home).public_key()))
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DataError(f"{path}: not a key of a NIST elliptic curve")
+    return key
 
 
 def identity_key(home: Path) -> Ed25519PrivateKey:

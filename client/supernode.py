@@ -24,15 +24,6 @@ DRAIN_S = 120.0  # for the message in hand to be answered, at SIGTERM
 RESTART_S = (5.0, 60.0)  # before one that ended by itself is started again: doubled each time, up to this
 
 
-def answers(host: str, port: int) -> bool:
-    """Whether anything listens there now."""
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
 def node_config(values: Mapping[str, str | bool]) -> str:
     """The text for --node-config.
 
@@ -70,8 +61,9 @@ def environment(flwr_home: Path) -> dict[str, str]:
     values["FLWR_TELEMETRY_ENABLED"] = "0"
     values["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     values.setdefault("PYTHONUNBUFFERED", "1")
+    without_proxy = values.get("no_proxy", values.get("NO_PROXY"))  # httpx looks at the other only if one is absent
     for name in ("NO_PROXY", "no_proxy"):
-        values[name] = ",".join([*filter(None, [values.get(name)]), "127.0.0.1", "localhost"])
+        values[name] = ",".join([*filter(None, [without_proxy]), "127.0.0.1", "localhost"])
     return values
 
 

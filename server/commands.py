@@ -1,4 +1,4 @@
-"""`chexfound-server init | renew | commands | up | superlink | guard | add-site | remove-site | sites`."""
+"""`chexfound-server init | renew | commands | up | superlink | guard | nginx | add-site | remove-site | sites`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,16 @@ def guard(given: argparse.Namespace) -> int:
         ) from error
     except SystemExit as error:  # how uvicorn says that it cannot listen
         raise ConfigError(f"listen {held.listen}: cannot listen there; its line above says why") from error
+    return 0
+
+
+def nginx(given: argparse.Namespace) -> int:
+    """Print nginx's configuration."""
+    from server import nginx
+
+    held = federation.load(given.dir)
+    listen = Address.parse(given.listen, "--listen") if given.listen else Address("0.0.0.0", held.public.port)  # noqa: S104
+    print(nginx.configuration(held, listen), end="")
     return 0
 
 

@@ -8,6 +8,7 @@ DIR/superlink.sqlite       Flower's database
 DIR/roster.json            the sites, with their public keys
 DIR/NAME.federation.json   the small file that goes to every site
 DIR/flower/                Flower's own settings (FLWR_HOME)
+DIR/systemd/               the unit that keeps it up
 DIR/runs/                  what runs leave
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from chexfound import roster, strict_yaml
+from chexfound import roster, strict_yaml, units
 from chexfound._launch import application_root
 from chexfound.errors import ConfigError
 from chexfound.journal import replace_file, storage, write_json, write_text
@@ -138,6 +139,7 @@ def create(folder: Path, name: str, public: Address, listen: Address, superlink:
     """
     roster.check_name(name, "federation name")
     folder = folder.absolute()
+    unit = units.server(folder)
     with storage(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(
@@ -156,6 +158,7 @@ def create(folder: Path, name: str, public: Address, listen: Address, superlink:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{superlink}"\n'
         f"root-certificates = {json.dumps(str(result.path('ca.crt')))}\n",
     )
+    write_text(result.path("systemd") / "chexfound-server.service", unit)
     write_text(
         result.path("federation.yaml"), _TEMPLATE.format(**_texts(result))
     )  # last: its presence makes a folder one

@@ -3,7 +3,8 @@
 Flower's SuperLink serves sites, operators and its own processes on one port.  With TLS and node
 authentication on, whoever reaches that port may still submit code to all sites (`/v1/control/*`) or take
 a run's work (`/v1/runtime/*`).  So the SuperLink listens on loopback, and this listens outside: it passes on
-POST to the paths of the Fleet API, byte for byte as they are written here, and GET and HEAD to /health.
+POST to the paths of the Fleet API, byte for byte as they are written here, and GET and HEAD to /health, to which
+it adds the coordinator's versions.
 Anything else is a 404, whoever asks: what may be done is a matter of the listener, not of the peer's address,
 which is everybody's behind a proxy.
 
@@ -15,10 +16,13 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import httpx
 import uvicorn
+
+from chexfound import __version__
 
 log = logging.getLogger("chexfound.guard")
 
@@ -40,6 +44,7 @@ FLEET_PATHS = frozenset(
     )
 )
 HEALTH_PATH = b"/health"
+VERSIONS = [(b"chexfound-version", __version__.encode()), (b"flower-version", metadata.version("flwr").encode())]
 BODY_MAX = 64 * 2**20  # bytes; Flower cuts what is large into objects of 5 MB
 CONNECTIONS_MAX = 2048  # at once: 128 sites, each with its objects in flight
 SILENCE_S = 180.0  # in which nothing comes of the SuperLink's answer, as Flower's own limit for an object
@@ -104,7 +109,7 @@ class Guard:
         try:
             response = await self._client.send(request, stream=True)
             try:
-                headers = [*_kept(response.headers.raw)]
+                headers = [*_kept(response.headers.raw), *(VERSIONS if scope["raw_path"] == HEALTH_PATH else [])]
                 await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
                 begun = True
                 async for part in response.aiter_raw():

@@ -135,6 +135,7 @@ class Run:
         Raises: ChexfoundError; what was done is in the journal, and `run` can be called again.
         """
         with Journal(self.folder / "journal.jsonl") as self.journal:
+            self._check_same(self._inputs())
             before = [Member(name=values["site"], values=_enrolment(values)) for values in self._begun("roster", [])]
             self.roster = self.exchange.enrol(self.recipe, before)
             if self.batches is None:
@@ -191,23 +192,32 @@ class Run:
                 )
         event = {
             "event": "start",
-            "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
-            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest() if self.backbone else None,
+            **self._inputs(),
             "roster": [{"site": member.name, **member.values} for member in self.roster],
             "findings": list(self.findings),
         }
-        before = self.journal.entries[:1]
-        if not before:
+        if not self.journal.entries:
             write_text(self.folder / "recipe.yaml", recipes.to_yaml(self.recipe))
             self._record(event)
-        elif before[0] != event:
-            changed = sorted(key for key in event if before[0].get(key) != event[key])
+            return
+        self._check_same(event)
+        if self.on_event is not None:
+            self.on_event({"event": "resume", **{phase: len(self._rounds(phase)) for phase in ("pretrain", "adapt")}})
+
+    def _inputs(self) -> Event:
+        return {
+            "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
+            "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest() if self.backbone else None,
+        }
+
+    def _check_same(self, start: Event) -> None:
+        """Raise ConfigError if the folder's run started with something else."""
+        changed = sorted(key for key, value in start.items() if self._begun(key, value) != value)
+        if changed:
             raise ConfigError(
                 f"{self.folder}: this folder holds a run with another {' and '.join(changed)}; "
                 "resume it with the same recipe, sites and images, or choose another folder"
             )
-        elif self.on_event is not None:
-            self.on_event({"event": "resume", **{phase: len(self._rounds(phase)) for phase in ("pretrain", "adapt")}})
 
     def _rounds(self, phase: str) -> list[Event]:
         return [entry for entry in self.journal.entries if entry["event"] == "round" and entry["phase"] == phase]
@@ -257,8 +267,12 @@ class Run:
     # -- the phases
 
     def _ask(self, requests: list[Request], check: Callable[[Member, Reply], None], where: str) -> Cohort:
-        """The replies that come and pass `check`, and who is missing in the end."""
-        return Cohort(self.recipe, list(zip(self.roster, requests, strict=True)), self.exchange, check, where)
+        """The replies that come and pass `check`, and who is missing in the end; who is behind is not asked."""
+        asked = [
+            (member, None if member.name in self._behind else request)
+            for member, request in zip(self.roster, requests, strict=True)
+        ]
+        return Cohort(self.recipe, asked, self.exchange, check, where)
 
     def _requests(
         self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0

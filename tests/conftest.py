@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +25,33 @@ settings.load_profile("chexfound")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Programs that some tests need, by the names under which they may be found.
+PROGRAMS = {
+    "chromium": ("chromium", "chromium-browser", "google-chrome"),
+    "hadolint": (str(Path(sys.executable).with_name("hadolint")), "hadolint"),
+    "nginx": ("nginx", "/usr/sbin/nginx"),
+    "systemd-analyze": ("systemd-analyze",),
+}
+
+# Python packages that some tests need.
+PACKAGES = ("compose_spec", "kubernetes_validate")
+
+
 def _find(name: str) -> tuple[Path | None, str]:
     """Where a thing that not every machine has lies, and what to say where it does not."""
     if name == "shared":
         folder = ROOT.parent / "shared"
         return (folder if folder.is_dir() else None), "no folder ../shared beside the repository (real X-rays)"
-    if name == "chromium":
-        found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        return (Path(found) if found else None), "no Chromium on the PATH"
-    raise ValueError(f"require({name!r}): unknown")
+    if name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        return (Path(spec.origin) if spec and spec.origin else None), f"no package {name}: pip install -e '.[deploy]'"
+    found = next(filter(None, map(shutil.which, PROGRAMS[name])), None)
+    return (Path(found) if found else None), f"no {name} on the PATH"
 
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[str], Path]:
-    """require("shared") or require("chromium"): its path.
+    """require("shared"), or one of PROGRAMS or PACKAGES: its path.
 
     Where it is absent the test is skipped, or fails if CHEXFOUND_REQUIRE names it.
     """
@@ -211,7 +226,7 @@ def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactor
     """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid."""
     from chexfound import recipe as recipes
     from chexfound.data.store import Store
-    from server.exchange import GridExchange
+    from server.grid import GridExchange
     from sim.engine import InProcessGrid
     from sim.pool import Pool
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from chexfound.data.store import Store
-from client import cli, supernode
+from client import cli, link, supernode
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_site_that_was_not_enrolled_is_told_how(
 def test_another_machine_is_warned_of(
     serve: Callable[..., int], images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supernode, "answers", lambda host, port: True)
+    monkeypatch.setattr(link, "answers", lambda address, scheme: True)
     assert serve(*options(images, "--insecure", superlink="10.1.1.1:8000")) == 0
     assert "nothing on the way there is encrypted or authenticated" in capsys.readouterr().err
 

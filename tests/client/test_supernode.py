@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -36,21 +35,17 @@ def test_a_path_that_is_not_unicode_is_refused() -> None:
         supernode.node_config({"data": os.fsdecode(b"/images/\xff")})
 
 
-def test_answers() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert supernode.answers("127.0.0.1", port)
-    assert not supernode.answers("127.0.0.1", port)
-
-
 def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NO_PROXY", "example.org")
     monkeypatch.delenv("no_proxy", raising=False)
     values = supernode.environment(tmp_path)
     assert values["NO_PROXY"] == "example.org,127.0.0.1,localhost"
-    assert values["no_proxy"] == "127.0.0.1,localhost"
+    assert values["no_proxy"] == "example.org,127.0.0.1,localhost"
     assert values["FLWR_TELEMETRY_ENABLED"] == "0"
     assert values["FLWR_HOME"] == str(tmp_path)
+    monkeypatch.setenv("no_proxy", "example.com")  # which httpx prefers
+    values = supernode.environment(tmp_path)
+    assert values["NO_PROXY"] == values["no_proxy"] == "example.com,127.0.0.1,localhost"
     assert values["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 

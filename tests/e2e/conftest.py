@@ -134,6 +134,9 @@ class Federation:
             time.sleep(0.05)
 
     def client(self, site: str, data: Path, home: Path, px: int) -> Process:
+        approve = [sys.executable, "-m", "client.cli", "approve", "--name", site]
+        env = self.env | {"CHEXFOUND_HOME": str(home)}
+        subprocess.run(approve, env=env, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
         command = [sys.executable, "-m", "client.cli", "--data", str(data), "--name", site, "--superlink", self.address]
         return self.start(f"client-{site}", [*command, "--insecure", "--image-px", str(px)], CHEXFOUND_HOME=str(home))
 

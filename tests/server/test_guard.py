@@ -2,108 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
+import flwr
 import pytest
 import uvicorn
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
+from chexfound import __version__
 from server import guard
-
-FORBIDDEN = [
-    ("POST", "/v1/control/start-run"),
-    ("POST", "/v1/control/list-nodes"),
-    ("POST", "/v1/runtime/acquire-task"),
-    ("POST", "/v1/responses"),
-    ("GET", "/docs"),
-    ("GET", "/docs/oauth2-redirect"),
-    ("GET", "/openapi.json"),
-    ("GET", "/"),
-    ("POST", "/health"),
-    ("GET", "/health/"),
-    ("GET", "//health"),
-    ("GET", "/health?x=1"),
-    ("GET", "/v1/fleet/pull-messages"),
-    ("PUT", "/v1/fleet/pull-messages"),
-    ("DELETE", "/v1/fleet/pull-messages"),
-    ("PATCH", "/v1/fleet/pull-messages"),
-    ("HEAD", "/v1/fleet/pull-messages"),
-    ("OPTIONS", "/v1/fleet/pull-messages"),
-    ("OPTIONS", "*"),
-    ("TRACE", "/v1/fleet/pull-messages"),
-    ("CONNECT", "127.0.0.1:80"),
-    ("post", "/v1/fleet/pull-messages"),
-    ("POST", "/v1/fleet"),
-    ("POST", "/v1/fleet/"),
-    ("POST", "/v1/fleet/unknown"),
-    ("POST", "/v1/fleet/pull-messages/"),
-    ("POST", "/v1/fleet/pull-messages?node=1"),
-    ("POST", "/v1/fleet/pull-messages;x"),
-    ("POST", "/v1/fleet/pull-messages%20"),
-    ("POST", "/v1/fleet/pull-messages%00"),
-    ("POST", "/v1/fleet/pull%2Dmessages"),
-    ("POST", "/v1/fleet//pull-messages"),
-    ("POST", "//v1/fleet/pull-messages"),
-    ("POST", "/v1/fleet/../control/start-run"),
-    ("POST", "/v1/fleet/..%2fcontrol/start-run"),
-    ("POST", "/v1/fleet/%2e%2e/control/start-run"),
-    ("POST", "/v1/fleet/%252e%252e/control/start-run"),
-    ("POST", "/v1/fleet/pull-messages/../../control/start-run"),
-    ("POST", "/v1%2Ffleet%2Fpull-messages"),
-    ("POST", "/v1/Fleet/pull-messages"),
-    ("POST", "/V1/FLEET/PULL-MESSAGES"),
-    ("POST", "/v1\\fleet\\pull-messages"),
-    ("POST", "http://superlink/v1/control/start-run"),
-    ("POST", "http://superlink/v1/fleet/pull-messages"),
-]
-
-
-@dataclass
-class Behind:
-    """The stand-in: keeps what reached it, and answers 200 with how long the body was."""
-
-    seen: list[tuple[str, bytes, dict[bytes, bytes], int]] = field(default_factory=list)
-    answer: bytes = b""
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return
-        length, more = 0, True
-        while more:
-            event = await receive()
-            if event["type"] == "http.disconnect":
-                return
-            length += len(event["body"])
-            more = event["more_body"]
-        self.seen.append((scope["method"], scope["raw_path"], dict(scope["headers"]), length))
-        body = self.answer or str(length).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-flower", b"yes")]})
-        for start in range(0, len(body), 2**20):
-            await send({"type": "http.response.body", "body": body[start : start + 2**20], "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-@contextlib.contextmanager
-def running(server: uvicorn.Server) -> Iterator[int]:
-    """In a thread; yields the port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-            assert not thread.is_alive()
+from tests.server.doors import FORBIDDEN, FORGED, Behind, ask, free_port, request, running
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +34,6 @@ def _nothing_seen_yet(behind: Behind) -> None:
     behind.answer = b""
 
 
-def ask(port: int, request: bytes) -> bytes:
-    """Send bytes as they are; all that comes back until the other end closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as peer:
-        peer.sendall(request)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while part := peer.recv(2**16):
-                answer += part
-        return answer
-
-
-def request(method: str, path: str, body: bytes = b"", *headers: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: federation", "Connection: close", *headers]
-    if body:
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
 def test_the_paths_are_those_of_flowers_fleet_api() -> None:
     """A Flower release with another one needs a decision here, not a pattern that lets it through."""
     assert {f"/v1/fleet{route.path.removeprefix('/v1/fleet')}".encode() for route in fleet_router.routes} == (
@@ -156,6 +47,7 @@ def test_what_a_supernode_asks_passes(door: int, behind: Behind, path: bytes) ->
     answer = ask(door, request("POST", path.decode(), b"protobuf", "X-Flwr-Signature: abc", "TE: trailers"))
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"x-flower: yes" in answer
+    assert b"chexfound-version" not in answer
     (method, seen, headers, length), *others = behind.seen
     assert not others
     assert (method, seen, length) == ("POST", path, 8)
@@ -165,7 +57,10 @@ def test_what_a_supernode_asks_passes(door: int, behind: Behind, path: bytes) ->
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_health_passes(door: int, behind: Behind, method: str) -> None:
-    assert ask(door, request(method, "/health")).startswith(b"HTTP/1.1 200 OK\r\n")
+    answer = ask(door, request(method, "/health"))
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert f"chexfound-version: {__version__}\r\n".encode() in answer
+    assert f"flower-version: {flwr.__version__}\r\n".encode() in answer
     assert [seen[:2] for seen in behind.seen] == [(method, b"/health")]
 
 
@@ -179,9 +74,7 @@ def test_nothing_else_does(door: int, behind: Behind, method: str, path: str) ->
 
 @pytest.mark.parametrize("method", ["POST", "GET", "PUT"])
 def test_a_peer_that_says_where_it_comes_from_is_not_believed(door: int, behind: Behind, method: str) -> None:
-    headers = ["X-Forwarded-For: 127.0.0.1", "Forwarded: for=127.0.0.1", "X-Original-URL: /v1/fleet/get-run"]
-    headers += ["X-HTTP-Method-Override: POST", "X-Rewrite-URL: /health"]
-    assert b" 404 " in ask(door, request(method, "/v1/control/start-run", b"x", *headers)).split(b"\r\n")[0]
+    assert b" 404 " in ask(door, request(method, "/v1/control/start-run", b"x", *FORGED)).split(b"\r\n")[0]
     assert not behind.seen
 
 
@@ -234,14 +127,7 @@ def test_a_peer_that_hangs_up_costs_nothing(door: int, behind: Behind) -> None:
     assert [length for *_, length in behind.seen] == [1]
 
 
-def test_a_superlink_that_is_down_is_said(free_port: int) -> None:
-    with running(guard.server("127.0.0.1", 0, f"127.0.0.1:{free_port}")) as port:
+def test_a_superlink_that_is_down_is_said() -> None:
+    with running(guard.server("127.0.0.1", 0, f"127.0.0.1:{free_port()}")) as port:
         answer = ask(port, request("POST", "/v1/fleet/get-run", b"x"))
     assert answer.startswith(b"HTTP/1.1 503 ")  # which Flower's node takes as a reason to try again
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

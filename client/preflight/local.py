@@ -1,0 +1,169 @@
+"""What is looked at on this machine: keys, roster, code, store, disk, memory, GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from chexfound import signing
+from chexfound.data.store import INDEX, Store
+from chexfound.errors import ChexfoundError
+from client import approval, membership
+from client.preflight.checks import Finding, Subject, failed, ok, warning
+
+GB, GIB = 10**9, 2**30
+MODELS_KEPT = 7  # a site's own: teacher and Adam's two moments, now and a round ago; and the run's backbone
+DEMO_BYTES, VITL_BYTES = 14 * 10**6, 1_610 * 10**6  # with their heads, float32
+MEMORY_MIN = 2 * GIB  # the preset demo takes 1.1 in the worker (measured), Flower's node and the rest 0.4
+MEMORY_VITL = 16 * GIB  # 8 for weights, gradients, moments and teacher, the rest for messages and images
+
+
+def keys(subject: Subject) -> Finding:
+    """Both private keys are there, can be read, and by nobody else."""
+    again = f"chexfound-client enrol --name {subject.name}"
+    if not (subject.home / "keys").is_dir():
+        return failed(f"site {subject.name!r} has no keys on this machine", again)
+    for name in ("node.key", "identity.key"):
+        path = subject.home / "keys" / name
+        if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+            return failed(
+                f"{path} is open to other accounts of this machine (mode {mode:04o})",
+                f"chmod 600 {path}; if somebody may have read it, remove the keys and enrol anew: {again}",
+            )
+    try:
+        held = membership.public_keys(subject.home)
+    except ChexfoundError as error:
+        return failed(str(error), f"bring the keys back from a backup, or remove what is left of them: {again}")
+    return ok(f"node {signing.fingerprint(held.node)}, identity {signing.fingerprint(held.identity)}")
+
+
+def roster(subject: Subject) -> Finding:
+    """The federation was approved, and has this site with the keys that it holds."""
+    federation = membership.approved(subject.home)
+    if federation is None:
+        return failed(
+            "no federation was approved yet",
+            "give the coordinator this site's .pub file; then chexfound-client roster approve the file that comes back",
+        )
+    try:
+        membership.check_own(
+            subject.name, membership.public_keys(subject.home), federation, str(subject.home / "federation.json")
+        )
+    except ChexfoundError as error:
+        return failed(str(error), "chexfound-client roster approve FILE, with the coordinator's present file")
+    authority = subject.home / "ca.crt"
+    if not authority.is_file() or authority.read_text() != federation.authority:
+        return failed(f"{authority} is not the authority that was approved", "chexfound-client roster approve FILE")
+    subject.federation = federation
+    sites = federation.sites
+    return ok(f"federation {federation.name} at {federation.server}, roster {sites.serial} of {', '.join(sites.sites)}")
+
+
+def code(subject: Subject) -> Finding:
+    """The code that the installed release ships was approved."""
+    from client import flwr_private
+
+    digest = flwr_private.release_bundle().digest()
+    when = approval.approved(subject.home).get(digest)
+    if when is None:
+        return failed(f"the installed release {digest[:12]}… was not approved here", "chexfound-client approve")
+    return ok(f"the installed release {digest[:12]}… was approved on {when[:10]}")
+
+
+def store(subject: Subject) -> Finding:
+    """The images can be read."""
+    data = subject.data
+    if data is not None:
+        if not data.is_dir() or not os.access(data, os.R_OK | os.X_OK):
+            return failed(f"--data {data}: no folder that this account may read", "check the path, mount and owner")
+        if not any(data.iterdir()):
+            return failed(f"--data {data}: is empty", "check that the images' disk is mounted")
+    own = sorted(path for path in subject.home.glob("store-*") if path.is_dir())
+    paths = [data] if data is not None and (data / INDEX).exists() else own
+    said = []
+    for path in paths:
+        try:
+            opened = Store.open(path)
+            opened.pixels([0, len(opened) - 1] if len(opened) else [])
+        except (ChexfoundError, OSError, ValueError) as error:
+            return failed(
+                f"{path}: {error}" if str(path) not in str(error) else str(error),
+                f"remove {path}: it is made anew from the images at the next start",
+            )
+        said.append(f"{len(opened)} images of {len(set(opened.keys))} patients, {opened.px} px, in {path}")
+        subject.store = opened
+    if not said:
+        return ok("none yet: it is made of the images of --data when the site is served first")
+    if not len(opened):
+        return failed(f"{paths[-1]} holds no image", "see why: chexfound-client --data DIR says what was refused")
+    return ok("; ".join(said))
+
+
+def disk(subject: Subject) -> Finding:
+    """There is room for what a run leaves at a site."""
+    from chexfound import recipe as recipes
+    from chexfound.schema import ARCHS, Recipe
+
+    def needed(recipe: Recipe, model_bytes: int) -> int:
+        images, px = (len(subject.store), subject.store.px) if subject.store else (0, recipe.image_px)
+        tokens = (px // recipe.student.patch_size) ** 2 + 1
+        width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
+        return images * (1 + recipe.adapt.views) * tokens * width * 4 + MODELS_KEPT * model_bytes
+
+    place = next(path for path in (subject.home, *subject.home.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    least = needed(recipes.load("demo"), DEMO_BYTES)
+    large = needed(recipes.load("vitl16-cxr1m"), VITL_BYTES)
+    images = f"{len(subject.store)} labelled images" if subject.store else "no image yet"
+    text = (
+        f"{free / GB:.1f} GB free at {place}; with {images}, a run leaves {least / GB:.1f} GB (the preset demo) "
+        f"to {large / GB:.1f} GB (ViT-L)"
+    )
+    if free < least:
+        return failed(text, "free some space, or move everything to another disk and set CHEXFOUND_HOME")
+    if free < large:
+        return warning(text, "ask the coordinator which model is planned, before a run of ViT-L")
+    return ok(text)
+
+
+def memory(subject: Subject) -> Finding:
+    """There is memory for the smallest model at all, and for ViT-L."""
+    total = memory_bytes()
+    text = f"{total / GIB:.1f} GiB; {MEMORY_MIN / GIB:.0f} are the least, ViT-L takes {MEMORY_VITL / GIB:.0f}"
+    if total < MEMORY_MIN:
+        return failed(text, "give the machine, or the container, more memory")
+    if total < MEMORY_VITL:
+        return warning(text, "enough for small models; ask the coordinator which model is planned")
+    return ok(text)
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or what its container may have of it."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(whole, int(text)) if text.isdigit() else whole
+
+
+def gpu(subject: Subject) -> Finding:
+    """The GPUs that are asked for are there."""
+    import torch
+
+    from chexfound import machine
+
+    asked = subject.gpus or os.environ.get("CHEXFOUND_GPUS")
+    found = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    listed = ", ".join(dict.fromkeys(found)) if found else "none"
+    try:
+        device = machine.device()
+        number = machine.gpus(asked)
+    except ChexfoundError as error:
+        return failed(
+            f"{error}; found: {listed}",
+            "check nvidia-smi, the driver, and that the container was given the GPUs; or do not ask for them",
+        )
+    if not device.startswith("cuda"):
+        return ok("none: the processor trains, which takes long for anything but small models")
+    return ok(f"{number} of {len(found)} used: {listed}")

@@ -1,0 +1,25 @@
+"""All checks, in the order in which they are done."""
+
+from __future__ import annotations
+
+from client.preflight import local, remote
+from client.preflight.checks import Check
+
+CHECKS = (
+    Check("keys", local.keys),
+    Check("roster", local.roster, ("keys",)),
+    Check("code", local.code),
+    Check("store", local.store),
+    Check("disk", local.disk),
+    Check("memory", local.memory),
+    Check("gpu", local.gpu),
+    Check("dns", remote.dns, ("roster",)),
+    Check("tcp", remote.tcp, ("dns",)),
+    Check("tls", remote.tls, ("tcp",)),
+    Check("clock", remote.clock, ("tls",)),
+    Check("certificate", remote.certificate, ("tls",)),
+    Check("coordinator", remote.coordinator, ("tls",)),
+    Check("versions", remote.versions, ("coordinator",)),
+    Check("key", remote.key, ("coordinator", "clock", "certificate")),
+    Check("uplink", remote.uplink, ("coordinator",)),
+)

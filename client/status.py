@@ -1,0 +1,181 @@
+"""What a site is doing, by what its own processes wrote last; for the operator on its machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from chexfound.data.store import INDEX, Store
+from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.names import shown
+from chexfound.roster import read_json
+from client import approval, membership
+
+SCHEMA = 1
+STALE_S = 90.0  # a node that runs writes every 30 s
+NODE_SCHEMA = 1
+STATES = {
+    "connecting": "connecting to the coordinator",
+    "idle": "connected, and waiting for a run",
+    "receiving": "receiving what a round needs",
+    "working": "working",
+    "sending": "sending its reply",
+    "away": "trying to reach the coordinator, which does not answer",
+    "draining": "finishing, since it was told to stop",
+    "stopped": "stopped",
+}
+IN_A_RUN = ("receiving", "working", "sending", "draining")
+TEXTS = ("since", "contact", "run", "phase", "refused")
+NUMBERS = ("round", "done", "of")
+
+
+def read(name: str, home: Path) -> dict[str, Any]:
+    """All of it, as `status --json` prints it.
+
+    Raises: ConfigError for a file that was damaged.
+    """
+    federation = membership.approved(home)
+    return {
+        "schema": SCHEMA,
+        "site": name,
+        "at": _now().isoformat(timespec="seconds"),
+        "node": _node(home / "node.json"),
+        "federation": None
+        if federation is None
+        else {
+            "name": federation.name,
+            "server": str(federation.server),
+            "roster": federation.sites.serial,
+            "sites": sorted(federation.sites.sites),
+        },
+        "code": {"approved": approval.approved(home), "refused": list(approval.refused(home))},
+        "stores": [_store(path) for path in sorted(home.glob(f"store-*/{INDEX}"))],
+        "disk": {"free_bytes": shutil.disk_usage(home).free if home.exists() else None},
+    }
+
+
+def _node(path: Path) -> dict[str, Any] | None:
+    """What the node wrote, with whether it still runs and how old that is; None if it never ran."""
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if (
+        not isinstance(values, dict)
+        or values.get("schema") != NODE_SCHEMA
+        or values.get("state") not in STATES
+        or type(values.get("pid")) is not int
+        or not all(values.get(key) is None or isinstance(values[key], str) for key in TEXTS)
+        or not all(values.get(key) is None or type(values[key]) is int for key in NUMBERS)
+    ):
+        raise ConfigError(f"{path}: not what this release's node writes; start chexfound-client again")
+    age = _now().timestamp() - path.stat().st_mtime
+    return {
+        **{key: values.get(key) for key in ("pid", "state", *TEXTS, *NUMBERS)},
+        "running": _running(values["pid"]),
+        "age_s": round(age, 1),
+        "stale": age > STALE_S,
+    }
+
+
+def _running(pid: int) -> bool:
+    """Whether a process of that number is there; signal 0 reaches nobody."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # another account's
+    return True
+
+
+def _store(index: Path) -> dict[str, Any]:
+    path = index.parent
+    try:
+        opened = Store.open(path)
+    except ChexfoundError as error:
+        return {"path": str(path), "error": str(error)}
+    return {"path": str(path), "px": opened.px, "images": len(opened), "patients": len(set(opened.keys))}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """For people."""
+    said = [f"site {found['site']}: {_doing(found['node'])}"]
+    node, federation = found["node"], found["federation"]
+    if node is not None:
+        said.append(
+            f"  coordinator   last answered {_ago(node['contact'])}"
+            if node["contact"]
+            else "  coordinator   has not answered yet"
+        )
+        if node["refused"]:
+            said.append(f"  refused       the last run: {shown(node['refused'])}")
+    said.append(
+        "  federation    none approved yet: chexfound-client roster approve FILE"
+        if federation is None
+        else f"  federation    {federation['name']} at {federation['server']}, roster {federation['roster']}: "
+        + ", ".join(federation["sites"])
+    )
+    approved, refused = found["code"]["approved"], found["code"]["refused"]
+    said += [f"  code          {digest[:12]}… approved on {when[:10]}" for digest, when in approved.items()]
+    if not approved:
+        said.append("  code          none approved yet: chexfound-client approve")
+    said += [f"  code          {digest[:12]}… REFUSED: chexfound-client approve {digest[:12]}" for digest in refused]
+    for store in found["stores"]:
+        what = store.get("error") or f"{store['images']} images of {store['patients']} patients, {store['px']} px"
+        said.append(f"  store         {what}")
+    if not found["stores"]:
+        said.append("  store         none yet: it is made when the site is served first")
+    if found["disk"]["free_bytes"] is not None:
+        said.append(f"  disk          {found['disk']['free_bytes'] / 1e9:.1f} GB free")
+    return said
+
+
+def _doing(node: dict[str, Any] | None) -> str:
+    if node is None:
+        return "has not been served yet: chexfound-client --data DIR"
+    doing = STATES[node["state"]]
+    if node["state"] in IN_A_RUN:
+        doing += f": {shown(node['phase'].rpartition('.')[2])}" if node["phase"] else ""
+        doing += f", round {node['round']}" if node["round"] is not None else ""
+        doing += f", {node['done']} of {node['of']}" if node["of"] else ""
+        doing += f", run {shown(node['run'])}" if node["run"] else ""
+    since = f", since {_ago(node['since'])}" if node["since"] else ""
+    if node["state"] == "stopped":
+        return f"stopped {_ago(node['since'])}" if node["since"] else "stopped"
+    if not node["running"]:
+        return (
+            f"NOT RUNNING (process {node['pid']} is gone); {_span(node['age_s'])} ago it was {doing}. "
+            "Start it again: chexfound-client --data DIR"
+        )
+    if node["stale"]:
+        return (
+            f"process {node['pid']} has told nothing for {_span(node['age_s'])}, and was {doing} then: it hangs, or "
+            "another program has that number now"
+        )
+    return f"{doing}{since} (process {node['pid']})"
+
+
+def _ago(moment: str) -> str:
+    """A time of the node's, with how long ago that is; as it is if it cannot be read."""
+    try:
+        when = datetime.datetime.fromisoformat(moment)
+    except ValueError:
+        return moment
+    when = when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
+    return f"{when.astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC ({_span((_now() - when).total_seconds())} ago)"
+
+
+def _span(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

@@ -1,0 +1,155 @@
+"""nginx in the guard's place: a configuration made from a federation and from the guard's own list of paths.
+
+What may pass is decided by the request line as it was sent (`$request`), never by `$uri`, which nginx decodes and
+tidies up first, and by nothing of the peer.  nginx reaches the SuperLink on loopback, by TLS, and believes the
+federation's authority only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chexfound.errors import ConfigError
+from chexfound.roster import Address
+from server import guard
+from server.federation import Federation
+
+HEADERS_KIB = 8  # of one header; Flower's largest hold a key and a signature
+PIECE_KIB = 64  # of a body on its way, all that is held of it
+NOT_FOUND = '{"detail":"Not Found"}'
+
+
+def configuration(federation: Federation, listen: Address) -> str:
+    """What belongs inside nginx's `http` block, such as a file of /etc/nginx/conf.d.
+
+    Args:
+        federation: whose certificate nginx shows, and whose SuperLink it asks.
+        listen: where nginx listens.
+
+    Raises: ConfigError if that is where the guard listens, or if nginx cannot be told the folder's name.
+    """
+    if listen.port == federation.listen.port and not _apart(listen, federation.listen):
+        raise ConfigError(
+            f"listen {listen}: the guard listens there; give it a port of its own on loopback in "
+            f"{federation.path('federation.yaml')}, for example listen: 127.0.0.1:{_other(listen.port)}"
+        )
+    return _TEMPLATE.format(
+        name=federation.name,
+        this=f"chexfound_{listen.port}",
+        listen=listen,
+        superlink=federation.superlink,
+        fleet="|".join(sorted(path.decode().removeprefix(_FLEET) for path in guard.FLEET_PATHS)),
+        fleet_at=_FLEET,
+        health=guard.HEALTH_PATH.decode(),
+        certificate=_quoted(federation.path("server.crt")),
+        key=_quoted(federation.path("server.key")),
+        authority=_quoted(federation.path("ca.crt")),
+        body=guard.BODY_MAX,
+        connections=guard.CONNECTIONS_MAX,
+        silence=f"{guard.SILENCE_S:.0f}s",
+        headers=HEADERS_KIB,
+        piece=PIECE_KIB,
+        not_found=NOT_FOUND,
+    )
+
+
+_FLEET = "/v1/fleet/"
+
+
+def _apart(one: Address, other: Address) -> bool:
+    """Whether two hosts are different addresses, none of them "all"."""
+    return one.host != other.host and not {one.host, other.host} & {"0.0.0.0", "::"}  # noqa: S104
+
+
+def _other(port: int) -> int:
+    return port + 1 if port < 65535 else port - 1
+
+
+def _quoted(path: Path) -> str:
+    """A path as nginx reads one; it has no way to write a dollar that is not a variable.
+
+    Raises: ConfigError.
+    """
+    text = str(path)
+    if "$" in text or not text.isprintable():
+        raise ConfigError(f"{text!r}: nginx cannot be told this name; move the federation to a folder without $")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+_TEMPLATE = """\
+# The public door of the federation {name}, by: chexfound-server nginx DIR
+# Belongs inside the http block. Not to be edited: make it anew after a change of federation.yaml.
+
+# The request line as it was sent. Strings would be compared without their case, so these are expressions.
+map $request ${this}_passes {{
+    default 0;
+    "~^POST {fleet_at}(?:{fleet}) HTTP/1\\.[01]\\z" 1;
+    "~^(?:GET|HEAD) {health} HTTP/1\\.[01]\\z" 1;
+}}
+
+limit_conn_zone $server_port zone={this}:1m;
+
+upstream {this} {{
+    server {superlink};
+    keepalive 16;
+    keepalive_timeout 3s;  # before the SuperLink closes an idle one, after 5 s
+}}
+
+server {{
+    listen {listen} ssl default_server;
+    server_tokens off;
+
+    ssl_certificate {certificate};
+    ssl_certificate_key {key};
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_session_tickets off;
+
+    client_header_buffer_size 1k;
+    large_client_header_buffers 4 {headers}k;
+    client_header_timeout 30s;
+    client_body_timeout {silence};
+    send_timeout {silence};
+    client_body_buffer_size {piece}k;
+    client_max_body_size {body};
+    limit_conn {this} {connections};
+
+    # Also what nginx itself would refuse in another way.
+    error_page 400 404 405 414 494 501 505 =404 /nothing;
+    location = /nothing {{
+        internal;
+        default_type application/json;
+        return 404 '{not_found}';
+    }}
+
+    location / {{
+        if (${this}_passes = 0) {{
+            return 404;
+        }}
+        proxy_pass https://{this};
+        proxy_http_version 1.1;
+        proxy_request_buffering off;
+        proxy_buffering off;
+        proxy_buffer_size {piece}k;
+        proxy_buffers 4 {piece}k;  # none is used; nginx wants them no smaller
+        proxy_redirect off;
+        gzip off;
+
+        proxy_set_header Connection "";
+        proxy_set_header Host $http_host;
+        proxy_set_header Forwarded "";
+        proxy_set_header X-Forwarded-For "";
+        proxy_set_header X-Forwarded-Proto "";
+
+        proxy_ssl_verify on;
+        proxy_ssl_trusted_certificate {authority};
+        proxy_ssl_name localhost;
+        proxy_ssl_server_name on;
+        proxy_ssl_protocols TLSv1.2 TLSv1.3;
+
+        proxy_connect_timeout 10s;
+        proxy_send_timeout {silence};
+        proxy_read_timeout {silence};
+    }}
+}}
+"""
