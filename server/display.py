@@ -124,7 +124,7 @@ def _sites(follower: Follower, nodes: dict[str, Node]) -> Table:
 
 
 def _doing(name: str, now: standing.Standing) -> Text:
-    if name in now.lost and now.state not in ENDED:
+    if name in now.lost:
         return Text("lost", "red")
     if name in now.waiting_for:
         return Text("waited for", "yellow")

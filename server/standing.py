@@ -38,7 +38,7 @@ class Standing:
         done: finished rounds by phase, with how many there are in all (None if that is not known).
         since: when the state began, ISO 8601.
         loss: the last round's, the mean over the sites of their last steps.
-        lost: sites that were lost and are not back.
+        lost: of those that are waited for, the sites that were lost and are not back.
         bytes: payload so far, of all sites.
         error: of a run that failed: its code and text.
     """
@@ -92,7 +92,7 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
         since=ours.get("since") if ours else None,
         waiting_for=ours["waiting_for"] if ours and busy else [],
         replied=ours["replied"] if ours and busy else [],
-        lost=lost(events),
+        lost=[name for name in lost(events) if ours and busy and name in ours["waiting_for"]],
         loss=loss(rounds[-1]) if rounds else None,
         auroc=last(auroc(event) for event in events),
         bytes={way: sum(event.get("bytes", {}).get(way, 0) for event in events) for way in ("down", "up")},
@@ -266,6 +266,6 @@ def sentence(standing: Standing) -> str:
         what += f", round {standing.round} of {standing.rounds or '?'}"
     if standing.waiting_for:
         what += f", waiting for {', '.join(standing.waiting_for)}"
-    if standing.lost and standing.state not in ENDED:
+    if standing.lost:
         what += f"; lost: {', '.join(standing.lost)}"
     return shown(what)
