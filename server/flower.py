@@ -11,6 +11,7 @@ from chexfound.errors import SiteError
 from server.federation import Federation
 
 SECONDS = 60.0  # that one command may take
+AWAY = "Connection to the SuperLink is unavailable"  # as Flower says it
 
 
 def ask(federation: Federation, arguments: Sequence[str]) -> dict[str, Any]:
@@ -22,13 +23,13 @@ def ask(federation: Federation, arguments: Sequence[str]) -> dict[str, Any]:
     output = _run(federation, [*arguments, "--format", "json"], said)
     try:
         values = json.loads(output.stdout)
-    except ValueError as error:
-        raise SiteError(
-            f"{said}: the SuperLink at {federation.superlink} cannot be asked; is it up "
-            f"(chexfound-server up {federation.folder})? {_last(output.stderr)}"
-        ) from error
+    except ValueError:
+        values = {"error-message": output.stderr}
     if not isinstance(values, dict) or values.get("success") is not True:
         message = str(values.get("error-message", "")) if isinstance(values, dict) else ""
+        if "success" not in values or AWAY in message:
+            up = f"chexfound-server up {federation.folder}"
+            raise SiteError(f"{said}: no SuperLink answers at {federation.superlink} ({up}): {_last(message)}")
         raise SiteError(f"{said}: refused by the SuperLink at {federation.superlink}: {_last(message)}")
     return values
 

@@ -78,13 +78,13 @@ def tell(run: RunFolder, say: Callable[[str], None], *, after: int = 0) -> Stand
     Args:
         run: its folder.
         say: told a line.
-        after: events that are left out, the first of its journal.
+        after: events that are left out, the first of its journal.  Those that are there already have no time.
 
     Raises: ChexfoundError, the run's own, if it ended before its end; CheckpointError if its folder is damaged.
     """
 
-    def timed(text: str) -> None:
-        say(f"{time.strftime('%H:%M:%S')}  {text}")
+    def timed(text: str, at: str | None = None) -> None:
+        say(f"{time.strftime('%H:%M:%S') if at is None else at:8}  {text}")
 
     def link(up: bool) -> None:
         timed("the SuperLink answers again" if up else "the SuperLink does not answer; the run is gone on watching")
@@ -92,7 +92,9 @@ def tell(run: RunFolder, say: Callable[[str], None], *, after: int = 0) -> Stand
     about = run.about()
     of: dict[str, Any] = about["rounds"] if about else {}
     follower = Follower(run, link)
-    told, doing, spoken = after, "", time.monotonic()
+    for event in follower.events[after:]:  # when they happened is not known
+        timed(standing.line(event, of), at="")
+    told, doing, spoken = len(follower.events), "", time.monotonic()
     for now in follower.until_it_ends():
         new = follower.events[told:]
         for event in new:

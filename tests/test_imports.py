@@ -81,7 +81,9 @@ def test_entry_packages_are_empty() -> None:
         assert not (ROOT / package / "__init__.py").read_text().strip()
 
 
-@pytest.mark.parametrize("module", ["chexfound", "chexfound.cli", "sim.cli", "client.cli", "server.cli", "chexfound._launch"])
+@pytest.mark.parametrize(
+    "module", ["chexfound", "chexfound.cli", "sim.cli", "client.cli", "server.cli", "chexfound._launch"]
+)
 def test_a_command_line_is_light(module: str) -> None:
     if not (ROOT / Path(*module.split("."))).with_suffix(".py").exists() and not (ROOT / module).is_dir():
         pytest.skip(f"there is no {module} yet")

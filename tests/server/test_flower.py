@@ -65,11 +65,11 @@ def test_the_answer_is_what_it_printed(made: Federation, printed: dict[str, Any]
     ("stdout", "stderr", "message"),
     [
         (NO_SUCH_RUN, "", r"flwr stop: refused.*127.0.0.1:18001: \[code: 16\] Run ID not found\.$"),
-        (NO_SUPERLINK, "", "Connection to the SuperLink is unavailable"),
+        (NO_SUPERLINK, "", r"no SuperLink answers at 127.0.0.1:18001 \(chexfound-server up"),
         ('{"success": false}', "", "nothing was said"),
         ('["success"]', "", "refused"),
         ('{"success": "false"}', "", "refused"),
-        ("", "Traceback\nModuleNotFoundError: no click\n", r"is it up \(chexfound-server up .*no click"),
+        ("", "Traceback\nModuleNotFoundError: no click\n", r"no SuperLink answers .*no click"),
     ],
 )
 def test_a_refusal_is_an_error(made, printed, stdout: str, stderr: str, message: str) -> None:

@@ -55,6 +55,15 @@ def test_what_was_told_before_is_left_out(submitted, happened) -> None:
     assert [line.split()[0] for line in told(submitted, after=2)[0]] == ["done"]
 
 
+def test_what_happened_before_has_no_time(submitted, happened, steps) -> None:
+    happened(submitted, "start")
+    steps += [lambda: happened(submitted, "done"), lambda: (submitted.path / "metrics.json").write_text("{}")]
+    lines: list[str] = []
+    follow.tell(submitted, lines.append)
+    assert lines[0].startswith("          start")
+    assert lines[-1][:8].count(":") == 2
+
+
 def test_the_runs_own_error_is_raised(submitted, live, steps) -> None:
     steps.append(lambda: live(submitted, "failed", error={"code": "config", "text": "no such finding"}))
     _, error = told(submitted)
