@@ -26,8 +26,8 @@ Ctrl-C in run and watch leaves the run going; stop ends it, resume goes on after
 Where RUN may be left out, it is the latest. Each command has its own --help; docs/coordinator.md shows all of it.
 
 exit codes: 0 done or told to stop; 130 Ctrl-C; of a run that failed, its own:
-2 an option or a recipe is wrong, 3 a file or images cannot be used, 4 weights do not fit, 5 a message is not as agreed,
-6 forbidden by a site, 7 a site, a process or the SuperLink failed, 8 the disk is full.
+1 what no check foresaw, 2 an option or a recipe is wrong, 3 a file or images cannot be used, 4 weights do not fit,
+5 a message is not as agreed, 6 forbidden by a site, 7 a site, a process or the SuperLink failed, 8 the disk is full.
 """
 RUN = """\
 Resolves the recipe, ships the installed release as the code of the run, submits both to the SuperLink, and shows how
@@ -37,7 +37,7 @@ in DIR/runs/NAME.
 examples:
   chexfound-server run /srv/thorax demo --set train.rounds=2 --set adapt.rounds=2
   chexfound-server run /srv/thorax mine.yaml --name first --detach
-  chexfound-server run /srv/thorax vitb16-224 --backbone model/backbone.safetensors
+  chexfound-server run /srv/thorax vitb16-224 --backbone model/model.safetensors
 
 `chexfound recipe` lists the presets, `chexfound recipe NAME` shows one.
 """

@@ -44,9 +44,11 @@ class Follower:
         if time.monotonic() - self._asked >= ASK_S:
             self._ask()
         self.standing: Standing = standing.look(self.run, self.statuses, self.events)
-        if self.ended and not self.run.done:  # stopped, or resumed, since Flower was asked?
-            self._ask()
-            self.standing = standing.look(self.run, self.statuses)
+        if self.ended:
+            if not self.run.done:  # stopped, or resumed, since Flower was asked?
+                self._ask()
+            self.events = self.run.journal()  # the end may have come after it was read
+            self.standing = standing.look(self.run, self.statuses, self.events)
 
     def _ask(self) -> None:
         before = self.statuses

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from chexfound.errors import ConfigError, SiteError
-from server import follow, runs
+from server import follow, runs, standing
 from server.runs import RunFolder
 
 
@@ -126,3 +126,20 @@ def test_a_run_that_another_command_resumes_is_followed_on(submitted, flwr, live
 
     steps += [resume, lambda: (submitted.path / "metrics.json").write_text("{}")]
     assert told(submitted)[1] == "done"
+
+
+def test_an_end_between_two_looks_at_the_folder_is_told(submitted, happened, steps, monkeypatch) -> None:
+    look = standing.look
+    happened(submitted, "start")
+
+    def late(*given: Any) -> Any:
+        if steps:
+            return look(*given)
+        if not submitted.done:  # the journal has been read by now
+            happened(submitted, "done")
+            (submitted.path / "metrics.json").write_text("{}")
+        return look(*given)
+
+    steps.append(lambda: None)
+    monkeypatch.setattr(standing, "look", late)
+    assert [line.split()[0] for line in told(submitted)[0]] == ["start", "done"]
