@@ -18,11 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from chexfound import strict_yaml
-from chexfound.errors import ConfigError, Problems
+from chexfound.errors import ConfigError, Problems, VersionError
 from chexfound.names import utf8, written
 from chexfound.schema import ARCHS, Adapt, Recipe, Stage, Train
 from chexfound.strict_yaml import shown
 
+VERSION = 1  # of the recipes that travel: another one when a key changes its meaning
 _adapter = TypeAdapter(Recipe)
 Section = TypeVar("Section")
 
@@ -256,13 +257,13 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_json(recipe: Recipe) -> str:
     """The one string that travels as run-config key `recipe`."""
-    return json.dumps(to_dict(recipe), sort_keys=True, separators=(",", ":"))
+    return json.dumps({"version": VERSION, **to_dict(recipe)}, sort_keys=True, separators=(",", ":"))
 
 
 def from_json(text: str) -> Recipe:
     """The inverse of `to_json`; the text is checked like any input.
 
-    Raises: ConfigError.
+    Raises: ConfigError; VersionError for a recipe of another version, whose keys may mean something else.
     """
     try:
         values = json.loads(text)
@@ -270,6 +271,11 @@ def from_json(text: str) -> Recipe:
         raise ConfigError("run-config 'recipe': not valid JSON") from error
     if not isinstance(values, dict):
         raise ConfigError("run-config 'recipe': must be a JSON object")
+    if (version := values.pop("version", VERSION)) != VERSION:
+        raise VersionError(
+            f"run-config 'recipe': of version {shown(version)}; this release reads {VERSION}: install the same release "
+            "at both ends"
+        )
     return validate(values, "run-config 'recipe'")
 
 

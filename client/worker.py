@@ -1,6 +1,6 @@
 """The site's worker: one process that answers all messages, so that models and state stay in memory between them.
 
-`python -m client.worker SITE_HOME HOST:PORT SECRET_FILE`; it never loads code that came from the coordinator.
+`python -m client.worker SITE_HOME HOST:PORT SECRET_FILE KEEP_WARM_S`; no code of the coordinator is ever loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from client.flwr_private import Tasks
 
 log = logging.getLogger("chexfound.client")
 POLL_S = 0.05  # between two questions to this machine's own SuperNode
-RELEASE_S = 60.0  # without a message, after which memory is given back, the GPU's too
 
 
 class _Progress(logs.Steps):
@@ -53,14 +52,14 @@ def release() -> None:
             torch.cuda.empty_cache()
 
 
-def work(home: Path, tasks: Tasks) -> None:
-    """Answer messages for ever."""
+def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
+    """Answer messages for ever; so long without one, give back the memory, the GPU's too."""
     site.on_progress = _Progress(home)
     held, last = False, time.monotonic()
     while True:
         token = tasks.take()
         if token is None:
-            if held and time.monotonic() - last > RELEASE_S:
+            if held and time.monotonic() - last > keep_warm_s:
                 release()
                 held = False
             time.sleep(POLL_S)
@@ -77,8 +76,8 @@ def main() -> None:
     """Run until told to stop."""
     die_with_parent()
     logs.show()
-    home, address, secret = sys.argv[1:]
-    work(Path(home), Tasks(address, Path(secret)))
+    home, address, secret, keep_warm_s = sys.argv[1:]
+    work(Path(home), Tasks(address, Path(secret)), float(keep_warm_s))
 
 
 if __name__ == "__main__":
