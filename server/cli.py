@@ -125,7 +125,7 @@ def _run_commands(command: Callable[..., Callable[..., argparse.Action]]) -> Non
     add = command(here, "watch", "show a run live until it ends: rounds, sites, bytes, curves")
     add("run", metavar="RUN", nargs="?", help=which)
     add = command(here, "stop", "end a run; resume goes on with it")
-    add("run", metavar="RUN", nargs="?", help="its name (default: the one unfinished run)")
+    add("run", metavar="RUN", nargs="?", help="its name (default: the one that is going)")
     add = command(here, "fetch-model", "copy the model of a finished run, its hash checked")
     add("run", metavar="RUN", nargs="?", help=which)
     add("--out", metavar="FOLDER", type=Path, required=True, help="a new folder")

@@ -86,7 +86,7 @@ def _dir(held: Federation) -> str:
 def stop(given: argparse.Namespace) -> int:
     """End a run."""
     held = federation.load(given.dir)
-    chosen = runs.choose(held, given.run, done=False)
+    chosen = runs.choose_going(held, given.run)
     if not runs.stop(chosen):
         print(f"run {chosen.name} was not running ({standing.look(chosen, runs.statuses(held)).state})")
         return 0

@@ -144,6 +144,22 @@ def choose(federation: Federation, name: str | None, done: bool | None = None) -
     return runs[-1]
 
 
+def choose_going(federation: Federation, name: str | None) -> RunFolder:
+    """The run of a name; without one the one that Flower has going.
+
+    Raises: ConfigError if none is, or several; SiteError.
+    """
+    if name is not None:
+        return find(federation, name)
+    words = statuses(federation)
+    going = [run for run in all_runs(federation) if not ended(words.get(run.flower_run() or "", "unknown"))]
+    if len(going) != 1:
+        raise ConfigError(
+            f"which run? Going are {', '.join(run.name for run in going)}; name one" if going else "no run is going"
+        )
+    return going[0]
+
+
 # -- submitting
 
 

@@ -73,6 +73,18 @@ def test_the_latest_is_chosen_and_a_doubt_is_told(thorax, recipe) -> None:
         runs.choose(thorax, "c")
 
 
+def test_the_one_that_is_going_is_chosen_to_be_stopped(submitted, flwr, recipe) -> None:
+    other = runs.create(submitted.federation, recipe, "other", None)
+    assert runs.choose_going(submitted.federation, None) == submitted
+    runs.submit(other)
+    with pytest.raises(ConfigError, match="Going are first, other; name one"):
+        runs.choose_going(submitted.federation, None)
+    assert runs.choose_going(submitted.federation, "other") == other
+    flwr.statuses = dict.fromkeys(flwr.statuses, "finished:stopped")
+    with pytest.raises(ConfigError, match="no run is going"):
+        runs.choose_going(submitted.federation, None)
+
+
 def test_a_refused_submission_can_be_made_again(thorax, flwr, recipe) -> None:
     run = runs.create(thorax, recipe, "first", None)
     flwr.down = True
