@@ -18,10 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from chexfound import strict_yaml
-from chexfound.errors import ConfigError, Problems
+from chexfound.errors import ConfigError, Problems, VersionError
+from chexfound.names import utf8, written
 from chexfound.schema import ARCHS, Adapt, Recipe, Stage, Train
 from chexfound.strict_yaml import shown
 
+VERSION = 1  # of the recipes that travel: another one when a key changes its meaning
 _adapter = TypeAdapter(Recipe)
 Section = TypeVar("Section")
 
@@ -255,13 +257,13 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_json(recipe: Recipe) -> str:
     """The one string that travels as run-config key `recipe`."""
-    return json.dumps(to_dict(recipe), sort_keys=True, separators=(",", ":"))
+    return json.dumps({"version": VERSION, **to_dict(recipe)}, sort_keys=True, separators=(",", ":"))
 
 
 def from_json(text: str) -> Recipe:
     """The inverse of `to_json`; the text is checked like any input.
 
-    Raises: ConfigError.
+    Raises: ConfigError; VersionError for a recipe of another version, whose keys may mean something else.
     """
     try:
         values = json.loads(text)
@@ -269,17 +271,31 @@ def from_json(text: str) -> Recipe:
         raise ConfigError("run-config 'recipe': not valid JSON") from error
     if not isinstance(values, dict):
         raise ConfigError("run-config 'recipe': must be a JSON object")
+    if (version := values.pop("version", VERSION)) != VERSION:
+        raise VersionError(
+            f"run-config 'recipe': of version {shown(version)}; this release reads {VERSION}: install the same release "
+            "at both ends"
+        )
     return validate(values, "run-config 'recipe'")
 
 
-def to_run_config(recipe: Recipe) -> str:
-    """The text of a TOML file for `flwr run -c FILE.toml`, which has the recipe under the key `recipe`.
+def to_run_config(recipe: Recipe, more: Mapping[str, str] | None = None) -> str:
+    """The text of a TOML file for `flwr run -c FILE.toml`: the recipe under the key `recipe`, and `more` keys.
 
     A literal string in triple quotes takes everything as it stands but quotes and control characters;
     JSON can write these as escapes, so none is left in it.
+
+    Raises: ConfigError for a value that is not Unicode (a path of undecodable bytes).
     """
     text = to_json(recipe).replace("'", "\\u0027").replace("\x7f", "\\u007f")
-    return f"recipe = '''{text}'''\n"
+    lines = [f"recipe = '''{text}'''"]
+    for key, value in (more or {}).items():
+        if not utf8(value):
+            raise ConfigError(
+                f"{key} {written(value)}: holds bytes that are not UTF-8; rename it, or make a link to it"
+            )
+        lines.append(f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f"))
+    return "\n".join(lines) + "\n"
 
 
 def from_run_config(values: Mapping[str, Any]) -> Recipe:

@@ -91,6 +91,14 @@ def parser() -> argparse.ArgumentParser:
         "Ctrl-C leaves it at once. What was left is asked for again",
     )
     result.add_argument(
+        "--keep-warm",
+        metavar="SECONDS",
+        type=float,
+        default=60.0,
+        help="after the last message, how long models and state stay in memory, the GPU's too (default: %(default)g); "
+        "what is given back is read from the disk when it is needed",
+    )
+    result.add_argument(
         "--image-px",
         metavar="N",
         type=int,
@@ -142,7 +150,7 @@ def _serve(given: argparse.Namespace) -> int:
             _say(name, f"nothing answers at {address} yet; trying again until it does; Ctrl-C ends it")
         if not approval.approved(home):
             _say(name, "no code was approved here yet, so every run is refused: chexfound-client approve")
-        commands = supernode.commands(home, str(address), config, credentials)
+        commands = supernode.commands(home, str(address), config, credentials, given.keep_warm)
         environment = supernode.environment(home / "flower")
         asked = supernode.keep_running(commands, environment, lambda text: _say(name, text), given.drain)
         node.Status.stopped(home)

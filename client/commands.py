@@ -116,8 +116,8 @@ def _enrol(given: argparse.Namespace) -> int:
     print(
         f"site {given.name}: {'made its keys' if made else 'has its keys already'} in {home / 'keys'}; they never leave"
     )
-    print(f"  node     {fingerprint(keys.node)}")
-    print(f"  identity {fingerprint(keys.identity)}")
+    print(f"  node     {fingerprint(keys.node)}\n    {keys.node}")
+    print(f"  identity {fingerprint(keys.identity)}\n    {keys.identity}")
     print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")
     print("      then approve the file that comes back: chexfound-client roster approve FILE")
     return 0

@@ -21,6 +21,7 @@ from chexfound.processes import die_with_parent
 
 GRACE_S = 10.0  # for the SuperNode to say goodbye to the SuperLink
 DRAIN_S = 120.0  # for the message in hand to be answered, at SIGTERM
+KEEP_WARM_S = 60.0  # without a message, after which the worker gives back its memory, the GPU's too
 RESTART_S = (5.0, 60.0)  # before one that ended by itself is started again: doubled each time, up to this
 
 
@@ -67,7 +68,9 @@ def environment(flwr_home: Path) -> dict[str, str]:
     return values
 
 
-def commands(home: Path, superlink: str, config: str, credentials: Credentials | None) -> dict[str, list[str]]:
+def commands(
+    home: Path, superlink: str, config: str, credentials: Credentials | None, keep_warm_s: float = KEEP_WARM_S
+) -> dict[str, list[str]]:
     """The two processes: Flower's SuperNode, which talks with the coordinator, and the worker that does what is asked.
 
     They talk on a free port of loopback, and share a secret in a new file of `home`.
@@ -77,6 +80,7 @@ def commands(home: Path, superlink: str, config: str, credentials: Credentials |
         superlink: HOST:PORT.
         config: of `node_config`.
         credentials: for TLS and authentication; None is a connection without both.
+        keep_warm_s: without a message, after which the worker gives back its memory.
     """
     secret, port = home / "worker.secret", str(free_port())
     with replace_file(secret, 0o600) as temporary:
@@ -90,7 +94,7 @@ def commands(home: Path, superlink: str, config: str, credentials: Credentials |
     python = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the present folder
     return {
         "supernode": [*python, "client.node", str(home), *node],
-        "worker": [*python, "client.worker", str(home), f"127.0.0.1:{port}", str(secret)],
+        "worker": [*python, "client.worker", str(home), f"127.0.0.1:{port}", str(secret), f"{keep_warm_s:g}"],
     }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink import cli as superlink_cli
+
+BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
 
 
 def set_identity(run_id: int, node_id: int = 1) -> None:
@@ -17,6 +23,19 @@ def set_identity(run_id: int, node_id: int = 1) -> None:
     TaskIdentity.run_id = run_id
     TaskIdentity.task_id = 1
     TaskIdentity.node_id = node_id
+
+
+def run_superlink(arguments: Sequence[str]) -> None:
+    """Run flower-superlink in this process, with a database that is waited for.
+
+    Flower gives up after 5 s ("database is locked", and the run has failed); a large model is written for longer.
+    """
+    patient = tuple(
+        (name, str(BUSY_TIMEOUT_S * 1000) if name == "busy_timeout" else value) for name, value in SQLITE_PRAGMAS
+    )
+    sql_mixin.SQLITE_PRAGMAS = patient  # type: ignore[attr-defined, assignment]
+    sys.argv = ["flower-superlink", *arguments]
+    superlink_cli.flower_superlink()
 
 
 def node_key(node: NodeInfo) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chexfound import recipe as recipes
-from chexfound.errors import ConfigError
+from chexfound.errors import ConfigError, VersionError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,3 +60,9 @@ def test_the_bundle_is_the_four_packages_and_small() -> None:
 def test_the_bundle_knows_its_run_config_keys() -> None:
     values = get_fused_config_from_fab(build_fab_from_disk(ROOT), Run.create_empty(1))
     assert values == {"recipe": "", "backbone": "", "run-dir": ""}
+
+
+def test_a_recipe_of_another_version_is_refused() -> None:
+    text = recipes.to_json(recipes.load("demo")).replace('"version":1', '"version":2')
+    with pytest.raises(VersionError, match="of version 2; this release reads 1: install the same release"):
+        recipes.from_run_config({"recipe": text})

@@ -37,6 +37,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], tuple[int, ...]]:
+    return lambda number: tuple(free_port() for _ in range(number))
+
+
 def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
@@ -221,10 +226,10 @@ def recipe() -> Recipe:
     return RECIPE
 
 
-def in_process(images: Path, folder: Path, workers: int) -> str:
+def in_process(images: Path, folder: Path, workers: int, recipe: Recipe = RECIPE) -> str:
     ingest(images, folder / "store", PX)
-    sites = partition(Store.open(folder / "store"), "source", RECIPE.seed).sites
-    plan = Plan(recipe=RECIPE, store=folder / "store", sites=sites, folder=folder / "plan")
+    sites = partition(Store.open(folder / "store"), "source", recipe.seed).sites
+    plan = Plan(recipe=recipe, store=folder / "store", sites=sites, folder=folder / "plan")
     plan.write_shards()
     with Pool(workers) as pool:
         run_federated(plan, "federated", pool)
@@ -232,6 +237,6 @@ def in_process(images: Path, folder: Path, workers: int) -> str:
 
 
 @pytest.fixture(scope="session")
-def simulate() -> Callable[[Path, Path, int], str]:
+def simulate() -> Callable[..., str]:
     """The hash of the model of the same run in process."""
     return in_process
