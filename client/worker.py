@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,8 +15,8 @@ import httpx
 
 from chexfound import logs
 from chexfound.processes import die_with_parent
-from client import site
-from client.app import app
+from client import node, site
+from client.app import handle
 from client.flwr_private import Tasks
 
 log = logging.getLogger("chexfound.client")
@@ -36,9 +34,7 @@ class _Progress(logs.Steps):
         super().__call__(name, phase, done, total)
         if time.monotonic() > self._again:
             self._again = time.monotonic() + 1
-            temporary = self.home / ".work.json.tmp"
-            temporary.write_text(json.dumps({"phase": phase, "done": done, "of": total}))
-            os.replace(temporary, self.home / "work.json")
+            node.write(self.home / "work.json", {"phase": phase, "done": done, "of": total})
 
 
 def release() -> None:
@@ -67,7 +63,7 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
             continue
         (home / "work.json").unlink(missing_ok=True)
         try:
-            tasks.answer(token, app)
+            tasks.answer(token, handle)
         except httpx.HTTPError as error:
             log.warning("event=undelivered reason=%r", type(error).__name__)
         held, last = True, time.monotonic()
