@@ -17,7 +17,8 @@ from chexfound._launch import application_root
 from chexfound.errors import ProtocolError
 
 FILES_MAX = 2000
-BYTES_MAX = 64 * 2**20  # unpacked, all files together
+BYTES_MAX = 64 * 2**20  # of the archive, and unpacked, all files together
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the others without a bound on memory
 PACKAGES = ("chexfound", "client", "server", "strategies")  # as [tool.flwr.app] fab-include in pyproject.toml has them
 SUFFIXES = (".py", ".yaml")
 
@@ -56,8 +57,10 @@ class Bundle:
 def read(content: bytes) -> Bundle:
     """The files of a bundle from outside; nothing is unpacked to the disk, nothing but the archive is parsed.
 
-    Raises: ProtocolError for what is no archive, is too large, or names a file twice.
+    Raises: ProtocolError for what is no archive of Flower's kind, is too large, or names a file twice.
     """
+    if len(content) > BYTES_MAX:
+        raise ProtocolError(f"the bundle holds more than {BYTES_MAX} bytes")
     files: dict[str, str] = {}
     left = BYTES_MAX
     try:
@@ -67,6 +70,8 @@ def read(content: bytes) -> Bundle:
             for entry in archive.infolist():
                 if entry.filename in files:
                     raise ProtocolError(f"the bundle names {entry.filename[:80]!r} twice")
+                if entry.compress_type not in PACKINGS:
+                    raise ProtocolError(f"the bundle's {entry.filename[:80]!r} is not packed as Flower packs")
                 with archive.open(entry) as file:
                     data = file.read(left + 1)
                 left -= len(data)

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chexfound import strict_yaml
 from chexfound.errors import ConfigError, Problems, VersionError
+from chexfound.names import utf8, written
 from chexfound.schema import ARCHS, Adapt, Recipe, Stage, Train
 from chexfound.strict_yaml import shown
 
@@ -278,14 +279,23 @@ def from_json(text: str) -> Recipe:
     return validate(values, "run-config 'recipe'")
 
 
-def to_run_config(recipe: Recipe) -> str:
-    """The text of a TOML file for `flwr run -c FILE.toml`, which has the recipe under the key `recipe`.
+def to_run_config(recipe: Recipe, more: Mapping[str, str] | None = None) -> str:
+    """The text of a TOML file for `flwr run -c FILE.toml`: the recipe under the key `recipe`, and `more` keys.
 
     A literal string in triple quotes takes everything as it stands but quotes and control characters;
     JSON can write these as escapes, so none is left in it.
+
+    Raises: ConfigError for a value that is not Unicode (a path of undecodable bytes).
     """
     text = to_json(recipe).replace("'", "\\u0027").replace("\x7f", "\\u007f")
-    return f"recipe = '''{text}'''\n"
+    lines = [f"recipe = '''{text}'''"]
+    for key, value in (more or {}).items():
+        if not utf8(value):
+            raise ConfigError(
+                f"{key} {written(value)}: holds bytes that are not UTF-8; rename it, or make a link to it"
+            )
+        lines.append(f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f"))
+    return "\n".join(lines) + "\n"
 
 
 def from_run_config(values: Mapping[str, Any]) -> Recipe:

@@ -6,6 +6,7 @@ SITE/refused/DIGEST.fab    what came and was not; kept to be looked at, never un
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 from pathlib import Path
@@ -83,6 +84,11 @@ def keep(home: Path, digest: str, content: bytes) -> None:
 
 
 def refused(home: Path) -> dict[str, Bundle]:
-    """The bundles that were refused, by digest, the latest first."""
-    paths = sorted((home / "refused").glob("*.fab"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return {path.stem: bundle.read(path.read_bytes()) for path in paths}
+    """The bundles that were refused, by digest, the latest first; without files that were damaged here."""
+    held = {}
+    for path in sorted((home / "refused").glob("*.fab"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ProtocolError):
+            came = bundle.read(path.read_bytes())
+            if came.digest() == path.stem:
+                held[path.stem] = came
+    return held

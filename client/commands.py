@@ -116,8 +116,8 @@ def _enrol(given: argparse.Namespace) -> int:
     print(
         f"site {given.name}: {'made its keys' if made else 'has its keys already'} in {home / 'keys'}; they never leave"
     )
-    print(f"  node     {fingerprint(keys.node)}")
-    print(f"  identity {fingerprint(keys.identity)}")
+    print(f"  node     {fingerprint(keys.node)}\n    {keys.node}")
+    print(f"  identity {fingerprint(keys.identity)}\n    {keys.identity}")
     print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")
     print("      then approve the file that comes back: chexfound-client roster approve FILE")
     return 0
@@ -158,7 +158,7 @@ def _approve_code(given: argparse.Namespace) -> int:
     name = given.name or sole_site()
     check_name(name, "site name")
     home = site_home(name)
-    if given.withdraw:
+    if given.withdraw is not None:
         digest = _one_of(approval.approved(home), given.withdraw, "approved")
         approval.withdraw(home, digest)
         print(f"code {digest}: not approved any more")
@@ -171,8 +171,11 @@ def _approve_code(given: argparse.Namespace) -> int:
         for digest, bundle in refused.items():
             print(f"refused  {digest}: {len(bundle.differences(release))} files differ from the installed release")
         return 0
-    digest = _one_of(refused, given.bundle, "refused") if given.bundle else release.digest()
-    differences = refused[digest].differences(release) if given.bundle else []
+    if given.bundle is None:
+        digest, differences = release.digest(), []
+    else:
+        digest = _one_of(refused, given.bundle, "refused")
+        differences = refused[digest].differences(release)
     print(f"code {digest}")
     print(f"differs from the installed release {chexfound.__version__}: {'' if differences else 'nothing'}")
     for line in differences:
@@ -185,7 +188,7 @@ def _approve_code(given: argparse.Namespace) -> int:
 
 
 def _one_of(digests: Iterable[str], start: str, what: str) -> str:
-    found = [digest for digest in digests if digest.startswith(start)]
+    found = [digest for digest in digests if start and digest.startswith(start)]
     if len(found) != 1:
         raise ConfigError(f"{start!r}: the first digits of {len(found)} bundles that were {what}; see --list")
     return found[0]

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -88,77 +87,76 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
     """
     sys.argv = ["flower-supernode", *arguments]
     connect = start_client_internal._init_connection
-    pace = _Pace()
 
     @contextmanager
     def watched(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
         told.state("connecting")
-        with connect(*args, **kwargs) as (
-            node_id,
-            receive,
-            send,
-            get_run,
-            get_fab,
-            pull_object,
-            push_object,
-            confirm_received,
-        ):
+        with connect(*args, **kwargs) as functions:
             told.contact()
-            admission = _Admission(get_run, get_fab, refusal, told)
-            draining, in_hand = threading.Event(), threading.Event()
-
-            parent = os.getppid()
-
-            def drain(*_: object) -> None:
-                draining.set()
-                if not in_hand.is_set() or os.getppid() != parent:  # or nobody is left who would end it in time
-                    os.kill(os.getpid(), signal.SIGINT)  # Flower's own way to say goodbye
-
-            signal.signal(signal.SIGTERM, drain)
-
-            def receive_next() -> Any:
-                in_hand.clear()
-                if draining.is_set():
-                    drain()
-                told.state("idle")
-                if (got := receive()) is not None:
-                    in_hand.set()
-                    pace.busy()
-                    about = got[0].metadata
-                    told.state("receiving", run=str(about.run_id), phase=about.message_type, round=about.group_id)
-                told.contact()
-                return got
-
-            def confirm(run_id: int, object_id: str) -> None:
-                confirm_received(run_id, object_id)
-                told.state("draining" if draining.is_set() else "working")
-
-            def send_reply(*reply: Any) -> Any:
-                told.state("sending")
-                pace.busy()
-                return send(*reply)
-
-            yield (
-                *(node_id, receive_next, send_reply, admission.run, admission.fab),
-                *(pull_object, push_object, confirm),
-            )
+            node = _Node(functions, refusal, told)
+            signal.signal(signal.SIGTERM, node.drain)
+            setattr(start_client_internal, "time", node)  # noqa: B010 (it uses time.sleep alone)
+            yield node.functions
 
     start_client_internal._init_connection = watched
-    setattr(start_client_internal, "time", pace)  # noqa: B010 (it uses time.sleep alone)
     flower_supernode()
 
 
-class _Pace:
-    """In place of Flower's polls, which are 3 s and 0.5 s."""
+class _Node:
+    """What stands between the SuperNode's loop and the functions of its connection, in its main thread.
 
-    def __init__(self) -> None:
-        self.busy()
+    Args:
+        functions: of the connection, as `start_client_internal._init_connection` yields them.
+        refusal: of a bundle's bytes.
+        told: learns what is done.
+    """
 
-    def busy(self) -> None:
-        self._last = time.monotonic()
+    def __init__(self, functions: tuple[Any, ...], refusal: Callable[[bytes], str | None], told: Told) -> None:
+        node_id, self._receive, self._send, get_run, get_fab, pull_object, push_object, self._confirm = functions
+        admission = _Admission(get_run, get_fab, refusal, told)
+        self.functions = (
+            *(node_id, self.receive, self.send, admission.run, admission.fab),
+            *(pull_object, push_object, self.confirm),
+        )
+        self._told, self._parent = told, os.getppid()
+        self._draining = self._in_hand = False
+        self._busy = time.monotonic()
+
+    def drain(self, *_: object) -> None:
+        """SIGTERM came: leave, once the message in hand was answered, if there is one."""
+        self._draining = True
+        if not self._in_hand or os.getppid() != self._parent:  # or nobody is left who would end it in time
+            os.kill(os.getpid(), signal.SIGINT)  # Flower's own way to say goodbye
+
+    def receive(self) -> Any:
+        """The next message; the one before was answered, or given up."""
+        self._in_hand = False
+        if self._draining:
+            self.drain()
+        self._told.state("idle")
+        if (got := self._receive()) is not None:
+            self._in_hand, self._busy = True, time.monotonic()
+            about = got[0].metadata
+            self._told.state("receiving", run=str(about.run_id), phase=about.message_type, round=about.group_id)
+        self._told.contact()
+        return got
+
+    def confirm(self, run_id: int, object_id: str) -> None:
+        """All of the message is here; the worker may have it."""
+        self._confirm(run_id, object_id)
+        self._told.state("working")
+
+    def send(self, *reply: Any) -> Any:
+        """The worker's reply."""
+        self._told.state("sending")
+        self._busy = time.monotonic()
+        return self._send(*reply)
 
     def sleep(self, seconds: float) -> None:
-        idle = (time.monotonic() - self._last) / 20
+        """In place of Flower's polls, which are 3 s for a message and 0.5 s for the worker's reply."""
+        if self._draining:
+            self._told.state("draining")
+        idle = (time.monotonic() - self._busy) / 20
         time.sleep(REPLY_POLL_S if seconds < 1 else min(max(idle, POLL_S[0]), POLL_S[1]))
 
 
@@ -200,7 +198,8 @@ class _Admission:
 
 def stand_in(refused: str) -> bytes:
     """A bundle without code, in place of the one that came; its configuration says why that was refused, if it was."""
-    config = dict.fromkeys(RUN_KEYS, "") | {"refused": refused.encode("ascii", "replace").decode()}
+    reason = "".join(sign if " " <= sign <= "~" else "?" for sign in refused)  # what JSON and TOML write alike
+    config = dict.fromkeys(RUN_KEYS, "") | {"refused": reason}
     lines = [f"{key} = {json.dumps(value)}" for key, value in config.items()]
     text = "\n".join(
         [

@@ -5,6 +5,7 @@ It says in SITE_HOME/node.json what it does, for `chexfound-client status` and p
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -47,7 +48,7 @@ class Status:
             values = json.loads((home / "node.json").read_text())
         except (OSError, ValueError):
             return
-        write(home, values | {"state": "stopped", "since": now()})
+        write(home / "node.json", values | {"state": "stopped", "since": now()})
 
     def state(self, name: str, **about: Any) -> None:
         """It is now in this state."""
@@ -56,7 +57,8 @@ class Status:
             if name != self._values["state"]:
                 self._values |= {"state": name, "since": now()}
             if isinstance(about.get("round"), str):
-                about["round"] = int(about["round"]) if about["round"].isdecimal() else None
+                short = about["round"].isdecimal() and len(about["round"]) < 10  # it comes from outside
+                about["round"] = int(about["round"]) if short else None
             self._values |= about
             if before != (self._values["state"], self._values["run"], self._values["refused"]):
                 self._write()
@@ -77,7 +79,7 @@ class Status:
                 self._write()
 
     def _write(self) -> None:
-        write(self.home, self._values | progress(self.home))
+        write(self.home / "node.json", self._values | progress(self.home))
 
 
 def progress(home: Path) -> dict[str, Any]:
@@ -89,11 +91,15 @@ def progress(home: Path) -> dict[str, Any]:
         return {}
 
 
-def write(home: Path, values: dict[str, Any]) -> None:
-    """Replace node.json.  Not durably: it tells of processes, which a power cut ends too."""
-    temporary = home / ".node.json.tmp"
-    temporary.write_text(json.dumps(values))
-    os.replace(temporary, home / "node.json")
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Replace a file of the site.
+
+    Not durably: it tells of processes, which a power cut ends too.  A disk that is full costs what is shown, no run.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(values))
+        os.replace(temporary, path)
 
 
 def main() -> None:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,12 +15,12 @@ import httpx
 
 from chexfound import logs
 from chexfound.processes import die_with_parent
-from client import site
-from client.app import app
+from client import node, site
+from client.app import handle
 from client.flwr_private import Tasks
 
 log = logging.getLogger("chexfound.client")
-POLL_S = 0.05  # between two questions to this machine's own SuperNode
+POLL_S = (0.05, 1.0)  # between two questions to this machine's own SuperNode: a twentieth of the time without a message
 
 
 class _Progress(logs.Steps):
@@ -36,9 +34,7 @@ class _Progress(logs.Steps):
         super().__call__(name, phase, done, total)
         if time.monotonic() > self._again:
             self._again = time.monotonic() + 1
-            temporary = self.home / ".work.json.tmp"
-            temporary.write_text(json.dumps({"phase": phase, "done": done, "of": total}))
-            os.replace(temporary, self.home / "work.json")
+            node.write(self.home / "work.json", {"phase": phase, "done": done, "of": total})
 
 
 def release() -> None:
@@ -59,14 +55,15 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
     while True:
         token = tasks.take()
         if token is None:
-            if held and time.monotonic() - last > keep_warm_s:
+            idle = time.monotonic() - last
+            if held and idle > keep_warm_s:
                 release()
                 held = False
-            time.sleep(POLL_S)
+            time.sleep(min(max(idle / 20, POLL_S[0]), POLL_S[1]))
             continue
         (home / "work.json").unlink(missing_ok=True)
         try:
-            tasks.answer(token, app)
+            tasks.answer(token, handle)
         except httpx.HTTPError as error:
             log.warning("event=undelivered reason=%r", type(error).__name__)
         held, last = True, time.monotonic()

@@ -24,6 +24,7 @@ from pathlib import Path
 import yaml
 
 from chexfound import roster, strict_yaml, units
+from chexfound._launch import application_root
 from chexfound.errors import ConfigError
 from chexfound.journal import replace_file, storage, write_json, write_text
 from chexfound.roster import Address
@@ -31,6 +32,7 @@ from server import pki
 
 FORMAT = 1
 CONNECTION = "federation"  # what Flower's CLI calls the SuperLink
+POLL_S = "0.2"  # after which the SuperExec looks for a run again; Flower's own is 1 s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class Federation:
         """For every process of the coordinator; our programs first on the path, nothing sent to third parties."""
         values = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_INTERNAL_")}
         values["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), values.get("PATH", os.defpath)])
+        values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(application_root()), values.get("PYTHONPATH")]))
         values |= self.settings()
         for name in ("NO_PROXY", "no_proxy"):
             values[name] = ",".join([*filter(None, [values.get(name)]), "127.0.0.1", "localhost"])
@@ -100,11 +103,12 @@ class Federation:
             "FLWR_HOME": str(self.path("flower")),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL_S,
             "PYTHONUNBUFFERED": "1",
         }
 
     def commands(self) -> dict[str, list[str]]:
-        """Its three processes, as they can be typed."""
+        """Its three processes, as they can be typed; `processes` has those of `up`."""
         host, port = self.superlink.host, str(self.superlink.port)
         files = {name: str(self.path(name)) for name in ("ca.crt", "server.crt", "server.key", "superexec.secret")}
         return {
@@ -121,6 +125,11 @@ class Federation:
             ],
             "guard": ["chexfound-server", "guard", str(self.folder)],
         }  # fmt: skip
+
+    def processes(self) -> dict[str, list[str]]:
+        """The same three as `chexfound-server up` runs them: with a SuperLink that waits for its database."""
+        ours = [sys.executable, "-P", "-m", "server.cli"]  # of this installation; -P: not of the folder that we are in
+        return self.commands() | {name: [*ours, name, str(self.folder)] for name in ("superlink", "guard")}
 
 
 def create(folder: Path, name: str, public: Address, listen: Address, superlink: Address) -> Federation:

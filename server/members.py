@@ -6,18 +6,18 @@ Flower lists nodes by number only, so the number that a site's key was given sta
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chexfound.errors import ConfigError, SiteError
+from chexfound.errors import ConfigError
 from chexfound.journal import write_json
 from chexfound.roster import Keys
+from chexfound.signing import fingerprint
+from server import flower
 from server.federation import CONNECTION, Federation
-
-SECONDS = 60.0  # that one command may take
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def register_all(federation: Federation) -> tuple[list[str], list[str]]:
     for name in struck:
         number, _ = numbers.pop(name)
         if number in known and known[number].status != "unregistered":
-            _flower(federation, "unregister", number)
+            flower.ask(federation, ["supernode", "unregister", number, CONNECTION])
         _write(federation, numbers)
     new = [name for name in sites if name not in numbers or numbers[name][0] not in known]
     for name in new:
@@ -58,52 +58,35 @@ def nodes(federation: Federation) -> dict[str, Node]:
     return {name: known[number] for name, (number, _) in _numbers(federation).items() if number in known}
 
 
+def rows(federation: Federation, nodes: Mapping[str, Node]) -> list[dict[str, Any]]:
+    """The sites as --json has them: fingerprints, and whether they are connected."""
+    return [
+        {
+            "site": name,
+            "node": fingerprint(keys.node),
+            "identity": fingerprint(keys.identity),
+            "status": nodes[name].status if name in nodes else "unknown",
+            "since": nodes[name].since if name in nodes and nodes[name].since != "N/A" else None,
+        }
+        for name, keys in sorted(federation.sites().sites.items())
+    ]
+
+
 def _register(federation: Federation, name: str, keys: Keys) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "node.pub"
         path.write_text(keys.node + "\n", encoding="ascii")
-        return str(_flower(federation, "register", str(path), "--name", name)["node-id"])
+        command = ["supernode", "register", str(path), CONNECTION, "--name", name]
+        return str(flower.ask(federation, command)["node-id"])
 
 
 def _listed(federation: Federation) -> dict[str, Node]:
     """By number."""
     result = {}
-    for one in _flower(federation, "list", "--verbose")["nodes"]:
+    for one in flower.ask(federation, ["supernode", "list", CONNECTION, "--verbose"])["nodes"]:
         since = {"online": one["online-at"], "offline": one["offline-at"]}.get(one["status"], one["created-at"])
         result[str(one["node-id"])] = Node(str(one["node-id"]), one["status"], since)
     return result
-
-
-def _flower(federation: Federation, *arguments: str) -> dict[str, Any]:
-    """What a subcommand of `flwr supernode` says; it ends with 0 whatever happened."""
-    command, *rest = arguments
-    try:
-        done = subprocess.run(  # noqa: S603 (our own arguments, no shell)
-            ["flwr", "supernode", command, *rest[:1], CONNECTION, *rest[1:], "--format", "json"]  # noqa: S607
-            if command != "list"
-            else ["flwr", "supernode", "list", CONNECTION, *rest, "--format", "json"],  # noqa: S607
-            env=federation.environment(),
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-        values = json.loads(done.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise SiteError(f"flwr supernode {command}: no answer of the SuperLink at {federation.superlink}") from error
-    except (OSError, ValueError) as error:
-        raise SiteError(
-            f"flwr supernode {command}: the SuperLink at {federation.superlink} cannot be asked; is it up "
-            f"(chexfound-server up {federation.folder})? {_last(done.stderr) if 'done' in locals() else error}"
-        ) from error
-    if not isinstance(values, dict) or not values.get("success"):
-        said = str(values.get("error-message", "")) if isinstance(values, dict) else ""
-        raise SiteError(f"flwr supernode {command}: refused by the SuperLink at {federation.superlink}: {_last(said)}")
-    return values
-
-
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["nothing was said"])[-1]
 
 
 def _numbers(federation: Federation) -> dict[str, tuple[str, str]]:

@@ -21,6 +21,7 @@ from chexfound.journal import replace_file
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397  # what browsers and operating systems accept at most
+RENEW_DAYS = 30  # left, from which on `status` says to renew
 EARLY = datetime.timedelta(hours=1)  # a site's clock may be a little behind
 
 

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 from chexfound.errors import ConfigError, SiteError
 from chexfound.journal import storage
@@ -35,7 +36,7 @@ class _Process:
 
     def __init__(self, name: str, federation: Federation, say: Callable[[str], None]) -> None:
         self.name, self._say = name, say
-        self._command, self._environment = federation.commands()[name], federation.environment()
+        self._command, self._environment = federation.processes()[name], federation.environment()
         self._pause, self._again_at, self._started = RESTART_S[0], 0.0, 0.0
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self.log = federation.path("logs") / f"{name}.log"
@@ -115,7 +116,7 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
     running: list[_Process] = []
     try:
         for address, key in ((federation.superlink, "superlink"), (federation.listen, "listen")):
-            if _listens(address):
+            if listens(address):
                 raise ConfigError(f"{key} {address}: something listens there already; is this federation up?")
         running.append(_Process("superlink", federation, say))
         _wait(running[0], federation.superlink, asked)
@@ -141,7 +142,7 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
 
 def _wait(superlink: _Process, address: Address, asked: list[int]) -> None:
     deadline = time.monotonic() + START_S
-    while not asked and not _listens(address):
+    while not asked and not listens(address):
         if (code := superlink.ended()) is not None:
             superlink.tell_last()
             raise SiteError(f"flower-superlink ended with exit code {code}; its last lines above say why")
@@ -152,10 +153,34 @@ def _wait(superlink: _Process, address: Address, asked: list[int]) -> None:
         time.sleep(0.1)
 
 
-def _listens(address: Address) -> bool:
+def listens(address: Address) -> bool:
+    """Whether anything listens there now."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 (all addresses: try one)
     try:
         socket.create_connection((host, address.port), timeout=2).close()
     except OSError:
         return False
     return True
+
+
+def processes(federation: Federation) -> dict[str, str]:
+    """Whether each is up: by its port; the SuperExec, which has none, by its command line on this machine."""
+    seen = {True: "up", False: "not seen on this machine", None: "unknown"}
+    return {
+        "superlink": "up" if listens(federation.superlink) else "down",
+        "superexec": seen[superexec_seen(federation)],
+        "guard": "up" if listens(federation.listen) else "down",
+    }
+
+
+def superexec_seen(federation: Federation) -> bool | None:
+    """Whether a process of this machine has this federation's SuperExec secret as an argument; None if unknown."""
+    secret = str(federation.path("superexec.secret")).encode()
+    if not Path("/proc/self/cmdline").exists():
+        return None
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            arguments = file.read_bytes().split(b"\0")
+            if secret in arguments and any(part.endswith(b"flower-superexec") for part in arguments[:2]):
+                return True
+    return False

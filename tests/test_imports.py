@@ -81,7 +81,9 @@ def test_entry_packages_are_empty() -> None:
         assert not (ROOT / package / "__init__.py").read_text().strip()
 
 
-@pytest.mark.parametrize("module", ["chexfound", "chexfound.cli", "sim.cli", "client.cli", "chexfound._launch"])
+@pytest.mark.parametrize(
+    "module", ["chexfound", "chexfound.cli", "sim.cli", "client.cli", "server.cli", "chexfound._launch"]
+)
 def test_a_command_line_is_light(module: str) -> None:
     if not (ROOT / Path(*module.split("."))).with_suffix(".py").exists() and not (ROOT / module).is_dir():
         pytest.skip(f"there is no {module} yet")
@@ -91,7 +93,7 @@ def test_a_command_line_is_light(module: str) -> None:
     assert not HEAVY & set(ran.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["chexfound.cli", "sim.cli"])
+@pytest.mark.parametrize("module", ["chexfound.cli", "sim.cli", "server.cli"])
 def test_help_is_light(module: str) -> None:
     """Not timed: a busy machine would fail it.  What takes the time is not imported."""
     code = HELP.format(module=module)

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from chexfound import recipe as recipes
 from chexfound.errors import ConfigError, VersionError
 
-# Flower asks pathspec for a pattern by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound import wire
+from chexfound import signing, wire
 from chexfound.errors import CODES, ChexfoundError, ProtocolError, StorageError
 from chexfound.phases import Reply, Request
 
@@ -343,3 +344,142 @@ def test_finite_count_and_word() -> None:
     assert not any(wire.count(v) for v in (-1, 2**40, True, 1.0, "1", None))
     assert [wire.word(v) for v in ("a", "é 1", "x" * 64)] == [True] * 3
     assert not any(wire.word(v) for v in ("", "x" * 65, "a\nb", "\ud800", 1, None))
+
+
+# ---- requests that share what is heavy
+
+
+def test_requests_that_share_their_tensors_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    pack = wire._pack_tensors
+    monkeypatch.setattr(wire, "_pack_tensors", lambda tensors: packed.append(tensors) or pack(tensors))
+    shared, own = {"x": torch.arange(3.0)}, {"x": torch.zeros(2)}
+    requests = [Request(phase="pretrain", round=n, tensors=own if n == 1 else shared) for n in range(3)]
+    contents = wire.pack_requests(requests)
+    assert len(packed) == 2
+    first, other, last = (content.array_records["arrays"] for content in contents)
+    assert first["float32"] is last["float32"]
+    assert first["float32"] is not other["float32"]
+    for request, content in zip(requests, contents, strict=True):
+        back = wire.unpack_request(content)
+        assert (back.round, back.tensors["x"].tolist()) == (request.round, request.tensors["x"].tolist())
+    assert wire.pack_requests([]) == []
+
+
+def test_equal_tensors_of_another_request_are_its_own() -> None:
+    one, other = wire.pack_requests([Request(phase="pretrain", tensors={"x": torch.zeros(n)}) for n in (1, 2)])
+    assert wire.unpack_request(one).tensors["x"].shape == (1,)
+    assert wire.unpack_request(other).tensors["x"].shape == (2,)
+
+
+# ---- signatures
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+ASKED = {"run_id": 7, "round_number": 2, "message_id": "m1"}
+
+
+def signed() -> RecordDict:
+    result = wire.pack_reply(Reply(values={"images": 3, "loss": 0.5}, tensors={"x": torch.arange(4.0)}))
+    wire.sign_reply(result, KEY, **ASKED)
+    return result
+
+
+def test_a_signed_reply() -> None:
+    reply = signed()
+    wire.verify_reply(reply, KEY.public_key(), **ASKED)
+    assert wire.unpack_reply(reply).values == {"images": 3, "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"run_id": 8}, {"round_number": 3}, {"message_id": "m2"}, {"message_id": ""}, {"run_id": 72, "round_number": 0}],
+    ids=str,
+)
+def test_a_signature_is_for_one_message_of_one_round_of_one_run(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match="signature"):
+        wire.verify_reply(signed(), KEY.public_key(), **ASKED | change)
+
+
+def test_a_signature_of_another_key_or_for_another_purpose() -> None:
+    reply = signed()
+    with pytest.raises(ProtocolError, match="signature"):
+        wire.verify_reply(reply, Ed25519PrivateKey.generate().public_key(), **ASKED)
+    fields = wire._signed_fields(reply, **ASKED)
+    reply["signature"] = ConfigRecord({"ed25519": signing.sign(KEY, signing.ROSTER, fields)})
+    with pytest.raises(ProtocolError, match="signature"):
+        wire.verify_reply(reply, KEY.public_key(), **ASKED)
+
+
+@pytest.mark.parametrize(
+    "record", [None, {}, {"ed25519": "text"}, {"ed25519": b""}, {"ed25519": 3}, {"x": b""}], ids=str
+)
+def test_what_is_no_signature(record: dict[str, Any] | None) -> None:
+    reply = signed()
+    del reply["signature"]
+    if record is not None:
+        reply["signature"] = ConfigRecord(record)
+    with pytest.raises(ProtocolError, match="sign"):
+        wire.verify_reply(reply, KEY.public_key(), **ASKED)
+
+
+@given(st.data())
+def test_any_changed_bit_of_what_was_signed_shows(data: st.DataObject) -> None:
+    reply = signed()
+    parts = {
+        "reply": reply.config_records["reply"]["json"].encode(),
+        "table": reply.config_records["table"]["json"].encode(),
+        "arrays": reply.array_records["arrays"]["float32"].data,
+        "signature": reply.config_records["signature"]["ed25519"],
+    }
+    name = data.draw(st.sampled_from(sorted(parts)))
+    whole = bytearray(parts[name])
+    whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 6))  # 7 bits: text stays text
+    if name == "arrays":
+        old = reply.array_records["arrays"]["float32"]
+        reply["arrays"] = ArrayRecord({"float32": Array(old.dtype, old.shape, old.stype, bytes(whole))})
+    else:
+        reply[name] = ConfigRecord({"ed25519": bytes(whole)} if name == "signature" else {"json": whole.decode()})
+    with pytest.raises(ProtocolError, match="signature"):
+        wire.verify_reply(reply, KEY.public_key(), **ASKED)
+
+
+# Few names and values, so that parts of one content are often parts of another; 1, 1.0 and True are equal in Python.
+scalars = st.sampled_from([0, 1, 1.0, True, "", "1", b"", b"1"]) | st.lists(st.sampled_from([1, 2]), max_size=2)
+words = st.sampled_from(["a", "b", "ab", "arrays", "config"])
+configs = st.dictionaries(words, scalars, max_size=2).map(ConfigRecord)
+flat = st.builds(
+    lambda data, stype, dtype: Array(dtype, (len(data),), stype, data), st.binary(max_size=2), words, words
+)
+contents = st.dictionaries(words, configs | st.dictionaries(words, flat, max_size=2).map(ArrayRecord), max_size=2)
+
+
+def held(records: dict[str, Any]) -> Any:
+    """What a content holds, to be compared, with the kind of every value."""
+    return {
+        name: (type(record).__name__, {key: (type(value).__name__, repr(value)) for key, value in record.items()})
+        for name, record in records.items()
+    }
+
+
+@given(contents, contents)
+def test_different_contents_have_different_hashes(one: dict[str, Any], other: dict[str, Any]) -> None:
+    same = held(one) == held(other)
+    assert (wire.payload_sha256(RecordDict(one)) == wire.payload_sha256(RecordDict(other))) == same
+
+
+@given(contents, st.randoms(use_true_random=False))
+def test_the_order_of_records_does_not_matter_nor_the_signature(records: dict[str, Any], lots: Any) -> None:
+    names = list(records)
+    lots.shuffle(names)
+    again = RecordDict()
+    again["signature"] = ConfigRecord({"ed25519": b"x"})
+    for name in names:
+        record, keys = records[name], list(records[name])
+        lots.shuffle(keys)
+        again[name] = type(record)({key: record[key] for key in keys})
+    assert wire.payload_sha256(again) == wire.payload_sha256(RecordDict(records))
+
+
+def test_a_record_that_we_do_not_send_is_not_hashed_over() -> None:
+    with pytest.raises(ProtocolError, match="holds a MetricRecord"):
+        wire.payload_sha256(RecordDict({"x": MetricRecord({"y": 1})}))

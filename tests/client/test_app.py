@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chexfound import phases, recipe, wire
+from chexfound import phases, recipe, signing, wire
+from chexfound.errors import ProtocolError
 from chexfound.phases import Request
+from chexfound.roster import Address, Keys, Roster
+from client import membership
 from client import site as site_module
 from client.app import app, handle
 
@@ -104,11 +108,129 @@ fields = st.dictionaries(st.sampled_from([*wire._RequestFields.__dataclass_field
 def test_it_never_raises(make_message: Any, make_context: Any, given: Any, phase: str) -> None:
     base = {"phase": phase, "round": 0, "step": 0, "steps": 1, "batch_size": 1, "roster_index": 0, "findings": []}
     text = json.dumps(base | given)
-    content = RecordDict({"request": ConfigRecord({"json": text}), "arrays": ArrayRecord()})
+    content = wire.pack_request(Request(phase=phase))
+    content["request"] = ConfigRecord({"json": text})
     reply = app(make_message(content, wire.MESSAGE_TYPES[phase]), make_context())
     assert reply.has_content() != reply.has_error()
     if reply.has_error():
         assert reply.error.reason in ("protocol", "checkpoint", "data", "storage")
+
+
+# ---- before any data is touched
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test fails if a site is opened."""
+    monkeypatch.setattr(site_module, "site_of", lambda *_, **__: pytest.fail("a site was opened"))
+    monkeypatch.setattr(phases, "run", lambda *_: pytest.fail("a phase was run"))
+
+
+def test_a_run_whose_code_was_refused(
+    make_message: Any, make_context: Any, untouched: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it asks for; the reason stays here."""
+    context = make_context(run={"refused": "the code 1234 was not approved here"})
+    for content in (wire.pack_request(Request(phase="enrol")), RecordDict()):
+        reply = app(make_message(content), context)
+        assert (reply.error.code, reply.error.reason) == (6, "code")
+        assert "1234" not in repr(reply.error)
+    assert "the code 1234 was not approved here" in caplog.text
+
+
+def test_a_run_that_was_not_refused(make_message: Any, make_context: Any) -> None:
+    assert app(make_message(wire.pack_request(Request(phase="enrol"))), make_context(run={"refused": ""})).has_content()
+
+
+@pytest.mark.parametrize("version", ["0.0.0", "", None, 1, "Jane\nDoe", "x" * 5000])
+def test_another_release(make_message: Any, make_context: Any, untouched: None, version: Any) -> None:
+    content = wire.pack_request(Request(phase="enrol"))
+    content["terms"] = ConfigRecord({"json": json.dumps({"version": version, "roster": None})})
+    reply = app(make_message(content), make_context())
+    assert (reply.error.code, reply.error.reason) == (5, "version")
+
+
+def test_no_terms_at_all(make_message: Any, make_context: Any, untouched: None) -> None:
+    content = wire.pack_request(Request(phase="enrol"))
+    del content["terms"]
+    assert app(make_message(content), make_context()).error.reason == "protocol"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[Keys]:
+    """Of three sites and of one that is in no federation."""
+    return [membership.make_keys(tmp_path_factory.mktemp("site"))[0] for _ in range(4)]
+
+
+@pytest.fixture
+def secured(enrolled: Callable[..., Path], authority: Path, make_context: Any, keys: list[Keys]) -> Any:
+    """The context of the site NORTH, and the roster that it approved: with EAST and WEST."""
+    home = enrolled(authority, Address("127.0.0.1", 1))
+    federation = membership.present(home)
+    sites = federation.sites.with_site("EAST", keys[0]).with_site("WEST", keys[1])
+    membership.approve(home, replace(federation, sites=sites))
+    return make_context(node={"site": "NORTH", "secured": True}), sites
+
+
+def changed(sites: Roster, keys: list[Keys], change: str) -> Roster | None:
+    own = sites.sites
+    return {
+        "no roster": None,
+        "one more": sites.with_site("SOUTH", keys[2]),
+        "other keys": sites.without_site("EAST").with_site("EAST", keys[2]),
+        "another name for one's keys": sites.without_site("EAST").with_site("SOUTH", keys[0]),
+        "keys exchanged": Roster(
+            federation="thorax", serial=9, sites={**own, "EAST": own["WEST"], "WEST": own["EAST"]}
+        ),
+        "half of other keys": Roster(
+            federation="thorax", serial=9, sites={**own, "EAST": Keys(own["EAST"].node, keys[2].identity)}
+        ),
+        "another federation": Roster(federation="abdomen", serial=sites.serial, sites=own),
+    }[change]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "no roster", "one more", "other keys", "another name for one's keys", "keys exchanged", "half of other keys",
+        "another federation",
+    ],
+)  # fmt: skip
+def test_sites_that_were_not_approved(
+    make_message: Any, secured: Any, keys: list[Keys], untouched: None, change: str
+) -> None:
+    context, sites = secured
+    content = wire.pack_request(Request(phase="enrol"), changed(sites, keys, change))
+    reply = app(make_message(content), context)
+    assert (reply.error.code, reply.error.reason) == (6, "roster")
+
+
+@pytest.mark.parametrize("gone", [(), ("EAST",), ("EAST", "WEST")])
+def test_the_sites_that_were_approved_or_some_of_them(make_message: Any, secured: Any, gone: tuple[str, ...]) -> None:
+    """The reply bears the site's signature, to this message of this run and round."""
+    context, sites = secured
+    for name in gone:
+        sites = sites.without_site(name)
+    asked = make_message(wire.pack_request(Request(phase="enrol", round=2), sites))
+    asked.metadata.__dict__["_message_id"] = "the request's"
+    reply = app(asked, context).content
+    key = signing.read_public_line(sites.sites["NORTH"].identity)
+    wire.verify_reply(reply, key, asked.metadata.run_id, 2, "the request's")
+    with pytest.raises(ProtocolError, match="signature"):
+        wire.verify_reply(reply, key, asked.metadata.run_id, 3, "the request's")
+
+
+def test_a_site_whose_federation_was_never_approved(
+    make_message: Any, make_context: Any, untouched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
+    context = make_context(node={"site": "NORTH", "secured": True})
+    assert app(make_message(wire.pack_request(Request(phase="enrol"))), context).error.reason == "config"
+
+
+def test_a_site_without_keys_signs_nothing(make_message: Any, make_context: Any) -> None:
+    reply = app(make_message(wire.pack_request(Request(phase="enrol"))), make_context())
+    assert "signature" not in reply.content
 
 
 def test_images_are_taken_in_at_enrolment_only(

@@ -4,9 +4,10 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from chexfound.data.store import Store
-from client import cli, link, supernode
+from chexfound.roster import Address
+from client import approval, cli, link, supernode
 
 
 @pytest.fixture
@@ -31,28 +33,33 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`serve(*options)` with a stand-in for Flower's node; what that was given is in `serve.command`."""
-    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+class Served:
+    """`serve(*options)` with a stand-in for what keeps the two processes running; what that was given."""
 
-    class Child:
-        asked: int | None = None
-        code = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(supernode, "keep_running", self._keep_running)
 
-        def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-            run.command, run.env = list(command), env
-
-        def wait(self) -> int:
-            type(self).asked = run.asked
-            return run.code
-
-    def run(*options: str, asked: int | None = 15, code: int = 0) -> int:
-        run.asked, run.code = asked, code
-        monkeypatch.setattr(supernode, "SuperNode", Child)
+    def __call__(self, *options: str, asked: int = signal.SIGTERM) -> int:
+        self._asked = asked
         return cli.main(options)
 
-    return run
+    def _keep_running(
+        self, commands: Mapping[str, list[str]], env: Mapping[str, str], say: Callable[[str], None], drain_s: float
+    ) -> int:
+        self.commands, self.env, self.drain_s = commands, env, drain_s
+        say("they run")
+        return self._asked
+
+    @property
+    def node_config(self) -> str:
+        command = self.commands["supernode"]
+        return command[command.index("--node-config") + 1]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    return Served(monkeypatch)
 
 
 def options(images: Path, *more: str, name: str = "A", superlink: str = "127.0.0.1:1") -> list[str]:
@@ -60,7 +67,7 @@ def options(images: Path, *more: str, name: str = "A", superlink: str = "127.0.0
 
 
 def test_images_are_taken_in_and_the_node_started(
-    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert serve(*options(images, "--insecure")) == 0
     out = capsys.readouterr().out
@@ -68,14 +75,18 @@ def test_images_are_taken_in_and_the_node_started(
     assert "1 refused: cannot be decoded" in out
     assert "nothing answers at 127.0.0.1:1 yet; trying again until it does" in out
     assert len(Store.open(tmp_path / "home" / "sites" / "A" / "store-16")) == 3
-    assert serve.command[5] == f'site="A" data="{images}"'
+    assert "no code was approved here yet, so every run is refused: chexfound-client approve" in out
+    assert "site A: they run" in out
+    assert serve.node_config == f'site="A" data="{images}"'
+    assert list(serve.commands) == ["supernode", "worker"]
+    assert serve.drain_s == 120
     assert serve.env["FLWR_HOME"] == str(tmp_path / "home" / "sites" / "A" / "flower")
     assert serve(*options(images, "--insecure")) == 0
     assert "0 new images of 0 patients, 3 files were there already" in capsys.readouterr().out
 
 
 def test_a_store_is_served_as_it_is(
-    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from chexfound.data.sources import ingest
 
@@ -86,7 +97,7 @@ def test_a_store_is_served_as_it_is(
 
 
 def test_images_of_a_folder_served_before_are_told(
-    serve: Callable[..., int], images: Path, capsys: pytest.CaptureFixture[str]
+    serve: Served, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve(*options(images, "--insecure"))
     other = images.rename(images.with_name("moved"))
@@ -97,8 +108,39 @@ def test_images_of_a_folder_served_before_are_told(
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(2, 130), (15, 0)])
-def test_exit_codes(serve: Callable[..., int], images: Path, asked: int, expected: int) -> None:
-    assert serve(*options(images, "--insecure"), asked=asked) == expected
+def test_exit_codes(serve: Served, images: Path, asked: int, expected: int) -> None:
+    assert serve(*options(images, "--insecure", "--drain", "7"), asked=asked) == expected
+    assert serve.drain_s == 7
+
+
+def test_afterwards_it_is_said_that_nothing_runs(serve: Served, images: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home" / "sites" / "A"
+    home.mkdir(parents=True)
+    (home / "node.json").write_text('{"state": "idle", "pid": 1}')
+    serve(*options(images, "--insecure"))
+    values = json.loads((home / "node.json").read_text())
+    assert (values["state"], values["pid"]) == ("stopped", 1)
+
+
+def test_nothing_is_said_of_approving_once_code_was(
+    serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    approval.approve(tmp_path / "home" / "sites" / "A", "0" * 64)
+    assert serve(*options(images, "--insecure")) == 0
+    assert "approve" not in capsys.readouterr().out
+
+
+def test_an_enrolled_site_connects_with_its_keys(
+    enrolled: Callable[..., Path], authority: Path, closed_port: int, serve: Served, images: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    home = enrolled(authority, Address("127.0.0.1", closed_port))
+    assert serve("--data", str(images), "--image-px", "16") == 0
+    command = serve.commands["supernode"]
+    assert command[command.index("--root-certificates") + 1] == str(home / "ca.crt")
+    assert command[command.index("--auth-supernode-private-key") + 1] == str(home / "keys" / "node.key")
+    assert command[command.index("--superlink") + 1] == f"127.0.0.1:{closed_port}"
+    assert serve.node_config == f'site="NORTH" data="{images}" secured=true'
 
 
 @pytest.mark.parametrize(
@@ -111,7 +153,7 @@ def test_exit_codes(serve: Callable[..., int], images: Path, asked: int, expecte
     ],
 )
 def test_options_that_are_refused(
-    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     more: list[str], changes: dict[str, str], message: str,
 ) -> None:  # fmt: skip
     assert serve(*options(images, *more, **changes)) == 2
@@ -120,7 +162,7 @@ def test_options_that_are_refused(
 
 
 def test_a_site_that_was_not_enrolled_is_told_how(
-    serve: Callable[..., int], images: Path, capsys: pytest.CaptureFixture[str]
+    serve: Served, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert serve("--data", str(images)) == 2
     assert "no site was enrolled on this machine yet; begin with: chexfound-client enrol" in capsys.readouterr().err
@@ -131,22 +173,20 @@ def test_a_site_that_was_not_enrolled_is_told_how(
 
 
 def test_another_machine_is_warned_of(
-    serve: Callable[..., int], images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    serve: Served, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "answers", lambda address, scheme: True)
     assert serve(*options(images, "--insecure", superlink="10.1.1.1:8000")) == 0
     assert "nothing on the way there is encrypted or authenticated" in capsys.readouterr().err
 
 
-def test_no_images(serve: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_images(serve: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert serve(*options(tmp_path / "absent", "--insecure")) == 3
     assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "home" / "sites" / "A" / "store-16").exists()
 
 
-def test_one_client_a_site(
-    serve: Callable[..., int], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_client_a_site(serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = tmp_path / "home" / "sites" / "A"
     home.mkdir(parents=True)
     with open(home / ".lock", "w") as other:
@@ -171,9 +211,9 @@ def test_gpus_are_told_to_the_node(images, serve, monkeypatch, capsys):
     monkeypatch.delenv("CHEXFOUND_GPUS", raising=False)
     monkeypatch.setenv("CHEXFOUND_DEVICE", "cpu")
     assert serve(*options(images, "--insecure", "--gpus", "2")) == 0
-    assert 'gpus="2"' in serve.command[serve.command.index("--node-config") + 1]
+    assert 'gpus="2"' in serve.node_config
     assert serve(*options(images, "--insecure")) == 0
-    assert "gpus=" not in serve.command[serve.command.index("--node-config") + 1]
+    assert "gpus=" not in serve.node_config
     monkeypatch.delenv("CHEXFOUND_DEVICE")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

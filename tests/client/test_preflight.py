@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 
@@ -261,9 +262,13 @@ def test_a_certificate_that_expired(
     prepare: Callable[..., Path], authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dated(authority, monkeypatch, 5, -2)
-    one = only(check(prepare()), "certificate")
+    home = prepare()
+    one = only(check(home), "certificate")
     assert "the coordinator's certificate expired on" in one.text
     assert "chexfound-server renew" in one.remedy
+    trusted = (authority / "ca.crt").read_bytes()
+    with pytest.raises(httpx.ConnectError, match="certificate has expired"):  # Flower's node does not talk to it
+        flwr_private.registered(str(membership.present(home).server), trusted, membership.node_key(home))
 
 
 def test_a_certificate_from_the_future(

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +19,53 @@ import pytest
 
 from chexfound import recipe as recipes
 from chexfound import signing
+from chexfound.errors import SiteError
 from chexfound.schema import Recipe
 from client import membership, supernode
+from server import pki, runs
 from tests.server.doors import INSIDE
 
 pytestmark = pytest.mark.e2e
-NAMES = ("NORTH", "SOUTH")
+SITES = 3
 
 
 class Secured:
-    """The federation, while it runs, and what its one run left."""
+    """The federation, while it runs, and what its runs left."""
 
-    def __init__(self, federation: Any) -> None:
-        self.processes, self.folder = federation, federation.folder / "thorax"
+    def __init__(self, federation: Any, images: Path) -> None:
+        self.processes, self.folder, self.images = federation, federation.folder / "thorax", images
         self.port, superlink = free_port(), free_port()
         self.address = f"localhost:{self.port}"
-        ports = [
-            "--public",
-            self.address,
-            "--listen",
-            f"127.0.0.1:{self.port}",
-            "--superlink",
-            f"127.0.0.1:{superlink}",
-        ]
-        self.server("init", "--name", "thorax", *ports)
+        self.do(
+            "chexfound.cli", self.folder.parent, "phantom", "--sites", str(SITES), "--patients", "24", "--out", images
+        )
+        self.names = sorted(path.name for path in images.iterdir() if path.is_dir())
+        ports = ["--listen", f"127.0.0.1:{self.port}", "--superlink", f"127.0.0.1:{superlink}"]
+        self.server("init", "--name", "thorax", "--public", self.address, *ports)
 
     def home(self, site: str) -> Path:
         return self.processes.folder / site
 
-    def server(self, command: str, *options: str) -> str:
-        return self._do([sys.executable, "-m", "server.cli", command, str(self.folder), *options], self.folder.parent)
+    def server(self, command: str, *options: Any, code: int = 0) -> str:
+        return self.do("server.cli", self.folder.parent, command, self.folder, *options, code=code)
 
-    def client(self, site: str, *options: str) -> str:
-        return self._do([sys.executable, "-m", "client.cli", *options], self.home(site))
+    def client(self, site: str, *options: Any) -> str:
+        return self.do("client.cli", self.home(site), *options)
 
-    def _do(self, command: list[str], home: Path) -> str:
+    def do(self, module: str, home: Path, *words: Any, code: int = 0) -> str:
+        """A command's output, once it has ended with this code."""
+        command = [sys.executable, "-m", module, *map(str, words)]
         env = self.processes.env | {"CHEXFOUND_HOME": str(home)}
         done = subprocess.run(command, env=env, cwd=self.folder.parent, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == code, (command, done.stdout[-2000:], done.stderr[-4000:])
+        return done.stdout + done.stderr
 
-    def serve(self, site: str, data: Path, px: int) -> Any:
-        command = [sys.executable, "-m", "client.cli", "--data", str(data), "--image-px", str(px)]
+    def enrol(self, name: str) -> None:
+        self.client(name, "enrol", "--name", name)
+        self.server("add-site", name, self.folder.parent / f"{name}.pub")
+
+    def serve(self, site: str, px: int) -> Any:
+        command = [sys.executable, "-m", "client.cli", "--data", str(self.images / site), "--image-px", str(px)]
         return self.processes.start(f"client-{site}", command, CHEXFOUND_HOME=str(self.home(site)))
 
 
@@ -70,28 +76,66 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def secured(federation: Any, make_site: Callable[..., Path], recipe: Recipe, tmp_path_factory: Any) -> Secured:
-    """Two hospitals, from nothing to the report."""
-    images, made = tmp_path_factory.mktemp("images"), Secured(federation)
-    data = {name: make_site(images / name.lower(), name, 40, 80) for name in NAMES}
-    for name in NAMES:
-        made.client(name, "enrol", "--name", name)
-        made.server("add-site", name, str(made.folder.parent / f"{name}.pub"))
-    for name in NAMES:
-        made.client(name, "roster", "approve", str(made.folder / "thorax.federation.json"), "--yes")
+def small(recipe: Recipe) -> Recipe:
+    """For three sites."""
+    return replace(
+        recipe,
+        federation=replace(recipe.federation, min_sites=SITES),
+        train=replace(recipe.train, pooled_batch_size=6),
+        adapt=replace(recipe.adapt, pooled_batch_size=6),
+    )
+
+
+@pytest.fixture(scope="module")
+def secured(federation: Any, small: Recipe, tmp_path_factory: Any) -> Secured:
+    """Three hospitals, from nothing to the report; what they should refuse comes first, and must leave them well."""
+    made = Secured(federation, tmp_path_factory.mktemp("images") / "phantoms")
+    for name in made.names:
+        made.enrol(name)
+    for name in made.names:
+        made.client(name, "roster", "approve", made.folder / "thorax.federation.json", "--yes")
         assert "differs from the installed release 0.1.0: nothing" in made.client(name, "approve")
-    made.images = images
     made.up = federation.start("up", [sys.executable, "-m", "server.cli", "up", str(made.folder)])
     made.up.wait_for("up: sites connect to")
-    made.sites = {name: made.serve(name, data[name], recipe.image_px) for name in NAMES}
-    run_config = federation.folder / "recipe.toml"
-    run_config.write_text(recipes.to_run_config(recipe))
-    command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "federation", "--stream", "-c", str(run_config)]
-    made.run = federation.start("run", command, FLWR_HOME=str(made.folder / "flower"))
-    for step in ("event=start", "phase=pretrain round=2", "event=features", "phase=adapt round=1", "event=written"):
-        made.run.wait_for(step)
-    made.run.wait()
+    made.sites = {name: made.serve(name, small.image_px) for name in made.names}
+    made.recipe = federation.folder / "recipe.yaml"
+    made.recipe.write_text(recipes.to_yaml(small))
+
+    made.changed = run_of_changed_code(made, small)
+    made.enrol("WEST")
+    made.extended = made.server("run", made.recipe, "--name", "extended", code=SiteError.exit_code)
+    made.server("remove-site", "WEST")
+
+    made.run = made.server("run", made.recipe, "--name", "first")
     return made
+
+
+def run_of_changed_code(made: Secured, recipe: Recipe) -> str:
+    """By a coordinator who does not ship the release."""
+    app = made.folder.parent / "app"
+    runs.stage(app)
+    (app / "client" / "app.py").write_text((app / "client" / "app.py").read_text() + "\n# and more\n")
+    run_config = made.folder.parent / "changed.toml"
+    run_config.write_text(recipes.to_run_config(recipe))
+    command = [str(Path(sys.executable).with_name("flwr")), "run", str(app), "federation", "--stream", "-c"]
+    process = made.processes.start("changed", [*command, str(run_config)], FLWR_HOME=str(made.folder / "flower"))
+    process.wait_for("event=failed")
+    process.wait()
+    return process.text
+
+
+def test_code_that_was_not_approved_is_refused_at_both_ends(secured: Secured) -> None:
+    first = secured.names[0]
+    assert f"site {first!r} in enrol: replied with error 'code' (exit code 6)" in secured.changed
+    for name in secured.names:
+        assert "was not approved here; look at it with: chexfound-client approve" in secured.sites[name].text
+        listed = secured.client(name, "approve", "--list")
+        assert re.search(r"refused  [0-9a-f]{64}: 2 files differ from the installed release", listed)
+
+
+def test_a_roster_with_one_more_name_is_refused_at_both_ends(secured: Secured) -> None:
+    assert "replied with error 'roster' (exit code 6)" in secured.extended
+    assert "has a site 'WEST' that was not approved here" in secured.sites[secured.names[0]].text
 
 
 def ask(secured: Secured, request: bytes, tls: bool = True) -> bytes:
@@ -109,20 +153,28 @@ def ask(secured: Secured, request: bytes, tls: bool = True) -> bytes:
 
 
 def test_the_model_is_that_of_the_run_in_process(
-    secured: Secured, simulate: Callable[..., str], tmp_path: Path
+    secured: Secured, simulate: Callable[..., str], small: Recipe, tmp_path: Path
 ) -> None:
-    found = re.search(r"event=written folder=(\S+)", secured.run.text)
-    assert found
-    assert Path(found[1]).parent == secured.folder / "runs"
-    metrics = json.loads((Path(found[1]) / "metrics.json").read_text())
-    assert metrics["model_sha256"]["federated"] == simulate(secured.images, tmp_path, 2)
+    metrics = json.loads((secured.folder / "runs" / "first" / "metrics.json").read_text())
+    assert metrics["model_sha256"]["federated"] == simulate(secured.images, tmp_path, 2, small)
+    assert metrics["sites"] == secured.names
+
+
+def test_what_a_run_leaves(secured: Secured, tmp_path: Path) -> None:
+    report = secured.server("report", "first")
+    assert (secured.folder / "runs" / "first" / "report.html").exists(), report
+    secured.server("fetch-model", "first", "--out", tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    states = {one["run"]: one["state"] for one in json.loads(secured.server("status", "--json"))["runs"]}
+    assert (states["first"], states["extended"]) == ("done", "failed")
 
 
 def test_the_sites_are_listed_as_connected(secured: Secured) -> None:
     told = json.loads(secured.server("sites", "--json"))
     assert told["superlink"] == "up"
-    assert {one["site"]: one["status"] for one in told["sites"]} == dict.fromkeys(NAMES, "online")
-    keys = membership.public_keys(secured.home("NORTH") / "sites" / "NORTH")
+    assert {one["site"]: one["status"] for one in told["sites"]} == dict.fromkeys(secured.names, "online")
+    name = secured.names[0]
+    keys = membership.public_keys(secured.home(name) / "sites" / name)
     assert told["sites"][0]["node"] == signing.fingerprint(keys.node)
 
 
@@ -141,10 +193,12 @@ def test_without_tls_nothing_answers(secured: Secured) -> None:
     )
 
 
-def node(secured: Secured, home: Path, authority: Path, name: str) -> Any:
-    """Flower's node with some keys and some authority, until it says something of itself."""
-    keys = supernode.Credentials(authority, home / "keys" / "node.key")
-    command = supernode.commands(home, secured.address, 'site="X" data="/nowhere"', keys)["supernode"]
+def node(secured: Secured, keys: Path, authority: Path, name: str) -> Any:
+    """A site's node with some keys and some authority, until it ends or says something of itself."""
+    home = secured.processes.folder / f"home-{name}"
+    home.mkdir()
+    held = supernode.Credentials(authority, keys / "keys" / "node.key")
+    command = supernode.commands(home, secured.address, 'site="X" data="/nowhere"', held)["supernode"]
     return secured.processes.start(name, [*command, "--max-retries", "1"], FLWR_HOME=str(home / "flower"))
 
 
@@ -156,29 +210,29 @@ def test_a_key_that_is_not_registered_is_refused(secured: Secured, tmp_path: Pat
 
 
 def test_a_second_client_with_the_same_key_is_refused(secured: Secured) -> None:
-    second = node(secured, secured.home("NORTH") / "sites" / "NORTH", secured.folder / "ca.crt", "second")
+    name = secured.names[0]
+    second = node(secured, secured.home(name) / "sites" / name, secured.folder / "ca.crt", "second")
     assert second.wait() != 0
     assert "SuperNode ID" not in second.text
-    assert secured.sites["NORTH"].running
+    assert secured.sites[name].running
 
 
 def test_a_server_of_another_authority_is_not_talked_to(secured: Secured, tmp_path: Path) -> None:
-    from server import pki
-
     pki.make_authority(tmp_path / "other", "thorax")
-    home = secured.home("NORTH") / "sites" / "NORTH"
-    deceived = node(secured, home, tmp_path / "other" / "ca.crt", "deceived")
+    name = secured.names[0]
+    deceived = node(secured, secured.home(name) / "sites" / name, tmp_path / "other" / "ca.crt", "deceived")
     assert deceived.wait() != 0
     assert "CERTIFICATE_VERIFY_FAILED" in deceived.text
 
 
 def test_a_site_that_was_removed_is_out(secured: Secured) -> None:
-    """Last: it changes the federation."""
-    secured.server("remove-site", "SOUTH")
+    """Near the end: it changes the federation."""
+    *others, last = secured.names
+    secured.server("remove-site", last)
     told = json.loads(secured.server("sites", "--json"))
-    assert [one["site"] for one in told["sites"]] == ["NORTH"]
-    secured.sites["SOUTH"].stop()
-    again = node(secured, secured.home("SOUTH") / "sites" / "SOUTH", secured.folder / "ca.crt", "again")
+    assert [one["site"] for one in told["sites"]] == others
+    secured.sites[last].stop()
+    again = node(secured, secured.home(last) / "sites" / last, secured.folder / "ca.crt", "again")
     assert again.wait() != 0
     assert "SuperNode ID" not in again.text
 
@@ -186,5 +240,5 @@ def test_a_site_that_was_removed_is_out(secured: Secured) -> None:
 def test_all_ends_with_the_coordinator(secured: Secured) -> None:
     assert secured.up.stop() == 0
     assert secured.up.text.rstrip().endswith("stopped")
-    assert secured.sites["NORTH"].stop() == 0
+    assert secured.sites[secured.names[0]].stop() == 0
     assert os.path.exists(secured.folder / "superlink.sqlite")

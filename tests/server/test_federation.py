@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from chexfound import roster
 from chexfound.errors import ConfigError, SiteError
 from chexfound.roster import Address
 from client import membership
-from server import cli, federation, members, up
+from server import cli, commands, federation, members, up
+from server import flower as flower_cli
 from server.federation import Federation
 
 
@@ -109,7 +110,8 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A stand-in for `flwr supernode`: its nodes by number, with their keys."""
     nodes: dict[str, Any] = {}
 
-    def ask(made: Federation, command: str, *rest: str) -> dict[str, Any]:
+    def ask(made: Federation, arguments: Sequence[str]) -> dict[str, Any]:
+        _, command, *rest = arguments
         if command == "register":
             key = Path(rest[0]).read_text()
             if key in {one["key"] for one in nodes.values() if one["status"] != "unregistered"}:
@@ -122,7 +124,7 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         listed = [{"node-id": n, "status": one["status"], "created-at": "now"} for n, one in nodes.items()]
         return {"nodes": [one | {"online-at": "then", "offline-at": "N/A"} for one in listed]}
 
-    monkeypatch.setattr(members, "_flower", ask)
+    monkeypatch.setattr(flower_cli, "ask", ask)
     return nodes
 
 
@@ -151,7 +153,7 @@ def test_sites_come_and_go(made: Federation, flower: dict[str, Any], tmp_path: P
 
 
 def test_what_was_changed_while_the_superlink_was_down_is_made_good(made, flower, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "_register", lambda held: None)
+    monkeypatch.setattr(commands, "_register", lambda held: None)
     for name in ("NORTH", "SOUTH"):
         cli.main(["add-site", str(made.folder), name, str(site(tmp_path, name))])
     assert members.register_all(made) == (["NORTH", "SOUTH"], [])
@@ -188,7 +190,7 @@ def stand_ins(made: Federation, monkeypatch: pytest.MonkeyPatch) -> dict[str, li
         "superexec": [sys.executable, "-c", "import time; time.sleep(600)"],
         "guard": [sys.executable, "-c", "print('no port for me'); raise SystemExit(5)"],
     }
-    monkeypatch.setattr(Federation, "commands", lambda self: commands)
+    monkeypatch.setattr(Federation, "processes", lambda self: commands)
     monkeypatch.setattr(members, "register_all", lambda made: (["NORTH"], []))
     monkeypatch.setattr(up, "RESTART_S", (0.1, 0.4))
     return commands
@@ -209,7 +211,7 @@ def test_up_keeps_them_running_until_it_is_told(made, stand_ins) -> None:
                         "Ctrl-C ends it"]  # fmt: skip
     assert said[2:4] == ["  guard: no port for me", "guard ended with exit code 5; starting it again in 0 s"]
     assert "a line of superlink" in made.path("logs").joinpath("superlink.log").read_text()
-    assert not up._listens(made.superlink)
+    assert not up.listens(made.superlink)
 
 
 def test_a_superlink_that_does_not_start_says_why(made, stand_ins) -> None:

@@ -1,0 +1,171 @@
+"""`chexfound-server init | renew | commands | up | superlink | guard | nginx | add-site | remove-site | sites`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+
+from chexfound import roster
+from chexfound.errors import ConfigError, SiteError
+from chexfound.roster import Address
+from chexfound.signing import fingerprint
+from server import federation, members, pki
+from server.federation import Federation
+
+SCHEMA = 1  # of what --json prints
+
+
+def init(given: argparse.Namespace) -> int:
+    """Make a federation."""
+    public = Address.parse(given.public, "--public")
+    listen = Address.parse(given.listen, "--listen") if given.listen else Address("0.0.0.0", public.port)  # noqa: S104
+    made = federation.create(given.dir, given.name, public, listen, Address.parse(given.superlink, "--superlink"))
+    print(f"federation {made.name}: {made.folder}")
+    print(f"  sites connect to {made.public}; open that port, and no other")
+    print(f"  keep {made.path('ca.key')} to yourself: who has it can pose as the coordinator")
+    print(f"next: chexfound-server up {shlex.quote(str(given.dir))}")
+    return 0
+
+
+def renew(given: argparse.Namespace) -> int:
+    """Make a new server certificate."""
+    held = federation.load(given.dir)
+    certificate = pki.make_server(held.folder, [held.public.host])
+    held.write_sites(held.sites())
+    print(f"{held.path('server.crt')}: for {held.public.host}, until {certificate.not_valid_after_utc:%Y-%m-%d}")
+    print("next: start chexfound-server up again, which reads it")
+    return 0
+
+
+def commands(given: argparse.Namespace) -> int:
+    """Show how the processes are started by hand."""
+    held = federation.load(given.dir)
+    for name, value in held.settings().items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(
+        "# Flower's own waits 5 s for its database, so that a run with a large model fails, and ends the runs that went"
+    )
+    print("# on without it for a minute. This one does neither:")
+    print(f"# chexfound-server superlink {shlex.quote(str(held.folder))}")
+    for command in held.commands().values():
+        print(shlex.join(command))
+    return 0
+
+
+def up(given: argparse.Namespace) -> int:
+    """Run the processes."""
+    from server.up import up
+
+    number = up(federation.load(given.dir), lambda text: print(text, flush=True))
+    print("stopped")
+    return 130 if number == signal.SIGINT else 0
+
+
+def superlink(given: argparse.Namespace) -> int:
+    """Run the SuperLink alone."""
+    import os
+
+    held = federation.load(given.dir)
+    os.environ.update(held.environment())
+    from server import flwr_private
+
+    flwr_private.run_superlink(held.commands()["superlink"][1:], held.path("superlink.sqlite"))
+    return 0
+
+
+def guard(given: argparse.Namespace) -> int:
+    """Run the guard alone."""
+    import ssl
+
+    from chexfound import logs
+    from chexfound.errors import DataError
+    from server import guard
+
+    held = federation.load(given.dir)
+    logs.show()
+    try:
+        server = guard.server(
+            held.listen.host,
+            held.listen.port,
+            str(held.superlink),
+            ca=str(held.path("ca.crt")),
+            certificate=str(held.path("server.crt")),
+            key=str(held.path("server.key")),
+        )
+        server.run()
+    except ssl.SSLError as error:
+        raise DataError(
+            f"{held.folder}: certificate or key cannot be used ({error}); chexfound-server renew"
+        ) from error
+    except SystemExit as error:  # how uvicorn says that it cannot listen
+        raise ConfigError(f"listen {held.listen}: cannot listen there; its line above says why") from error
+    return 0
+
+
+def nginx(given: argparse.Namespace) -> int:
+    """Print nginx's configuration."""
+    from server import nginx
+
+    held = federation.load(given.dir)
+    listen = Address.parse(given.listen, "--listen") if given.listen else Address("0.0.0.0", held.public.port)  # noqa: S104
+    print(nginx.configuration(held, listen), end="")
+    return 0
+
+
+def add_site(given: argparse.Namespace) -> int:
+    """Take a site in."""
+    held = federation.load(given.dir)
+    try:
+        text = given.keys.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{given.keys}: cannot be read: {error}") from error
+    keys = roster.read_public_file(text, str(given.keys))
+    held.write_sites(held.sites().with_site(given.site, keys))
+    print(f"site {given.site}: node {fingerprint(keys.node)}, identity {fingerprint(keys.identity)}")
+    print("compare these with what the site saw, by telephone or in person")
+    _register(held)
+    print(f"next: give {held.site_file} to every site; each approves it with: chexfound-client roster approve FILE")
+    return 0
+
+
+def remove_site(given: argparse.Namespace) -> int:
+    """Strike a site off."""
+    held = federation.load(given.dir)
+    held.write_sites(held.sites().without_site(given.site))
+    print(f"site {given.site}: removed")
+    _register(held)
+    return 0
+
+
+def _register(held: Federation) -> None:
+    """At the SuperLink too, if it is up; else at its next start."""
+    try:
+        members.register_all(held)
+    except SiteError as error:
+        print(f"not at the SuperLink yet ({error}); chexfound-server up does it at its next start", file=sys.stderr)
+
+
+def sites(given: argparse.Namespace) -> int:
+    """List the sites."""
+    held = federation.load(given.dir)
+    try:
+        nodes, down = members.nodes(held), ""
+    except SiteError as error:
+        nodes, down = {}, str(error)
+    rows = members.rows(held, nodes)
+    if given.json:
+        known = held.sites()
+        about = {"schema": SCHEMA, "federation": held.name, "roster_sha256": known.sha256(), "serial": known.serial}
+        print(json.dumps({**about, "sites": rows, "superlink": "down" if down else "up"}))
+        return 0
+    for row in rows:
+        since = f" since {row['since']}" if row["since"] else ""
+        print(f"{row['site']}: {row['status']}{since}\n  node     {row['node']}\n  identity {row['identity']}")
+    if not rows:
+        print(f"no site yet; chexfound-server add-site {shlex.quote(str(given.dir))} SITE SITE.pub")
+    if down:
+        print(f"the SuperLink is not up, so whether they are connected is not known ({down})", file=sys.stderr)
+    return 0

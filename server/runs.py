@@ -1,0 +1,334 @@
+"""The runs of a federation: their folders, how one is submitted, and how it stands.
+
+DIR/runs/NAME/run.json    what was submitted: recipe, rounds, backbone; and Flower's number of each submission
+DIR/runs/NAME/run.toml    what Flower is given: the resolved recipe, and this folder
+
+The rest is the ServerApp's: recipe.yaml, journal.jsonl, live.json, rounds/; at the end model/, metrics.json.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chexfound import bundle
+from chexfound import recipe as recipes
+from chexfound.errors import CheckpointError, ConfigError, SiteError
+from chexfound.journal import read_journal, storage, write_json, write_text
+from chexfound.roster import check_name
+from chexfound.schema import Recipe
+from server import flower
+from server.federation import CONNECTION, Federation
+
+SCHEMA = 1
+END_S = 60.0  # in which the ServerApp of a run that was stopped has to end
+SETTLE_S = 2.0  # in which a ServerApp that has begun opens its journal
+OVER = ("done", "failed")  # states of live.json in which the ServerApp has nothing more to ask
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder."""
+
+    federation: Federation
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.federation.path("runs") / self.name
+
+    @property
+    def done(self) -> bool:
+        """Whether it went to its end: the ServerApp writes metrics.json last."""
+        return (self.path / "metrics.json").is_file()
+
+    def about(self) -> dict[str, Any] | None:
+        """What was submitted; None for a run of which `chexfound-server run` knows nothing.
+
+        Raises: CheckpointError.
+        """
+        return _read(self.path / "run.json", {"recipe": str, "rounds": dict, "flower_runs": list})
+
+    def live(self) -> dict[str, Any] | None:
+        """What its ServerApp last said of itself.
+
+        Raises: CheckpointError.
+        """
+        return _read(self.path / "live.json", {"state": str, "flower_run": str, "waiting_for": list, "replied": list})
+
+    def journal(self) -> list[Event]:
+        """What has happened; nothing before the first site enrolled.
+
+        Raises: CheckpointError.
+        """
+        path = self.path / "journal.jsonl"
+        return read_journal(path) if path.is_file() else []
+
+    def flower_run(self) -> str | None:
+        """Flower's number of the last submission; one by hand has it in live.json, or as its folder's name."""
+        about, live = self.about(), self.live()
+        if about is not None:
+            return about["flower_runs"][-1]["id"] if about["flower_runs"] else None
+        return live["flower_run"] if live else self.name if self.name.isdigit() else None
+
+
+def _read(path: Path, expected: Mapping[str, type]) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path}: not of schema {SCHEMA}, which this release reads")
+    if odd := [key for key, kind in expected.items() if not isinstance(values.get(key), kind)]:
+        raise CheckpointError(f"{path}: damaged at {odd[0]!r}")
+    return values
+
+
+# -- which runs there are
+
+
+def all_runs(federation: Federation) -> list[RunFolder]:
+    """The runs, the latest submission last."""
+    folders = federation.path("runs")
+    names = [path.name for path in folders.iterdir() if path.is_dir()] if folders.is_dir() else []
+    runs = [RunFolder(federation, name) for name in names if not name.startswith(".")]
+    return sorted(runs, key=lambda run: (_touched(run.path), run.name))
+
+
+def _touched(path: Path) -> float:
+    """When it was submitted: run.json is written then and not after."""
+    about = path / "run.json"
+    return (about if about.exists() else path).stat().st_mtime
+
+
+def find(federation: Federation, name: str) -> RunFolder:
+    """The run of a name.
+
+    Raises: ConfigError, which says which there are.
+    """
+    check_name(name, "run")
+    found = RunFolder(federation, name)
+    if not found.path.is_dir():
+        there = ", ".join(run.name for run in all_runs(federation)[-5:])
+        raise ConfigError(f"no run {name!r}; " + (f"the latest are {there}" if there else "there is none yet"))
+    return found
+
+
+def choose(federation: Federation, name: str | None, done: bool | None = None) -> RunFolder:
+    """The run of a name; without one the latest, of those that went to their end or did not, if `done` says which.
+
+    Raises: ConfigError if there is none, or if two that did not are as likely to be meant.
+    """
+    if name is not None:
+        return find(federation, name)
+    runs = [run for run in all_runs(federation) if done is None or run.done == done]
+    if not runs:
+        kind = {None: "run", True: "finished run", False: "unfinished run"}[done]
+        raise ConfigError(f"{federation.folder}: there is no {kind}; chexfound-server run starts one")
+    if done is False and len(runs) > 1:
+        raise ConfigError(f"which run? Unfinished are {', '.join(run.name for run in runs)}; name one")
+    return runs[-1]
+
+
+def choose_going(federation: Federation, name: str | None) -> RunFolder:
+    """The run of a name; without one the one that Flower has going.
+
+    Raises: ConfigError if none is, or several; SiteError.
+    """
+    if name is not None:
+        return find(federation, name)
+    words = statuses(federation)
+    going = [run for run in all_runs(federation) if not ended(words.get(run.flower_run() or "", "unknown"))]
+    if len(going) != 1:
+        raise ConfigError(
+            f"which run? Going are {', '.join(run.name for run in going)}; name one" if going else "no run is going"
+        )
+    return going[0]
+
+
+# -- submitting
+
+
+def create(federation: Federation, recipe: Recipe, name: str | None, backbone: Path | None) -> RunFolder:
+    """Make a run's folder, with all that is submitted.
+
+    Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe.
+    """
+    registered = len(federation.sites().sites)
+    if registered < recipe.federation.min_sites:
+        raise ConfigError(
+            f"the recipe needs federation.min_sites {recipe.federation.min_sites} sites, and the federation has "
+            f"{registered}: chexfound-server add-site, or --set federation.min_sites={max(registered, 1)}"
+        )
+    if backbone is not None:
+        backbone = backbone.absolute()
+        if not backbone.is_file():
+            raise ConfigError(f"--backbone {str(backbone)!r}: no such file")
+    made = _new_folder(federation, name, recipe.name)
+    given = {"run-dir": str(made.path), **({"backbone": str(backbone)} if backbone else {})}
+    write_text(made.path / "run.toml", recipes.to_run_config(recipe, given))
+    write_text(made.path / "recipe.yaml", recipes.to_yaml(recipe))
+    about: dict[str, Any] = {
+        "recipe": recipe.name,
+        "rounds": rounds(recipe),
+        "backbone": given.get("backbone"),
+        "flower_runs": [],
+    }
+    write_json(made.path / "run.json", {"schema": SCHEMA, **about})
+    return made
+
+
+def rounds(recipe: Recipe) -> dict[str, int]:
+    """Rounds of each phase that has some."""
+    numbers = {"pretrain": recipe.pretrain_rounds, "adapt": recipe.adapt.rounds}
+    return {phase: number for phase, number in numbers.items() if phase in recipe.phases}
+
+
+def _new_folder(federation: Federation, name: str | None, recipe: str) -> RunFolder:
+    if name is not None:
+        check_name(name, "--name")
+        if name.startswith("."):
+            raise ConfigError(f"--name {name!r}: must not begin with a dot")
+    tried = name or f"{_plain(recipe)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    made = RunFolder(federation, tried)
+    with storage(made.path):
+        made.path.parent.mkdir(exist_ok=True)
+        for number in range(2, 100):
+            try:
+                made.path.mkdir()
+                return made
+            except FileExistsError:
+                if name is not None:
+                    break
+                made = RunFolder(federation, f"{tried}-{number}")
+    raise ConfigError(
+        f"there is a run {name!r} already; to go on with it: chexfound-server resume {federation.folder} {name}; "
+        "or choose another --name"
+    )
+
+
+def _plain(name: str) -> str:
+    """A recipe's name as one part of a folder's, which nobody has to quote."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:40] or "run"
+
+
+def submit(run: RunFolder) -> str:
+    """Hand a run to the SuperLink; returns Flower's number of it.
+
+    Raises: SiteError.
+    """
+    about = run.about()
+    if about is None:
+        raise ConfigError(
+            f"{run.path}: holds no run.json, so it was not started by chexfound-server run; submit it again as it was"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        app = Path(folder) / "app"
+        stage(app)
+        command = ["run", str(app), CONNECTION, "-c", str(run.path / "run.toml")]
+        number = str(flower.ask(run.federation, command)["run-id"])
+    about["flower_runs"].append({"id": number, "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    write_json(run.path / "run.json", about)
+    return number
+
+
+def stage(app: Path) -> None:
+    """Lay out what the installed release ships, for Flower to build the bundle from."""
+    for name, path in bundle.release_files().items():
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, app / name)
+
+
+def resubmit(run: RunFolder) -> str:
+    """Hand a run to the SuperLink again; it goes on after its last finished round.
+
+    Raises: ConfigError if it is done or is still running; SiteError.
+    """
+    if run.done:
+        raise ConfigError(f"run {run.name!r} is done: chexfound-server report {run.federation.folder} {run.name}")
+    number = run.flower_run()
+    if number is not None and not ended(status := statuses(run.federation).get(number, "unknown")):
+        if not _deserted(run):
+            raise ConfigError(
+                f"run {run.name!r} is {status}; see it with chexfound-server watch {run.federation.folder} {run.name}, "
+                "end it with chexfound-server stop"
+            )
+        flower.ask(run.federation, ["stop", number, CONNECTION])
+    await_end(run)
+    return submit(run)
+
+
+def stop(run: RunFolder) -> bool:
+    """End a run and wait for its ServerApp; returns whether it was running.
+
+    Raises: SiteError if the SuperLink refuses, or the ServerApp goes on.
+    """
+    number = run.flower_run()
+    if number is None or ended(statuses(run.federation).get(number, "unknown")):
+        return False
+    flower.ask(run.federation, ["stop", number, CONNECTION])
+    await_end(run)
+    return True
+
+
+def statuses(federation: Federation) -> dict[str, str]:
+    """Flower's word for each of its runs by number: pending, starting, running, finished:completed|failed|stopped.
+
+    Raises: SiteError.
+    """
+    return {str(one["run-id"]): str(one["status"]) for one in flower.ask(federation, ["list", CONNECTION])["runs"]}
+
+
+def ended(status: str) -> bool:
+    """Whether Flower's word for a run means that it is over; of a run that it does not know, it is."""
+    return status.startswith("finished") or status == "unknown"
+
+
+def _deserted(run: RunFolder) -> bool:
+    """Whether a run that Flower still lists has lost its ServerApp, which Flower notices within a minute."""
+    live = run.live()
+    if live is None or live["flower_run"] != run.flower_run() or live["state"] in OVER or _held(run):
+        return False
+    time.sleep(SETTLE_S)
+    return not _held(run)
+
+
+def _held(run: RunFolder) -> bool:
+    """Whether a process has its journal open."""
+    try:
+        with open(run.path / "journal.jsonl", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def await_end(run: RunFolder) -> None:
+    """Wait until no process has the run's journal open.
+
+    Raises: SiteError.
+    """
+    deadline = time.monotonic() + END_S
+    while _held(run):
+        if time.monotonic() > deadline:
+            raise SiteError(
+                f"run {run.name!r}: its ServerApp has not ended after {END_S:.0f} s, and holds "
+                f"{run.path / 'journal.jsonl'}; end that process (flwr-serverapp), then resume"
+            )
+        time.sleep(0.2)

@@ -1,0 +1,271 @@
+"""How a run stands, from what its folder holds and from what Flower says of it; and its events, a line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from chexfound.errors import CODES, ChexfoundError, SiteError
+from chexfound.names import shown
+from server import flower, runs
+from server.federation import CONNECTION
+from server.runs import Event, RunFolder
+
+ENDED = ("done", "failed", "stopped", "died", "unsubmitted")
+CALLED = {
+    "unsubmitted": "made, not submitted",
+    "submitted": "submitted, not begun",
+    "waiting": "waits for sites to connect",
+    "enrol": "asks the sites who they are",
+    "running": "begins",
+    "died": "died without a word",
+}
+FAILED_LINE = re.compile(r"event=failed error=(\S+) exit_code=\d+ (.*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a run stands.
+
+    Args:
+        state: unsubmitted (the SuperLink did not take it), submitted, running (it has said nothing yet), waiting,
+            enrol, pretrain, features, adapt, evaluate, finishing,
+            done, failed (it said why), stopped, died (it did not), unknown.
+        round: the round that is under way, from 1; None outside of rounds.
+        rounds: how many its phase has.
+        done: finished rounds by phase, with how many there are in all (None if that is not known).
+        since: when the state began, ISO 8601.
+        loss: the last round's, the mean over the sites of their last steps.
+        lost: of those that are waited for, the sites that were lost and are not back.
+        bytes: payload so far, of all sites.
+        error: of a run that failed: its code and text.
+    """
+
+    run: str
+    state: str
+    round: int | None
+    rounds: int | None
+    done: Mapping[str, Sequence[int | None]]
+    since: str | None
+    waiting_for: Sequence[str]
+    replied: Sequence[str]
+    lost: Sequence[str]
+    loss: float | None
+    auroc: float | None
+    bytes: Mapping[str, int]
+    flower_run: str | None
+    error: Mapping[str, str] | None
+    model_sha256: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As --json has it."""
+        return asdict(self)
+
+
+def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[Event] | None = None) -> Standing:
+    """How a run stands.
+
+    Args:
+        run: its folder.
+        statuses: Flower's word for its runs by number; None while the SuperLink is down.
+        journal: the run's, if it has been read already.
+
+    Raises: CheckpointError if the folder is damaged.
+    """
+    events = run.journal() if journal is None else journal
+    number, live, about = run.flower_run(), run.live(), run.about()
+    ours = live if live is not None and live["flower_run"] == number else None
+    state = _state(run, ours, None if statuses is None or number is None else statuses.get(number, "unknown"))
+    of = about["rounds"] if about else {}
+    rounds = [event for event in events if event["event"] == "round"]
+    counts = {phase: sum(event["phase"] == phase for event in rounds) for phase in ("pretrain", "adapt")}
+    busy = ours is not None and state not in ENDED
+    end = events[-1] if events and events[-1]["event"] == "done" else {}
+    return Standing(
+        run=run.name,
+        state=state,
+        round=ours.get("round") if ours and busy else None,
+        rounds=ours.get("rounds") if ours and busy else None,
+        done={phase: [count, of.get(phase)] for phase, count in counts.items() if count or phase in of},
+        since=ours.get("since") if ours else None,
+        waiting_for=ours["waiting_for"] if ours and busy else [],
+        replied=ours["replied"] if ours and busy else [],
+        lost=[name for name in lost(events) if ours and busy and name in ours["waiting_for"]],
+        loss=loss(rounds[-1]) if rounds else None,
+        auroc=last(auroc(event) for event in events),
+        bytes={way: sum(event.get("bytes", {}).get(way, 0) for event in events) for way in ("down", "up")},
+        flower_run=number,
+        error=ours.get("error") if ours and state == "failed" else None,
+        model_sha256=end.get("model_sha256") if state == "done" else None,
+    )
+
+
+def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -> str:
+    said = live["state"] if live else None
+    if run.done:
+        return "done"
+    if status == "finished:stopped":  # which its ServerApp feels as an error
+        return "stopped"
+    if said == "failed":
+        return "failed"
+    if run.flower_run() is None:
+        return "unsubmitted" if run.about() else "unknown"
+    if status is None:  # the SuperLink cannot be asked; the ServerApp may go on by itself
+        return "finishing" if said == "done" else said or "unknown"
+    if runs.ended(status):
+        return "died"
+    if said is not None:
+        return "finishing" if said == "done" else str(said)
+    return "running" if status == "running" else "submitted"
+
+
+def lost(events: Sequence[Event]) -> list[str]:
+    """The sites that were lost and are not back, by name."""
+    away: dict[str, None] = {}
+    for event in events:
+        if event["event"] == "lost":
+            away[event["site"]] = None
+        elif event["event"] == "back":
+            away.pop(event["site"], None)
+        elif event["event"] == "round":
+            for site in event["sites"]:
+                away.pop(site["site"], None)
+    return sorted(away)
+
+
+def loss(event: Event) -> float | None:
+    """A round's loss: the mean over the sites of their last steps."""
+    ends = [site["history"][-1]["loss"] for site in event["sites"] if site["history"]]
+    return sum(ends) / len(ends) if ends else None
+
+
+def auroc(event: Event) -> float | None:
+    """Of a round of pretraining, that of its kNN probe, if it had one; of the end, the mean over sites and findings."""
+    if event["event"] == "done":
+        found = [row["auroc"] for row in event["results"] if row.get("auroc") is not None]
+        return sum(found) / len(found) if found else None
+    figure: float | None = event.get("health", {}).get("figures", {}).get("knn_auroc")
+    return figure
+
+
+def last(values: Any) -> Any:
+    """The last that is not None."""
+    return next((value for value in reversed(list(values)) if value is not None), None)
+
+
+def failure(run: RunFolder, standing: Standing) -> ChexfoundError:
+    """The error of a run that ended before its end, with what to do.
+
+    It is the ServerApp's own, by live.json or by Flower's log of it; one that was killed said nothing.
+    """
+    again = f"what is done is kept; go on with: chexfound-server resume {run.federation.folder} {run.name}"
+    if standing.state == "unsubmitted":
+        return SiteError(f"run {run.name} was not taken by the SuperLink; {again}")
+    if standing.state == "stopped":
+        return SiteError(f"run {run.name} was stopped; {again}")
+    told = standing.error or _logged(run, standing.flower_run)
+    if told:
+        return CODES.get(told["code"], ChexfoundError)(f"run {run.name} failed: {told['text']}\n{again}")
+    return SiteError(
+        f"run {run.name}: its ServerApp (Flower's run {standing.flower_run}) ended without a word: killed, or out of "
+        f"memory; {run.federation.path('logs') / 'superexec.log'} may say more. {again}"
+    )
+
+
+def _logged(run: RunFolder, number: str | None) -> dict[str, str] | None:
+    if number is None:
+        return None
+    try:
+        text = flower.show(run.federation, ["log", number, CONNECTION, "--show"])
+    except SiteError:
+        return None
+    found = FAILED_LINE.search(text)
+    return {"code": found[1], "text": found[2]} if found else None
+
+
+# -- lines
+
+
+def line(event: Event, of: Mapping[str, int | None]) -> str:
+    """An event of a run's journal, as it is told.
+
+    Args:
+        event: as the journal has it.
+        of: rounds by phase.
+    """
+    kind = event["event"]
+    if kind == "start":
+        sites = ", ".join(f"{one['site']} ({one['train']} images)" for one in event["roster"])
+        return shown(
+            f"start     {len(event['roster'])} sites: {sites}; findings: {', '.join(event['findings']) or '-'}"
+        )
+    if kind == "round":
+        value, figure = loss(event), auroc(event)
+        parts = [
+            f"round {event['round'] + 1} of {of.get(event['phase']) or '?'}",
+            f"{len(event['sites'])} sites",
+            f"loss {value:.4f}" if value is not None else "no step",
+            *([f"kNN AUROC {figure:.3f}"] if figure is not None else []),
+            *_cost(event),
+        ]
+        return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_symptoms(event)}"
+    if kind == "features":
+        return f"features  {', '.join(_cost(event))}{_without(event)}"
+    if kind == "lost":
+        return shown(f"lost      {event['site']} in {_where(event)}: {event.get('reason', '')}")
+    if kind == "back":
+        return shown(f"back      {event['site']} in {_where(event)}")
+    if kind == "done":
+        figure = auroc(event)
+        told = f"mean AUROC {figure:.3f}; " if figure is not None else ""
+        return f"done      {told}model {event['model_sha256']}{_without(event)}"
+    rest = " ".join(f"{key}={value}" for key, value in event.items() if key != "event")
+    return shown(f"{kind:<9} {rest}")
+
+
+def _cost(event: Event) -> list[str]:
+    return [f"{event['seconds']:.1f} s", f"up {size(event['bytes']['up'])}", f"down {size(event['bytes']['down'])}"]
+
+
+def _where(event: Event) -> str:
+    counted = event.get("phase") in ("pretrain", "adapt") and event.get("round") is not None
+    return f"{event.get('phase')}, round {event['round'] + 1}" if counted else str(event.get("phase"))
+
+
+def _without(event: Event) -> str:
+    gone = ", ".join(shown(f"{one['site']} ({one['reason']})") for one in event.get("missing", ()))
+    return f"; without {gone}" if gone else ""
+
+
+def _symptoms(event: Event) -> str:
+    """What ails a site for the first time."""
+    found = event.get("health", {}).get("symptoms", ())
+    new = [f"{one['symptom']} at {one['site']}: {one['seen']}" for one in found if one["since"] == event["round"]]
+    return shown(f"; {'; '.join(new)} (docs/health.md)") if new else ""
+
+
+def size(number: int) -> str:
+    """Bytes, as a person reads them."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number} B"
+
+
+def moment(since: str) -> str:
+    """A time as Flower writes them."""
+    return since.replace("T", " ").replace("+00:00", "Z")
+
+
+def sentence(standing: Standing) -> str:
+    """What a run does now, in one line."""
+    what = CALLED.get(standing.state, standing.state)
+    if standing.round is not None:
+        what += f", round {standing.round} of {standing.rounds or '?'}"
+    if standing.waiting_for:
+        what += f", waiting for {', '.join(standing.waiting_for)}"
+    if standing.lost:
+        what += f"; lost: {', '.join(standing.lost)}"
+    return shown(what)

@@ -1,0 +1,138 @@
+"""The worker answers one message after the other, and goes on whatever becomes of a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from flwr.app import Context, RecordDict
+
+from client import node, site, worker
+
+
+class Ended(Exception):
+    """The test has seen enough."""
+
+
+class Tasks:
+    """What waits for the worker: tokens, None where there is nothing yet, and what can be called."""
+
+    def __init__(self, *waiting: Any) -> None:
+        self.waiting, self.handled = list(waiting), []
+
+    def take(self) -> str | None:
+        if not self.waiting:
+            raise Ended
+        got = self.waiting.pop(0)
+        return got() if callable(got) else got
+
+    def answer(self, token: str, handle: Callable[..., Any]) -> None:
+        self.handled.append((token, handle))
+        if token == "lost":
+            raise httpx.ConnectError("the SuperNode is gone")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    result = Clock()
+    monkeypatch.setattr(worker, "time", result)
+    monkeypatch.setattr(site, "on_progress", None)
+    return result
+
+
+def work(home: Path, *waiting: Any) -> Tasks:
+    tasks = Tasks(*waiting)
+    with pytest.raises(Ended):
+        worker.work(home, tasks)
+    return tasks
+
+
+def test_a_reply_that_was_not_delivered_does_not_end_it(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = work(tmp_path, None, "lost", "next")
+    assert [token for token, _ in tasks.handled] == ["lost", "next"]
+    assert "event=undelivered reason='ConnectError'" in caplog.text
+
+
+def test_a_message_of_a_type_that_nobody_knows_is_answered(tmp_path: Path, clock: Clock, make_message: Any) -> None:
+    ((_, handle),) = work(tmp_path, "one").handled
+    context = Context(run_id=1, node_id=1, node_config={"home": "x"}, state=RecordDict(), run_config={})
+    assert handle(make_message(RecordDict(), "train.nonsense"), context).error.reason == "protocol"
+
+
+def test_memory_is_given_back_once_after_a_while_without_a_message(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[float] = []
+    monkeypatch.setattr(worker, "release", lambda: released.append(clock.now))
+
+    def later(seconds: float) -> Callable[[], None]:
+        return lambda: clock.pass_by(seconds)
+
+    work(tmp_path, later(999))  # nothing is held
+    assert released == []
+    clock.now = 0
+    work(tmp_path, "one", later(59), "two", later(59), later(2), None, later(999), "three", later(61))
+    assert len(released) == 2
+    assert released[0] == pytest.approx(120, abs=1)
+
+
+def test_release_frees_the_sites_that_are_open() -> None:
+    site._open[("x", 1),] = object()  # type: ignore[assignment]
+    worker.release()
+    assert site._open == {}
+
+
+def test_progress_is_written_and_a_new_message_begins_without(tmp_path: Path, clock: Clock) -> None:
+    seen: list[Any] = []
+
+    def progress(done: int) -> Callable[[], None]:
+        def told() -> None:
+            assert site.on_progress is not None
+            site.on_progress("A", "pretrain", done, 9)
+            seen.append(node.progress(tmp_path))
+
+        return told
+
+    work(
+        tmp_path,
+        progress(1),
+        lambda: clock.pass_by(2),
+        progress(2),
+        progress(3),
+        "one",
+        lambda: seen.append(node.progress(tmp_path)),
+    )
+    first, second, third, after = seen
+    assert first["done"] == 1
+    assert second == third == {"phase": "pretrain", "done": 2, "of": 9}  # at most once a second
+    assert after == {}
+
+
+def test_what_it_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(worker, "die_with_parent", lambda: given.append("dies with its parent"))
+    monkeypatch.setattr(worker.logs, "show", lambda: None)
+    monkeypatch.setattr(worker, "Tasks", lambda address, secret: (address, secret))
+    monkeypatch.setattr(worker, "work", lambda *got: given.append(got))
+    monkeypatch.setattr("sys.argv", ["worker", str(tmp_path), "127.0.0.1:1", str(tmp_path / "secret")])
+    worker.main()
+    assert given == ["dies with its parent", (tmp_path, ("127.0.0.1:1", tmp_path / "secret"))]

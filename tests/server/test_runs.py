@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chexfound import recipe as recipes
+from chexfound.errors import CheckpointError, ConfigError, SiteError
+from chexfound.journal import Journal
+from server import runs
+from server.runs import RunFolder
+
+
+def test_what_is_submitted_is_the_recipe_and_the_folder(thorax, flwr, recipe, tmp_path: Path) -> None:
+    backbone = tmp_path / "b.safetensors"
+    backbone.write_bytes(b"")
+    run = runs.create(thorax, recipe, None, backbone)
+    assert run.name.startswith("it-s-tiny-20")
+    assert runs.submit(run) == "100"
+    config = tomllib.loads(flwr.configs[0])
+    assert recipes.from_run_config(config) == recipe
+    assert config == {"recipe": config["recipe"], "run-dir": str(run.path), "backbone": str(backbone)}
+    about = run.about()
+    assert about is not None
+    assert (about["rounds"], about["backbone"]) == ({"pretrain": 3, "adapt": 1}, str(backbone))
+    assert run.flower_run() == "100"
+    assert {path.name for path in run.path.iterdir()} == {"run.json", "run.toml", "recipe.yaml"}
+
+
+def test_names_are_unique(thorax, flwr, recipe) -> None:
+    assert len({runs.create(thorax, recipe, None, None).name for _ in range(3)}) == 3
+    runs.create(thorax, recipe, "first", None)
+    with pytest.raises(ConfigError, match="there is a run 'first' already.*chexfound-server resume .* first"):
+        runs.create(thorax, recipe, "first", None)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "a\nb", "a" * 65])
+def test_names_that_cannot_be(thorax, recipe, name: str) -> None:
+    with pytest.raises(ConfigError, match="--name"):
+        runs.create(thorax, recipe, name, None)
+    assert not thorax.path("runs").exists() or not any(thorax.path("runs").iterdir())
+
+
+def test_what_cannot_begin_is_not_made(thorax, recipe) -> None:
+    many = recipes.load("demo", {"federation.min_sites": 3})
+    with pytest.raises(ConfigError, match=r"min_sites 3 sites, and the federation has 2.*min_sites=2"):
+        runs.create(thorax, many, None, None)
+    with pytest.raises(ConfigError, match="--backbone.*no such file"):
+        runs.create(thorax, recipe, None, Path("nothing.safetensors"))
+    assert runs.all_runs(thorax) == []
+
+
+def test_the_latest_is_chosen_and_a_doubt_is_told(thorax, recipe) -> None:
+    with pytest.raises(ConfigError, match="there is no run; chexfound-server run starts one"):
+        runs.choose(thorax, None)
+    for number, name in enumerate(("b", "a")):
+        made = runs.create(thorax, recipe, name, None)
+        os.utime(made.path / "run.json", (number, number))
+    assert runs.choose(thorax, None).name == "a"
+    assert runs.choose(thorax, "b").name == "b"
+    with pytest.raises(ConfigError, match="Unfinished are b, a; name one"):
+        runs.choose(thorax, None, done=False)
+    with pytest.raises(ConfigError, match="there is no finished run"):
+        runs.choose(thorax, None, done=True)
+    (made.path / "metrics.json").write_text("{}")
+    assert runs.choose(thorax, None, done=True).name == "a"
+    assert runs.choose(thorax, None, done=False).name == "b"
+    with pytest.raises(ConfigError, match="no run 'c'; the latest are b, a"):
+        runs.choose(thorax, "c")
+
+
+def test_the_one_that_is_going_is_chosen_to_be_stopped(submitted, flwr, recipe) -> None:
+    other = runs.create(submitted.federation, recipe, "other", None)
+    assert runs.choose_going(submitted.federation, None) == submitted
+    runs.submit(other)
+    with pytest.raises(ConfigError, match="Going are first, other; name one"):
+        runs.choose_going(submitted.federation, None)
+    assert runs.choose_going(submitted.federation, "other") == other
+    flwr.statuses = dict.fromkeys(flwr.statuses, "finished:stopped")
+    with pytest.raises(ConfigError, match="no run is going"):
+        runs.choose_going(submitted.federation, None)
+
+
+def test_a_refused_submission_can_be_made_again(thorax, flwr, recipe) -> None:
+    run = runs.create(thorax, recipe, "first", None)
+    flwr.down = True
+    with pytest.raises(SiteError):
+        runs.submit(run)
+    flwr.down = False
+    assert runs.resubmit(run) == run.flower_run() == "100"
+
+
+@pytest.mark.parametrize("status", ["finished:failed", "finished:stopped", "unknown"])
+def test_a_run_that_ended_is_submitted_again_as_it_was(submitted: RunFolder, flwr: Any, status: str) -> None:
+    if status == "unknown":
+        flwr.statuses = {"7": "running"}
+    else:
+        flwr.statuses["100"] = status
+    assert runs.resubmit(submitted) == "101"
+    assert submitted.flower_run() == "101"
+    assert flwr.configs[0] == flwr.configs[1]
+
+
+@pytest.mark.parametrize("status", ["pending", "starting", "running"])
+def test_a_run_that_goes_on_is_left_alone(submitted: RunFolder, flwr: Any, live: Any, status: str) -> None:
+    flwr.statuses["100"] = status
+    if status == "running":
+        live(submitted, "pretrain")
+    with Journal(submitted.path / "journal.jsonl"):  # as its ServerApp has it open
+        with pytest.raises(ConfigError, match=f"run 'first' is {status}; see it with .* watch .* first"):
+            runs.resubmit(submitted)
+    assert flwr.statuses == {"100": status}
+
+
+def test_a_run_whose_serverapp_was_killed_is_stopped_first(submitted, flwr, live, monkeypatch) -> None:
+    """Flower lists it as running for a minute more."""
+    monkeypatch.setattr(runs, "SETTLE_S", 0.0)
+    live(submitted, "pretrain")
+    Journal(submitted.path / "journal.jsonl").close()
+    assert runs.resubmit(submitted) == "101"
+    assert flwr.statuses["100"] == "finished:stopped"
+
+
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_a_serverapp_that_is_just_ending_is_not_stopped(submitted, live, flwr, state: str) -> None:
+    live(submitted, state)
+    with pytest.raises(ConfigError, match="is running"):
+        runs.resubmit(submitted)
+
+
+def test_a_run_that_is_done_is_not_resumed(submitted: RunFolder) -> None:
+    (submitted.path / "metrics.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is done: chexfound-server report"):
+        runs.resubmit(submitted)
+
+
+def test_stop_waits_for_the_serverapp(submitted, flwr, monkeypatch) -> None:
+    assert runs.stop(submitted)
+    assert flwr.statuses == {"100": "finished:stopped"}
+    assert not runs.stop(submitted)
+    flwr.statuses["100"] = "running"
+    monkeypatch.setattr(runs, "END_S", 0.0)
+    with Journal(submitted.path / "journal.jsonl"):
+        with pytest.raises(SiteError, match="its ServerApp has not ended"):
+            runs.stop(submitted)
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"schema": 2}', '{"schema": 1, "recipe": 3}'])
+def test_a_damaged_run_is_told(submitted: RunFolder, text: str) -> None:
+    (submitted.path / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json"):
+        submitted.about()
+
+
+def test_a_run_by_hand_is_known_by_its_folder_or_by_what_it_says(thorax, live, flwr) -> None:
+    for name, number in (("123", "123"), ("mine", None)):
+        run = RunFolder(thorax, name)
+        run.path.mkdir(parents=True)
+        assert run.flower_run() == number
+        with pytest.raises(ConfigError, match=r"holds no run\.json"):
+            runs.resubmit(run)
+    live(run, "pretrain", flower_run="77")
+    assert run.flower_run() == "77"
+    assert json.loads((run.path / "live.json").read_text())["schema"] == 1

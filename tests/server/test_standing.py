@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from chexfound.errors import DataError, SiteError
+from server import standing
+from server.runs import RunFolder
+
+MISSING = {"site": "SOUTH", "reason": "late"}
+SYMPTOM = {"site": "SOUTH", "symptom": "collapse", "seen": "feature_std 0.001", "since": 1}
+
+
+def look(run: RunFolder, flwr: Any) -> standing.Standing:
+    return standing.look(run, None if flwr.down else flwr.statuses)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "state"),
+    [
+        ("pending", None, "submitted"),
+        ("starting", None, "submitted"),
+        ("running", None, "running"),
+        ("running", "waiting", "waiting"),
+        ("running", "adapt", "adapt"),
+        ("running", "done", "finishing"),
+        ("running", "failed", "failed"),
+        ("finished:failed", "failed", "failed"),
+        ("finished:failed", "pretrain", "died"),
+        ("finished:completed", "pretrain", "died"),
+        ("finished:stopped", "pretrain", "stopped"),
+        ("finished:stopped", "failed", "stopped"),
+        (None, "pretrain", "died"),  # Flower's database was lost
+        ("down", "pretrain", "pretrain"),
+        ("down", None, "unknown"),
+    ],
+)
+def test_states(submitted, flwr, live, status: str | None, said: str | None, state: str) -> None:
+    flwr.statuses, flwr.down = {"100": status} if status else {}, status == "down"
+    if said:
+        live(submitted, said, round=2, rounds=3, waiting_for=["SOUTH"], replied=["NORTH"])
+    now = look(submitted, flwr)
+    assert now.state == state
+    assert now.waiting_for == (["SOUTH"] if said and state not in standing.ENDED else [])
+
+
+def test_done_is_what_left_metrics(submitted, flwr, live, happened) -> None:
+    happened(submitted, "start", "done")
+    live(submitted, "done")
+    assert look(submitted, flwr).state == "finishing"
+    assert look(submitted, flwr).model_sha256 is None
+    (submitted.path / "metrics.json").write_text("{}")
+    assert (look(submitted, flwr).state, look(submitted, flwr).model_sha256) == ("done", "ab" * 32)
+    assert look(submitted, flwr).auroc == pytest.approx(0.8)
+
+
+def test_what_an_earlier_submission_said_is_not_the_runs_word(submitted, flwr, live) -> None:
+    live(submitted, "failed", flower_run="99", error={"code": "data", "text": "old"})
+    now = look(submitted, flwr)
+    assert (now.state, now.error, now.since) == ("running", None, None)
+
+
+def test_figures(submitted, flwr, live, happened) -> None:
+    probed = {"health": {"figures": {"knn_auroc": 0.6}, "symptoms": []}}
+    happened(submitted, "start", 0)
+    first = submitted.journal()[-1]
+    happened(
+        submitted, {**first, "round": 1, **probed}, {"event": "lost", "site": "SOUTH", "phase": "pretrain", "round": 2}
+    )
+    live(submitted, "pretrain", round=3, rounds=3, waiting_for=["SOUTH"])
+    now = look(submitted, flwr)
+    assert now.done == {"pretrain": [2, 3], "adapt": [0, 1]}
+    assert (now.loss, now.auroc, now.lost) == (9.5, 0.6, ["SOUTH"])
+    assert now.bytes == {"down": 54_000_000, "up": 53_913_504}
+    assert standing.sentence(now) == "pretrain, round 3 of 3, waiting for SOUTH; lost: SOUTH"
+    happened(submitted, {"event": "back", "site": "SOUTH", "phase": "pretrain", "round": 2})
+    assert look(submitted, flwr).lost == []
+
+
+def test_who_took_part_again_is_not_lost(submitted, happened) -> None:
+    happened(submitted, "start", {"event": "lost", "site": "SOUTH", "phase": "pretrain", "round": 0}, 0)
+    assert standing.lost(submitted.journal()) == []
+
+
+def test_lines(submitted, happened) -> None:
+    happened(submitted, "start", 1)
+    start, first = submitted.journal()
+    health = {"health": {"figures": {"knn_auroc": 0.61234}, "symptoms": [SYMPTOM, {**SYMPTOM, "since": 0}]}}
+    of = {"pretrain": 3}
+    lines = [
+        (start, "start     2 sites: NORTH (42 images), SOUTH (34 images); findings: Nodule"),
+        (first, "pretrain  round 2 of 3, 2 sites, loss 9.5000, 12.4 s, up 27.0 MB, down 27.0 MB"),
+        ({**first, "missing": [MISSING]}, "down 27.0 MB; without SOUTH (late)"),
+        ({**first, **health}, "kNN AUROC 0.612, 12.4 s, up 27.0 MB, down 27.0 MB; collapse at SOUTH: feature_std 0.001"
+         " (docs/health.md)"),
+        ({**first, "phase": "adapt", "sites": []}, "adapt     round 2 of ?, 0 sites, no step"),
+        ({"event": "features", "seconds": 3.61, "bytes": {"up": 12_320, "down": 999}},
+         "features  3.6 s, up 12.3 kB, down 999 B"),
+        ({"event": "lost", "site": "a\x1b", "phase": "adapt", "round": 0, "reason": "gone"},
+         r"lost      a\x1b in adapt, round 1: gone"),
+        ({"event": "back", "site": "a", "phase": "enrol", "round": 0}, "back      a in enrol"),
+        ({"event": "done", "model_sha256": "ab", "results": []}, "done      model ab"),
+        ({"event": "new", "what": "\x1b"}, r"new       what=\x1b"),
+    ]  # fmt: skip
+    for event, text in lines:
+        assert text in standing.line(event, of)
+        assert standing.line(event, of).isprintable()
+
+
+def test_a_failure_is_the_serverapps_own(submitted, flwr, live) -> None:
+    error = {"code": "data", "text": "no image at SOUTH"}
+    live(submitted, "failed", error=error)
+    told = standing.failure(submitted, look(submitted, flwr))
+    assert type(told) is DataError
+    assert str(told).startswith(
+        "run first failed: no image at SOUTH\nwhat is done is kept; go on with: chexfound-server resume"
+    )
+
+
+def test_a_failure_before_it_could_say_so_is_in_flowers_log(submitted, flwr) -> None:
+    flwr.statuses["100"] = "finished:failed"
+    assert "ended without a word: killed" in str(standing.failure(submitted, look(submitted, flwr)))
+    flwr.log = "12:00:00 chexfound.server event=failed error=site exit_code=7 site 'A' in enrol: gone\nTraceback"
+    told = standing.failure(submitted, look(submitted, flwr))
+    assert type(told) is SiteError
+    assert "run first failed: site 'A' in enrol: gone\n" in str(told)
+    flwr.statuses["100"] = "finished:stopped"
+    assert "was stopped" in str(standing.failure(submitted, look(submitted, flwr)))
