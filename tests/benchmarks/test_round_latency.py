@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -132,9 +133,14 @@ def test_a_round_of_ours_is_small(bench):
     assert weights * 4 < 16_384  # bytes
 
 
-def test_a_process_that_does_not_come_up_is_told_of(bench, tmp_path):
-    import contextlib
+def test_the_rival_keeps_its_own_polls(bench):
+    ours = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "FLWR_HOME": "/here"}
+    assert bench.as_it_comes(ours) == {"FLWR_HOME": "/here"}
 
-    with contextlib.ExitStack() as running, pytest.raises(SiteError, match=r"did not come up:\nno such luck"):
+
+def test_a_process_that_does_not_come_up_is_told_of(bench, tmp_path):
+    with contextlib.ExitStack() as running:
         command = [sys.executable, "-c", "print('no such luck')"]
-        bench.Process(running, command, {}, tmp_path / "log").wait_for("up")
+        process = bench.Process(running, command, {}, tmp_path / "log")
+        with pytest.raises(SiteError, match=r"did not come up:\nno such luck"):
+            process.wait_for("up")
