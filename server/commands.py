@@ -45,7 +45,10 @@ def commands(given: argparse.Namespace) -> int:
     held = federation.load(given.dir)
     for name, value in held.settings().items():
         print(f"export {name}={shlex.quote(value)}")
-    print("# Flower's own waits 5 s for its database, and a run with a large model fails; this one waits 300 s:")
+    print(
+        "# Flower's own waits 5 s for its database, so that a run with a large model fails, and ends the runs that went"
+    )
+    print("# on without it for a minute. This one does neither:")
     print(f"# chexfound-server superlink {shlex.quote(str(held.folder))}")
     for command in held.commands().values():
         print(shlex.join(command))
@@ -69,7 +72,7 @@ def superlink(given: argparse.Namespace) -> int:
     os.environ.update(held.environment())
     from server import flwr_private
 
-    flwr_private.run_superlink(held.commands()["superlink"][1:])
+    flwr_private.run_superlink(held.commands()["superlink"][1:], held.path("superlink.sqlite"))
     return 0
 
 

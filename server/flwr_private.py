@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from flwr.app import Message, RecordDict
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
-from flwr.supercore.constant import SQLITE_PRAGMAS
+from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
 from flwr.supercore.run import Run
+from flwr.supercore.state.schema.corestate_models import Task as TaskModel
+from flwr.supercore.state.schema.linkstate_models import Node as NodeModel
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import cli as superlink_cli
+from sqlalchemy import create_engine, update
+from sqlalchemy.orm import Session
 
 BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
 
@@ -25,17 +32,40 @@ def set_identity(run_id: int, node_id: int = 1) -> None:
     TaskIdentity.node_id = node_id
 
 
-def run_superlink(arguments: Sequence[str]) -> None:
-    """Run flower-superlink in this process, with a database that is waited for.
+def run_superlink(arguments: Sequence[str], database: Path) -> None:
+    """Run flower-superlink in this process, with a database that is waited for, and runs that outlive its absence.
 
     Flower gives up after 5 s ("database is locked", and the run has failed); a large model is written for longer.
+    And it ends each run whose ServerApp it has not heard for a minute, when it was itself that could not be reached.
+
+    Args:
+        arguments: its command line.
+        database: that this names.
     """
+    if database.exists():
+        _hear_from_them_again(database)
     patient = tuple(
         (name, str(BUSY_TIMEOUT_S * 1000) if name == "busy_timeout" else value) for name, value in SQLITE_PRAGMAS
     )
     sql_mixin.SQLITE_PRAGMAS = patient  # type: ignore[attr-defined, assignment]
     sys.argv = ["flower-superlink", *arguments]
     superlink_cli.flower_superlink()
+
+
+def _hear_from_them_again(database: Path) -> None:
+    """Give the tasks that were running when the SuperLink ended, and the nodes, a minute to be heard from again."""
+    engine, now = create_engine(f"sqlite:///{database}"), datetime.datetime.now(datetime.UTC)
+    until = now + datetime.timedelta(seconds=HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
+    with Session(engine) as session, session.begin():
+        session.execute(
+            update(TaskModel)
+            .where(TaskModel.active_until.is_not(None), TaskModel.finished_at.is_(None))
+            .values(active_until=until)
+        )
+        session.execute(
+            update(NodeModel).where(NodeModel.status == NodeStatus.ONLINE).values(online_until=until.timestamp())
+        )
+    engine.dispose()
 
 
 def node_key(node: NodeInfo) -> str:

@@ -1,6 +1,6 @@
 """One run through all that can happen to a federation: a site killed, the SuperLink away, the ServerApp killed.
 
-The coordinator's processes are started as `chexfound-server commands` prints them.
+The coordinator's processes are started one by one, to be killed so.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Disturbed:
 
     def start(self, name: str) -> Any:
         log = f"{name}-{len(self.processes.processes)}"
-        process = self.processes.start(log, self.held.commands()[name], **self.env)
+        process = self.processes.start(log, self.held.processes()[name], **self.env)
         if name == "superlink":
             process.wait_for("Uvicorn running")
             members.register_all(self.held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import sys
 import tomllib
@@ -10,9 +11,11 @@ from pathlib import Path
 import flwr
 import pytest
 from flwr.supercore import sql_mixin
-from flwr.supercore.constant import SQLITE_PRAGMAS
+from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
 from flwr.supercore.superexec import run_superexec
 from flwr.superlink import cli as superlink_cli
+from sqlalchemy import create_engine, insert, select
+from sqlalchemy.orm import Session
 
 from chexfound import bundle
 from client.flwr_private import release_bundle
@@ -46,7 +49,7 @@ def test_the_superlink_waits_for_its_database(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", SQLITE_PRAGMAS)  # put back after the test
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(superlink_cli, "flower_superlink", superlink)
-    flwr_private.run_superlink(["--host", "127.0.0.1"])
+    flwr_private.run_superlink(["--host", "127.0.0.1"], tmp_path / "none yet")
     assert seen == {"busy_timeout": 300_000, "foreign_keys": 1}
     assert dict(SQLITE_PRAGMAS)["busy_timeout"] == "5000"
 
@@ -72,3 +75,34 @@ def test_what_is_staged_builds_the_releases_bundle(tmp_path: Path) -> None:
 
     stage(tmp_path / "app")
     assert bundle.read(build_fab_from_disk(tmp_path / "app")).digest() == release_bundle().digest()
+
+
+def test_runs_outlive_the_superlinks_absence(tmp_path: Path) -> None:
+    """What was running, or connected, has a minute to be heard from; what had ended, or left, has not."""
+    database = tmp_path / "superlink.sqlite"
+    engine = create_engine(f"sqlite:///{database}")
+    now = datetime.datetime.now(datetime.UTC)
+    then = now - datetime.timedelta(hours=1)
+    task, node = flwr_private.TaskModel, flwr_private.NodeModel
+    for model in (task, node):
+        model.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        common = {"type": "x", "run_id": 1, "pending_at": then, "sub_status": "", "details": ""}
+        session.execute(insert(task), [
+            {"task_id": 1, "active_until": then, "finished_at": None, **common},
+            {"task_id": 2, "active_until": None, "finished_at": None, **common},
+            {"task_id": 3, "active_until": then, "finished_at": then, **common},
+        ])  # fmt: skip
+        session.execute(insert(node), [
+            {"node_id": number, "status": status, "online_until": then.timestamp(), "public_key": bytes([number])}
+            for number, status in enumerate((NodeStatus.ONLINE, NodeStatus.OFFLINE, NodeStatus.UNREGISTERED))
+        ])  # fmt: skip
+    flwr_private._hear_from_them_again(database)
+    with Session(engine) as session:
+        tasks = dict(session.execute(select(task.task_id, task.active_until)).all())
+        nodes = dict(session.execute(select(node.status, node.online_until)).all())
+    engine.dispose()
+    assert (tasks[2], tasks[3]) == (None, then)
+    assert tasks[1] > now + datetime.timedelta(seconds=50)
+    assert nodes[NodeStatus.ONLINE] > now.timestamp() + 50
+    assert nodes[NodeStatus.OFFLINE] == nodes[NodeStatus.UNREGISTERED] == then.timestamp()
