@@ -15,7 +15,7 @@ from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
 from chexfound.roster import Roster
 from server import health
-from server.flwr_private import LocalGrid
+from server.flwr_private import LocalGrid, retry_soon
 from server.grid import GridExchange
 from server.live import Live
 from server.result import write_metrics
@@ -93,6 +93,7 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, context)
         return
     logs.show()
+    retry_soon()
     live = Live(run_folder(context), str(context.run_id))
     observers.append(live)
     try:
