@@ -78,7 +78,8 @@ def retry_soon() -> None:
     sooner = {"initial_backoff": RETRY_S[0], "backoff_cap": RETRY_S[1], "max_tries_per_object": None}
     for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         defaults = pull.__kwdefaults__
-        assert defaults is not None and defaults.keys() >= sooner.keys()
+        assert defaults is not None
+        assert defaults.keys() >= sooner.keys()
         defaults.update(sooner)
 
 
