@@ -46,8 +46,8 @@ docs/deployed.md lists what does.
 without TLS and keys, on this machine or in a network in which every machine is trusted:
   chexfound-client --data /images --name CENTRE --superlink 127.0.0.1:8000 --insecure
 
-exit codes: 0 told to stop, 2 an option is wrong or something was not approved, 3 the images or keys cannot be used,
-8 the disk is full, 130 Ctrl-C.
+exit codes: 0 told to stop, 2 an option is wrong or something is missing, 3 the images or keys cannot be used,
+6 something was not approved, 8 the disk is full, 130 Ctrl-C.
 """
 
 
@@ -116,8 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words and words[0] in ("enrol", "roster", "approve", "check", "status", "unit"):
             from client import commands
 
-            return commands.main(words)
+            code = commands.main(words)
+            sys.stdout.flush()
+            return code
         return _serve(parser().parse_args(words))
+    except BrokenPipeError:  # its reader has gone (`| head`): quietly, with a shell's code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nStopped; nothing was left half-written.", file=sys.stderr)
         return 130

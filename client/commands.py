@@ -15,7 +15,7 @@ from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
-from client import membership
+from client import approval, membership
 from client.home import home as chexfound_home
 from client.home import site_home, sole_site
 
@@ -141,7 +141,10 @@ def _approve(given: argparse.Namespace) -> int:
         raise PolicyError("not approved; nothing was changed")
     membership.approve(home, federation)
     named = "" if not given.name else f" --name {shlex.quote(name)}"
-    print(f"approved; next: chexfound-client approve{named}, then: chexfound-client --data DIR{named}")
+    steps = [] if approval.approved(home) else [f"chexfound-client approve{named}"]
+    if before is None:
+        steps.append(f"chexfound-client --data DIR{named}")
+    print("approved" + (f"; next: {', then: '.join(steps)}" if steps else "; a site that serves knows it at once"))
     return 0
 
 
@@ -152,7 +155,6 @@ def _confirmed(question: str) -> bool:
 
 
 def _approve_code(given: argparse.Namespace) -> int:
-    from client import approval
     from client.flwr_private import release_bundle
 
     name = given.name or sole_site()
@@ -184,6 +186,8 @@ def _approve_code(given: argparse.Namespace) -> int:
         raise PolicyError("not approved; nothing was changed")
     approval.approve(home, digest)
     print("approved: runs with this code are accepted")
+    if not (home / "keys").is_dir():
+        print(f"site {name!r} was not enrolled here: this is for serving it with --insecure only", file=sys.stderr)
     return 0
 
 

@@ -55,6 +55,8 @@ class Status:
         with self._lock:
             before = self._values["state"], self._values["run"], self._values["refused"]
             if name != self._values["state"]:
+                if self._values["state"] == "connecting":
+                    print("connected; waiting for a run", flush=True)
                 self._values |= {"state": name, "since": now()}
             if isinstance(about.get("round"), str):
                 short = about["round"].isdecimal() and len(about["round"]) < 10  # it comes from outside

@@ -48,7 +48,7 @@ def commands(given: argparse.Namespace) -> int:
     print(
         "# Flower's own waits 5 s for its database, so that a run with a large model fails, and ends the runs that went"
     )
-    print("# on without it for a minute. This one does neither:")
+    print("# on without it for a minute. Better in its place:")
     print(f"# chexfound-server superlink {shlex.quote(str(held.folder))}")
     for command in held.commands().values():
         print(shlex.join(command))
@@ -123,7 +123,8 @@ def add_site(given: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{given.keys}: cannot be read: {error}") from error
     keys = roster.read_public_file(text, str(given.keys))
-    held.write_sites(held.sites().with_site(given.site, keys))
+    if held.sites().sites.get(given.site) != keys:  # else it is only registered, which it may not have been yet
+        held.write_sites(held.sites().with_site(given.site, keys))
     print(f"site {given.site}: node {fingerprint(keys.node)}, identity {fingerprint(keys.identity)}")
     print("compare these with what the site saw, by telephone or in person")
     _register(held)
@@ -135,17 +136,22 @@ def remove_site(given: argparse.Namespace) -> int:
     """Strike a site off."""
     held = federation.load(given.dir)
     held.write_sites(held.sites().without_site(given.site))
-    print(f"site {given.site}: removed")
+    print(f"site {given.site}: removed; the other sites need approve nothing for that")
     _register(held)
     return 0
 
 
 def _register(held: Federation) -> None:
     """At the SuperLink too, if it is up; else at its next start."""
+    from server.up import listens
+
     try:
         members.register_all(held)
     except SiteError as error:
-        print(f"not at the SuperLink yet ({error}); chexfound-server up does it at its next start", file=sys.stderr)
+        if not listens(held.superlink):
+            print("the SuperLink is not up; chexfound-server up registers it there at its next start")
+            return
+        print(f"not registered at the SuperLink: {error}\nonce that is mended: chexfound-server up", file=sys.stderr)
 
 
 def sites(given: argparse.Namespace) -> int:
@@ -163,7 +169,10 @@ def sites(given: argparse.Namespace) -> int:
         return 0
     for row in rows:
         since = f" since {row['since']}" if row["since"] else ""
-        print(f"{row['site']}: {row['status']}{since}\n  node     {row['node']}\n  identity {row['identity']}")
+        status = row["status"]
+        if status == "unknown" and not down:
+            status = "not registered at the SuperLink: chexfound-server add-site again, or up"
+        print(f"{row['site']}: {status}{since}\n  node     {row['node']}\n  identity {row['identity']}")
     if not rows:
         print(f"no site yet; chexfound-server add-site {shlex.quote(str(given.dir))} SITE SITE.pub")
     if down:

@@ -89,7 +89,7 @@ def tell(run: RunFolder, say: Callable[[str], None], *, after: int = 0) -> Stand
         say(f"{time.strftime('%H:%M:%S') if at is None else at:8}  {text}")
 
     def link(up: bool) -> None:
-        timed("the SuperLink answers again" if up else "the SuperLink does not answer; the run is gone on watching")
+        timed("the SuperLink answers again" if up else "the SuperLink does not answer; still watching the run")
 
     about = run.about()
     of: dict[str, Any] = about["rounds"] if about else {}

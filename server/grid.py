@@ -17,7 +17,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from chexfound import signing, wire
-from chexfound.errors import ChexfoundError, ProtocolError, SiteError
+from chexfound.errors import ChexfoundError, CodeError, ProtocolError, RosterError, SiteError, VersionError
 from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
@@ -229,7 +229,8 @@ class GridExchange:
                 self._lose(one, "gone")
                 return None
             text = f"{where}: {wire.explain_error(message)}; that site's own log says why"
-            return self._missing(one, kind.code, SiteError(text))
+            refused = issubclass(kind, CodeError | RosterError | VersionError)
+            return self._missing(one, kind.code, (kind if refused else SiteError)(text))
         try:
             reply = wire.unpack_reply(message.content)
             self._verify(one, reply, message_id, message)
@@ -248,7 +249,7 @@ class GridExchange:
             raise ProtocolError("says another name than that of its keys")
 
     def _missing(self, one: _Asked, reason: str, error: ChexfoundError) -> Missing:
-        self._tell({"event": "lost", **_where(one.request), "site": self._names[one.index], "reason": reason})
+        self._lose(one, reason)
         return Missing(reason=reason, error=error)
 
     def _where(self, one: _Asked) -> str:

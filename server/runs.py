@@ -265,7 +265,7 @@ def resubmit(run: RunFolder) -> str:
         if not _deserted(run):
             raise ConfigError(
                 f"run {run.name!r} is {status}; see it with chexfound-server watch {run.federation.folder} {run.name}, "
-                "end it with chexfound-server stop"
+                f"end it with chexfound-server stop {run.federation.folder} {run.name}"
             )
         flower.ask(run.federation, ["stop", number, CONNECTION])
     await_end(run)

@@ -17,7 +17,7 @@ import pytest
 
 from chexfound import recipe as recipes
 from chexfound import signing
-from chexfound.errors import SiteError
+from chexfound.errors import RosterError
 from chexfound.schema import Recipe
 from client import membership, supernode
 from server import pki, runs
@@ -95,7 +95,7 @@ def secured(federation: Any, small: Recipe, tmp_path_factory: Any) -> Secured:
 
     made.changed = run_of_changed_code(made, small)
     made.enrol("WEST")
-    made.extended = made.server("run", made.recipe, "--name", "extended", code=SiteError.exit_code)
+    made.extended = made.server("run", made.recipe, "--name", "extended", code=RosterError.exit_code)
     made.server("remove-site", "WEST")
 
     made.run = made.server("run", made.recipe, "--name", "first")

@@ -166,7 +166,7 @@ def test_what_was_changed_while_the_superlink_was_down_is_made_good(made, flower
 
 def test_a_superlink_that_is_down_is_said(made: Federation, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["add-site", str(made.folder), "NORTH", str(site(tmp_path, "NORTH"))]) == 0
-    assert "chexfound-server up does it at its next start" in capsys.readouterr().err
+    assert "chexfound-server up registers it there at its next start" in capsys.readouterr().out
     assert cli.main(["sites", str(made.folder), "--json"]) == 0
     assert '"status": "unknown"' in capsys.readouterr().out
 
