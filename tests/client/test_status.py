@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from chexfound import bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
 from client import approval, cli, status
@@ -102,13 +103,14 @@ def test_refusals_contact_and_code(home: Path, tell: Callable[..., None], capsys
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("x.py", "")
-    approval.keep(home, 64 * "b", packed.getvalue())
+    digest = bundle.read(packed.getvalue()).digest()
+    approval.keep(home, digest, packed.getvalue())
     assert cli.main(["status"]) == 0
     out = capsys.readouterr().out
     assert "coordinator   has not answered yet" in out
     assert "refused       the last run: another release\\x1b[2J" in out
     assert f"code          {12 * 'a'}… approved on {NOW:%Y}" in out
-    assert f"code          {12 * 'b'}… REFUSED: chexfound-client approve {12 * 'b'}" in out
+    assert f"code          {digest[:12]}… REFUSED: chexfound-client approve {digest[:12]}" in out
 
 
 def test_stores(home: Path, tell: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

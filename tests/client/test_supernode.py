@@ -67,7 +67,8 @@ def test_two_processes_that_know_of_each_other(tmp_path: Path) -> None:
     assert options["--superexec-auth-secret-file"] == secret
     assert options["--host"] == "127.0.0.1"
     assert 0 < int(options["--port"]) < 65536
-    assert worker == [*node[:3], "client.worker", str(tmp_path), f"127.0.0.1:{options['--port']}", secret]
+    assert worker == [*node[:3], "client.worker", str(tmp_path), f"127.0.0.1:{options['--port']}", secret, "60"]
+    assert supernode.commands(tmp_path, "127.0.0.1:8000", "", None, 0.5)["worker"][-1] == "0.5"
 
 
 def test_the_secret_is_new_at_each_start_and_its_owners_alone(tmp_path: Path) -> None:
