@@ -247,6 +247,7 @@ def payload_sha256(content: RecordDict) -> bytes:
             add(json.dumps({key: repr(value) for key, value in record.items()}, sort_keys=True).encode())
         elif isinstance(record, ArrayRecord):
             add(b"arrays")
+            add(str(len(record)).encode())  # or an array could be read as the next record
             for key, array in sorted(record.items()):
                 add(json.dumps([key, array.dtype, list(array.shape), array.stype]).encode())
                 add(array.data)

@@ -467,6 +467,18 @@ def test_different_contents_have_different_hashes(one: dict[str, Any], other: di
     assert (wire.payload_sha256(RecordDict(one)) == wire.payload_sha256(RecordDict(other))) == same
 
 
+def test_an_array_is_not_taken_for_a_record() -> None:
+    """Names are the sender's: one that reads as an array's header, and data that reads as a record's kind."""
+    header = json.dumps(["y", "float32", [6], ""])
+
+    def array(data: bytes) -> Array:
+        return Array("float32", (len(data),), "", data)
+
+    one = {"A": ArrayRecord({"x": array(b"1"), "y": array(b"arrays"), "z": array(b"3")})}
+    other = {"A": ArrayRecord({"x": array(b"1")}), header: ArrayRecord({"z": array(b"3")})}
+    assert wire.payload_sha256(RecordDict(one)) != wire.payload_sha256(RecordDict(other))
+
+
 @given(contents, st.randoms(use_true_random=False))
 def test_the_order_of_records_does_not_matter_nor_the_signature(records: dict[str, Any], lots: Any) -> None:
     names = list(records)
