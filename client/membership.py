@@ -27,18 +27,19 @@ from chexfound.roster import Address, Keys, Roster
 
 
 def make_keys(home: Path) -> tuple[Keys, bool]:
-    """The site's public keys, made if there are none yet; and whether they were.
+    """The site's public keys, each made if it is not there yet; and whether any was.
 
     Raises: DataError if there are some that cannot be read.
     """
     node, identity = home / "keys" / "node.key", home / "keys" / "identity.key"
-    made = not node.exists() and not identity.exists()
-    if made:
-        with storage(node):
-            node.parent.mkdir(parents=True, exist_ok=True)
-            os.chmod(node.parent, 0o700)
-        _write(identity, Ed25519PrivateKey.generate(), serialization.PrivateFormat.PKCS8)
-        _write(node, ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
+    with storage(node):
+        node.parent.mkdir(parents=True, exist_ok=True)
+        os.chmod(node.parent, 0o700)
+        made = not identity.exists() or not node.exists()  # one alone: it was killed between the two, or one was lost
+        if not identity.exists():
+            _write(identity, Ed25519PrivateKey.generate(), serialization.PrivateFormat.PKCS8)
+        if not node.exists():
+            _write(node, ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
     return public_keys(home), made
 
 

@@ -53,6 +53,16 @@ def test_keys_are_made_once_and_stay(home: Path, capsys: pytest.CaptureFixture[s
         assert (home / "keys" / name).read_bytes() not in first
 
 
+@pytest.mark.parametrize("lost", ["node.key", "identity.key"])
+def test_a_key_that_is_missing_is_made(home: Path, lost: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As "chexfound-client enrol makes one" says, also where enrol was killed between the two."""
+    before = roster.read_public_file(enrol().read_text(), "x")
+    (home / "keys" / lost).unlink()
+    after = roster.read_public_file(enrol().read_text(), "x")
+    assert "made its keys" in capsys.readouterr().out
+    assert (before.node == after.node, before.identity == after.identity) == (lost != "node.key", lost == "node.key")
+
+
 def test_flower_reads_the_nodes_key(home: Path) -> None:
     import argparse
 
