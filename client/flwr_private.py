@@ -54,6 +54,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from chexfound import bundle
 from chexfound.bundle import Bundle
+from chexfound.names import shown
 
 log = logging.getLogger("chexfound.client")
 RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may have, all texts
@@ -88,6 +89,7 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
         told: learns what it does.
     """
     sys.argv = ["flower-supernode", *arguments]
+    logging.getLogger("flwr").addFilter(_plain)
     connect = start_client_internal._init_connection
 
     @contextmanager
@@ -102,6 +104,17 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
 
     start_client_internal._init_connection = watched
     flower_supernode()
+
+
+def _plain(record: logging.LogRecord) -> bool:
+    """What the coordinator named is logged by Flower as it came; a newline in it would forge a line."""
+    if not isinstance(record.msg, str):  # an exception
+        record.msg = shown(record.msg)
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            argument if isinstance(argument, int | float) else shown(argument) for argument in record.args
+        )
+    return True
 
 
 class _Node:

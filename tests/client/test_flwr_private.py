@@ -429,6 +429,15 @@ def test_a_message_that_flower_would_wait_for_in_vain_is_dropped(site: Site, cha
     assert site.states.count("receiving") == 2  # of the second alone: the message, and its run
 
 
+def test_the_log_shows_a_coordinators_names_on_their_line(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    number = site.run(OURS)
+    site.message(number)
+    site.queue[0][0].metadata.__dict__["_group_id"] = "3]\n12:00:00 all is well\x1b[2J"
+    serve(site)
+    assert "ROUND 3]\\n12:00:00 all is well\\x1b[2J]" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
 # ---- told to leave
 
 
