@@ -76,13 +76,15 @@ class GridExchange:
         names = [member.name for member in before]
         nodes = self._wait(names)
         self._names, self._nodes = [self._name_of(node) for node in nodes], [node.node_id for node in nodes]
-        replies, senders = [], {}
+        replies: list[Reply] = []
+        senders: dict[str, int] = {}
         for node, reply in zip(nodes, self.ask([Request(phase="enrol") for _ in nodes]), strict=True):
-            if isinstance(reply, Reply):
-                replies.append(reply)
-                senders[str(reply.values.get("site"))] = node.node_id
-            elif reply is not None and recipe.federation.quorum_sites is None:
-                raise reply.error
+            outcome = self._checked(node, reply) if isinstance(reply, Reply) else reply
+            if isinstance(outcome, Reply):
+                replies.append(outcome)
+                senders[str(outcome.values.get("site"))] = node.node_id
+            elif outcome is not None and recipe.federation.quorum_sites is None:
+                raise outcome.error
         labels = [f"node {senders[str(reply.values.get('site'))]}" for reply in replies]
         members = {member.name: member for member in checked_roster(replies, labels)}
         quorum = recipe.federation.quorum_sites
@@ -95,6 +97,16 @@ class GridExchange:
         self._names = list(members)
         self._nodes = [senders.get(name, 0) for name in members]
         return list(members.values())
+
+    def _checked(self, node: NodeInfo, reply: Reply) -> Reply | Missing:
+        """An enrolment by itself: of several sites, one that cannot be is that site's fault alone."""
+        try:
+            checked_roster([reply], [f"node {node.node_id}"])
+        except ChexfoundError as error:
+            name = self._name_of(node)
+            self._tell({"event": "lost", "phase": "enrol", "round": 0, "site": name, "reason": error.code})
+            return Missing(reason=error.code, error=error)
+        return reply
 
     def _name_of(self, node: NodeInfo) -> str:
         """What a node is called until it has said who it is, and by its key if it has one."""

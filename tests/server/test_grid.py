@@ -207,6 +207,16 @@ def test_a_bad_enrolment_names_its_sender(quick: Any, change: dict[str, Any], me
         GridExchange(Scripted({9: node("A"), 7: node("B", **change)})).enrol(quick)
 
 
+def test_with_a_quorum_a_bad_enrolment_is_one_that_did_not_come(quick: Any) -> None:
+    """Else any one site ends every run, also one that could do without it."""
+    told: list[dict[str, Any]] = []
+    nodes = {1: node("A"), 2: node("B"), 3: node("C", store_sha256="?")}
+    exchange = GridExchange(Scripted(nodes), on_event=told.append)
+    members = exchange.enrol(set_federation(quick, min_sites=2, quorum_sites=2))
+    assert [member.name for member in members] == ["A", "B"]
+    assert [(one["site"], one["reason"]) for one in told if one["event"] == "lost"] == [("node 3", "protocol")]
+
+
 # -- replies that do not come
 
 
