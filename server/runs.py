@@ -80,9 +80,12 @@ class RunFolder:
         return read_journal(path) if path.is_file() else []
 
     def flower_run(self) -> str | None:
-        """Flower's number of the last submission; one by hand has it in live.json, or as its folder's name."""
+        """Flower's number of the last submission.
+
+        One by hand has it in live.json, or as its folder's name; so has one whose command was killed as it submitted.
+        """
         about, live = self.about(), self.live()
-        if about is not None:
+        if about is not None and (about["flower_runs"] or live is None):
             return about["flower_runs"][-1]["id"] if about["flower_runs"] else None
         return live["flower_run"] if live else self.name if self.name.isdigit() else None
 

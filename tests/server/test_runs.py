@@ -133,6 +133,16 @@ def test_two_resumes_at_once_are_one(submitted: RunFolder, flwr: Any, monkeypatc
     assert len(flwr.statuses) == 2
 
 
+def test_a_run_whose_command_was_killed_as_it_submitted(submitted, live, flwr) -> None:
+    """It goes on: it can be stopped, and is not submitted again."""
+    live(submitted, "pretrain")
+    about = submitted.about()
+    (submitted.path / "run.json").write_text(json.dumps(about | {"flower_runs": []}))
+    with Journal(submitted.path / "journal.jsonl"), pytest.raises(ConfigError, match="is running"):
+        runs.resubmit(submitted)
+    assert runs.stop(submitted)
+
+
 def test_a_second_serverapp_leaves_the_first_ones_word(submitted, live, monkeypatch) -> None:
     live(submitted, "pretrain")
     before = (submitted.path / "live.json").read_bytes()
