@@ -162,8 +162,16 @@ def present(home: Path) -> Federation:
 def approve(home: Path, federation: Federation) -> None:
     """From now on the site connects there, in this company."""
     values = roster.invitation(federation.name, federation.server, federation.authority, federation.sites)
-    write_text(home / "ca.crt", federation.authority)
     write_json(home / "federation.json", values)
+    authority_file(home, federation)
+
+
+def authority_file(home: Path, federation: Federation) -> Path:
+    """HOME/ca.crt, which Flower reads: as in what was approved, whatever it was; that is one file, and whole."""
+    path = home / "ca.crt"
+    if not path.is_file() or path.read_bytes() != federation.authority.encode():
+        write_text(path, federation.authority)
+    return path
 
 
 def check_own(name: str, keys: Keys, federation: Federation, where: str) -> None:

@@ -94,6 +94,16 @@ def test_the_file_that_comes_back_is_approved(
     assert (home / "ca.crt").read_text() == coordinator.path("ca.crt").read_text()
 
 
+def test_the_authority_is_that_of_what_was_approved(home: Path, coordinator: federations.Federation) -> None:
+    """Whether approve was killed between its two files, or one was changed since."""
+    file = add(coordinator, "NORTH", enrol())
+    assert cli.main(["roster", "approve", str(file), "--yes"]) == 0
+    held = membership.approved(home)
+    assert held is not None
+    (home / "ca.crt").write_text("another")
+    assert membership.authority_file(home, held).read_text() == held.authority
+
+
 @pytest.mark.parametrize(("word", "code"), [("no", 6), ("", 6), ("y", 6), ("yes", 0), ("YES ", 0)])
 def test_only_yes_is_yes(home, coordinator, monkeypatch, word, code) -> None:
     file = add(coordinator, "NORTH", enrol())
