@@ -495,3 +495,12 @@ def test_the_order_of_records_does_not_matter_nor_the_signature(records: dict[st
 def test_a_record_that_we_do_not_send_is_not_hashed_over() -> None:
     with pytest.raises(ProtocolError, match="holds a MetricRecord"):
         wire.payload_sha256(RecordDict({"x": MetricRecord({"y": 1})}))
+
+
+@pytest.mark.parametrize(
+    "findings", [["a", "a"], [""], ["a\n"], ["\x1b[2J"], ["a" * 201], [str(number) for number in range(5000)]]
+)
+def test_findings_that_no_recipe_has(findings: list[str]) -> None:
+    """They go into logs, results and the size of what a site makes."""
+    with pytest.raises(ProtocolError, match="findings are too many, named twice, or no names"):
+        wire.unpack_request(wire.pack_request(Request(phase="adapt", findings=tuple(findings))))
