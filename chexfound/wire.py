@@ -151,14 +151,14 @@ def _table(content: RecordDict) -> list[tuple[str, str, list[int]]]:
         raise ProtocolError("the message's list of tensors is malformed") from error
 
 
-def _json(content: RecordDict, key: str) -> dict[str, Any]:
+def _json(content: RecordDict, key: str, part: str = "json") -> dict[str, Any]:
     try:
-        text = content.config_records[key]["json"]
+        text = content.config_records[key][part]
         values = json.loads(text, parse_constant=_number, parse_float=_number)  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ProtocolError(f"the message holds no readable {key!r}") from error
+        raise ProtocolError(f"the message holds no readable {(key if part == 'json' else part)!r}") from error
     if not isinstance(values, dict):
-        raise ProtocolError(f"the message's {key!r} is not an object")
+        raise ProtocolError(f"the message's {(key if part == 'json' else part)!r} is not an object")
     return values
 
 
@@ -169,15 +169,16 @@ def pack_request(request: Request, sites: Roster | None = None) -> RecordDict:
 
 def pack_requests(requests: Sequence[Request], sites: Roster | None = None) -> list[RecordDict]:
     """As `pack_request`; tensors that several requests share are packed, and held in memory, once."""
-    terms = ConfigRecord({"json": json.dumps({"version": chexfound.__version__, "roster": sites and sites.as_dict()})})
+    terms = json.dumps({"version": chexfound.__version__, "roster": sites and sites.as_dict()})
     packed: dict[int, dict[str, ArrayRecord | ConfigRecord]] = {}
     contents = []
     for request in requests:
         if id(request.tensors) not in packed:
             packed[id(request.tensors)] = _pack_tensors(request.tensors)
         fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-        of_request = ConfigRecord({"json": json.dumps(fields)})
-        contents.append(RecordDict({"terms": terms, "request": of_request, **packed[id(request.tensors)]}))
+        # In one record: Flower moves each by requests of its own, at each of six hops.
+        of_request = ConfigRecord({"terms": terms, "json": json.dumps(fields)})
+        contents.append(RecordDict({"request": of_request, **packed[id(request.tensors)]}))
     return contents
 
 
@@ -186,7 +187,7 @@ def unpack_terms(content: RecordDict) -> Roster | None:
 
     Raises: VersionError if the coordinator is of another release; ProtocolError.
     """
-    terms = _json(content, "terms")
+    terms = _json(content, "request", "terms")
     version = terms.get("version")
     if version != chexfound.__version__:
         shown = repr(version) if isinstance(version, str) and word(version) else "another one"
@@ -240,19 +241,20 @@ def unpack_reply(content: RecordDict) -> Reply:
 
 
 def payload_sha256(content: RecordDict) -> bytes:
-    """SHA-256 of all that a message's content holds but its signature; every part after its length."""
+    """SHA-256 of all that a message's content holds but the signature of a reply; every part after its length."""
     whole = hashlib.sha256()
 
     def add(part: bytes) -> None:
         whole.update(len(part).to_bytes(8, "big"))
         whole.update(part)
 
-    for name in sorted(set(content) - {"signature"}):
+    for name in sorted(content):
         record = content[name]
         add(name.encode())
         if isinstance(record, ConfigRecord):
             add(b"config")
-            add(json.dumps({key: repr(value) for key, value in record.items()}, sort_keys=True).encode())
+            signed = {key: repr(value) for key, value in record.items() if (name, key) != ("reply", "ed25519")}
+            add(json.dumps(signed, sort_keys=True).encode())
         elif isinstance(record, ArrayRecord):
             add(b"arrays")
             add(str(len(record)).encode())  # or an array could be read as the next record
@@ -271,7 +273,7 @@ def _signed_fields(content: RecordDict, run_id: int, round_number: int, message_
 def sign_reply(content: RecordDict, key: Ed25519PrivateKey, run_id: int, round_number: int, message_id: str) -> None:
     """Put a site's signature into a reply: over run, round, the request's message id and the payload's hash."""
     signature = signing.sign(key, signing.REPLY, _signed_fields(content, run_id, round_number, message_id))
-    content["signature"] = ConfigRecord({"ed25519": signature})
+    content.config_records["reply"]["ed25519"] = signature
 
 
 def verify_reply(content: RecordDict, key: Ed25519PublicKey, run_id: int, round_number: int, message_id: str) -> None:
@@ -280,7 +282,7 @@ def verify_reply(content: RecordDict, key: Ed25519PublicKey, run_id: int, round_
     Raises: ProtocolError.
     """
     try:
-        signature = content.config_records["signature"]["ed25519"]
+        signature = content.config_records["reply"]["ed25519"]
     except KeyError as error:
         raise ProtocolError("the reply is not signed") from error
     if not isinstance(signature, bytes):

@@ -14,6 +14,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
 from flwr.supercore.state.schema.linkstate_models import Node as NodeModel
@@ -22,6 +23,7 @@ from flwr.superlink import cli as superlink_cli
 from sqlalchemy import create_engine, update
 from sqlalchemy.orm import Session
 
+RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
 
 
@@ -66,6 +68,19 @@ def _hear_from_them_again(database: Path) -> None:
             update(NodeModel).where(NodeModel.status == NodeStatus.ONLINE).values(online_until=until.timestamp())
         )
     engine.dispose()
+
+
+def retry_soon() -> None:
+    """Ask again soon for an object that is not there yet: Flower waits 1 s, 2 s, 4 s … for what takes milliseconds.
+
+    Without Flower's limit of tries, which would come too soon; that of two hours stays.
+    """
+    sooner = {"initial_backoff": RETRY_S[0], "backoff_cap": RETRY_S[1], "max_tries_per_object": None}
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        defaults = pull.__kwdefaults__
+        assert defaults is not None
+        assert defaults.keys() >= sooner.keys()
+        defaults.update(sooner)
 
 
 def node_key(node: NodeInfo) -> str:

@@ -90,7 +90,7 @@ def error(code: int, reason: str) -> Message:
 def test_errors_are_told_without_the_senders_text() -> None:
     for name, kind in CODES.items():
         told = wire.explain_error(error(kind.exit_code, name))
-        hint = "; resume the run, which sends it the teacher" if name == "state" else ""
+        hint = f"; {wire.HINTS[kind]}" if name in ("state", "version", "code", "roster") else ""
         assert told == f"replied with error {name!r} (exit code {kind.exit_code}){hint}"
     secret = "<class 'OSError'>:<'/ward/7/Jane Doe'>"
     told = [wire.explain_error(error(code, secret)) for code in (0, 1, 2, 3, 4, 5, 7, 8, 99)]

@@ -145,14 +145,14 @@ def test_a_run_that_was_not_refused(make_message: Any, make_context: Any) -> Non
 @pytest.mark.parametrize("version", ["0.0.0", "", None, 1, "Jane\nDoe", "x" * 5000])
 def test_another_release(make_message: Any, make_context: Any, untouched: None, version: Any) -> None:
     content = wire.pack_request(Request(phase="enrol"))
-    content["terms"] = ConfigRecord({"json": json.dumps({"version": version, "roster": None})})
+    content["request"]["terms"] = json.dumps({"version": version, "roster": None})
     reply = app(make_message(content), make_context())
     assert (reply.error.code, reply.error.reason) == (5, "version")
 
 
 def test_no_terms_at_all(make_message: Any, make_context: Any, untouched: None) -> None:
     content = wire.pack_request(Request(phase="enrol"))
-    del content["terms"]
+    del content["request"]["terms"]
     assert app(make_message(content), make_context()).error.reason == "protocol"
 
 
@@ -230,7 +230,7 @@ def test_a_site_whose_federation_was_never_approved(
 
 def test_a_site_without_keys_signs_nothing(make_message: Any, make_context: Any) -> None:
     reply = app(make_message(wire.pack_request(Request(phase="enrol"))), make_context())
-    assert "signature" not in reply.content
+    assert "ed25519" not in reply.content["reply"]
 
 
 def test_images_are_taken_in_at_enrolment_only(

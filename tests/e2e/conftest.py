@@ -81,12 +81,12 @@ class Process:
         except subprocess.TimeoutExpired:
             pytest.fail(f"{self.name} did not end in {PATIENCE_S:g} s:\n{self.text[-6000:]}")
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
+    def stop(self, number: int = signal.SIGTERM, patience_s: float = 30) -> int:
         """Ask it to end, then end what is left of its group."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
         try:
-            return self._process.wait(30)
+            return self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
@@ -161,7 +161,7 @@ class Federation:
 
     def stop(self) -> None:
         for process in reversed(self.processes):
-            process.stop()
+            process.stop(patience_s=3)
 
 
 @pytest.fixture(scope="module")
