@@ -11,7 +11,8 @@ from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import release
 from chexfound.model.card import card
 from chexfound.schema import Recipe
-from server.run import Batches, Outcome
+from server.plan import Batches
+from server.run import Outcome
 
 SCHEMA = 1
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,71 +20,23 @@ from torch import Tensor
 from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.adapt import features
-from chexfound.errors import CheckpointError, ConfigError, DataError, Problems
+from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
-from chexfound.model.weights import published
 from chexfound.phases import Reply, Request
 from chexfound.pretrain import curriculum, teacher
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import Adapt, Recipe, Train
+from chexfound.schema import Recipe
 from server import checks
 from server.cohort import Cohort
 from server.exchange import ENROLMENT, Exchange, Member
 from server.health import Watch
+from server.plan import Batches, choose_findings, frozen_gains, load_backbone
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batches:
-    """Images a step at each site of this run."""
-
-    pretrain: tuple[int, ...]  # in each stage of the curriculum
-    adapt: int
-
-    @staticmethod
-    def of(recipe: Recipe, n_sites: int) -> Batches:
-        """Each site's share of the recipe's work.
-
-        Raises: ConfigError with every batch that cannot be divided among the sites.
-        """
-        problems = Problems(ConfigError, "recipe")
-
-        def share(config: Train | Adapt, section: str) -> int:
-            try:
-                return recipes.site_batch_size(config, n_sites, section)
-            except ConfigError as error:
-                problems.add(str(error))
-                return 0
-
-        pretrain: tuple[int, ...] = ()
-        if "pretrain" in recipe.phases:
-            pretrain = tuple(
-                share(stage.train, f"curriculum.{number - 1}" if number else "train")
-                for number, stage in enumerate(curriculum.stages(recipe))
-            )
-        adapt = share(recipe.adapt, "adapt") if "adapt" in recipe.phases else 0
-        problems.check()
-        return Batches(pretrain=pretrain, adapt=adapt)
-
-    @staticmethod
-    def pooled(recipe: Recipe, n_sites: int) -> Batches:
-        """Those of a lone site that does the work of `n_sites`."""
-        return Batches(
-            pretrain=tuple(recipes.pooled_batch_size(stage.train, n_sites) for stage in curriculum.stages(recipe)),
-            adapt=recipes.pooled_batch_size(recipe.adapt, n_sites),
-        )
-
-    def pretrain_images(self, recipe: Recipe) -> int:
-        """Images that a site takes in all of pretraining."""
-        if "pretrain" not in recipe.phases:
-            return 0
-        stages = zip(curriculum.stages(recipe), self.pretrain, strict=True)
-        return sum(stage.pretrain_steps * batch for stage, batch in stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +248,9 @@ class Run:
         if weights is None:
             weights = initial_weights(self.recipe)
             if self.backbone is not None:
-                _load_backbone(weights, self.backbone)
+                load_backbone(weights, self.backbone)
         assert self.batches is not None
-        gains = _frozen_gains(self.recipe, weights)
+        gains = frozen_gains(self.recipe, weights)
         self.watch = Watch(self.recipe, self._rounds("pretrain"))
         for number in range(done, self.recipe.pretrain_rounds):
             step = number * config.local_steps
@@ -381,7 +332,7 @@ class Run:
                 initial_weights(self.recipe), self.recipe.position_px // self.recipe.student.patch_size
             )
             if self.backbone is not None:
-                _load_backbone(weights, self.backbone)
+                load_backbone(weights, self.backbone)
         whose = "teacher" if any(name.startswith("teacher.") for name in weights) else "student"
         return checkpoint.with_prefix(weights, f"{whose}.backbone.")
 
@@ -470,65 +421,6 @@ def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: di
 
 def _enrolment(values: Event) -> Event:
     return {key: value for key, value in values.items() if key in ENROLMENT}
-
-
-def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The findings that the head learns, sorted: the recipe's own, or all with enough of both classes.
-
-    Raises: ConfigError if none is left, naming the closest.
-    """
-    if recipe.adapt.findings is not None:
-        return tuple(recipe.adapt.findings)
-    totals: dict[str, list[int]] = {}
-    for site in counts:
-        for name, count in site.items():
-            total = totals.setdefault(name, [0, 0])
-            total[0] += count["positives"]
-            total[1] += count["negatives"]
-    minimum = recipe.adapt.min_positives
-    chosen = tuple(sorted(name for name, both in totals.items() if min(both) >= minimum))
-    if not chosen:
-        best = max(totals, key=lambda name: min(totals[name]), default=None)
-        closest = (
-            f"; the closest is {best!r} with {totals[best][0]} and {totals[best][1]}"
-            if best
-            else "; no image is labelled"
-        )
-        raise ConfigError(
-            f"no finding has adapt.min_positives {minimum} positive and as many negative training images "
-            f"over all sites{closest}. "
-            "Lower adapt.min_positives, name adapt.findings, or leave out the head with --set phases=[pretrain]"
-        )
-    return chosen
-
-
-def _frozen_gains(recipe: Recipe, weights: dict[str, Tensor]) -> set[str]:
-    """The prototypes' gains that are not trained, see model/heads.py."""
-    fixed = {"dino_head": recipe.dino.head_norm_last_layer, "ibot_head": recipe.ibot.head_norm_last_layer}
-    ends = tuple(f"{head}.last_layer.weight_g" for head, kept in fixed.items() if kept)
-    return {name for name in weights if name.endswith(ends)} if ends else set()
-
-
-def _load_backbone(weights: dict[str, Tensor], path: Path) -> None:
-    """Put a saved backbone (in our names, or DINOv2's) into both student and teacher, its positions interpolated.
-
-    Raises: CheckpointError if its names or shapes are not the recipe's.
-    """
-    given = checkpoint.load(path)
-    given = published.backbone_names(checkpoint.with_prefix(given, "backbone.") or given)
-    expected = checkpoint.with_prefix(weights, "student.backbone.")
-    given = curriculum.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
-    odd = sorted(
-        name
-        for name in set(given) | set(expected)
-        if name not in given or name not in expected or given[name].shape != expected[name].shape
-    )
-    if odd:
-        raise CheckpointError(f"{path}: is not the recipe's backbone: {len(odd)} tensors differ, {odd[:3]}")
-    for name in weights:
-        for whose in ("student.backbone.", "teacher.backbone."):
-            if name.startswith(whose):
-                weights[name] = given[name.removeprefix(whose)].clone()
 
 
 def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:

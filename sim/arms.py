@@ -195,7 +195,8 @@ def run_alone(plan: Plan, arm: str) -> float:
     began = time.monotonic()
     from client import site as site_module
     from server.exchange import DirectExchange
-    from server.run import Batches, Run
+    from server.plan import Batches
+    from server.run import Run
 
     store = Store.open(plan.store)
     listener = site_module.on_progress

@@ -20,8 +20,8 @@ from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import checkpoint, release
 from chexfound.model.card import card
 from server import result
+from server.plan import Batches
 from server.result import SCHEMA
-from server.run import Batches
 from sim import compare
 from sim.arms import FITTED_ARMS, Plan, finished
 

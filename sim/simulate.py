@@ -25,7 +25,7 @@ from chexfound.journal import Journal, canonical, write_json
 from chexfound.pretrain.train import slow_arithmetic
 from chexfound.recipe import changed
 from chexfound.schema import Recipe
-from server.run import Batches, choose_findings
+from server.plan import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
 from sim.display import Display

@@ -18,7 +18,8 @@ from chexfound.journal import read_journal
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
 from chexfound.schema import Stage
-from server.run import Batches, Outcome, Run, choose_findings
+from server.plan import Batches, choose_findings
+from server.run import Outcome, Run
 
 SITES = ["alpha", "beta"]
 MakeExchange = Callable[..., Any]
