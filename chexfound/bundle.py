@@ -61,6 +61,8 @@ def read(content: bytes) -> Bundle:
     """
     if len(content) > BYTES_MAX:
         raise ProtocolError(f"the bundle holds more than {BYTES_MAX} bytes")
+    if content.count(b"PK\x01\x02") > FILES_MAX:  # each entry's mark; zipfile would list a million before we count
+        raise ProtocolError(f"the bundle holds more than {FILES_MAX} files")
     files: dict[str, str] = {}
     left = BYTES_MAX
     try:

@@ -229,6 +229,18 @@ class Journal:
         return head
 
 
+def held(path: Path) -> bool:
+    """Whether a process has a journal open."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The verified records of a journal, and the length of the file that they fill."""
     data = path.read_bytes()

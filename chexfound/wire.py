@@ -48,6 +48,7 @@ MESSAGE_TYPES = {
     "evaluate": "evaluate",
 }
 LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
+FINDINGS_MAX = 4096  # of a request; a site holds labels for each
 # What Flower itself reports, by its error codes: from the site's node, or in its stead.  Our own
 # replies use the same field, and are told apart by their reason, which is always one of our words.
 FLOWER_ERRORS = {
@@ -214,6 +215,13 @@ def unpack_request(content: RecordDict) -> Request:
     numbers = (fields.round, fields.step, fields.steps, fields.batch_size, fields.roster_index)
     if min(numbers) < 0 or max(numbers) > LARGEST or fields.batch_size > LARGEST_BATCH:
         raise ProtocolError("the request holds a number that is negative or too large")
+    findings = fields.findings
+    if (
+        len(findings) > FINDINGS_MAX
+        or len(set(findings)) < len(findings)
+        or not all(0 < len(name) <= 200 and name.isprintable() for name in findings)
+    ):
+        raise ProtocolError("the request's findings are too many, named twice, or no names")
     values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
     return Request(tensors=_tensors(content), **values)
 
@@ -249,6 +257,7 @@ def payload_sha256(content: RecordDict) -> bytes:
             add(json.dumps(signed, sort_keys=True).encode())
         elif isinstance(record, ArrayRecord):
             add(b"arrays")
+            add(str(len(record)).encode())  # or an array could be read as the next record
             for key, array in sorted(record.items()):
                 add(json.dumps([key, array.dtype, list(array.shape), array.stype]).encode())
                 add(array.data)

@@ -47,7 +47,7 @@ def _admitted(message: Message, context: Context, phase: str) -> Request:
         membership.check_terms(sites, membership.present(home))
     request = wire.unpack_request(message.content)
     if request.phase != phase:
-        raise ProtocolError(f"a {message.metadata.message_type} message asks for phase {request.phase!r}")
+        raise ProtocolError(f"a {message.metadata.message_type!r} message asks for phase {request.phase!r}")
     return request
 
 

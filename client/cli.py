@@ -195,7 +195,7 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
             "coordinator, then chexfound-client roster approve the one that comes back"
         )
     membership.check_own(name, membership.public_keys(home), federation, str(home / "federation.json"))
-    return federation.server, Credentials(home / "ca.crt", home / "keys" / "node.key")
+    return federation.server, Credentials(membership.authority_file(home, federation), home / "keys" / "node.key")
 
 
 def _gpus(asked: str | None) -> str:

@@ -163,7 +163,7 @@ def _approve_code(given: argparse.Namespace) -> int:
     if given.withdraw is not None:
         digest = _one_of(approval.approved(home), given.withdraw, "approved")
         approval.withdraw(home, digest)
-        print(f"code {digest}: not approved any more")
+        print(f"code {digest}: not approved any more; a run that was begun with it goes on until the site is restarted")
         return 0
     release, refused = release_bundle(), approval.refused(home)
     if given.list:

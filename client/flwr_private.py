@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE, SubStatus
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
-from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.constant import TaskType
@@ -54,7 +55,9 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from chexfound import bundle
 from chexfound.bundle import Bundle
+from chexfound.names import shown
 
+log = logging.getLogger("chexfound.client")
 RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may have, all texts
 POLL_S = (0.2, 3.0)  # between two questions for messages: a twentieth of the time without one, in these bounds
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
@@ -102,6 +105,7 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
     """
     retry_soon()
     sys.argv = ["flower-supernode", *arguments]
+    logging.getLogger("flwr").addFilter(_plain)
     connect = start_client_internal._init_connection
 
     @contextmanager
@@ -116,6 +120,17 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
 
     start_client_internal._init_connection = watched
     flower_supernode()
+
+
+def _plain(record: logging.LogRecord) -> bool:
+    """What the coordinator named is logged by Flower as it came; a newline in it would forge a line."""
+    if not isinstance(record.msg, str):  # an exception
+        record.msg = shown(record.msg)
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            argument if isinstance(argument, int | float) else shown(argument) for argument in record.args
+        )
+    return True
 
 
 class _Node:
@@ -150,7 +165,10 @@ class _Node:
         if self._draining:
             self.drain()
         self._told.state("idle")
-        if (got := self._receive()) is not None:
+        if (got := self._receive()) is not None and not _answerable(*got):
+            log.warning("event=dropped reason='a message without its own number, or one that is a reply'")
+            got = None
+        if got is not None:
             self._in_hand, self._busy = True, time.monotonic()
             about = got[0].metadata
             self._told.state("receiving", run=str(about.run_id), phase=about.message_type, round=about.group_id)
@@ -174,6 +192,15 @@ class _Node:
             self._told.state("draining")
         idle = (time.monotonic() - self._busy) / 20
         time.sleep(REPLY_POLL_S if seconds < 1 else min(max(idle, POLL_S[0]), POLL_S[1]))
+
+
+def _answerable(message: Message, objects: ObjectTree) -> bool:
+    """Whether Flower will hand a message to the worker under its number.
+
+    It would keep waiting for the reply to one that it will not; and take a "reply" that came in for the worker's.
+    """
+    about = message.metadata
+    return bool(about.message_id) and about.message_id == objects.object_id and not about.reply_to_message_id
 
 
 class _Admission:
@@ -201,8 +228,11 @@ class _Admission:
         content = stand_in(refused or "")
         self._fabs[run_id] = Fab(hashlib.sha256(content).hexdigest(), content, {})
         # A task of any other type would never be taken by the worker, and the SuperNode would wait for ever.
+        # Flower keeps the configuration, and with it a refusal, by the series that the coordinator names.
         return dataclasses.replace(
             run,
+            run_id=run_id,
+            series_id=run_id,
             override_config=given,
             fab_hash=self._fabs[run_id].hash_str,
             primary_task_type=TaskType.SERVER_APP,

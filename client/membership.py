@@ -27,18 +27,19 @@ from chexfound.roster import Address, Keys, Roster
 
 
 def make_keys(home: Path) -> tuple[Keys, bool]:
-    """The site's public keys, made if there are none yet; and whether they were.
+    """The site's public keys, each made if it is not there yet; and whether any was.
 
     Raises: DataError if there are some that cannot be read.
     """
     node, identity = home / "keys" / "node.key", home / "keys" / "identity.key"
-    made = not node.exists() and not identity.exists()
-    if made:
-        with storage(node):
-            node.parent.mkdir(parents=True, exist_ok=True)
-            os.chmod(node.parent, 0o700)
-        _write(identity, Ed25519PrivateKey.generate(), serialization.PrivateFormat.PKCS8)
-        _write(node, ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
+    with storage(node):
+        node.parent.mkdir(parents=True, exist_ok=True)
+        os.chmod(node.parent, 0o700)
+        made = not identity.exists() or not node.exists()  # one alone: it was killed between the two, or one was lost
+        if not identity.exists():
+            _write(identity, Ed25519PrivateKey.generate(), serialization.PrivateFormat.PKCS8)
+        if not node.exists():
+            _write(node, ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
     return public_keys(home), made
 
 
@@ -161,8 +162,16 @@ def present(home: Path) -> Federation:
 def approve(home: Path, federation: Federation) -> None:
     """From now on the site connects there, in this company."""
     values = roster.invitation(federation.name, federation.server, federation.authority, federation.sites)
-    write_text(home / "ca.crt", federation.authority)
     write_json(home / "federation.json", values)
+    authority_file(home, federation)
+
+
+def authority_file(home: Path, federation: Federation) -> Path:
+    """HOME/ca.crt, which Flower reads: as in what was approved, whatever it was; that is one file, and whole."""
+    path = home / "ca.crt"
+    if not path.is_file() or path.read_bytes() != federation.authority.encode():
+        write_text(path, federation.authority)
+    return path
 
 
 def check_own(name: str, keys: Keys, federation: Federation, where: str) -> None:

@@ -106,9 +106,11 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run until told to stop."""
+    from chexfound import logs
     from client import approval
     from client.flwr_private import run_supernode
 
+    logs.show()
     home = Path(sys.argv[1])
     run_supernode(sys.argv[2:], lambda content: approval.check(home, content), Status(home))
 

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sys
 import time
 from pathlib import Path
-
-import httpx
 
 from chexfound import logs
 from chexfound.processes import die_with_parent
@@ -61,10 +60,11 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
                 held = False
             time.sleep(min(max(idle / 20, POLL_S[0]), POLL_S[1]))
             continue
-        (home / "work.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (home / "work.json").unlink(missing_ok=True)
         try:
             tasks.answer(token, handle)
-        except httpx.HTTPError as error:
+        except Exception as error:  # noqa: BLE001 (a message that Flower cannot read raises anything; the next may do)
             log.warning("event=undelivered reason=%r", type(error).__name__)
         held, last = True, time.monotonic()
 

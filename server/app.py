@@ -12,7 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from chexfound import logs, roster
 from chexfound import recipe as recipes
-from chexfound.errors import ChexfoundError
+from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.journal import held
 from chexfound.roster import Roster
 from server import health
 from server.flwr_private import LocalGrid, retry_soon
@@ -93,8 +94,13 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, context)
         return
     logs.show()
+    folder = run_folder(context)
+    if held(folder / "journal.jsonl"):  # live.json, too, is that of the run which goes on there
+        error = ConfigError(f"{folder}: another process works at this run; stop it, or choose another folder")
+        log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
+        raise error
     retry_soon()
-    live = Live(run_folder(context), str(context.run_id))
+    live = Live(folder, str(context.run_id))
     observers.append(live)
     try:
         _run(grid, context, federation_sites())

@@ -14,10 +14,12 @@ DIR/runs/                  what runs leave
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +78,28 @@ class Federation:
 
         Raises: ConfigError.
         """
-        return roster.load(self.path("roster.json"))
+        path = self.path("roster.json")
+        sites = roster.load(path)
+        if sites.federation != self.name:
+            raise ConfigError(
+                f"{path}: of the federation {sites.federation!r}, and federation.yaml calls it {self.name!r}: sites "
+                "approved that name; change it back"
+            )
+        return sites
+
+    def connect(self) -> None:
+        """Tell Flower's command line where the SuperLink is; federation.yaml or the folder's place may have changed."""
+        path, address, authority = self.path("flower") / "config.toml", str(self.superlink), str(self.path("ca.crt"))
+        with contextlib.suppress(FileNotFoundError, tomllib.TOMLDecodeError, KeyError, TypeError):
+            told = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"][CONNECTION]
+            if (told["address"], told["root-certificates"]) == (address, authority):
+                return
+        quoted = json.dumps(authority, ensure_ascii=False).replace("\x7f", "\\u007f")
+        write_text(
+            path,
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+            f"root-certificates = {quoted}\n",
+        )
 
     def write_sites(self, sites: roster.Roster) -> None:
         """Change who is in it, and the file that goes to every site."""
@@ -153,11 +176,7 @@ def create(folder: Path, name: str, public: Address, listen: Address, superlink:
     with replace_file(result.path("superexec.secret"), 0o600) as temporary:
         temporary.write_bytes(secrets.token_hex(32).encode())
     result.write_sites(roster.Roster(federation=name, serial=0, sites={}))
-    write_text(
-        result.path("flower") / "config.toml",
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{superlink}"\n'
-        f"root-certificates = {json.dumps(str(result.path('ca.crt')))}\n",
-    )
+    result.connect()
     write_text(result.path("systemd") / "chexfound-server.service", unit)
     write_text(
         result.path("federation.yaml"), _TEMPLATE.format(**_texts(result))
@@ -177,7 +196,7 @@ _KEYS = ("name", "public", "listen", "superlink")
 
 
 def _texts(federation: Federation) -> dict[str, str]:
-    return {key: json.dumps(str(getattr(federation, key))) for key in _KEYS}
+    return {key: json.dumps(str(getattr(federation, key)), ensure_ascii=False) for key in _KEYS}
 
 
 def load(folder: Path) -> Federation:

@@ -47,6 +47,7 @@ def show(federation: Federation, arguments: Sequence[str]) -> str:
 
 
 def _run(federation: Federation, arguments: Sequence[str], said: str) -> subprocess.CompletedProcess[str]:
+    federation.connect()
     try:
         return subprocess.run(  # noqa: S603 (our own arguments, no shell)
             ["flwr", *arguments],  # noqa: S607 (the environment's path begins with this installation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def retry_soon() -> None:
         assert defaults is not None
         assert defaults.keys() >= sooner.keys()
         defaults.update(sooner)
+
+
+def pull_until(deadline: float) -> None:
+    """From then on (time.monotonic) wait no more for objects of a reply that are not there: it is not complete."""
+    defaults = inflatable_utils.pull_objects.__kwdefaults__
+    assert defaults is not None
+    assert "max_time" in defaults
+    defaults["max_time"] = max(deadline - time.monotonic(), 0.0)
 
 
 def node_key(node: NodeInfo) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from chexfound import signing, wire
 from chexfound.errors import ChexfoundError, CodeError, ProtocolError, RosterError, SiteError, VersionError
@@ -22,9 +23,10 @@ from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
 from server.exchange import Member, Missing, checked_roster
-from server.flwr_private import node_key
+from server.flwr_private import node_key, pull_until
 
 LOST = (3, 4, 5, 8)  # Flower's error codes after which it helps to ask again, see wire.FLOWER_ERRORS
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)  # of Flower, over what a site sent
 LOOK_S = 2.0  # between two looks at who is connected
 AGAIN_MAX = 8  # times that a site is asked one thing again
 Event = dict[str, Any]
@@ -76,13 +78,15 @@ class GridExchange:
         names = [member.name for member in before]
         nodes = self._wait(names)
         self._names, self._nodes = [self._name_of(node) for node in nodes], [node.node_id for node in nodes]
-        replies, senders = [], {}
+        replies: list[Reply] = []
+        senders: dict[str, int] = {}
         for node, reply in zip(nodes, self.ask([Request(phase="enrol") for _ in nodes]), strict=True):
-            if isinstance(reply, Reply):
-                replies.append(reply)
-                senders[str(reply.values.get("site"))] = node.node_id
-            elif reply is not None and recipe.federation.quorum_sites is None:
-                raise reply.error
+            outcome = self._checked(node, reply) if isinstance(reply, Reply) else reply
+            if isinstance(outcome, Reply):
+                replies.append(outcome)
+                senders[str(outcome.values.get("site"))] = node.node_id
+            elif outcome is not None and recipe.federation.quorum_sites is None:
+                raise outcome.error
         labels = [f"node {senders[str(reply.values.get('site'))]}" for reply in replies]
         members = {member.name: member for member in checked_roster(replies, labels)}
         quorum = recipe.federation.quorum_sites
@@ -95,6 +99,16 @@ class GridExchange:
         self._names = list(members)
         self._nodes = [senders.get(name, 0) for name in members]
         return list(members.values())
+
+    def _checked(self, node: NodeInfo, reply: Reply) -> Reply | Missing:
+        """An enrolment by itself: of several sites, one that cannot be is that site's fault alone."""
+        try:
+            checked_roster([reply], [f"node {node.node_id}"])
+        except ChexfoundError as error:
+            name = self._name_of(node)
+            self._tell({"event": "lost", "phase": "enrol", "round": 0, "site": name, "reason": error.code})
+            return Missing(reason=error.code, error=error)
+        return reply
 
     def _name_of(self, node: NodeInfo) -> str:
         """What a node is called until it has said who it is, and by its key if it has one."""
@@ -174,9 +188,8 @@ class GridExchange:
         pause, look_at = 0.02, time.monotonic() + LOOK_S
         while time.monotonic() < deadline:
             for message_id in list(one.ids):
-                for message in self.grid.pull_messages([message_id]):
-                    if (outcome := self._judged(one, message_id, message)) is not None:
-                        return outcome
+                if (outcome := self._pulled(one, message_id, deadline)) is not None:
+                    return outcome
             if not one.ids and not self.sites:
                 # A node without a key has another number when it comes back, and the run another site.
                 text = f"{self._where(one)}: is no longer connected; start it again and resume the run"
@@ -189,6 +202,23 @@ class GridExchange:
         seconds = self._recipe.federation.round_timeout_s
         text = f"{self._where(one)}: no reply within federation.round_timeout_s {seconds:g} s"
         return self._missing(one, "late", SiteError(text))
+
+    def _pulled(self, one: _Asked, message_id: str, deadline: float) -> Reply | Missing | None:
+        """What came of a request.
+
+        Flower raises what it likes over a reply whose parts are not what they say, and that is its sender's fault; and
+        it would wait for two hours for a part that does not come.
+        """
+        pull_until(deadline)
+        try:
+            messages = list(self.grid.pull_messages([message_id]))
+        except UNREADABLE as error:
+            text = f"{self._where(one)}: a reply that cannot be read ({type(error).__name__})"
+            return self._missing(one, ProtocolError.code, ProtocolError(text))
+        for message in messages:
+            if (outcome := self._judged(one, message_id, message)) is not None:
+                return outcome
+        return None
 
     def _look(self, pending: Sequence[_Asked], deadline: float) -> None:
         """Ask again who lost its request and is there."""
@@ -232,6 +262,8 @@ class GridExchange:
             refused = issubclass(kind, CodeError | RosterError | VersionError)
             return self._missing(one, kind.code, (kind if refused else SiteError)(text))
         try:
+            if not message.has_content():
+                raise ProtocolError("a reply without content")
             reply = wire.unpack_reply(message.content)
             self._verify(one, reply, message_id, message)
         except ProtocolError as error:

@@ -13,6 +13,7 @@ Bodies are streamed both ways, so that the memory does not depend on their size.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chexfound import __version__
 
@@ -48,6 +50,7 @@ VERSIONS = [(b"chexfound-version", __version__.encode()), (b"flower-version", me
 BODY_MAX = 64 * 2**20  # bytes; Flower cuts what is large into objects of 5 MB
 CONNECTIONS_MAX = 2048  # at once: 128 sites, each with its objects in flight
 SILENCE_S = 180.0  # in which nothing comes of the SuperLink's answer, as Flower's own limit for an object
+HEADERS_S = 30.0  # in which a request has to be there, with its headers, on a connection that is open
 HOP_BY_HOP = frozenset(
     b"connection expect host keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade".split()
@@ -150,7 +153,10 @@ def _kept(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 async def _body(receive: Receive) -> AsyncIterator[bytes]:
     size, more = 0, True
     while more:
-        event = await receive()
+        try:
+            event = await asyncio.wait_for(receive(), SILENCE_S)
+        except TimeoutError as error:
+            raise _Gone from error
         if event["type"] == "http.disconnect":
             raise _Gone
         part = event.get("body", b"")
@@ -160,6 +166,31 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
         more = event.get("more_body", False)
         if part:
             yield part
+
+
+class _Prompt(H11Protocol):
+    """uvicorn's, but a peer that asks for nothing does not keep its connection: all are counted, and few would do.
+
+    For TLS, before, asyncio gives it a minute.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        """A request is waited for."""
+        super().connection_made(transport)
+        self._expect(None)
+
+    def on_response_complete(self) -> None:
+        """The next one is, of which a part may be here."""
+        answered = self.cycle
+        super().on_response_complete()
+        self._expect(answered)
+
+    def _expect(self, last: Any) -> None:
+        self.loop.call_later(HEADERS_S, self._wait_no_longer, last)
+
+    def _wait_no_longer(self, last: Any) -> None:
+        if self.cycle is last and not self.transport.is_closing():
+            self.transport.abort()
 
 
 async def _answer(send: Send, status: int, body: bytes) -> None:
@@ -196,7 +227,7 @@ def server(
             Guard(f"{'https' if ca else 'http'}://{superlink}", verify),
             host=host,
             port=port,
-            http="h11",
+            http=_Prompt,
             ws="none",
             lifespan="on",
             ssl_certfile=certificate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -16,6 +17,8 @@ SCHEMA = 1
 
 class Live:
     """Follows a run's events.  Written whole each time, not durably: it tells of a process.
+
+    A disk that is full costs what is shown, not the run, nor the word on why it ended.
 
     Args:
         flower_run: Flower's number of the run.
@@ -59,10 +62,11 @@ class Live:
         return self._rounds.get(phase)
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / ".live.json.tmp"
-        temporary.write_text(json.dumps(self.values))
-        os.replace(temporary, self.folder / "live.json")
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.values))
+            os.replace(temporary, self.folder / "live.json")
 
 
 def _now() -> str:

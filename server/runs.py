@@ -8,14 +8,16 @@ The rest is the ServerApp's: recipe.yaml, journal.jsonl, live.json, rounds/; at 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
+import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from chexfound import bundle
 from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError, SiteError
+from chexfound.journal import held as journal_held
 from chexfound.journal import read_journal, storage, write_json, write_text
 from chexfound.roster import check_name
 from chexfound.schema import Recipe
@@ -77,9 +80,12 @@ class RunFolder:
         return read_journal(path) if path.is_file() else []
 
     def flower_run(self) -> str | None:
-        """Flower's number of the last submission; one by hand has it in live.json, or as its folder's name."""
+        """Flower's number of the last submission.
+
+        One by hand has it in live.json, or as its folder's name; so has one whose command was killed as it submitted.
+        """
         about, live = self.about(), self.live()
-        if about is not None:
+        if about is not None and (about["flower_runs"] or live is None):
             return about["flower_runs"][-1]["id"] if about["flower_runs"] else None
         return live["flower_run"] if live else self.name if self.name.isdigit() else None
 
@@ -256,8 +262,27 @@ def stage(app: Path) -> None:
 def resubmit(run: RunFolder) -> str:
     """Hand a run to the SuperLink again; it goes on after its last finished round.
 
-    Raises: ConfigError if it is done or is still running; SiteError.
+    Raises: ConfigError if it is done, is still running or is being submitted; SiteError.
     """
+    with _alone(run):
+        return _resubmit(run)
+
+
+@contextlib.contextmanager
+def _alone(run: RunFolder) -> Iterator[None]:
+    """Keep a second `resume` out: both would find that the run has ended, and two ServerApps share its folder."""
+    folder = os.open(run.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"run {run.name!r} is being submitted by another command") from error
+        yield
+    finally:
+        os.close(folder)
+
+
+def _resubmit(run: RunFolder) -> str:
     if run.done:
         raise ConfigError(f"run {run.name!r} is done: chexfound-server report {run.federation.folder} {run.name}")
     number = run.flower_run()
@@ -309,14 +334,7 @@ def _deserted(run: RunFolder) -> bool:
 
 def _held(run: RunFolder) -> bool:
     """Whether a process has its journal open."""
-    try:
-        with open(run.path / "journal.jsonl", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    return journal_held(run.path / "journal.jsonl")
 
 
 def await_end(run: RunFolder) -> None:

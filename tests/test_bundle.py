@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -158,3 +159,15 @@ def test_the_release_is_what_flower_builds_from_the_checkout() -> None:
     assert set(built.files) - {".info/CONTENT"} == set(bundle.release_files())
     assert {"chexfound/bundle.py", "client/app.py", "server/app.py", "pyproject.toml"} <= set(built.files)
     assert any(path.startswith("chexfound/presets/") for path in built.files)
+
+
+def test_many_entries_are_refused_before_they_are_listed() -> None:
+    """A list of 1.3 million took 27 s and 1.3 GB, in the SuperNode's own process."""
+    entry = b"PK\x01\x02" + bytes(24) + b"\x01\x00" + bytes(16) + b"a"
+    whole = entry * 1_300_000
+    content = whole + b"PK\x05\x06" + bytes(8) + len(whole).to_bytes(4, "little") + bytes(6)
+    assert len(content) < bundle.BYTES_MAX
+    start = time.monotonic()
+    with pytest.raises(ProtocolError, match="more than 2000 files"):
+        bundle.read(content)
+    assert time.monotonic() - start < 2

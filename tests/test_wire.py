@@ -466,6 +466,18 @@ def test_different_contents_have_different_hashes(one: dict[str, Any], other: di
     assert (wire.payload_sha256(RecordDict(one)) == wire.payload_sha256(RecordDict(other))) == same
 
 
+def test_an_array_is_not_taken_for_a_record() -> None:
+    """Names are the sender's: one that reads as an array's header, and data that reads as a record's kind."""
+    header = json.dumps(["y", "float32", [6], ""])
+
+    def array(data: bytes) -> Array:
+        return Array("float32", (len(data),), "", data)
+
+    one = {"A": ArrayRecord({"x": array(b"1"), "y": array(b"arrays"), "z": array(b"3")})}
+    other = {"A": ArrayRecord({"x": array(b"1")}), header: ArrayRecord({"z": array(b"3")})}
+    assert wire.payload_sha256(RecordDict(one)) != wire.payload_sha256(RecordDict(other))
+
+
 @given(contents, st.randoms(use_true_random=False))
 def test_the_order_of_records_does_not_matter_nor_the_signature(records: dict[str, Any], lots: Any) -> None:
     names = list(records)
@@ -486,3 +498,12 @@ def test_the_order_of_records_does_not_matter_nor_the_signature(records: dict[st
 def test_a_record_that_we_do_not_send_is_not_hashed_over() -> None:
     with pytest.raises(ProtocolError, match="holds a MetricRecord"):
         wire.payload_sha256(RecordDict({"x": MetricRecord({"y": 1})}))
+
+
+@pytest.mark.parametrize(
+    "findings", [["a", "a"], [""], ["a\n"], ["\x1b[2J"], ["a" * 201], [str(number) for number in range(5000)]]
+)
+def test_findings_that_no_recipe_has(findings: list[str]) -> None:
+    """They go into logs, results and the size of what a site makes."""
+    with pytest.raises(ProtocolError, match="findings are too many, named twice, or no names"):
+        wire.unpack_request(wire.pack_request(Request(phase="adapt", findings=tuple(findings))))

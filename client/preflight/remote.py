@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import email.utils
 import math
+import re
 import socket
 import ssl
 import time
@@ -22,6 +23,7 @@ from client.preflight.checks import Finding, Subject, failed, ok, warning
 CLOCK_S = (60.0, 2.0)  # behind the coordinator's and ahead of it: more is warned of
 DATE_S = datetime.timedelta(seconds=1)  # by which a Date header is late: cut to seconds, and up to one of them old
 EXPIRY_DAYS = 30
+VERSION = r"\d[\w.+!-]{0,40}"
 OTHER_NAME = (62, 64)  # OpenSSL's verification codes: of a host name, of an address
 UPLINK_MBIT_S = 4.0  # less is warned of: the slowest that hospitals have had in the field
 VITL_BYTES = 1_220_000_000  # its backbone in float32, one way
@@ -179,7 +181,8 @@ def versions(subject: Subject) -> Finding:
     """Both ends have one release, and one minor version of Flower."""
     assert subject.contact.response is not None  # `coordinator` has been well
     headers, ours = subject.contact.response.headers, metadata.version("flwr")
-    theirs = headers.get("chexfound-version"), headers.get("flower-version")
+    told = [headers.get(name, "") for name in ("chexfound-version", "flower-version")]
+    theirs = [text if re.fullmatch(VERSION, text, re.ASCII) else None for text in told]  # it may be typed after pip
     here = f"chexfound {__version__} and Flower {ours} here"
     if None in theirs:
         return ok(f"{here}; the coordinator does not tell its own. A run of another release would be refused")

@@ -99,7 +99,9 @@ def test_sigint_is_how_it_leaves() -> None:
 
 
 def test_a_run_has_the_fields_that_are_replaced() -> None:
-    assert {"override_config", "fab_hash", "primary_task_type"} <= {field.name for field in dataclasses.fields(Run)}
+    assert {"run_id", "series_id", "override_config", "fab_hash", "primary_task_type"} <= {
+        field.name for field in dataclasses.fields(Run)
+    }
     assert [field.name for field in dataclasses.fields(Fab)] == ["hash_str", "content", "verifications"]
 
 
@@ -390,6 +392,50 @@ def test_a_configuration_that_this_release_does_not_know(site: Site, config: dic
     assert set(site.configs[0]) == {"recipe", "backbone", "run-dir", "refused"}
     assert all(type(value) is str for value in site.configs[0].values())
     assert len(site.replies) == 1
+
+
+# ---- a coordinator that says of a run what is of another
+
+
+def test_a_run_is_not_admitted_by_another_one_of_its_series(site: Site) -> None:
+    """Flower keeps a run's configuration by the run's series, which the coordinator names."""
+    bad, good = site.run(THEIRS), site.run(OURS)
+    site.runs = {number: dataclasses.replace(run, series_id=5) for number, run in site.runs.items()}
+    for number in (bad, good, bad, good):
+        site.message(number)
+    serve(site)
+    assert [config["refused"] for config in site.configs] == ["not approved here", "", "not approved here", ""]
+
+
+def test_a_run_of_another_number_than_was_asked_for(site: Site) -> None:
+    """Else the worker could not be given it, and the SuperNode would wait for its reply for ever."""
+    number = site.run(OURS)
+    site.runs[number] = dataclasses.replace(site.runs[number], run_id=77)
+    site.message(number)
+    serve(site)
+    assert len(site.replies) == 1
+    assert site.factory.state().get_run(77) is None
+
+
+@pytest.mark.parametrize("change", [{"_message_id": ""}, {"_message_id": "0" * 64}, {"_reply_to_message_id": "x"}])
+def test_a_message_that_flower_would_wait_for_in_vain_is_dropped(site: Site, change: dict[str, str]) -> None:
+    """Without its own number, or as a reply: the worker would find none, and the SuperNode wait for its answer."""
+    number = site.run(OURS)
+    site.message(number)
+    site.queue[0][0].metadata.__dict__.update(change)
+    site.message(number)
+    serve(site)
+    assert len(site.replies) == len(site.configs) == 1
+    assert site.states.count("receiving") == 2  # of the second alone: the message, and its run
+
+
+def test_the_log_shows_a_coordinators_names_on_their_line(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    number = site.run(OURS)
+    site.message(number)
+    site.queue[0][0].metadata.__dict__["_group_id"] = "3]\n12:00:00 all is well\x1b[2J"
+    serve(site)
+    assert "ROUND 3]\\n12:00:00 all is well\\x1b[2J]" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 # ---- told to leave

@@ -53,6 +53,16 @@ def test_keys_are_made_once_and_stay(home: Path, capsys: pytest.CaptureFixture[s
         assert (home / "keys" / name).read_bytes() not in first
 
 
+@pytest.mark.parametrize("lost", ["node.key", "identity.key"])
+def test_a_key_that_is_missing_is_made(home: Path, lost: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As "chexfound-client enrol makes one" says, also where enrol was killed between the two."""
+    before = roster.read_public_file(enrol().read_text(), "x")
+    (home / "keys" / lost).unlink()
+    after = roster.read_public_file(enrol().read_text(), "x")
+    assert "made its keys" in capsys.readouterr().out
+    assert (before.node == after.node, before.identity == after.identity) == (lost != "node.key", lost == "node.key")
+
+
 def test_flower_reads_the_nodes_key(home: Path) -> None:
     import argparse
 
@@ -82,6 +92,16 @@ def test_the_file_that_comes_back_is_approved(
     assert held is not None
     assert held.sites == coordinator.sites()
     assert (home / "ca.crt").read_text() == coordinator.path("ca.crt").read_text()
+
+
+def test_the_authority_is_that_of_what_was_approved(home: Path, coordinator: federations.Federation) -> None:
+    """Whether approve was killed between its two files, or one was changed since."""
+    file = add(coordinator, "NORTH", enrol())
+    assert cli.main(["roster", "approve", str(file), "--yes"]) == 0
+    held = membership.approved(home)
+    assert held is not None
+    (home / "ca.crt").write_text("another")
+    assert membership.authority_file(home, held).read_text() == held.authority
 
 
 @pytest.mark.parametrize(("word", "code"), [("no", 6), ("", 6), ("y", 6), ("yes", 0), ("YES ", 0)])

@@ -341,6 +341,13 @@ def test_another_release_at_the_coordinator(
     assert remedy in one.remedy
 
 
+def test_a_version_is_never_a_command(prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is typed as it stands: pip install …==VERSION."""
+    monkeypatch.setattr(guard, "VERSIONS", [(b"chexfound-version", b"9 --index-url http://x/"), guard.VERSIONS[1]])
+    found = check(prepare())["versions"]
+    assert "--index-url" not in found.text + str(found.remedy)
+
+
 def test_a_coordinator_behind_another_door_tells_no_version(
     prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

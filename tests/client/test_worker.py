@@ -35,6 +35,8 @@ class Tasks:
         self.handled.append((token, handle))
         if token == "lost":
             raise httpx.ConnectError("the SuperNode is gone")
+        if token == "unreadable":
+            raise ValueError("as Flower says of a message that cannot be inflated")
 
 
 class Clock:
@@ -74,6 +76,16 @@ def test_a_reply_that_was_not_delivered_does_not_end_it(
     tasks = work(tmp_path, None, "lost", "next")
     assert [token for token, _ in tasks.handled] == ["lost", "next"]
     assert "event=undelivered reason='ConnectError'" in caplog.text
+
+
+def test_a_message_that_cannot_be_read_does_not_end_it(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its models would be lost, and it would be away for 5 to 60 s each time: at the coordinator's will."""
+    tasks = work(tmp_path, "unreadable", "next")
+    assert [token for token, _ in tasks.handled] == ["unreadable", "next"]
+    assert "event=undelivered reason='ValueError'" in caplog.text
+    assert "inflated" not in caplog.text
 
 
 def test_a_message_of_a_type_that_nobody_knows_is_answered(tmp_path: Path, clock: Clock, make_message: Any) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,33 @@ def test_what_is_made_is_read_back_and_private(made: Federation) -> None:
     assert stat.S_IMODE(made.folder.stat().st_mode) == 0o700
     assert b"PRIVATE" not in made.site_file.read_bytes()
     assert made.path("superexec.secret").read_text() not in made.site_file.read_text()
+
+
+@pytest.mark.parametrize("name", ["thorax \U0001fac1", 'a "quoted" \\ name', "胸部𠮷"])
+def test_any_name_that_may_be_given_is_read_back(tmp_path: Path, name: str) -> None:
+    here = Address("127.0.0.1", 1)
+    made = federation.create(tmp_path / name, name, here, here, here)
+    assert federation.load(made.folder) == made
+    told = tomllib.loads((made.path("flower") / "config.toml").read_text())["superlink"]["federation"]
+    assert told == {"address": "127.0.0.1:1", "root-certificates": str(made.path("ca.crt"))}
+
+
+def test_a_change_of_the_superlink_or_of_the_folder_reaches_flowers_command_line(made: Federation) -> None:
+    path = made.path("federation.yaml")
+    path.write_text(path.read_text().replace(f'"{made.superlink}"', '"127.0.0.1:9"'))
+    moved = made.folder.rename(made.folder.with_name("moved"))
+    with pytest.raises(SiteError):
+        flower_cli.ask(federation.load(moved), ["list", "federation"])
+    told = tomllib.loads((moved / "flower" / "config.toml").read_text())["superlink"]["federation"]
+    assert told == {"address": "127.0.0.1:9", "root-certificates": str(moved / "ca.crt")}
+
+
+def test_another_name_in_federation_yaml_is_told(made: Federation) -> None:
+    """Sites would say of the file that it is no coordinator's, and refuse each run."""
+    path = made.path("federation.yaml")
+    path.write_text(path.read_text().replace('"thorax"', '"abdomen"'))
+    with pytest.raises(ConfigError, match="of the federation 'thorax', and federation.yaml calls it 'abdomen'"):
+        federation.load(made.folder).sites()
 
 
 def test_a_folder_in_use_is_refused(made: Federation, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.inflatable import inflatable_utils
 
 from chexfound import signing, wire
 from chexfound.errors import ConfigError, DataError, ProtocolError, SiteError
@@ -207,6 +208,16 @@ def test_a_bad_enrolment_names_its_sender(quick: Any, change: dict[str, Any], me
         GridExchange(Scripted({9: node("A"), 7: node("B", **change)})).enrol(quick)
 
 
+def test_with_a_quorum_a_bad_enrolment_is_one_that_did_not_come(quick: Any) -> None:
+    """Else any one site ends every run, also one that could do without it."""
+    told: list[dict[str, Any]] = []
+    nodes = {1: node("A"), 2: node("B"), 3: node("C", store_sha256="?")}
+    exchange = GridExchange(Scripted(nodes), on_event=told.append)
+    members = exchange.enrol(set_federation(quick, min_sites=2, quorum_sites=2))
+    assert [member.name for member in members] == ["A", "B"]
+    assert [(one["site"], one["reason"]) for one in told if one["event"] == "lost"] == [("node 3", "protocol")]
+
+
 # -- replies that do not come
 
 
@@ -239,6 +250,37 @@ def test_a_reply_that_cannot_be_read_names_the_site(quick: Any) -> None:
     missing = second_of(quick, lambda message: Message(RecordDict(), reply_to=message))
     assert missing.reason == "protocol"
     assert "site 'B' in pretrain, round 3: the message holds no readable 'reply'" in str(missing.error)
+
+
+def never_inflated(message: Message) -> Message:
+    raise KeyError("as Flower says of an object that is none")
+
+
+def empty(message: Message) -> Message:
+    reply = Message(RecordDict(), reply_to=message)
+    reply.__dict__["_content"] = None
+    return reply
+
+
+@pytest.mark.parametrize("later", [never_inflated, empty])
+def test_a_reply_that_flower_cannot_read_is_its_sites_fault(quick: Any, later: Answer) -> None:
+    """It ended the run, of whatever quorum: the objects of a reply are named by their hash, and hold anything."""
+    missing = second_of(quick, later)
+    assert missing.reason == "protocol"
+    assert "site 'B' in pretrain, round 3: " in str(missing.error)
+
+
+def test_the_parts_of_a_reply_are_waited_for_until_the_deadline(quick: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(inflatable_utils.pull_objects.__kwdefaults__, "max_time", 7200)
+    limits: list[float] = []
+    second_of(quick, lambda message: limits.append(inflatable_utils.pull_objects.__kwdefaults__["max_time"]))
+    assert 0 <= limits[-1] <= limits[0] <= 0.3
+
+    def unavailable(object_id: str) -> bytes:
+        raise inflatable_utils.ObjectUnavailableError(object_id)
+
+    with pytest.raises(inflatable_utils.ObjectPullError):
+        inflatable_utils.pull_objects(["0" * 64], unavailable, initial_backoff=0.01)
 
 
 def test_a_node_without_a_key_does_not_come_back(patient: Any) -> None:

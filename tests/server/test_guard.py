@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 
@@ -125,6 +126,31 @@ def test_a_peer_that_hangs_up_costs_nothing(door: int, behind: Behind) -> None:
         peer.sendall(request("POST", "/v1/fleet/push-object", b"x").replace(b"Length: 1", b"Length: 100"))
     assert b" 200 " in ask(door, request("POST", "/v1/fleet/push-object", b"x"))
     assert [length for *_, length in behind.seen] == [1]
+
+
+@pytest.mark.parametrize("before", [b"", b"POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\n", None])
+def test_a_peer_that_asks_for_nothing_does_not_keep_its_connection(
+    door: int, monkeypatch: pytest.MonkeyPatch, before: bytes | None
+) -> None:
+    """There are 2048 for all; whoever reaches the port could take them, and every site got a 503."""
+    monkeypatch.setattr(guard, "HEADERS_S", 0.3)
+    with socket.create_connection(("127.0.0.1", door), timeout=5) as peer:
+        if before is None:  # one request, and a part of another
+            peer.sendall(request("GET", "/health").replace(b"close", b"keep-alive"))
+            assert b" 200 " in peer.recv(10_000)
+            before = b"GET"
+        peer.sendall(before)
+        with contextlib.suppress(ConnectionResetError):
+            while peer.recv(10_000):
+                pass
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(door: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE_S", 0.3)
+    with socket.create_connection(("127.0.0.1", door), timeout=5) as peer:
+        peer.sendall(request("POST", "/v1/fleet/push-object", b"x").replace(b"Length: 1", b"Length: 100"))
+        while peer.recv(10_000):
+            pass
 
 
 def test_a_superlink_that_is_down_is_said() -> None:

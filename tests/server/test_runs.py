@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError, SiteError
 from chexfound.journal import Journal
-from server import runs
+from server import app, runs
+from server.live import Live
 from server.runs import RunFolder
 
 
@@ -114,6 +116,52 @@ def test_a_run_that_goes_on_is_left_alone(submitted: RunFolder, flwr: Any, live:
         with pytest.raises(ConfigError, match=f"run 'first' is {status}; see it with .* watch .* first"):
             runs.resubmit(submitted)
     assert flwr.statuses == {"100": status}
+
+
+def test_two_resumes_at_once_are_one(submitted: RunFolder, flwr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two ServerApps share the folder, and the one that goes on is the one that nobody finds to stop."""
+    flwr.statuses["100"] = "finished:failed"
+    submit = runs.submit
+
+    def meanwhile(run: RunFolder) -> str:
+        with pytest.raises(ConfigError, match="'first' is being submitted by another command"):
+            runs.resubmit(run)
+        return submit(run)
+
+    monkeypatch.setattr(runs, "submit", meanwhile)
+    assert runs.resubmit(submitted) == "101"
+    assert len(flwr.statuses) == 2
+
+
+def test_a_run_whose_command_was_killed_as_it_submitted(submitted, live, flwr) -> None:
+    """It goes on: it can be stopped, and is not submitted again."""
+    live(submitted, "pretrain")
+    about = submitted.about()
+    (submitted.path / "run.json").write_text(json.dumps(about | {"flower_runs": []}))
+    with Journal(submitted.path / "journal.jsonl"), pytest.raises(ConfigError, match="is running"):
+        runs.resubmit(submitted)
+    assert runs.stop(submitted)
+
+
+def test_a_second_serverapp_leaves_the_first_ones_word(submitted, live, monkeypatch) -> None:
+    live(submitted, "pretrain")
+    before = (submitted.path / "live.json").read_bytes()
+    monkeypatch.setattr(app.logs, "show", lambda: None)
+    context = Context(
+        run_id=2, node_id=1, node_config={}, state=RecordDict(), run_config={"run-dir": str(submitted.path)}
+    )
+    with Journal(submitted.path / "journal.jsonl"), pytest.raises(ConfigError, match="another process works at"):
+        app.main(object(), context)
+    assert (submitted.path / "live.json").read_bytes() == before
+
+
+def test_a_full_disk_costs_what_is_shown_alone(submitted: RunFolder) -> None:
+    """And never the error's text, which is logged after it was shown."""
+    (submitted.path / ".live.json.tmp").mkdir()
+    told = Live(submitted.path, "100")
+    told({"event": "asked", "phase": "enrol", "round": 0, "sites": ["NORTH"]})
+    told.failed(SiteError("x"))
+    assert told.values["state"] == "failed"
 
 
 def test_a_run_whose_serverapp_was_killed_is_stopped_first(submitted, flwr, live, monkeypatch) -> None:
