@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 
 from chexfound import errors
-from chexfound.errors import CheckpointError, ChexfoundError, ConfigError, DataError, Problems, StateError
+from chexfound.errors import (
+    CheckpointError,
+    ChexfoundError,
+    CodeError,
+    ConfigError,
+    DataError,
+    Problems,
+    RosterError,
+    StateError,
+    VersionError,
+)
 
 
 def test_each_kind_has_its_own_exit_code_and_word():
@@ -18,7 +28,8 @@ def test_each_kind_has_its_own_exit_code_and_word():
         7: "site",
         8: "storage",
     }
-    assert errors.CODES == {kind.code: kind for kind in [*kinds, StateError]}
+    finer = [StateError, VersionError, CodeError, RosterError]
+    assert errors.CODES == {kind.code: kind for kind in [*kinds, *finer]}
     assert StateError.exit_code == CheckpointError.exit_code
 
 
