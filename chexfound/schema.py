@@ -316,6 +316,12 @@ class Recipe:
         return self.train.rounds + sum(stage.rounds for stage in self.curriculum)
 
     @property
+    def rounds(self) -> dict[str, int]:
+        """Rounds of each phase of this run that has some."""
+        numbers = {"pretrain": self.pretrain_rounds, "adapt": self.adapt.rounds}
+        return {phase: number for phase, number in numbers.items() if phase in self.phases}
+
+    @property
     def pretrain_steps(self) -> int:
         """Global steps of pretraining, all stages together."""
         return self.pretrain_rounds * self.train.local_steps

@@ -57,8 +57,7 @@ class Live:
     def _of(self, phase: str) -> int | None:
         path = self.folder / "recipe.yaml"
         if not self._rounds and path.exists():
-            recipe = recipes.load(path)
-            self._rounds = {"pretrain": recipe.pretrain_rounds, "adapt": recipe.adapt.rounds}
+            self._rounds = recipes.load(path).rounds
         return self._rounds.get(phase)
 
     def _write(self) -> None:

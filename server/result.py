@@ -17,12 +17,6 @@ from server.run import Outcome
 SCHEMA = 1
 
 
-def rounds(recipe: Recipe) -> dict[str, int]:
-    """Rounds of each phase that the recipe has."""
-    numbers = {"pretrain": recipe.pretrain_rounds, "adapt": recipe.adapt.rounds}
-    return {phase: number for phase, number in numbers.items() if phase in recipe.phases}
-
-
 def costs(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
     """Seconds and payload bytes by phase, added up from a run's journal."""
     seconds: dict[str, float] = {}
@@ -90,7 +84,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "model_sha256": {"federated": outcome.model_sha256},
         "seconds": {f"federated/{phase}": value for phase, value in seconds.items()},
         "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
-        "rounds": rounds(recipe),
+        "rounds": recipe.rounds,
         "replicates": [],
         "across_seeds": [],
         "not_trained": [],

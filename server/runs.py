@@ -190,18 +190,12 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
     write_text(made.path / "recipe.yaml", recipes.to_yaml(recipe))
     about: dict[str, Any] = {
         "recipe": recipe.name,
-        "rounds": rounds(recipe),
+        "rounds": recipe.rounds,
         "backbone": given.get("backbone"),
         "flower_runs": [],
     }
     write_json(made.path / "run.json", {"schema": SCHEMA, **about})
     return made
-
-
-def rounds(recipe: Recipe) -> dict[str, int]:
-    """Rounds of each phase that has some."""
-    numbers = {"pretrain": recipe.pretrain_rounds, "adapt": recipe.adapt.rounds}
-    return {phase: number for phase, number in numbers.items() if phase in recipe.phases}
 
 
 def _new_folder(federation: Federation, name: str | None, recipe: str) -> RunFolder:
