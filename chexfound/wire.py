@@ -67,6 +67,7 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
     RosterError: "its operator has not approved the federation's present sites: give it the present "
     "NAME.federation.json, for chexfound-client roster approve",
 }
+INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -86,12 +87,17 @@ _Side = Annotated[int, Field(ge=0, strict=True)]
 _table_adapter = TypeAdapter(list[tuple[str, str, Annotated[list[_Side], Field(max_length=16)]]])
 
 
-def _pack_tensors(tensors: dict[str, Tensor]) -> dict[str, ArrayRecord | ConfigRecord]:
+def _pack_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, str | bytes], dict[str, ArrayRecord]]:
     """Tensors as one flat array a dtype, and the table by which they are cut out again.
 
-    Flower moves every array by requests of its own at each of six hops: the 184 tensors of the demo's
-    student and teacher, sent one by one, cost more than their training.
+    Flower moves every record and every array by requests of its own at each of six hops: the 184 tensors of the
+    demo's student and teacher, sent one by one, cost more than their training.  So the table, and arrays of
+    `INLINE_BYTES` together or less, go into the message's own record.
+
+    Returns: what goes there (`tensors`: the table; `float32`, `float64`: raw values), and the message's other records.
     """
+    if not tensors:
+        return {}, {}
     parts: dict[str, list[np.ndarray]] = {}
     table = []
     for name, tensor in tensors.items():
@@ -100,8 +106,29 @@ def _pack_tensors(tensors: dict[str, Tensor]) -> dict[str, ArrayRecord | ConfigR
             raise ProtocolError(f"tensor {name!r}: dtype {data.dtype.name} does not travel")
         parts.setdefault(data.dtype.name, []).append(data.reshape(-1))
         table.append([name, data.dtype.name, list(data.shape)])
-    arrays = {dtype: Array(np.concatenate(flat)) for dtype, flat in parts.items()}
-    return {"arrays": ArrayRecord(arrays), "table": ConfigRecord({"json": json.dumps({"tensors": table})})}
+    own: dict[str, str | bytes] = {"tensors": json.dumps({"tensors": table})}
+    arrays = {dtype: np.concatenate(flat) for dtype, flat in parts.items()}
+    if sum(array.nbytes for array in arrays.values()) <= INLINE_BYTES:
+        return own | {
+            dtype: array.astype(array.dtype.newbyteorder("<")).tobytes() for dtype, array in arrays.items()
+        }, {}
+    return own, {"arrays": ArrayRecord({dtype: Array(array) for dtype, array in arrays.items()})}
+
+
+def _flat_arrays(content: RecordDict, own: ConfigRecord) -> dict[str, np.ndarray]:
+    """The arrays of a message by dtype, from its own record or from one beside it."""
+    inline = [name for name in DTYPES if name in own]
+    if "arrays" in content.array_records:
+        if inline:
+            raise ProtocolError("the message holds arrays in two places")
+        return {name: _flat_array(name, array) for name, array in content.array_records["arrays"].items()}
+    flat = {}
+    for name in inline:
+        data, dtype = own[name], np.dtype(name).newbyteorder("<")
+        if not isinstance(data, bytes) or len(data) % dtype.itemsize:
+            raise ProtocolError(f"array {name!r} cannot be read")
+        flat[name] = np.frombuffer(data, dtype).astype(name)
+    return flat
 
 
 def _flat_array(name: str, array: Array) -> np.ndarray:
@@ -116,14 +143,12 @@ def _flat_array(name: str, array: Array) -> np.ndarray:
     return data
 
 
-def _tensors(content: RecordDict) -> dict[str, Tensor]:
-    if "arrays" not in content.array_records:
-        return {}
-    left = {name: _flat_array(name, array) for name, array in content.array_records["arrays"].items()}
-    if not left and "table" not in content.config_records:
+def _tensors(content: RecordDict, key: str) -> dict[str, Tensor]:
+    left = _flat_arrays(content, content.config_records[key])
+    if not left and "tensors" not in content.config_records[key]:
         return {}
     result = {}
-    for name, dtype, shape in _table(content):
+    for name, dtype, shape in _table(content, key):
         size = math.prod(shape)
         if name in result or dtype not in left or size > left[dtype].size:
             raise ProtocolError(f"tensor {name!r}: listed twice, or not in the arrays that came with it")
@@ -144,9 +169,9 @@ def _number(text: str) -> float:
     return value
 
 
-def _table(content: RecordDict) -> list[tuple[str, str, list[int]]]:
+def _table(content: RecordDict, key: str) -> list[tuple[str, str, list[int]]]:
     try:
-        return _table_adapter.validate_python(_json(content, "table").get("tensors"))
+        return _table_adapter.validate_python(_json(content, key, "tensors").get("tensors"))
     except ValidationError as error:
         raise ProtocolError("the message's list of tensors is malformed") from error
 
@@ -170,15 +195,15 @@ def pack_request(request: Request, sites: Roster | None = None) -> RecordDict:
 def pack_requests(requests: Sequence[Request], sites: Roster | None = None) -> list[RecordDict]:
     """As `pack_request`; tensors that several requests share are packed, and held in memory, once."""
     terms = json.dumps({"version": chexfound.__version__, "roster": sites and sites.as_dict()})
-    packed: dict[int, dict[str, ArrayRecord | ConfigRecord]] = {}
+    packed: dict[int, tuple[dict[str, str | bytes], dict[str, ArrayRecord]]] = {}
     contents = []
     for request in requests:
         if id(request.tensors) not in packed:
             packed[id(request.tensors)] = _pack_tensors(request.tensors)
         fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-        # In one record: Flower moves each by requests of its own, at each of six hops.
-        of_request = ConfigRecord({"terms": terms, "json": json.dumps(fields)})
-        contents.append(RecordDict({"request": of_request, **packed[id(request.tensors)]}))
+        own, others = packed[id(request.tensors)]
+        of_request = ConfigRecord({"terms": terms, "json": json.dumps(fields), **own})
+        contents.append(RecordDict({"request": of_request, **others}))
     return contents
 
 
@@ -223,13 +248,14 @@ def unpack_request(content: RecordDict) -> Request:
     ):
         raise ProtocolError("the request's findings are too many, named twice, or no names")
     values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
-    return Request(tensors=_tensors(content), **values)
+    return Request(tensors=_tensors(content, "request"), **values)
 
 
 def pack_reply(reply: Reply) -> RecordDict:
     """A reply as a message's content (what leaves must have passed `client.egress`)."""
     text = json.dumps(reply.values, allow_nan=False)
-    return RecordDict({"reply": ConfigRecord({"json": text}), **_pack_tensors(reply.tensors)})
+    own, others = _pack_tensors(reply.tensors)
+    return RecordDict({"reply": ConfigRecord({"json": text, **own}), **others})
 
 
 def unpack_reply(content: RecordDict) -> Reply:
@@ -237,7 +263,8 @@ def unpack_reply(content: RecordDict) -> Reply:
 
     Raises: ProtocolError.
     """
-    return Reply(tensors=_tensors(content), values=_json(content, "reply"))
+    values = _json(content, "reply")
+    return Reply(tensors=_tensors(content, "reply"), values=values)
 
 
 def payload_sha256(content: RecordDict) -> bytes:

@@ -173,7 +173,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 @given(st.integers(0, 143), st.integers(1, 255))
 def test_a_changed_byte_gives_an_array_or_our_error(place: int, change: int) -> None:
-    sent = wire.pack_reply(Reply(tensors={"x": torch.arange(4.0)}))
+    sent = with_table(["x", "float32", [4]], values=4)
     data = bytearray(sent.array_records["arrays"]["float32"].data)
     data[place] ^= change
     sent["arrays"] = ArrayRecord({"float32": array(bytes(data))})
@@ -184,17 +184,20 @@ def test_a_changed_byte_gives_an_array_or_our_error(place: int, change: int) -> 
     assert (tensors["x"].dtype, tensors["x"].shape) == (torch.float32, (4,))
 
 
-def with_table(*rows: Any, names: tuple[str, ...] = ("float32",)) -> RecordDict:
-    """A reply of one flat array of six numbers, with a table of one's own."""
-    whole = content("{}", {name: array(saved(np.arange(6, dtype=name))) for name in names}, "reply")
-    whole["table"] = ConfigRecord({"json": json.dumps({"tensors": list(rows)})})
-    return whole
+def with_table(*rows: Any, names: tuple[str, ...] = ("float32",), inline: bool = False, values: int = 6) -> RecordDict:
+    """A reply of one flat array of six numbers, beside its record or in it, with a table of one's own."""
+    arrays = {name: np.arange(values, dtype=name) for name in names}
+    own: dict[str, Any] = {"json": "{}", "tensors": json.dumps({"tensors": list(rows)})}
+    if inline:
+        return RecordDict({"reply": ConfigRecord(own | {name: data.tobytes() for name, data in arrays.items()})})
+    beside = ArrayRecord({name: array(saved(data)) for name, data in arrays.items()})
+    return RecordDict({"reply": ConfigRecord(own), "arrays": beside})
 
 
-def test_the_table_cuts_the_flat_array() -> None:
-    back = wire.unpack_reply(
-        with_table(["a", "float32", [2, 2]], ["b", "float32", []], ["c", "float32", [0, 7]], ["d", "float32", [1]])
-    )
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_table_cuts_the_flat_array(inline: bool) -> None:
+    rows = [["a", "float32", [2, 2]], ["b", "float32", []], ["c", "float32", [0, 7]], ["d", "float32", [1]]]
+    back = wire.unpack_reply(with_table(*rows, inline=inline))
     assert {name: tensor.tolist() for name, tensor in back.tensors.items()} == {
         "a": [[0, 1], [2, 3]],
         "b": 4,
@@ -203,6 +206,7 @@ def test_the_table_cuts_the_flat_array() -> None:
     }
 
 
+@pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize(
     "rows",
     [
@@ -231,18 +235,43 @@ def test_the_table_cuts_the_flat_array() -> None:
     ],
     ids=lambda rows: str(rows)[:40],
 )
-def test_a_table_that_does_not_fit(rows: Any) -> None:
+def test_a_table_that_does_not_fit(rows: Any, inline: bool) -> None:
     with pytest.raises(ProtocolError, match="tensor|more than the tensors"):
-        wire.unpack_reply(with_table(*rows))
+        wire.unpack_reply(with_table(*rows, inline=inline))
 
 
-def test_a_table_without_arrays_and_arrays_without_a_table() -> None:
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_table_without_arrays_and_arrays_without_a_table(inline: bool) -> None:
     with pytest.raises(ProtocolError, match="not in the arrays"):
-        wire.unpack_reply(with_table(["a", "float32", [6]], names=()))
-    alone = with_table(["a", "float32", [6]])
-    del alone["table"]
-    with pytest.raises(ProtocolError, match="no readable 'table'"):
+        wire.unpack_reply(with_table(["a", "float32", [6]], names=(), inline=inline))
+    alone = with_table(["a", "float32", [6]], inline=inline)
+    del alone["reply"]["tensors"]
+    with pytest.raises(ProtocolError, match="no readable 'tensors'"):
         wire.unpack_reply(alone)
+
+
+def test_arrays_in_the_record_that_are_none_or_stand_beside_it_too() -> None:
+    for data in (b"1234567", "12345678", [1, 2], 12345678):
+        whole = with_table(["a", "float32", [2]], names=())
+        whole["reply"]["float32"] = data
+        del whole["arrays"]
+        with pytest.raises(ProtocolError, match="array 'float32' cannot be read"):
+            wire.unpack_reply(whole)
+    twice = with_table(["a", "float32", [6]])
+    twice["reply"]["float32"] = b"1234"
+    with pytest.raises(ProtocolError, match="in two places"):
+        wire.unpack_reply(twice)
+
+
+def test_small_arrays_travel_in_the_record_and_large_ones_beside_it() -> None:
+    """Each record and each array costs requests of its own."""
+    small = {"x": torch.ones(wire.INLINE_BYTES // 4 - 2), "y": torch.ones(1, dtype=torch.float64)}
+    for tensors, beside in ((small, []), (small | {"z": torch.ones(1)}, ["arrays"]), ({}, [])):
+        reply, request = wire.pack_reply(Reply(tensors=tensors)), Request(phase="pretrain", tensors=tensors)
+        assert list(reply) == ["reply", *beside]
+        assert list(wire.pack_request(request)) == ["request", *beside]
+        back = wire.unpack_reply(reply).tensors
+        assert {name: tensor.shape for name, tensor in back.items()} == {n: t.shape for n, t in tensors.items()}
 
 
 def test_missing_records() -> None:
@@ -353,6 +382,7 @@ def test_requests_that_share_their_tensors_are_packed_once(monkeypatch: pytest.M
     packed = []
     pack = wire._pack_tensors
     monkeypatch.setattr(wire, "_pack_tensors", lambda tensors: packed.append(tensors) or pack(tensors))
+    monkeypatch.setattr(wire, "INLINE_BYTES", 0)
     shared, own = {"x": torch.arange(3.0)}, {"x": torch.zeros(2)}
     requests = [Request(phase="pretrain", round=n, tensors=own if n == 1 else shared) for n in range(3)]
     contents = wire.pack_requests(requests)
@@ -420,15 +450,16 @@ def test_what_is_no_signature(signature: Any) -> None:
         wire.verify_reply(reply, KEY.public_key(), **ASKED)
 
 
+@pytest.mark.parametrize("inline_bytes", [0, wire.INLINE_BYTES])
 @given(st.data())
-def test_any_changed_bit_of_what_was_signed_shows(data: st.DataObject) -> None:
-    reply = signed()
-    parts = {
-        "reply": reply.config_records["reply"]["json"].encode(),
-        "table": reply.config_records["table"]["json"].encode(),
-        "arrays": reply.array_records["arrays"]["float32"].data,
-        "signature": reply.config_records["reply"]["ed25519"],
-    }
+def test_any_changed_bit_of_what_was_signed_shows(inline_bytes: int, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "INLINE_BYTES", inline_bytes)
+        reply = signed()
+    own = reply.config_records["reply"]
+    parts: dict[str, bytes] = {k: v if isinstance(v, bytes) else str(v).encode() for k, v in own.items()}
+    if not inline_bytes:
+        parts["arrays"] = reply.array_records["arrays"]["float32"].data
     name = data.draw(st.sampled_from(sorted(parts)))
     whole = bytearray(parts[name])
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 6))  # 7 bits: text stays text
@@ -436,8 +467,7 @@ def test_any_changed_bit_of_what_was_signed_shows(data: st.DataObject) -> None:
         old = reply.array_records["arrays"]["float32"]
         reply["arrays"] = ArrayRecord({"float32": Array(old.dtype, old.shape, old.stype, bytes(whole))})
     else:
-        record, key = ("reply", "ed25519") if name == "signature" else (name, "json")
-        reply[record][key] = bytes(whole) if name == "signature" else whole.decode()
+        own[name] = bytes(whole) if isinstance(own[name], bytes) else whole.decode()
     with pytest.raises(ProtocolError, match="signature"):
         wire.verify_reply(reply, KEY.public_key(), **ASKED)
 

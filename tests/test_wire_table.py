@@ -26,9 +26,14 @@ def test_tensors_come_back(kinds: dict[str, tuple[torch.dtype, list[int]]]) -> N
         name: torch.arange(int(np.prod(shape)), dtype=dtype).reshape(shape) + place
         for place, (name, (dtype, shape)) in enumerate(kinds.items())
     }
-    packed = wire.pack_reply(Reply(tensors=tensors))
-    assert len(packed.array_records["arrays"]) <= 2
-    back = wire.unpack_reply(packed).tensors
+    for inline_bytes in (0, wire.INLINE_BYTES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wire, "INLINE_BYTES", inline_bytes)
+            packed = wire.pack_reply(Reply(tensors=tensors))
+        same_tensors(wire.unpack_reply(packed).tensors, tensors)
+
+
+def same_tensors(back: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     assert list(back) == list(tensors)
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
@@ -37,10 +42,9 @@ def test_tensors_come_back(kinds: dict[str, tuple[torch.dtype, list[int]]]) -> N
 
 
 def content(table: Any, **arrays: np.ndarray) -> RecordDict:
-    records = {"reply": ConfigRecord({"json": "{}"}), "arrays": ArrayRecord({n: Array(a) for n, a in arrays.items()})}
-    if table is not None:
-        records["table"] = ConfigRecord({"json": json.dumps(table)})
-    return RecordDict(records)
+    own = {"json": "{}"} | ({} if table is None else {"tensors": json.dumps(table)})
+    beside = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return RecordDict({"reply": ConfigRecord(own), "arrays": beside})
 
 
 FOUR = np.arange(4, dtype=np.float32)
@@ -71,7 +75,7 @@ def test_tables_that_do_not_fit(tensors: Any, message: str) -> None:
 
 
 def test_arrays_without_a_table() -> None:
-    with pytest.raises(ProtocolError, match="no readable 'table'"):
+    with pytest.raises(ProtocolError, match="no readable 'tensors'"):
         wire.unpack_reply(content(None, float32=FOUR))
 
 
