@@ -220,7 +220,7 @@ def quantise(
     noise: NDArray[np.int32],
     steps: NDArray[np.float64],
 ) -> int:
-    """Round a chunk; `integers(steps, ring)` is what becomes of it.
+    """Round a chunk; `integers` takes it from there.
 
     Args:
         values: (m,), or (rows, m) with a scale for each row.
@@ -253,13 +253,12 @@ def _inside(limit: int) -> float:
     return limit * ONE - 8
 
 
-def integers(steps: NDArray[np.float64], ring: int) -> NDArray[Any]:
-    """The integers of a chunk that `quantise` rounded, modulo 2**ring: a view, of a flat chunk."""
-    if ring == 64:
-        whole = steps.view("<i8")
-        whole -= np.float64(ROUNDER).view(np.int64)
-        return whole.view("<u8")
-    return steps.view(UNSIGNED[ring])[:: 64 // ring]
+def integers(steps: NDArray[np.float64], out: NDArray[Any]) -> None:
+    """Write the integers of a chunk that `quantise` rounded into a ring's array of that size; steps are overwritten."""
+    bits = steps.view(np.int64)
+    if out.itemsize == 8:  # else what else is in ROUNDER falls off
+        np.subtract(bits, np.float64(ROUNDER).view(np.int64), out=bits)
+    np.copyto(out, bits, casting="unsafe")
 
 
 # -- and back
