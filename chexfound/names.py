@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 RULE = "1 to 64 printable characters"
+ALL_SITES = "all sites"  # of whom a figure is that no site's own is known of (aggregation: secagg)
 
 
 def word(value: object) -> bool:

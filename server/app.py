@@ -61,11 +61,8 @@ def log_event(event: Event) -> None:
     elif event["event"] == "features":
         up, down = event["bytes"]["up"], event["bytes"]["down"]
         log.info("event=features seconds=%.1f up=%d down=%d", event["seconds"], up, down)
-        for one in event.get("missing", ()):
-            log.warning(
-                "event=missing phase=%s round=%d site=%s reason=%s",
-                event["phase"], event["round"] + 1, one["site"], one["reason"],
-            )  # fmt: skip
+    elif event["event"] == "attempt":
+        log.warning("event=attempt phase=%s round=%d failed=%r", event["phase"], event["round"] + 1, event["failed"])
     elif event["event"] in ("lost", "back"):
         log.warning(
             "event=%s site=%s phase=%s round=%d%s",
@@ -76,6 +73,12 @@ def log_event(event: Event) -> None:
         log.info("event=wait sites=%d of=%d", event["sites"], event["of"])
     elif event["event"] == "done":
         log.info("event=done model_sha256=%s", event["model_sha256"])
+    for one in event.get("missing", ()):
+        log.warning(
+            "event=missing phase=%s round=%d site=%s reason=%s",
+            event.get("phase", "evaluate" if event["event"] == "done" else event["event"]), event.get("round", 0) + 1,
+            one["site"], one["reason"],
+        )  # fmt: skip
 
 
 def tell(event: Event) -> None:

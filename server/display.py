@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chexfound.errors import SiteError
-from chexfound.names import shown
+from chexfound.names import ALL_SITES, shown
 from server import members, standing
 from server.follow import ASK_S, Follower
 from server.members import Node
@@ -107,6 +107,8 @@ def _sites(follower: Follower, nodes: dict[str, Node]) -> Table:
     rounds = [event for event in events if event["event"] == "round"]
     last = {site["site"]: site for site in rounds[-1]["sites"]} if rounds else {}
     names = sorted({*enrolled, *now.waiting_for, *now.replied} or follower.run.federation.sites().sites)
+    if events and "totals" in events[0]:  # under secure aggregation nothing else is known
+        names, enrolled[ALL_SITES] = [*names, ALL_SITES], events[0]["totals"]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("site", "images", "loss", "node", "this round"):
         table.add_column(title, justify="right" if title in ("images", "loss") else "left")
@@ -115,9 +117,9 @@ def _sites(follower: Follower, nodes: dict[str, Node]) -> Table:
         ends = last[name]["history"][-1:] if name in last else []
         table.add_row(
             shown(name),
-            str(enrolled[name]["train"]) if name in enrolled else "",
+            str(enrolled.get(name, {}).get("train", "")),
             f"{ends[0]['loss']:.4f}" if ends else "",
-            f"{node.status} since {node.since}" if node else "not known",
+            f"{node.status} since {node.since}" if node else "" if name == ALL_SITES else "not known",
             _doing(name, now),
         )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from chexfound.journal import read_journal, write_json
 from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import release
 from chexfound.model.card import card
+from chexfound.names import ALL_SITES
 from chexfound.schema import Recipe
 from server.plan import Batches
 from server.run import Outcome
@@ -53,9 +55,30 @@ def subsets(folder: Path) -> list[str]:
     return said
 
 
-def site_rows(recipe: Recipe, roster: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """sites.json: what each site enrolled with, and how often it saw its images."""
-    rows, seen = [], Batches.of(recipe, len(roster)).pretrain_images(recipe)
+def secagg(entries: Sequence[dict[str, Any]]) -> dict[str, int] | None:
+    """How a journal's run was aggregated under masks; None if it was not.
+
+    n, c, t and ring as in docs/secure-aggregation.md; `clipped`, values beyond their range; `failed`, attempts.
+    """
+    if not entries or "secagg" not in entries[0]:
+        return None
+    return {
+        **entries[0]["secagg"],
+        "clipped": sum(entry.get("clipped", 0) for entry in entries),
+        "failed": sum(entry["event"] == "attempt" for entry in entries),
+    }
+
+
+def site_rows(recipe: Recipe, start: dict[str, Any]) -> list[dict[str, Any]]:
+    """sites.json: what each site enrolled with, and how often it saw its images; by the journal's first record.
+
+    Under secure aggregation sites enrol with no count: what they have together is one more row, the last.
+    """
+    roster, rows = start["roster"], []
+    seen = Batches.of(recipe, len(roster)).pretrain_images(recipe)
+    if "totals" in start:
+        rows = [{"name": values["site"], "epochs": {}, "findings": {}} for values in roster]
+        roster, seen = [{"site": ALL_SITES, **start["totals"]}], seen * len(roster)
     for values in roster:
         rows.append(
             {
@@ -73,7 +96,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
     seconds, moved = costs(folder)
     entries = read_journal(folder / "journal.jsonl")
     write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
-    write_json(folder / "sites.json", site_rows(recipe, entries[0]["roster"]))
+    write_json(folder / "sites.json", site_rows(recipe, entries[0]))
     metrics: dict[str, Any] = {
         "schema": SCHEMA,
         "seed": recipe.seed,
@@ -91,11 +114,12 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "void": None,
         "deployed": True,  # the federated arm only, and no image leaves a site: the report says so
         "notes": subsets(folder),
+        "secagg": secagg(entries),
         "machine": machine(),
         "versions": versions(*RUN_PACKAGES),
         "date": datetime.date.today().isoformat(),
     }
-    patients = sum(member.values["patients"] for member in outcome.roster)
-    text = card(recipe, "federated", outcome.tensors, metrics, patients)
+    told = [entries[0]["totals"]] if "totals" in entries[0] else [member.values for member in outcome.roster]
+    text = card(recipe, "federated", outcome.tensors, metrics, sum(values["patients"] for values in told))
     release.save(folder / "model", recipe, outcome.findings, outcome.tensors, text)
     write_json(folder / "metrics.json", metrics)

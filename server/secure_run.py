@@ -15,10 +15,12 @@ from chexfound.errors import DataError, ProtocolError, SiteError
 from chexfound.evaluate import histograms
 from chexfound.journal import write_json
 from chexfound.model import checkpoint
+from chexfound.names import ALL_SITES
 from chexfound.phases import ARM, COUNTS, TRAINED_ON, Request
 from chexfound.pretrain import curriculum
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.secagg import payload
+from chexfound.secagg.parameters import MINIMUM, labelling
 from chexfound.secagg.payload import Settings
 from server import checks
 from server.grid import GridExchange
@@ -27,7 +29,6 @@ from server.secure import SecureSums, Summed
 from strategies import composition
 from strategies.fedavg import FedAvg
 
-ALL = "all sites"  # of whom every figure of such a run is
 FINEST = 2.0**-20  # of the range that the recipe bounds, below which a tensor's range does not fall
 
 
@@ -66,6 +67,12 @@ class SecureRun(Run):
             tell=self._told_of,
         )
         self.totals: dict[str, Any] = self._begun("totals", None) or self._count()
+        if "adapt" in self.recipe.phases and not self.totals["findings"]:
+            least = labelling(MINIMUM, self.sums.parameters.c)
+            raise DataError(
+                f"no finding is labelled at {least} sites, the fewest of which secure aggregation tells a sum; "
+                "leave adapt out of phases, or find more sites that label the same"
+            )
         return [self.totals["findings"]]
 
     def _count(self) -> dict[str, Any]:
@@ -81,7 +88,7 @@ class SecureRun(Run):
         return {**{name: int(sums[name]) for name in COUNTS}, "findings": counted}
 
     def _told(self) -> Event:
-        return {"totals": self.totals}
+        return {"totals": self.totals, "secagg": {**self.sums.parameters.shared(), "ring": self.recipe.secagg.ring}}
 
     def _told_of(self, event: Event) -> None:
         """An attempt that failed, or a site that was lost in one; the run's start comes first in the journal."""
@@ -136,7 +143,7 @@ class SecureRun(Run):
         self._keep_ranges(phase, number + 1, bounds, weights, mean)
         constants = {"log_k": math.log(self.recipe.dino.head_n_prototypes)} if phase == "pretrain" else {}
         entry = {
-            "site": ALL,
+            "site": ALL_SITES,
             "bytes": summed.up,
             "images": int(summed.sums["images"]),
             "labelled": [int(value) for value in summed.sums["labelled"]] if phase == "adapt" else [],
@@ -178,6 +185,12 @@ class SecureRun(Run):
                 f"{summed.plan.request.phase}, round {summed.plan.request.round + 1}: the sum is over {images} of "
                 f"{total} training images, less than federation.quorum_weight {config.quorum_weight:g}"
             )
+
+    def _unscored(self) -> dict[str, str]:
+        rounds = self._rounds("adapt")
+        zeroed = rounds[-1].get("zeroed", ()) if rounds else ()
+        rare = "not trained: fewer sites label it than secure aggregation tells a sum of"
+        return {finding: rare if finding in zeroed else why for finding, why in super()._unscored().items()}
 
     # -- ranges
 
@@ -249,7 +262,7 @@ class SecureRun(Run):
         summed = self.sums.sum(self._request("evaluate", head), settings, {}, backbone=self._backbone)
         config = self.recipe.evaluate
         rows = histograms.rows(
-            ARM, TRAINED_ON, ALL, summed.sums["histograms"], self.findings,
+            ARM, TRAINED_ON, ALL_SITES, summed.sums["histograms"], self.findings,
             config.bootstrap_samples, config.confidence, self.recipe.seed, summed.zeroed,
         )  # fmt: skip
         return rows, summed.missing

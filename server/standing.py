@@ -130,9 +130,14 @@ def lost(events: Sequence[Event]) -> list[str]:
         elif event["event"] == "back":
             away.pop(event["site"], None)
         elif event["event"] == "round":
-            for site in event["sites"]:
-                away.pop(site["site"], None)
+            for site in cohort(event):
+                away.pop(site, None)
     return sorted(away)
+
+
+def cohort(event: Event) -> list[str]:
+    """The sites of a round; under secure aggregation it has their sum's figures alone."""
+    return event["cohort"] if "cohort" in event else [one["site"] for one in event["sites"]]
 
 
 def loss(event: Event) -> float | None:
@@ -197,15 +202,17 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
     """
     kind = event["event"]
     if kind == "start":
-        sites = ", ".join(f"{one['site']} ({one['train']} images)" for one in event["roster"])
-        return shown(
-            f"start     {len(event['roster'])} sites: {sites}; findings: {', '.join(event['findings']) or '-'}"
+        sites = ", ".join(
+            f"{one['site']} ({one['train']} images)" if "train" in one else one["site"] for one in event["roster"]
         )
+        both = f"; together {event['totals']['train']} images" if "totals" in event else ""
+        findings = ", ".join(event["findings"]) or "-"
+        return shown(f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}")
     if kind == "round":
         value, figure = loss(event), auroc(event)
         parts = [
             f"round {event['round'] + 1} of {of.get(event['phase']) or '?'}",
-            f"{len(event['sites'])} sites",
+            f"{len(cohort(event))} sites",
             f"loss {value:.4f}" if value is not None else "no step",
             *([f"kNN AUROC {figure:.3f}"] if figure is not None else []),
             *_cost(event),
@@ -217,6 +224,8 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         return shown(f"lost      {event['site']} in {_where(event)}: {event.get('reason', '')}")
     if kind == "back":
         return shown(f"back      {event['site']} in {_where(event)}")
+    if kind == "attempt":
+        return shown(f"attempt   {_where(event)} gave no sum: {event['failed']}", 600)
     if kind == "done":
         figure = auroc(event)
         told = f"mean AUROC {figure:.3f}; " if figure is not None else ""

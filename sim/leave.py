@@ -15,10 +15,11 @@ import torch
 from chexfound import recipe as recipes
 from chexfound.data.split import View
 from chexfound.data.store import Store
-from chexfound.journal import replace_file, write_json, write_text
+from chexfound.journal import read_journal, replace_file, write_json, write_text
 from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import checkpoint, release
 from chexfound.model.card import card
+from chexfound.names import ALL_SITES
 from server import result
 from server.plan import Batches
 from server.result import SCHEMA
@@ -85,6 +86,9 @@ def _metrics(plans: Sequence[Plan], arms: Sequence[str], judged: bool) -> dict[s
         "comparisons_across_seeds": others_over_seeds,
         "seconds": {f"federated/{phase}": value for phase, value in phase_seconds.items()},
         "bytes": {f"federated/{phase}": value for phase, value in moved.items()},
+        "secagg": result.secagg(read_journal(plan.arm_folder("federated") / "journal.jsonl"))
+        if "federated" in arms
+        else None,
         "void": None,  # it and `floor` are benchmarks/hog_floor.py's to write
         "floor": None,
         "machine": machine(),
@@ -106,9 +110,8 @@ def _write_history(out: Path, plan: Plan, arms: Sequence[str]) -> None:
     for phase, by_arm in curves.items():
         for arm, rows in by_arm.items():
             for site in sorted({row["site"] for row in rows}):
-                with SummaryWriter(
-                    out / "tensorboard" / plan.arm_folder(arm).name / f"site-{plan_index(plan, site):02d}"
-                ) as writer:
+                folder = "all-sites" if site == ALL_SITES else f"site-{plan_index(plan, site):02d}"
+                with SummaryWriter(out / "tensorboard" / plan.arm_folder(arm).name / folder) as writer:
                     for row in (row for row in rows if row["site"] == site):
                         for name, value in row.items():
                             if name not in ("step", "site", "log_k"):

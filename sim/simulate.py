@@ -31,6 +31,7 @@ from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
 from sim.display import Display
 from sim.partition import OTHER, Rule, partition
 from sim.pool import Pool
+from strategies import composition
 
 ARMS = ("federated", "centralized", "local", "random", "shuffled", "site-view", "histogram")
 
@@ -166,6 +167,7 @@ class Simulation:
         if slow := slow_arithmetic(self.recipe.compute_precision.param_dtype, torch.device(machine.device()).type):
             self.display.say(f"[yellow]slow[/yellow]: {escape(slow)}")
         rule = Rule.parse(self.options.by)
+        self._check_composition(rule.shards or None)
         if not rule.shards or (Path(self.options.data) / "index.sqlite").exists():
             return
         Batches.of(self.recipe, rule.shards)
@@ -173,6 +175,10 @@ class Simulation:
         for arm in self.options.arms:
             if arm.startswith("local:") and arm.removeprefix("local:") not in (*names, OTHER):
                 raise ConfigError(f"--arms {arm!r}: there is no such site; the sites are {', '.join(names)}")
+
+    def _check_composition(self, n_sites: int | None) -> None:
+        if any(arm in FEDERATED_ARMS for arm in self.options.arms):
+            composition.check(self.recipe, n_sites)
 
     def _check_unchanged(self, plans: Sequence[Plan], names: Sequence[str]) -> None:
         """Note what all arms stand on, or check that it is what was noted when the run was prepared."""
@@ -235,6 +241,7 @@ class Simulation:
 
     def _check_sites(self, store: Store, sites: dict[str, list[str]]) -> None:
         Batches.of(self.recipe, len(sites))
+        self._check_composition(len(sites))
         known = set(store.findings)
         for finding in self.recipe.adapt.findings or () if "adapt" in self.recipe.phases else ():
             if finding not in known:

@@ -33,7 +33,7 @@ probabilities = predict(backbone, head, images, recipe.adapt.n_last_blocks)  # (
 
 - **Data**: {sites} ({patients} patients). The images' licences bind what is done with the weights.
 - **Pretraining**: {pretrained} (DINO + iBOT + KoLeo), teacher {recipe.teacher.policy}.
-- **Head**: {recipe.adapt.total_steps} global steps in {recipe.adapt.rounds} rounds on the frozen backbone.
+{aggregated}- **Head**: {recipe.adapt.total_steps} global steps in {recipe.adapt.rounds} rounds on the frozen backbone.
 - **Input**: {recipe.image_px} × {recipe.image_px} px, grey uint8; normalisation `{recipe.input.normalization}` is \
 done by the model (`config.json`).
 - **Seconds** (wall): {seconds}.
@@ -41,6 +41,10 @@ done by the model (`config.json`).
 
 | tested on | finding | images | positives | AUROC [{recipe.evaluate.confidence:.0%} interval] |
 |---|---|---|---|---|
+"""
+
+SUMMED = """\
+- **Aggregation**: secure; no site's update, loss or count was seen, only sums over sites.
 """
 
 
@@ -60,6 +64,7 @@ def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mappi
         parameters=parameters,
         pretrained=f"{steps} global steps in {recipe.pretrain_rounds} rounds" if steps else "none",
         seconds=", ".join(f"{name} {value}" for name, value in metrics["seconds"].items()),
+        aggregated=SUMMED if recipe.aggregation == "secagg" and arm == "federated" else "",
         sha256=metrics["model_sha256"][arm],
     )
     return head + "".join(result_row(row) for row in metrics["results"] if row["arm"] == arm)

@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from chexfound.journal import write_bytes
+from chexfound.names import ALL_SITES
 from chexfound.report import callouts, figures, story, tables
 from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Attention, Point, Run, read
 
@@ -78,6 +79,7 @@ def render(run: Run) -> str:
         versions=tables.flat(run.metrics.versions),
         machine=tables.flat(run.metrics.machine),
         shown=story.shown,
+        by_site="all sites together" if run.together else "site by site",
         arm_name=story.arm_name,
     )
 
@@ -164,13 +166,14 @@ def _curves(run: Run, strips: Sequence[figures.Strip], name: str, title: str) ->
     pretrain, adapt = run.history.pretrain, run.history.adapt
     points = [*pretrain.get(FEDERATED, []), *adapt.get(FEDERATED, [])]
     own = [arm.removeprefix(LOCAL) for arm in (*pretrain, *adapt) if arm.startswith(LOCAL)]
-    named = list(dict.fromkeys([*(point.site for point in points if point.site is not None), *own]))
+    named = list(dict.fromkeys([*(point.site for point in points if point.site not in (None, ALL_SITES)), *own]))
     order = [site for site in run.site_names if site in named] + [site for site in named if site not in run.site_names]
     panels = []
     for index, site in enumerate(order or [None]):
 
         def of(phase: dict[str, list[Point]], arm: str, site: str | None = site) -> list[Point]:
-            return [point for point in phase.get(arm, []) if arm != FEDERATED or site is None or point.site == site]
+            same = (site, ALL_SITES)  # whose sum is all that is known under secure aggregation
+            return [point for point in phase.get(arm, []) if arm != FEDERATED or site is None or point.site in same]
 
         lines = [
             figures.Line(role, dashes, of(pretrain, arm), of(adapt, arm))

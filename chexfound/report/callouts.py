@@ -49,7 +49,7 @@ def callouts(run: Run) -> list[Callout]:
     if ranked:
         for part in (_random, _floors, _elsewhere, _others, _unjudged, _alone):
             found += part(run, ranked[0])
-    found += [*_missing(run), *_ailing(run)]
+    found += [*_missing(run), *_summed(run), *_ailing(run)]
     kinds = ("bad", "warn", "good", "note")
     return sorted(found, key=lambda one: kinds.index(one.kind))
 
@@ -240,6 +240,28 @@ def _missing(run: Run) -> list[Callout]:
         return []
     text = f"Not in this run: the {listed(lacking, 5)} {'arms' if len(lacking) > 1 else 'arm'}. "
     return [Callout("note", f"{text}What those would have shown is not known.")]
+
+
+def _summed(run: Run) -> list[Callout]:
+    """What the coordinator saw of a run under secure aggregation, and what that cost."""
+    how = run.metrics.secagg
+    if how is None:
+        return []
+    text = (
+        f"Secure aggregation: of the {how.n} sites’ updates, losses and counts the coordinator saw sums over at least "
+        f"{how.t} sites and no site’s own, whatever it did with up to {how.c} of them ({how.ring} bits a value)."
+    )
+    if not run.metrics.deployed:
+        text += " Figures by site are the simulation’s own, which has all images."
+    said = [Callout("note", text)]
+    if how.failed:
+        times = "once" if how.failed == 1 else f"{how.failed} times"
+        said.append(Callout("note", f"An attempt at a sum gave none {times}, and was made anew with fresh keys."))
+    if how.clipped:
+        said.append(
+            Callout("note", f"{how.clipped:,} values of the sites’ updates were beyond their range and were cut to it.")
+        )
+    return said
 
 
 def _ailing(run: Run) -> list[Callout]:

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from chexfound import recipe as recipes
 from chexfound.errors import ConfigError, DataError, Problems
+from chexfound.names import ALL_SITES
 from chexfound.pretrain import symptoms
 from chexfound.schema import ARCHS
 
@@ -135,6 +136,18 @@ class Replicate:
 
 
 @checked(frozen=True, kw_only=True, config=_lenient)
+class Summed:
+    """How the federated arm was aggregated under masks: t of n sites open a sum, c of them may collude."""
+
+    n: int
+    c: int
+    t: int
+    ring: int = 32
+    clipped: int = 0  # values beyond their range
+    failed: int = 0  # attempts
+
+
+@checked(frozen=True, kw_only=True, config=_lenient)
 class Metrics:
     """metrics.json, schema 1."""
 
@@ -150,6 +163,7 @@ class Metrics:
     not_trained: list[NotTrained] = Field(default_factory=list)
     void: str | None = None
     floor: list[Floor] | None = None  # None: not checked
+    secagg: Summed | None = None
     deployed: bool = False
     notes: list[str] = Field(default_factory=list)
     model_sha256: dict[str, str] = Field(default_factory=dict)
@@ -260,6 +274,16 @@ class Run:
     def site_names(self) -> list[str]:
         """Sites in the run's order; ones that only a result names come last."""
         return list(dict.fromkeys([*self.metrics.sites, *(row.tested_on for row in self.metrics.results)]))
+
+    @property
+    def n_sites(self) -> int:
+        """How many sites there are; all of them together are none."""
+        return len([name for name in self.site_names if name != ALL_SITES])
+
+    @property
+    def together(self) -> bool:
+        """Whether the results are of all sites together, and of none by itself."""
+        return bool(self.metrics.results) and all(row.tested_on == ALL_SITES for row in self.metrics.results)
 
     @property
     def findings(self) -> list[str]:

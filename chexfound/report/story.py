@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from chexfound.names import ALL_SITES
 from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Result, Run
 
 FEWEST = 5  # held-out images with the finding, and without it
@@ -246,7 +247,8 @@ def _compared(run: Run, finding: str) -> str:
             for site in run.site_names
             if (row := run.result(FEDERATED, site, finding)) and row.auroc is not None
         ]
-        figures = listed([f"{value:.2f} at {site}" for site, value in rows])
+        where = {ALL_SITES: "over all sites together"}
+        figures = listed([f"{value:.2f} {where.get(site, f'at {site}')}" for site, value in rows])
         rivals = every_contrast(run, finding, own_model) + every_contrast(run, finding, lambda _: CENTRALIZED)
         why = (
             "no site has enough held-out patients to judge a difference"
@@ -260,7 +262,7 @@ def _compared(run: Run, finding: str) -> str:
     sides = [(own, "the site’s own model"), (pooled, "pooling all images")]
     sides = [side for side in sides if side[0]]
     sides.sort(key=lambda side: not any(one.verdict == "lower" for one in side[0]))  # stable: own model first
-    n = len(run.site_names)
+    n = run.n_sites
     first = f"federating {clause(*sides[0], n)}"
     rest = f"; it {clause(*sides[1], n, unit='' if 'AUROC' in first else ' AUROC')}" if len(sides) > 1 else ""
     return f"{shown(finding)}: {first}{rest}."
@@ -292,6 +294,11 @@ def subline(run: Run) -> str:
     seeds = max((one.seeds for found in by_arm.values() for one in found), default=1)
     means = [name for name, found in by_arm.items() if any(one.how == "seeds" for one in found)]
     over = f"; against {listed(means)}, the mean of {seeds} seeds" if means else ""
+    if run.together:
+        return (
+            "AUROC on the held-out patients of all sites together, whose scores were counted into one histogram: no "
+            "site’s own figure left it."
+        )
     if not any(by_arm.values()):
         return "AUROC on each site’s own held-out patients."
     return (

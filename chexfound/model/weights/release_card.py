@@ -186,7 +186,11 @@ def _training(weights: Weights) -> str:
     said = weights.summary
     lines = ["\n## Training\n"]
     if said.get("sites"):
-        sites = ", ".join(f"{site['site']} ({site['train']} images)" for site in said["sites"])
+        sites = ", ".join(
+            site["site"] if site["train"] is None else f"{site['site']} ({site['train']} images)"
+            for site in said["sites"]
+        )
+        sites += f" (together {said['all_sites']['train']} images)" if "all_sites" in said else ""
         lines.append(f"- **Sites**: {sites}. The images' licences bind what is done with the weights.")
     else:
         lines.append("- The images' licences bind what is done with the weights.")

@@ -41,6 +41,10 @@ def of_run(weights: Weights, run: Path) -> dict[str, Any]:
         {key: site.get(key) for key in ("site", "images", "patients", "train", "val", "test")}
         for site in entries[0]["roster"]
     ]
+    if "totals" in entries[0]:  # under secure aggregation no site's own counts are known
+        result["all_sites"] = {
+            key: entries[0]["totals"].get(key) for key in ("images", "patients", "train", "val", "test")
+        }
     for phase in ("pretrain", "adapt"):
         rounds = [entry for entry in entries if entry["event"] == "round" and entry["phase"] == phase]
         result[phase] = _phase(rounds, result[phase]) if rounds else None
