@@ -25,6 +25,7 @@ from chexfound.roster import Address
 from chexfound.schema import Recipe
 from server import federation as federations
 from server import members
+from tests.e2e import hospitals
 
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")
@@ -73,7 +74,7 @@ class Disturbed:
         return self.processes.start(f"client-{name}", command, CHEXFOUND_HOME=home)
 
     def node(self, name: str) -> dict[str, Any]:
-        return json.loads((self.processes.folder / name / "sites" / name / "node.json").read_text())
+        return hospitals.node(self.processes.folder / name, name)
 
     def until_at_work(self, name: str, number: int) -> None:
         """Until a site is in the middle of a round of pretraining (from 1)."""
@@ -100,10 +101,7 @@ class Disturbed:
         pytest.fail(f"round {number} does not end; there are {entries}")
 
     def kill_site(self, name: str) -> None:
-        """As a machine that loses its power: the client and its node at once."""
-        pid = self.node(name)["pid"]
-        self.clients[name].stop(signal.SIGKILL)
-        os.kill(pid, signal.SIGKILL)
+        hospitals.kill(self.clients[name], self.node(name)["pid"])
 
     def kill_serverapp(self) -> None:
         found = subprocess.run(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import ssl
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,50 +20,11 @@ from chexfound.errors import RosterError
 from chexfound.schema import Recipe
 from client import membership, supernode
 from server import pki, runs
-from tests.server.doors import INSIDE, ask, free_port, request
+from tests.e2e.hospitals import Hospitals
+from tests.server.doors import INSIDE, ask, request
 
 pytestmark = pytest.mark.e2e
 SITES = 3
-
-
-class Secured:
-    """The federation, while it runs, and what its runs left."""
-
-    def __init__(self, federation: Any, images: Path) -> None:
-        self.processes, self.folder, self.images = federation, federation.folder / "thorax", images
-        self.port, superlink = free_port(), free_port()
-        self.address = f"localhost:{self.port}"
-        self.do(
-            "chexfound.cli", self.folder.parent, "phantom", "--sites", str(SITES), "--patients", "24", "--out", images
-        )
-        self.names = sorted(path.name for path in images.iterdir() if path.is_dir())
-        ports = ["--listen", f"127.0.0.1:{self.port}", "--superlink", f"127.0.0.1:{superlink}"]
-        self.server("init", "--name", "thorax", "--public", self.address, *ports)
-
-    def home(self, site: str) -> Path:
-        return self.processes.folder / site
-
-    def server(self, command: str, *options: Any, code: int = 0) -> str:
-        return self.do("server.cli", self.folder.parent, command, self.folder, *options, code=code)
-
-    def client(self, site: str, *options: Any) -> str:
-        return self.do("client.cli", self.home(site), *options)
-
-    def do(self, module: str, home: Path, *words: Any, code: int = 0) -> str:
-        """A command's output, once it has ended with this code."""
-        command = [sys.executable, "-m", module, *map(str, words)]
-        env = self.processes.env | {"CHEXFOUND_HOME": str(home)}
-        done = subprocess.run(command, env=env, cwd=self.folder.parent, capture_output=True, text=True, check=False)
-        assert done.returncode == code, (command, done.stdout[-2000:], done.stderr[-4000:])
-        return done.stdout + done.stderr
-
-    def enrol(self, name: str) -> None:
-        self.client(name, "enrol", "--name", name)
-        self.server("add-site", name, self.folder.parent / f"{name}.pub")
-
-    def serve(self, site: str, px: int) -> Any:
-        command = [sys.executable, "-m", "client.cli", "--data", str(self.images / site), "--image-px", str(px)]
-        return self.processes.start(f"client-{site}", command, CHEXFOUND_HOME=str(self.home(site)))
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +39,14 @@ def small(recipe: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def secured(federation: Any, small: Recipe, tmp_path_factory: Any) -> Secured:
+def secured(federation: Any, small: Recipe, tmp_path_factory: Any) -> Hospitals:
     """Three hospitals, from nothing to the report; what they should refuse comes first, and must leave them well."""
-    made = Secured(federation, tmp_path_factory.mktemp("images") / "phantoms")
+    made = Hospitals(federation, tmp_path_factory.mktemp("images") / "phantoms", SITES)
     for name in made.names:
         made.enrol(name)
     for name in made.names:
-        made.client(name, "roster", "approve", made.folder / "thorax.federation.json", "--yes")
-        assert "differs from the installed release 0.1.0: nothing" in made.client(name, "approve")
-    made.up = federation.start("up", [sys.executable, "-m", "server.cli", "up", str(made.folder)])
-    made.up.wait_for("up: sites connect to")
+        assert "differs from the installed release 0.1.0: nothing" in made.approve(name)
+    made.running = made.up()
     made.sites = {name: made.serve(name, small.image_px) for name in made.names}
     made.recipe = federation.folder / "recipe.yaml"
     made.recipe.write_text(recipes.to_yaml(small))
@@ -102,7 +60,7 @@ def secured(federation: Any, small: Recipe, tmp_path_factory: Any) -> Secured:
     return made
 
 
-def run_of_changed_code(made: Secured, recipe: Recipe) -> str:
+def run_of_changed_code(made: Hospitals, recipe: Recipe) -> str:
     """By a coordinator who does not ship the release."""
     app = made.folder.parent / "app"
     runs.stage(app)
@@ -116,34 +74,34 @@ def run_of_changed_code(made: Secured, recipe: Recipe) -> str:
     return process.text
 
 
-def refused_by(secured: Secured, said: str, word: str) -> str:
+def refused_by(secured: Hospitals, said: str, word: str) -> str:
     """The first site that refused, by the coordinator's word; the run ends then, and the others may not be asked."""
     found = re.search(rf"site '([a-z-]+)' in enrol: replied with error '{word}' \(exit code 6\)", said)
     assert found, said[-3000:]
     return found[1]
 
 
-def test_code_that_was_not_approved_is_refused_at_both_ends(secured: Secured) -> None:
+def test_code_that_was_not_approved_is_refused_at_both_ends(secured: Hospitals) -> None:
     name = refused_by(secured, secured.changed, "code")
     assert "was not approved here; look at it with: chexfound-client approve" in secured.sites[name].text
     listed = secured.client(name, "approve", "--list")
     assert re.search(r"refused  [0-9a-f]{64}: 2 files differ from the installed release", listed)
 
 
-def test_a_roster_with_one_more_name_is_refused_at_both_ends(secured: Secured) -> None:
+def test_a_roster_with_one_more_name_is_refused_at_both_ends(secured: Hospitals) -> None:
     name = refused_by(secured, secured.extended, "roster")
     assert "has a site 'WEST' that was not approved here" in secured.sites[name].text
 
 
 def test_the_model_is_that_of_the_run_in_process(
-    secured: Secured, simulate: Callable[..., str], small: Recipe, tmp_path: Path
+    secured: Hospitals, simulate: Callable[..., str], small: Recipe, tmp_path: Path
 ) -> None:
     metrics = json.loads((secured.folder / "runs" / "first" / "metrics.json").read_text())
     assert metrics["model_sha256"]["federated"] == simulate(secured.images, tmp_path, 2, small)
     assert metrics["sites"] == secured.names
 
 
-def test_what_a_run_leaves(secured: Secured, tmp_path: Path) -> None:
+def test_what_a_run_leaves(secured: Hospitals, tmp_path: Path) -> None:
     report = secured.server("report", "first")
     assert (secured.folder / "runs" / "first" / "report.html").exists(), report
     secured.server("fetch-model", "first", "--out", tmp_path / "model")
@@ -152,7 +110,7 @@ def test_what_a_run_leaves(secured: Secured, tmp_path: Path) -> None:
     assert (states["first"], states["extended"]) == ("done", "failed")
 
 
-def test_the_sites_are_listed_as_connected(secured: Secured) -> None:
+def test_the_sites_are_listed_as_connected(secured: Hospitals) -> None:
     told = json.loads(secured.server("sites", "--json"))
     assert told["superlink"] == "up"
     assert {one["site"]: one["status"] for one in told["sites"]} == dict.fromkeys(secured.names, "online")
@@ -162,7 +120,7 @@ def test_the_sites_are_listed_as_connected(secured: Secured) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"])
-def test_control_runtime_and_docs_do_not_answer_outside(secured: Secured, method: str) -> None:
+def test_control_runtime_and_docs_do_not_answer_outside(secured: Hospitals, method: str) -> None:
     """To somebody who holds the certificate of the authority and no more."""
     trust = ssl.create_default_context(cafile=str(secured.folder / "ca.crt"))
     for path in INSIDE:
@@ -170,13 +128,13 @@ def test_control_runtime_and_docs_do_not_answer_outside(secured: Secured, method
         assert answer.startswith(b"HTTP/1.1 404 "), (path, answer[:200])
 
 
-def test_without_tls_nothing_answers(secured: Secured) -> None:
+def test_without_tls_nothing_answers(secured: Hospitals) -> None:
     trust = ssl.create_default_context(cafile=str(secured.folder / "ca.crt"))
     assert b"HTTP/1.1 2" not in ask(secured.port, request("GET", "/health"))
     assert ask(secured.port, request("GET", "/health"), trust).startswith(b"HTTP/1.1 200")
 
 
-def node(secured: Secured, keys: Path, authority: Path, name: str) -> Any:
+def node(secured: Hospitals, keys: Path, authority: Path, name: str) -> Any:
     """A site's node with some keys and some authority, until it ends or says something of itself."""
     home = secured.processes.folder / f"home-{name}"
     home.mkdir()
@@ -185,14 +143,14 @@ def node(secured: Secured, keys: Path, authority: Path, name: str) -> Any:
     return secured.processes.start(name, [*command, "--max-retries", "1"], FLWR_HOME=str(home / "flower"))
 
 
-def test_a_key_that_is_not_registered_is_refused(secured: Secured, tmp_path: Path) -> None:
+def test_a_key_that_is_not_registered_is_refused(secured: Hospitals, tmp_path: Path) -> None:
     membership.make_keys(tmp_path)
     stranger = node(secured, tmp_path, secured.folder / "ca.crt", "stranger")
     assert stranger.wait() != 0
     assert "SuperNode ID" not in stranger.text
 
 
-def test_a_second_client_with_the_same_key_is_refused(secured: Secured) -> None:
+def test_a_second_client_with_the_same_key_is_refused(secured: Hospitals) -> None:
     name = secured.names[0]
     second = node(secured, secured.home(name) / "sites" / name, secured.folder / "ca.crt", "second")
     assert second.wait() != 0
@@ -200,7 +158,7 @@ def test_a_second_client_with_the_same_key_is_refused(secured: Secured) -> None:
     assert secured.sites[name].running
 
 
-def test_a_server_of_another_authority_is_not_talked_to(secured: Secured, tmp_path: Path) -> None:
+def test_a_server_of_another_authority_is_not_talked_to(secured: Hospitals, tmp_path: Path) -> None:
     pki.make_authority(tmp_path / "other", "thorax")
     name = secured.names[0]
     deceived = node(secured, secured.home(name) / "sites" / name, tmp_path / "other" / "ca.crt", "deceived")
@@ -208,7 +166,7 @@ def test_a_server_of_another_authority_is_not_talked_to(secured: Secured, tmp_pa
     assert "CERTIFICATE_VERIFY_FAILED" in deceived.text
 
 
-def test_a_site_that_was_removed_is_out(secured: Secured) -> None:
+def test_a_site_that_was_removed_is_out(secured: Hospitals) -> None:
     """Near the end: it changes the federation."""
     *others, last = secured.names
     secured.server("remove-site", last)
@@ -220,8 +178,8 @@ def test_a_site_that_was_removed_is_out(secured: Secured) -> None:
     assert "SuperNode ID" not in again.text
 
 
-def test_all_ends_with_the_coordinator(secured: Secured) -> None:
-    assert secured.up.stop() == 0
-    assert secured.up.text.rstrip().endswith("stopped")
+def test_all_ends_with_the_coordinator(secured: Hospitals) -> None:
+    assert secured.running.stop() == 0
+    assert secured.running.text.rstrip().endswith("stopped")
     assert secured.sites[secured.names[0]].stop() == 0
     assert os.path.exists(secured.folder / "superlink.sqlite")
