@@ -67,13 +67,14 @@ class SecureRun(Run):
             tell=self._told_of,
         )
         self.totals: dict[str, Any] = self._begun("totals", None) or self._count()
-        if "adapt" in self.recipe.phases and not self.totals["findings"]:
-            least = labelling(MINIMUM, self.sums.parameters.c)
+        asked, known = self.recipe.adapt.findings, self.totals["findings"]
+        if "adapt" in self.recipe.phases and not known.keys() & set(known if asked is None else asked):
+            what = f"none of {', '.join(asked)}" if asked else "no finding"
             raise DataError(
-                f"no finding is labelled at {least} sites, the fewest of which secure aggregation tells a sum; "
-                "leave adapt out of phases, or find more sites that label the same"
+                f"{what} is labelled at {labelling(MINIMUM, self.sums.parameters.c)} sites, the fewest of which secure "
+                "aggregation tells a sum; choose others as adapt.findings, or leave adapt out of phases"
             )
-        return [self.totals["findings"]]
+        return [known]
 
     def _count(self) -> dict[str, Any]:
         findings = tuple(sorted({name for member in self.roster for name in member.values["findings"]}))
