@@ -3,7 +3,7 @@
 Secrets are symbols here: a Shamir secret is known with t of its shares, a pair's mask is known with either mask key,
 nothing else is. A masked input is y = x + b + the masks of its pairs, and the coordinator takes every linear
 combination of the inputs in which all unknown masks vanish. A strategy is all that the coordinator can choose: what
-each honest site is told (U1 with keys and requests, U2, U3), which may differ from site to site. `search` runs them all.
+each honest site is told (U1 with keys and requests, U2, U3), which may differ from site to site. `search` runs all.
 
 Sets of sites are bit masks. Colluders are sites 0 to c - 1, honest sites c to n - 1, and names n to n + t - 1 are in no
 roster: the coordinator invented them. Roster order is the order of the numbers.
@@ -23,7 +23,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import chain, permutations, product
 from typing import TypeVar
 
@@ -171,7 +171,9 @@ class Attack:
             return "{" + " ".join(f"c{i}" if i < c else f"h{i}" if i < n else f"stranger{i}" for i in members) + "}"
 
         lines = [f"(n, c, t) = {n, c, self.cohort.t}, without: {'; '.join(sorted(self.cohort.off)) or 'nothing'}"]
-        lines += ["opens " + " and ".join("+".join(f"x{i}" for i in sorted(s)) for s in sorted(self.opened, key=sorted))]
+        lines += [
+            "opens " + " and ".join("+".join(f"x{i}" for i in sorted(s)) for s in sorted(self.opened, key=sorted))
+        ]
         s = self.strategy
         for i, told, u2, u3 in zip(self.cohort.honest, s.told, s.u2, s.u3, strict=True):
             extra = [f"forged {names(told.forged)}"] * bool(told.forged)
@@ -201,7 +203,7 @@ def subsets(mask: int) -> list[int]:
     return sorted(found, key=lambda s: (-s.bit_count(), s))
 
 
-@lru_cache(maxsize=None)
+@cache
 def echelon(rows: tuple[Vector, ...]) -> tuple[Vector, ...]:
     """The reduced basis of what the rows span."""
     basis: list[list[int]] = []
@@ -219,7 +221,7 @@ def echelon(rows: tuple[Vector, ...]) -> tuple[Vector, ...]:
     return tuple(sorted((tuple(b) for b in basis), reverse=True))
 
 
-@lru_cache(maxsize=None)
+@cache
 def null_space(rows: frozenset[Vector], width: int) -> tuple[Vector, ...]:
     """A basis of the vectors that all rows map to 0."""
     basis = echelon(tuple(sorted(rows)))
@@ -445,7 +447,7 @@ def parts(cohort: Cohort, honest: int, colluders: int, strangers: int) -> Iterat
                 yield a | b | strangers
 
 
-@lru_cache(maxsize=None)
+@cache
 def u3_options(cohort: Cohort, i: int, u2: int | None, u1: int, t: int) -> list[int | None]:
     if u2 is None:
         return [None]
@@ -465,7 +467,7 @@ def u3_options(cohort: Cohort, i: int, u2: int | None, u1: int, t: int) -> list[
     return found or [None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def told_options(cohort: Cohort, i: int) -> list[tuple[int, int, tuple[int, ...]]]:
     """(U1, forged, keys) that honest site i accepts, what an honest coordinator would say first."""
     on = cohort.on
@@ -575,7 +577,7 @@ def renamed(
     return tuple(moved)
 
 
-@lru_cache(maxsize=None)
+@cache
 def swap(c: int, p: Vector, mask: int) -> int:
     kept = mask & ~(((1 << len(p)) - 1) << c)
     return kept | sum(1 << (c + p[k]) for k in range(len(p)) if mask >> (c + k) & 1)
