@@ -14,6 +14,10 @@ What is not enumerated because it only helps the sites:
   its shares and signatures, its masks are known, and every check allows it. What tells contexts apart stays: requests.
 - Copied keys while seeds bind names (`copies` enumerates them too): such a mask has no twin that it could cancel with.
 
+Not in the model: a second U1 in one attempt (as ONE_U2: a site that deals or masks twice is lost), what sites carry
+from earlier rounds, wrong shares and blame, and anything that a sum itself says. Without U2_IN_U1 a name of U2 that is
+not in U1 has no mask and no sealed share to open.
+
 Source: Bonawitz et al. 2017 (section 6, active adversaries); Pasquini et al. 2022 (requests that differ).
 """
 
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import StrEnum
 from functools import cache, cached_property
 from itertools import chain, permutations, product
@@ -88,6 +92,13 @@ class Cohort:
     twin_keys: bool = True
     copies: bool = False
     colluders_leave: bool = False
+
+    def __hash__(self) -> int:
+        return self.key  # the generated one would be computed anew at every look into a cache
+
+    @cached_property
+    def key(self) -> int:
+        return hash(astuple(self))
 
     @cached_property
     def honest(self) -> tuple[int, ...]:
@@ -383,7 +394,7 @@ class Attempt:
             for one in ([chosen] if on(Check.ONE_U2) or chosen is None else self.u2_options[k])
             if one is not None
         ]
-        masks: dict[tuple[object, ...], list[int]] = {}
+        masks: dict[tuple[int, object, object, object], list[int]] = {}
         for column, (k, peers) in enumerate(sent):
             i, told = self.cohort.honest[k], self.told[k]
             for j in range(self.cohort.n):
@@ -393,17 +404,19 @@ class Attempt:
                 if owner < self.cohort.c:
                     continue  # a colluder's true key: the mask is known
                 seed = (
-                    frozenset((i, owner)),
+                    1 << i | 1 << owner,
                     self.context[k] if on(Check.SEEDS_CONTEXT) else None,
                     peers if on(Check.SEEDS_U2) else None,
                     frozenset((i, j)) if on(Check.SEEDS_NAMES) else None,
                 )
                 masks.setdefault(seed, [0] * len(sent))[column] += 1 if i < j else -1
-        pairs = ((sum(1 << i for i in seed[0]), tuple(v)) for seed, v in masks.items())  # type: ignore[attr-defined]
+        pairs = ((seed[0], tuple(v)) for seed, v in masks.items())
         return tuple(k for k, _ in sent), tuple(pairs)
 
     def sums(self, u2: tuple[int | None, ...], self_masks: int, mask_keys: int) -> tuple[Vector, ...]:
         """A basis of what the coordinator learns: coefficients of the honest sites' unknown updates."""
+        if not self_masks:
+            return ()
         sites, masks = self.inputs(u2)
         rows = {v for owners, v in masks if not owners & mask_keys}
         for k, i in enumerate(self.cohort.honest):
@@ -438,13 +451,11 @@ def threshold(cohort: Cohort, told: Told) -> int:
     return max((told.u1.bit_count() + cohort.c) // 2 + 1, cohort.c + 2)
 
 
-def parts(cohort: Cohort, honest: int, colluders: int, strangers: int) -> Iterator[int]:
+@cache
+def parts(cohort: Cohort, honest: int, colluders: int, strangers: int) -> list[int]:
     """Subsets to try: every one of honest sites, the colluders (or every subset), no stranger or all."""
-    for a in subsets(honest):
-        for b in subsets(colluders) if cohort.colluders_leave else [colluders]:
-            yield a | b
-            if strangers:
-                yield a | b | strangers
+    taken = subsets(colluders) if cohort.colluders_leave else [colluders]
+    return [a | b | s for a in subsets(honest) for b in taken for s in ((0, strangers) if strangers else (0,))]
 
 
 @cache
