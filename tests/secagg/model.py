@@ -638,9 +638,8 @@ def sample(cohort: Cohort, tries: int, draw: random.Random) -> Result:
     patterns = requests(cohort)
     for strategies in range(1, tries + 1):
         told = alike_mostly([told_options(cohort, i) for i in cohort.honest], draw)
-        pattern = patterns[0] if draw.random() < 0.7 else list(draw.choice(patterns))
-        if pattern is not patterns[0]:
-            draw.shuffle(pattern)
+        pattern = patterns[0] if draw.random() < 0.7 else draw.choice(patterns)
+        pattern = tuple(draw.sample(pattern, len(pattern)))
         attempt = Attempt(cohort, [Told(*one, label) for one, label in zip(told, pattern, strict=True)])
         u2 = tuple(alike_mostly(attempt.u2_options, draw))
         u3 = tuple(alike_mostly([attempt.u3_options(k, one) for k, one in enumerate(u2)], draw))
