@@ -94,9 +94,9 @@ def test_a_keystream_goes_on_where_it_stopped():
     buffer, parts = np.zeros(200, np.uint8), b""
     stream = Keystream(bytes(32))
     for size in (1, 15, 16, 17, 40, 7):
-        stream.fill(buffer, size)
+        stream.fill(buffer.data, size)
         parts += buffer[:size].tobytes()
-    Keystream(bytes(32)).fill(buffer, len(parts))
+    Keystream(bytes(32)).fill(buffer.data, len(parts))
     assert buffer[: len(parts)].tobytes() == parts
 
 
