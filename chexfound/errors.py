@@ -10,7 +10,8 @@ ChexfoundError            1
 │   └── VersionError      5   the two ends are of different releases
 ├── PolicyError           6   what a site's policy forbids to leave (or to run)
 │   ├── CodeError         6   a run of code that the site's operator did not approve
-│   └── RosterError       6   a run with sites that the site's operator did not approve
+│   ├── RosterError       6   a run with sites that the site's operator did not approve
+│   └── RefusedError      6   a step of secure aggregation that would tell more than one sum; its code says which
 ├── SiteError             7   a site, or the process that plays it, failed in a round
 └── StorageError          8   the disk is full or refuses to be written
 
@@ -99,6 +100,42 @@ class RosterError(PolicyError):
     code = "roster"
 
 
+class RefusedError(PolicyError):
+    """A step of secure aggregation that a site does not take; `code` names the attack that it would be part of.
+
+    Args:
+        code: one of REFUSALS.
+        text: what was seen; stays at the site.
+    """
+
+    code = "secagg"
+
+    def __init__(self, code: str, text: str = "") -> None:
+        super().__init__(text or REFUSALS[code])
+        self.code = code
+
+
+REFUSALS = {  # by the code that leaves the site: what the request would have done
+    "secagg.plain": "asked for its own update, which this site gives only in a masked sum",
+    "secagg.parameters": "told other numbers of sites, colluders or shares than this site's own",
+    "secagg.attempt": "an attempt that is past, or was seen before: its secrets would serve twice",
+    "secagg.order": "a step before its turn, or of no attempt that is open",
+    "secagg.repeat": "a second, different request for a step that was answered",
+    "secagg.late": "a request after the attempt's time",
+    "secagg.incomplete": "what the site needs for its answer is not on its disk any more",
+    "secagg.cohort": "keys of sites that are not in the roster, too few, twice, or not with this site's own",
+    "secagg.signature": "a word of another site that this site did not say",
+    "secagg.shares": "a share that does not open, or is not the one that its dealer signed",
+    "secagg.sharers": "a set of sharing sites that is too small, without this site, or not of those that advertised",
+    "secagg.weights": "other weights, or another request, than the sites agreed to train from",
+    "secagg.survivors": "a set of survivors that is too small, without this site, or not of those that shared",
+    "secagg.survivors-twice": "a second set of survivors in one attempt: two sums could be opened",
+    "secagg.findings": "a sum over too few sites that label one of its findings",
+    "secagg.signers": "too few signatures of the survivors over the same set",
+    "secagg.differencing": "a second sum on the same weights over other sites: their difference would tell of one site",
+}
+
+
 class SiteError(ChexfoundError):
     """A site, or the process that plays it, failed in a round."""
 
@@ -126,6 +163,7 @@ CODES: dict[str, type[ChexfoundError]] = {
         PolicyError,
         CodeError,
         RosterError,
+        RefusedError,
         SiteError,
         StorageError,
     )

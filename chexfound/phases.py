@@ -27,6 +27,7 @@ from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
 from chexfound.data.split import View
 from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
+from chexfound.evaluate.histograms import histograms
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
@@ -38,6 +39,7 @@ from chexfound.schema import Recipe
 
 log = logging.getLogger("chexfound.site")
 log.addHandler(logging.NullHandler())  # whoever runs the site shows its log; a simulation has its own display
+COUNTS = ("images", "patients", "train", "val", "test")
 ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
@@ -46,7 +48,7 @@ Progress = Callable[[str, int, int], None]  # phase, done, of how many
 class Request:
     """What the coordinator asks of a site.  The recipe is not in it: it is the run's."""
 
-    phase: str  # enrol | pretrain | features | adapt | evaluate
+    phase: str  # enrol | counts | pretrain | features | adapt | evaluate
     round: int = 0
     step: int = 0  # global step of the first local step
     steps: int = 0
@@ -54,14 +56,23 @@ class Request:
     roster_index: int = 0
     findings: tuple[str, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    stage: str = ""  # of secure aggregation: advertise | share | masked | consistency | unmask; "": asked in the clear
+    told: dict[str, Any] = field(default_factory=dict)  # what the coordinator says in that stage, as JSON
+    fresh: bool = False  # start without state of earlier rounds; a site's own decision, which no message carries
+
+    def shared(self) -> dict[str, Any]:
+        """The fields that all sites are told alike."""
+        fields = {name: getattr(self, name) for name in ("phase", "round", "step", "steps", "batch_size")}
+        return fields | {"findings": list(self.findings)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a site answers: tensors by name, and plain JSON values by name."""
+    """What a site answers: tensors and plain JSON values, by name; or arrays under masks, by bits of their ring."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    masked: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,6 +91,7 @@ class Site:
     progress: Progress | None = None
     gpus: str = ""
     _warm: dict[str, Any] = field(default_factory=dict)  # what the disk holds too, kept in memory between rounds
+    remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
     def name(self) -> str:
@@ -131,7 +143,19 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
 
 
 def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
-    """Counts, versions and hashes; no image, no patient."""
+    """Counts, versions and hashes; no image, no patient.  Under secure aggregation no count: of findings the names."""
+    versions = {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    numbers = counts(site, recipe, request).values
+    if recipe.aggregation == "secagg":
+        if not numbers["train"]:  # which the coordinator cannot see
+            raise DataError(f"site {site.name!r} has no training image; give it images, or leave it out")
+        return Reply(values={"site": site.name, "versions": versions, "findings": sorted(numbers["findings"])})
+    store_sha256 = site.view.store.digest()
+    return Reply(values={"site": site.name, **numbers, "versions": versions, "store_sha256": store_sha256})
+
+
+def counts(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Images, patients and the split; and of the training images positives and negatives by finding."""
     store = site.view.store
     labels = site.training_labels(recipe, tuple(store.findings))
     findings = {
@@ -143,17 +167,10 @@ def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     }
     splits = {which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")}
     values = {
-        "site": site.name,
         "images": len(site.view.ids),
         "patients": len(set(site.patients(site.view.ids))),
         **splits,
-        "findings": {name: counts for name, counts in findings.items() if counts["positives"] or counts["negatives"]},
-        "versions": {
-            "chexfound": chexfound.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "store_sha256": store.digest(),
+        "findings": {name: both for name, both in findings.items() if both["positives"] or both["negatives"]},
     }
     return Reply(values=values)
 
@@ -327,6 +344,8 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
         findings=list(request.findings),
     )
     save_scores(site.home / "scores.npz", scores)
+    if recipe.aggregation == "secagg":
+        return Reply(values={"histograms": histograms(labels, scores.scores)})
     rows = result_rows(
         ARM,
         TRAINED_ON,
@@ -341,6 +360,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
 
 _PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
     "enrol": enrol,
+    "counts": counts,
     "pretrain": pretrain,
     "features": extract,
     "adapt": adapt,
@@ -348,14 +368,36 @@ _PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
 }
 
 
+def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
+    """Findings asked for that the site has a part in, in a phase that goes by findings."""
+    if request.phase not in ("counts", "adapt", "evaluate"):
+        return []
+    if request.phase == "evaluate":
+        labels = site.view.store.labels(site.view.split(recipe.seed, recipe.split, "test"), request.findings)
+    else:
+        labels = site.training_labels(recipe, request.findings)
+    if not len(labels):
+        return []
+    has = trainable_findings(labels) if request.phase == "adapt" else np.any(labels >= 0, axis=0)
+    return [finding for finding, one in zip(request.findings, has.tolist(), strict=True) if one]
+
+
+def state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
+    """Where a site keeps what it carries from a phase's round to the next: STEP.safetensors, by global step."""
+    return site.home / "state" / _digest(recipe) / phase
+
+
+def carries(recipe: Recipe, phase: str) -> bool:
+    """Whether a phase's rounds stand on state that stays at the site."""
+    if phase == "pretrain":
+        return not _all_travels(recipe)
+    return phase == "adapt" and recipe.adapt.optimizer_state == "local"
+
+
 def _backbone(recipe: Recipe, tensors: dict[str, Tensor]) -> vit.VisionTransformer:
     backbone = vit.build(recipe.student, recipe.input, recipe.position_px)
     load_tensors(backbone, tensors, list(backbone.state_dict()))
     return backbone.to(machine.device())
-
-
-def _state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
-    return site.home / "state" / _digest(recipe) / phase
 
 
 def _digest(recipe: Recipe) -> str:
@@ -374,12 +416,12 @@ def _all_travels(recipe: Recipe) -> bool:
 
 
 def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
-    """State as it was at the start of global step `request.step`; nothing at step 0 or if the site has none."""
-    if not request.step:
+    """State as it was at the start of global step `request.step`; nothing at step 0, afresh, or where there is none."""
+    if not request.step or request.fresh:
         if ranks.first():
-            shutil.rmtree(_state_folder(site, recipe, request.phase), ignore_errors=True)
+            shutil.rmtree(state_folder(site, recipe, request.phase), ignore_errors=True)
         return {}
-    path = _state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
+    path = state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
     if site._warm.get("path") == path:
         state: dict[str, Tensor] = site._warm["state"]
         return state
@@ -393,7 +435,7 @@ def _carry(site: Site, recipe: Recipe, request: Request, state: dict[str, Tensor
     """
     if not ranks.first():
         return
-    folder = _state_folder(site, recipe, request.phase)
+    folder = state_folder(site, recipe, request.phase)
     after = request.step + request.steps
     path = folder / f"{after:08d}.safetensors"
     checkpoint.save(path, state)

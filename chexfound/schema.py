@@ -284,6 +284,17 @@ class Federation:
 
 
 @_frozen
+class SecAgg:
+    """Secure aggregation; how many must agree and may collude is each site's own to say (site.yaml)."""
+
+    ring: Literal[16, 32] = 32  # bits of a value under masks; 16: half the bytes, coarser, and fewer sites
+    colluders: Count | None = None  # as the sites' own: another number here than there, and they refuse
+    attempts: Positive = 3  # at one sum, each with fresh keys
+    stage_timeout_s: Seconds = 300.0  # for the stages without training; that has federation.round_timeout_s
+    range_margin: Annotated[float, Field(ge=1, le=1e6)] = 8.0  # of a tensor's range over its last update's largest step
+
+
+@_frozen
 class Recipe:
     """A run. `phases` says which are done; each has its section."""
 
@@ -292,9 +303,10 @@ class Recipe:
     threads: Annotated[int, Field(gt=0, le=1024)] = 1  # of each process; another number gives other bits
     image_px: Side = 128  # side of the store's images, and of the input at evaluation
     phases: tuple[Literal["pretrain", "adapt", "evaluate"], ...] = ("pretrain", "adapt", "evaluate")
-    aggregation: Literal["fedavg"] = "fedavg"
+    aggregation: Literal["fedavg", "secagg"] = "fedavg"  # secagg: no site's update is seen, only their sum
     codec: Literal["none"] = "none"
     federation: Federation = Federation()
+    secagg: SecAgg = SecAgg()
     split: Split = Split()
     input: Input = Input()
     student: Student = Student()

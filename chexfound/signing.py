@@ -19,6 +19,11 @@ from chexfound.errors import ProtocolError
 
 REPLY = "chexfound reply v1"  # run, round, message id, SHA-256 of the payload
 ROSTER = "chexfound roster v1"  # the roster's canonical JSON
+# Secure aggregation; each after the attempt: run, phase, round, attempt.
+ADVERT = "chexfound secagg advert v1"  # site, both keys, commitment, findings, minimum, state
+PACKET = "chexfound secagg packet v1"  # context, dealer, holder, sealed shares, both hashes
+MASKED = "chexfound secagg masked v1"  # context, site, sharers, SHA-256 of the masked arrays
+SURVIVORS = "chexfound secagg survivors v1"  # context, sharers, survivors
 
 
 def statement(purpose: str, fields: Sequence[bytes]) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,10 +28,12 @@ from chexfound import roster as rosters
 from chexfound import signing
 from chexfound.errors import (
     CODES,
+    REFUSALS,
     ChexfoundError,
     CodeError,
     ConfigError,
     ProtocolError,
+    RefusedError,
     RosterError,
     StateError,
     VersionError,
@@ -46,7 +48,15 @@ MESSAGE_TYPES = {
     "features": "query.features",
     "adapt": "train.adapt",
     "evaluate": "evaluate",
+    # The stages of secure aggregation, whatever the phase.
+    "advertise": "query.advertise",
+    "share": "query.share",
+    "masked": "train.masked",
+    "consistency": "query.consistency",
+    "unmask": "query.unmask",
 }
+STAGES = ("advertise", "share", "masked", "consistency", "unmask")
+RINGS = (16, 32, 64)  # bits of the unsigned integers that masked arrays are of
 LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
 FINDINGS_MAX = 4096  # of a request; a site holds labels for each
 # What Flower itself reports, by its error codes: from the site's node, or in its stead.  Our own
@@ -80,6 +90,7 @@ class _RequestFields:
     batch_size: int
     roster_index: int
     findings: tuple[str, ...]
+    stage: str = ""
 
 
 _request_adapter = TypeAdapter(_RequestFields)
@@ -122,25 +133,43 @@ def _flat_arrays(content: RecordDict, own: ConfigRecord) -> dict[str, np.ndarray
         if inline:
             raise ProtocolError("the message holds arrays in two places")
         return {name: _flat_array(name, array) for name, array in content.array_records["arrays"].items()}
-    flat = {}
-    for name in inline:
-        data, dtype = own[name], np.dtype(name).newbyteorder("<")
-        if not isinstance(data, bytes) or len(data) % dtype.itemsize:
-            raise ProtocolError(f"array {name!r} cannot be read")
-        flat[name] = np.frombuffer(data, dtype).astype(name)
-    return flat
+    return {name: _inline(name, own[name]) for name in inline}
 
 
-def _flat_array(name: str, array: Array) -> np.ndarray:
+def _flat_array(name: str, array: Array, dtypes: Collection[str] = DTYPES) -> np.ndarray:
     try:
         data = array.numpy()  # never unpickles
     except Exception as error:  # bytes from outside: NumPy's parser raises a dozen kinds
         raise ProtocolError(f"array {name!r} cannot be read") from error
-    if not isinstance(data, np.ndarray) or data.dtype.name not in DTYPES or not data.dtype.isnative:
+    if not isinstance(data, np.ndarray) or data.dtype.name not in dtypes or not data.dtype.isnative:
         raise ProtocolError(f"array {name!r}: its dtype does not travel")
     if data.ndim != 1 or data.dtype.name != name:
-        raise ProtocolError(f"array {name!r}: not a flat array of {' or '.join(DTYPES)}, named by its dtype")
+        raise ProtocolError(f"array {name!r}: not a flat array of {' or '.join(dtypes)}, named by its dtype")
     return data
+
+
+def _inline(name: str, data: object) -> np.ndarray:
+    """An array of a message's own record."""
+    dtype = _little(name)
+    if not isinstance(data, bytes) or len(data) % dtype.itemsize:
+        raise ProtocolError(f"array {name!r} cannot be read")
+    return np.frombuffer(data, dtype).astype(name)
+
+
+def _little(name: str) -> np.dtype[Any]:
+    return np.dtype(name).newbyteorder("<")
+
+
+def _masked(content: RecordDict) -> dict[int, np.ndarray]:
+    """The arrays of a reply that are under masks, by bits of their ring."""
+    names = {f"uint{ring}": ring for ring in RINGS}
+    own = content.config_records["reply"]
+    if "masked" not in content.array_records:
+        return {ring: _inline(name, own[name]) for name, ring in names.items() if name in own}
+    arrays = content.array_records["masked"]
+    if odd := [name for name in arrays if name not in names]:
+        raise ProtocolError(f"array {odd[0]!r}: not of a ring")
+    return {names[name]: _flat_array(name, array, names) for name, array in arrays.items()}
 
 
 def _tensors(content: RecordDict, key: str) -> dict[str, Tensor]:
@@ -202,6 +231,8 @@ def pack_requests(requests: Sequence[Request], sites: Roster | None = None) -> l
             packed[id(request.tensors)] = _pack_tensors(request.tensors)
         fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
         own, others = packed[id(request.tensors)]
+        if request.stage:
+            own = own | {"told": json.dumps(request.told, allow_nan=False)}
         of_request = ConfigRecord({"terms": terms, "json": json.dumps(fields), **own})
         contents.append(RecordDict({"request": of_request, **others}))
     return contents
@@ -247,14 +278,22 @@ def unpack_request(content: RecordDict) -> Request:
         or not all(0 < len(name) <= 200 and name.isprintable() for name in findings)
     ):
         raise ProtocolError("the request's findings are too many, named twice, or no names")
+    if fields.stage and fields.stage not in STAGES:
+        raise ProtocolError("the request is of a stage that there is not")
     values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
-    return Request(tensors=_tensors(content, "request"), **values)
+    told = _json(content, "request", "told") if fields.stage else {}
+    return Request(tensors=_tensors(content, "request"), told=told, **values)
 
 
 def pack_reply(reply: Reply) -> RecordDict:
     """A reply as a message's content (what leaves must have passed `client.egress`)."""
     text = json.dumps(reply.values, allow_nan=False)
     own, others = _pack_tensors(reply.tensors)
+    masked = {f"uint{ring}": array for ring, array in sorted(reply.masked.items())}
+    if masked and sum(array.nbytes for array in masked.values()) <= INLINE_BYTES:
+        own = own | {name: array.astype(_little(name)).tobytes() for name, array in masked.items()}
+    elif masked:
+        others = others | {"masked": ArrayRecord({name: Array(array) for name, array in masked.items()})}
     return RecordDict({"reply": ConfigRecord({"json": text, **own}), **others})
 
 
@@ -264,7 +303,7 @@ def unpack_reply(content: RecordDict) -> Reply:
     Raises: ProtocolError.
     """
     values = _json(content, "reply")
-    return Reply(tensors=_tensors(content, "reply"), values=values)
+    return Reply(tensors=_tensors(content, "reply"), values=values, masked=_masked(content))
 
 
 def payload_sha256(content: RecordDict) -> bytes:
@@ -324,12 +363,21 @@ def pack_error(error: ChexfoundError, request: Message) -> Message:
 
 def unpack_error(message: Message) -> type[ChexfoundError]:
     """The kind of error that a site reports; ChexfoundError for a code that is not ours."""
-    return CODES.get(str(message.error.reason), ChexfoundError)
+    reason = str(message.error.reason)
+    return RefusedError if reason in REFUSALS else CODES.get(reason, ChexfoundError)
+
+
+def error_code(message: Message) -> str:
+    """The one word that a site reports; that of ChexfoundError for a word that is not ours."""
+    reason = str(message.error.reason)
+    return reason if reason in REFUSALS else unpack_error(message).code
 
 
 def explain_error(message: Message) -> str:
     """What an error message says, in our own words: the sender's text is never repeated."""
-    kind = unpack_error(message)
+    kind, code = unpack_error(message), error_code(message)
+    if (message.error.code, message.error.reason) == (RefusedError.exit_code, code) and code in REFUSALS:
+        return f"refused ({code}): {REFUSALS[code]}"
     if (message.error.code, message.error.reason) == (kind.exit_code, kind.code):
         hint = f"; {HINTS[kind]}" if kind in HINTS else ""
         return f"replied with error {kind.code!r} (exit code {kind.exit_code}){hint}"

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from chexfound import logs, phases, recipe, wire
 from chexfound.errors import CodeError, ProtocolError
 from chexfound.phases import Reply, Request
-from client import egress, membership, site
+from client import egress, membership, secure, site
 
 log = logging.getLogger("chexfound.client")
 PHASES = {message_type: phase for phase, message_type in wire.MESSAGE_TYPES.items()}
@@ -32,7 +32,7 @@ def handle(message: Message, context: Context) -> Message:
             site.on_progress = site.on_progress or logs.Steps(log)
         request = _admitted(message, context, phase)
         sign = _signer(message, context, request)
-        outcome = _answer(context, request)
+        outcome = _answer(context, request, message.metadata.run_id)
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
         outcome = error
     return egress.release(message, phase, outcome, sign)
@@ -43,10 +43,13 @@ def _admitted(message: Message, context: Context, phase: str) -> Request:
     if refusal := context.run_config.get("refused"):
         raise CodeError(str(refusal))
     sites = wire.unpack_terms(message.content)
-    if (home := site.member_home(context.node_config)) is not None:
+    home = site.member_home(context.node_config)
+    if home is not None:
         membership.check_terms(sites, membership.present(home))
     request = wire.unpack_request(message.content)
-    if request.phase != phase:
+    if request.stage:
+        membership.check_equal(sites, None if home is None else membership.present(home))
+    if (request.stage or request.phase) != phase:
         raise ProtocolError(f"a {message.metadata.message_type!r} message asks for phase {request.phase!r}")
     return request
 
@@ -64,10 +67,16 @@ def _signer(message: Message, context: Context, request: Request) -> Callable[[R
     )
 
 
-def _answer(context: Context, request: Request) -> Reply:
+def _answer(context: Context, request: Request, run_id: int) -> Reply:
     started = time.monotonic()
     run_recipe = recipe.from_run_config(context.run_config)
+    home = site.member_home(context.node_config)
+    if not request.stage:
+        secure.check_plain(run_recipe, request, home)
     here = site.site_of(context.node_config, run_recipe.image_px, enrolling=request.phase == "enrol")
+    if request.stage:
+        assert home is not None  # or the request was refused
+        return secure.answer(here, run_recipe, request, run_id, home)
     reply = phases.run(here, run_recipe, request)
     log.info(
         "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
@@ -99,4 +108,29 @@ def _adapt(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def _evaluate(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.query("advertise")
+def _advertise(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.query("share")
+def _share(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.train("masked")
+def _masked(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.query("consistency")
+def _consistency(message: Message, context: Context) -> Message:
+    return handle(message, context)
+
+
+@app.query("unmask")
+def _unmask(message: Message, context: Context) -> Message:
     return handle(message, context)

@@ -28,6 +28,12 @@ VALUES: dict[str, frozenset[str]] = {
     "features": frozenset({"images"}),
     "adapt": frozenset({"images", "labelled", "history"}),
     "evaluate": frozenset({"results"}),
+    # The stages of secure aggregation: keys, sealed shares, signatures, and what is under masks.
+    "advertise": frozenset({"advert"}),
+    "share": frozenset({"context", "packets"}),
+    "masked": frozenset({"context", "payload", "signature", "refused", "dealers"}),
+    "consistency": frozenset({"signature"}),
+    "unmask": frozenset({"shares", "refused", "dealers"}),
 }
 TENSORS: dict[str, tuple[str, ...]] = {
     "enrol": (),
@@ -35,6 +41,11 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "features": ("patches.", "cls."),
     "adapt": ("",),
     "evaluate": (),
+    "advertise": (),
+    "share": (),
+    "masked": (),
+    "consistency": (),
+    "unmask": (),
 }
 
 ROWS: dict[str, frozenset[str]] = {  # of the history
@@ -56,6 +67,8 @@ def admit(phase: str, reply: Reply) -> Reply:
     odd = sorted(set(reply.values) - VALUES[phase])
     if odd:
         raise PolicyError(f"{phase}: the reply holds {odd[:3]}, which may not leave")
+    if reply.masked and phase != "masked":
+        raise PolicyError(f"{phase}: the reply holds masked arrays, which leave in their stage only")
     for name, tensor in reply.tensors.items():
         if not any(name.startswith(prefix) for prefix in TENSORS[phase]):
             raise PolicyError(f"{phase}: the reply holds the tensor {name!r}, which may not leave")

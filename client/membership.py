@@ -224,3 +224,19 @@ def check_terms(sites: roster.Roster | None, federation: Federation) -> None:
                 f"the coordinator's federation has a site {name!r} that was not approved here, or not with its present "
                 "keys; ask for the present file, then: chexfound-client roster approve FILE"
             )
+
+
+def check_equal(sites: roster.Roster | None, federation: Federation | None) -> None:
+    """As `check_terms` for a sum under masks, whose safety is counted in sites: these and no fewer.
+
+    Raises: RosterError.
+    """
+    if federation is None:
+        raise RosterError("this site has no keys and no roster: it cannot take part in secure aggregation")
+    check_terms(sites, federation)
+    if sites is None or sites.sites != federation.sites.sites:
+        gone = sorted(set(federation.sites.sites) - set(sites.sites if sites else ()))
+        raise RosterError(
+            f"the coordinator's federation is without {', '.join(gone)}, which this site approved; under secure "
+            "aggregation both must be the same: ask for the present file, then: chexfound-client roster approve FILE"
+        )

@@ -26,8 +26,8 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
     Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
     the site's home), `gpus` (how many to pretrain on, or "all"), `secured` (true: it has keys, and signs); and
-    for the simulation `home`, `patients` (a JSON file with the shard's patients) and `shuffle-labels`.  New images
-    are taken in at enrolment only: a run's images must not change between its rounds.
+    for the simulation `home` (of its keys too), `patients` (a JSON file with the shard's patients) and
+    `shuffle-labels`.  New images are taken in at enrolment only: a run's images must not change between its rounds.
 
     Raises: ConfigError if `site` or `data` is missing; DataError.
     """
@@ -44,6 +44,8 @@ def member_home(node_config: Mapping[str, Any]) -> Path | None:
     """The home of a site that takes part with its keys (`secured`); None for one that has none."""
     if node_config.get("secured") is not True:
         return None
+    if "home" in node_config:
+        return Path(str(node_config["home"]))
     name = str(node_config.get("site", ""))
     check_name(name, "site name")
     return site_home(name)

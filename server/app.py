@@ -21,6 +21,7 @@ from server.grid import GridExchange
 from server.live import Live
 from server.result import write_metrics
 from server.run import Event, Run
+from server.secure_run import SecureRun
 
 log = logging.getLogger("chexfound.server")
 
@@ -91,7 +92,7 @@ def main(grid: Grid, context: Context) -> None:
     was done by then is in the folder and no metrics.json, which is written last.
     """
     if isinstance(grid, LocalGrid):  # the simulation shows progress and errors in its own way
-        _run(grid, context)
+        _run(grid, context, grid.sites)
         return
     logs.show()
     folder = run_folder(context)
@@ -128,7 +129,8 @@ def _run(grid: Grid, context: Context, sites: Roster | None = None) -> None:
     log.info("event=begin run=%s folder=%s recipe=%s", context.run_id, folder, recipe.name)
     backbone = context.run_config.get("backbone")
     exchange = GridExchange(grid, sites=sites, run_id=context.run_id, on_event=lambda event: run.heard(event))
-    run = Run(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)
+    kind = SecureRun if recipe.aggregation == "secagg" else Run
+    run = kind(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)
     outcome = run.run()
     write_metrics(folder, recipe, outcome)
     log.info("event=written folder=%s next='chexfound report %s'", folder, folder)

@@ -116,15 +116,15 @@ def check_update(
     students, neither); what is not trained is as it was sent; the optimizer's moments can be moments.
     """
     trained = [name for name in update if not name.startswith(PREFIX) and name not in frozen]
-    largest = max((_largest(sent[name]) for name in trained), default=0.0) + len(steps) * pace.step
+    limit = max((largest(sent[name]) for name in trained), default=0.0) + len(steps) * pace.step
     for name, tensor in update.items():
         if name in frozen:
             if not torch.equal(tensor, sent[name]):
                 raise ProtocolError(f"a reply's {name!r}, which is not trained, is not what was sent")
         elif name in trained:
-            if _largest(tensor) > largest * ROUNDING:
+            if largest(tensor) > limit * ROUNDING:
                 raise ProtocolError(
-                    f"a reply's {name!r} holds a weight of {_largest(tensor):.3g}, beyond {largest:.3g}: "
+                    f"a reply's {name!r} holds a weight of {largest(tensor):.3g}, beyond {limit:.3g}: "
                     f"as far as {len(steps)} steps can lead"
                 )
         else:
@@ -139,7 +139,7 @@ def _check_moment(
     if key == "step":
         fits = bool(((value >= 0) & (value <= steps.stop)).all())
     elif key == "exp_avg_sq":
-        highest = max(_largest(sent[name]), pace.gradient * pace.gradient)
+        highest = max(largest(sent[name]), pace.gradient * pace.gradient)
         fits = bool(((value >= 0) & (value <= highest * ROUNDING)).all())
     else:  # below 1e-15 squares fall out of float32, and Adam's eps of 1e-8 leaves nothing of them
         fits = not bool((value**2 > pace.squared * ROUNDING * update[f"{parameter}.exp_avg_sq"].double() + 1e-30).any())
@@ -147,7 +147,8 @@ def _check_moment(
         raise ProtocolError(f"a reply's {name!r} holds what cannot be a moment of the optimizer")
 
 
-def _largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude of its values; 0 if it has none."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
@@ -216,18 +217,23 @@ def check_moments(reply: Reply, recipe: Recipe, backbone: Mapping[str, Tensor]) 
         raise ProtocolError("a reply's moments are not what they should be: its tensors")
     if any(tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()) for tensor in moments.values()):
         raise ProtocolError("a reply's moments are not what they should be: finite float64 numbers")
-    width = backbone["norm.weight"].numel()
-    largest = math.sqrt(width) * _largest(backbone["norm.weight"]) + _largest(backbone["norm.bias"])
+    limit = reach(backbone)
     patches = (recipe.image_px // recipe.student.patch_size) ** 2
     for part, tokens in (("patches", patches), ("cls", 1)) if images else ():
         total, squares = moments[f"{part}.sum"], moments[f"{part}.squares"]
         count = (1 + recipe.adapt.views) * tokens * images
         if float(moments[f"{part}.count"]) != count:
             raise ProtocolError(f"a reply's moments are not what they should be: {part}.count of {images} images")
-        if bool((squares > count * largest**2 * ROUNDING).any()):
+        if bool((squares > count * limit**2 * ROUNDING).any()):
             raise ProtocolError(f"a reply's moments are not what they should be: {part}.squares are too large")
         if bool((total**2 > count * squares * ROUNDING).any()):
             raise ProtocolError(f"a reply's moments are not what they should be: {part}.sum is too large")
+
+
+def reach(backbone: Mapping[str, Tensor]) -> float:
+    """Beyond which no token of this backbone's last LayerNorm is."""
+    width = backbone["norm.weight"].numel()
+    return math.sqrt(width) * largest(backbone["norm.weight"]) + largest(backbone["norm.bias"])
 
 
 def _moment_shapes(recipe: Recipe, width: int) -> dict[str, tuple[int, ...]]:

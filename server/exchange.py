@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import chexfound
 from chexfound import phases, wire
 from chexfound.errors import ChexfoundError, ConfigError, ProtocolError, VersionError
-from chexfound.phases import Reply, Request
+from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import Recipe
 
-COUNTS = ("images", "patients", "train", "val", "test")
 ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_sha256"}
 
 
@@ -44,16 +43,24 @@ class Exchange(Protocol):
     def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
         """The sites, sorted by name; of a run that goes on, those that it began with."""
 
-    def ask(self, requests: Sequence[Request | None]) -> Iterator[Reply | Missing | None]:
+    def ask(
+        self, requests: Sequence[Request | None], timeout_s: float | None = None
+    ) -> Iterator[Reply | Missing | None]:
         """Send one request to each site, or none; what comes of it in the order of the sites, one at a time."""
 
 
-def checked_roster(replies: Sequence[Reply], senders: Sequence[str]) -> list[Member]:
+def checked_roster(replies: Sequence[Reply], senders: Sequence[str], *, counted: bool = True) -> list[Member]:
     """Sort the enrolled by name; `senders` is what they are called until they have one.
+
+    Args:
+        replies: to `enrol`.
+        senders: of each.
+        counted: they tell their counts; else (under secure aggregation) the names of their findings.
 
     Raises: ProtocolError for a reply that is not an enrolment; ConfigError for a name taken twice.
     """
-    members = [_checked_member(reply.values, sender) for reply, sender in zip(replies, senders, strict=True)]
+    check = _checked_member if counted else _checked_name
+    members = [check(reply.values, sender) for reply, sender in zip(replies, senders, strict=True)]
     members.sort(key=lambda member: member.name)
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -83,6 +90,25 @@ def _checked_member(values: dict[str, Any], sender: str) -> Member:
         for finding, both in findings.items()
     ):
         raise ProtocolError(f"site {name!r} enrolled without usable counts of its findings")
+    _check_versions(name, built)
+    if not isinstance(values["store_sha256"], str) or not re.fullmatch("[0-9a-f]{64}", values["store_sha256"]):
+        raise ProtocolError(f"site {name!r} enrolled without its store's hash")
+    return Member(name=name, values=values)
+
+
+def _checked_name(values: dict[str, Any], sender: str) -> Member:
+    name, findings = values.get("site"), values.get("findings")
+    if not isinstance(name, str) or not wire.word(name):
+        raise ProtocolError(f"{sender} enrolled without a usable name")
+    if set(values) != {"site", "versions", "findings"}:
+        raise ProtocolError(f"site {name!r} enrolled with other values than secure aggregation asks for")
+    if not isinstance(findings, list) or not all(map(wire.word, findings)) or len(findings) > wire.FINDINGS_MAX:
+        raise ProtocolError(f"site {name!r} enrolled without usable names of its findings")
+    _check_versions(name, values["versions"])
+    return Member(name=name, values=values)
+
+
+def _check_versions(name: str, built: Any) -> None:
     if not isinstance(built, dict) or not all(wire.word(part) for pair in built.items() for part in pair):
         raise ProtocolError(f"site {name!r} enrolled without its versions")
     if built.get("chexfound") != chexfound.__version__:
@@ -90,9 +116,6 @@ def _checked_member(values: dict[str, Any], sender: str) -> Member:
             f"site {name!r} runs federated CheXFound {built.get('chexfound')!r}, the coordinator "
             f"{chexfound.__version__}; install the same release at both ends"
         )
-    if not isinstance(values["store_sha256"], str) or not re.fullmatch("[0-9a-f]{64}", values["store_sha256"]):
-        raise ProtocolError(f"site {name!r} enrolled without its store's hash")
-    return Member(name=name, values=values)
 
 
 class DirectExchange:
@@ -107,7 +130,7 @@ class DirectExchange:
         self._recipe = recipe
         return checked_roster([phases.run(self.site, recipe, Request(phase="enrol"))], [f"site {self.site.name!r}"])
 
-    def ask(self, requests: Sequence[Request | None]) -> Iterator[Reply | None]:
+    def ask(self, requests: Sequence[Request | None], timeout_s: float | None = None) -> Iterator[Reply | None]:
         """Do what is asked, here and now."""
         assert self._recipe is not None
         for request in requests:

@@ -8,7 +8,12 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
 from flwr.app import Message, RecordDict
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.proto.node_pb2 import NodeInfo
@@ -23,6 +28,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import cli as superlink_cli
 from sqlalchemy import create_engine, update
 from sqlalchemy.orm import Session
+
+from chexfound.roster import Roster
 
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
@@ -100,8 +107,23 @@ def node_key(node: NodeInfo) -> str:
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
 
 
+def node_info(node: int, line: str) -> NodeInfo:
+    """The record of a node that authenticated itself with the key of a line in OpenSSH's format; "": with none."""
+    if not line:
+        return NodeInfo(node_id=node)
+    pem = load_ssh_public_key(line.encode("ascii")).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return NodeInfo(node_id=node, public_key=pem)
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message the id that a SuperLink would."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
 class LocalGrid(Grid):
-    """The part of a Grid that needs no server: subclasses say how messages reach the nodes."""
+    """The part of a Grid that needs no server: subclasses say how messages reach the nodes, and who they are."""
+
+    sites: Roster | None = None  # of the federation, where the sites have keys
 
     def set_run(self, run: Run) -> None:
         """Not needed: a local grid has one run."""

@@ -65,7 +65,8 @@ class GridExchange:
         self._tell = on_event or (lambda event: None)
         self._names: list[str] = []
         self._nodes: list[int] = []  # 0: not connected yet
-        self._recipe = Recipe()
+        self._recipe, self._counted = Recipe(), True
+        self._timeout_s = self._recipe.federation.round_timeout_s
 
     # -- who takes part
 
@@ -74,7 +75,7 @@ class GridExchange:
 
         Raises: SiteError if too few come in time, or one of them cannot take part and no quorum does without it.
         """
-        self._recipe = recipe
+        self._recipe, self._counted = recipe, recipe.aggregation != "secagg"
         names = [member.name for member in before]
         nodes = self._wait(names)
         self._names, self._nodes = [self._name_of(node) for node in nodes], [node.node_id for node in nodes]
@@ -88,7 +89,7 @@ class GridExchange:
             elif outcome is not None and recipe.federation.quorum_sites is None:
                 raise outcome.error
         labels = [f"node {senders[str(reply.values.get('site'))]}" for reply in replies]
-        members = {member.name: member for member in checked_roster(replies, labels)}
+        members = {member.name: member for member in checked_roster(replies, labels, counted=self._counted)}
         quorum = recipe.federation.quorum_sites
         if len(members) < ((before and quorum) or recipe.federation.min_sites):
             raise SiteError(f"only {len(members)} of {len(nodes)} sites can take part; the others' own logs say why")
@@ -103,7 +104,7 @@ class GridExchange:
     def _checked(self, node: NodeInfo, reply: Reply) -> Reply | Missing:
         """An enrolment by itself: of several sites, one that cannot be is that site's fault alone."""
         try:
-            checked_roster([reply], [f"node {node.node_id}"])
+            checked_roster([reply], [f"node {node.node_id}"], counted=self._counted)
         except ChexfoundError as error:
             name = self._name_of(node)
             self._tell({"event": "lost", "phase": "enrol", "round": 0, "site": name, "reason": error.code})
@@ -147,9 +148,17 @@ class GridExchange:
 
     # -- a request to each, and what comes back
 
-    def ask(self, requests: Sequence[Request | None]) -> Iterator[Reply | Missing | None]:
-        """Send one request to each site; a site that is lost is asked again when it is back, until the deadline."""
-        deadline = time.monotonic() + self._recipe.federation.round_timeout_s
+    def ask(
+        self, requests: Sequence[Request | None], timeout_s: float | None = None
+    ) -> Iterator[Reply | Missing | None]:
+        """Send one request to each site; a site that is lost is asked again when it is back, until the deadline.
+
+        Args:
+            requests: by site; None: it is not asked.
+            timeout_s: to it; the recipe's for a round, if not given.
+        """
+        self._timeout_s = timeout_s or self._recipe.federation.round_timeout_s
+        deadline = time.monotonic() + self._timeout_s
         asked = [_Asked(index, request) for index, request in enumerate(requests) if request is not None]
         if asked:
             names = [self._names[one.index] for one in asked]
@@ -171,7 +180,7 @@ class GridExchange:
             Message(
                 content=content,
                 dst_node_id=self._nodes[one.index],
-                message_type=wire.MESSAGE_TYPES[one.request.phase],
+                message_type=wire.MESSAGE_TYPES[one.request.stage or one.request.phase],
                 group_id=str(one.request.round + 1),  # only shown in the logs, where the first is 1
                 ttl=max(deadline - time.monotonic(), 0.001),
             )
@@ -199,8 +208,7 @@ class GridExchange:
                 look_at = time.monotonic() + LOOK_S
             time.sleep(pause)
             pause = min(pause * 1.5, 0.5)
-        seconds = self._recipe.federation.round_timeout_s
-        text = f"{self._where(one)}: no reply within federation.round_timeout_s {seconds:g} s"
+        text = f"{self._where(one)}: no reply within {self._timeout_s:g} s"
         return self._missing(one, "late", SiteError(text))
 
     def _pulled(self, one: _Asked, message_id: str, deadline: float) -> Reply | Missing | None:
@@ -260,7 +268,7 @@ class GridExchange:
                 return None
             text = f"{where}: {wire.explain_error(message)}; that site's own log says why"
             refused = issubclass(kind, CodeError | RosterError | VersionError)
-            return self._missing(one, kind.code, (kind if refused else SiteError)(text))
+            return self._missing(one, wire.error_code(message), (kind if refused else SiteError)(text))
         try:
             if not message.has_content():
                 raise ProtocolError("a reply without content")

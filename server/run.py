@@ -37,6 +37,7 @@ from server.plan import Batches, choose_findings, frozen_gains, load_backbone
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
+NO_LABEL = "no site has a labelled training image; choose other findings, or leave adapt out of phases"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,10 @@ class Run:
         """
         with Journal(self.folder / "journal.jsonl") as self.journal:
             self._check_same(self._inputs())
-            before = [Member(name=values["site"], values=_enrolment(values)) for values in self._begun("roster", [])]
+            before = [
+                Member(name=values["site"], values={key: value for key, value in values.items() if key in ENROLMENT})
+                for values in self._begun("roster", [])
+            ]
             self.roster = self.exchange.enrol(self.recipe, before)
             if self.batches is None:
                 self.batches = Batches.of(self.recipe, len(self.roster))
@@ -127,14 +131,22 @@ class Run:
         if self.on_event is not None:
             self.on_event(event)
 
-    def _start(self) -> None:
-        """Write who takes part and in what, or check that it is still so."""
+    def _counted(self) -> list[dict[str, Any]]:
+        """Training images by finding, of each site.
+
+        Raises: DataError for a site without any.
+        """
         empty = [member.name for member in self.roster if not member.values["train"]]
         if empty:
             raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
+        return [member.values["findings"] for member in self.roster]
+
+    def _start(self) -> None:
+        """Write who takes part and in what, or check that it is still so."""
+        counted = self._counted()
         if "adapt" in self.recipe.phases:
-            self.findings = choose_findings(self.recipe, [member.values["findings"] for member in self.roster])
-            labelled = {name for member in self.roster for name in member.values["findings"]}
+            self.findings = choose_findings(self.recipe, counted)
+            labelled = {name for findings in counted for name in findings}
             if not labelled & set(self.findings):
                 raise DataError(
                     f"no site has a training image labelled with any of {', '.join(self.findings)}; "
@@ -146,6 +158,7 @@ class Run:
             **self._inputs(),
             "roster": [{"site": member.name, **member.values} for member in self.roster],
             "findings": list(self.findings),
+            **self._told(),
         }
         if not self.journal.entries:
             write_text(self.folder / "recipe.yaml", recipes.to_yaml(self.recipe))
@@ -154,6 +167,10 @@ class Run:
         self._check_same(event)
         if self.on_event is not None:
             self.on_event({"event": "resume", **{phase: len(self._rounds(phase)) for phase in ("pretrain", "adapt")}})
+
+    def _told(self) -> Event:
+        """What the run's start says beside who takes part."""
+        return {}
 
     def _inputs(self) -> Event:
         return {
@@ -340,38 +357,12 @@ class Run:
         config = self.recipe.adapt
         head_module = build_head(self.recipe, len(self.findings))
         done, head = self._last("adapt")
-        started = time.monotonic()
-        requests = self._requests("features", backbone)
-
-        def check(member: Member, reply: Reply) -> None:
-            checks.check_counts("features", reply, member, self.findings)
-            checks.check_moments(reply, self.recipe, backbone)
-
-        cohort = self._ask(requests, check, "features")
-        sums = [reply.tensors for _, reply in cohort]
-        # Without this run's features a site may hold another run's: it has no part in what stands on them.
-        self._behind = {one["site"] for one in cohort.missing}
-        sums = [moments for moments in sums if moments]
-        if not sums:
-            raise DataError(
-                "no site has a labelled training image; choose other findings, or leave adapt out of phases"
-            )
+        sums = self._moments(backbone, first=head is None)
         if head is None:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
             head |= features.standardization(sums)
             if config.optimizer_state == "average":
                 head |= zero_moments(head_module)
-            self._record(
-                {
-                    "event": "features",
-                    "seconds": round(time.monotonic() - started, 3),
-                    "bytes": {
-                        "down": len(requests) * wire.payload_bytes(backbone),
-                        "up": sum(wire.payload_bytes(tensors) for tensors in sums),
-                    },
-                    **({"missing": cohort.missing} if cohort.missing else {}),
-                }
-            )
         moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
         trained = {name for name, parameter in head_module.named_parameters() if parameter.requires_grad}
         frozen = set(head_module.state_dict()) - trained
@@ -380,6 +371,37 @@ class Run:
             strategy = FedAvg("adapt", head, len(self.findings), [*head_module.row_parameters, *moments])
             head = self._train_round("adapt", strategy, head, frozen, number, config.local_steps, self.batches.adapt)
         return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
+
+    def _moments(self, backbone: dict[str, Tensor], *, first: bool) -> list[dict[str, Tensor]]:
+        """Have the sites extract their features; the moments of those that have any.
+
+        Args:
+            backbone: that the features are of.
+            first: the run's features are not in its journal yet.
+        """
+        started = time.monotonic()
+        requests = self._requests("features", backbone)
+
+        def check(member: Member, reply: Reply) -> None:
+            checks.check_counts("features", reply, member, self.findings)
+            checks.check_moments(reply, self.recipe, backbone)
+
+        cohort = self._ask(requests, check, "features")
+        sums = [reply.tensors for _, reply in cohort if reply.tensors]
+        # Without this run's features a site may hold another run's: it has no part in what stands on them.
+        self._behind = {one["site"] for one in cohort.missing}
+        if not sums:
+            raise DataError(NO_LABEL)
+        down = len(requests) * wire.payload_bytes(backbone)
+        up = sum(wire.payload_bytes(tensors) for tensors in sums)
+        if first:
+            self._record_features(started, down, up, cohort.missing)
+        return sums
+
+    def _record_features(self, started: float, down: int, up: int, missing: list[dict[str, str]]) -> None:
+        event: Event = {"event": "features", "seconds": round(time.monotonic() - started, 3)}
+        event["bytes"] = {"down": down, "up": up}
+        self._record(event | ({"missing": missing} if missing else {}))
 
     def _unscored(self) -> dict[str, str]:
         """Findings of which no site could train a row, with the reason."""
@@ -417,10 +439,6 @@ def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: di
     if recipe.teacher.policy != "rederive":
         return mean
     return mean | teacher.rederived(recipe, step, before, curriculum.enter(mean, recipe, step))
-
-
-def _enrolment(values: Event) -> Event:
-    return {key: value for key, value in values.items() if key in ENROLMENT}
 
 
 def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:

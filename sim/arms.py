@@ -58,7 +58,8 @@ class Plan:
         teacher = self.recipe.teacher
         if arm not in FEDERATED_ARMS and teacher.policy == "rederive":
             teacher = changed(teacher, policy="average")  # a lone site has its teacher: there is nothing to derive
-        return changed(self.recipe, phases=phases, teacher=teacher)
+        aggregation = self.recipe.aggregation if arm in FEDERATED_ARMS else "fedavg"  # of one site there is no sum
+        return changed(self.recipe, phases=phases, teacher=teacher, aggregation=aggregation)
 
     def arm_roster(self, arm: str) -> list[str]:
         """The sites that take part in an arm's run, as its journal names them."""
@@ -139,6 +140,7 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
 
     from server.app import app, observers
     from sim.engine import RUN_ID, InProcessGrid
+    from sim.keys import give_keys
 
     # random and shuffled are a head alone: on the weights that all arms start from, or on the federated ones.
     backbone = str(_backbone_file(plan)) if arm == "shuffled" else ""
@@ -147,12 +149,15 @@ def run_federated(plan: Plan, arm: str, pool: Any) -> None:
         "run-dir": str(plan.arm_folder(arm)),
         "backbone": backbone,
     }
-    nodes = [node_config(plan, arm, site) for site in plan.sites]
+    sites = None
+    if plan.recipe.aggregation == "secagg":
+        sites = give_keys({site: plan.site_home(arm, site) for site in plan.sites}, plan.arm_folder(arm) / "authority")
+    nodes = [node_config(plan, arm, site) | ({"secured": True} if sites else {}) for site in plan.sites]
     context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
     warn = _warner(plan, arm, pool.on_warnings)
     observers.append(warn)
     try:
-        app(InProcessGrid(pool, nodes, run_config), context)
+        app(InProcessGrid(pool, nodes, run_config, sites), context)
     finally:
         observers.remove(warn)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
-from server.flwr_private import LocalGrid, set_identity
+from chexfound.roster import Roster
+from server.flwr_private import LocalGrid, node_info, set_identity, set_message_id
 from sim.pool import Pool
 
 RUN_ID = 1
@@ -19,33 +22,49 @@ class InProcessGrid(LocalGrid):
     Args:
         node_configs: one configuration a site; node ids are 1, 2, …
         run_config: what the ClientApp is given.
+        sites: their keys, by name, where they have some.
     """
 
-    def __init__(self, pool: Pool, node_configs: list[dict[str, Any]], run_config: dict[str, Any]) -> None:
-        self.pool, self.node_configs, self.run_config = pool, node_configs, run_config
+    def __init__(
+        self,
+        pool: Pool,
+        node_configs: list[dict[str, Any]],
+        run_config: dict[str, Any],
+        sites: Roster | None = None,
+    ) -> None:
+        self.pool, self.node_configs, self.run_config, self.sites = pool, node_configs, run_config, sites
+        self._tickets: dict[str, int] = {}
         set_identity(RUN_ID)
 
     def get_node_ids(self) -> Iterable[int]:
         """1 … number of sites."""
         return range(1, len(self.node_configs) + 1)
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes, by the keys of their sites."""
+        lines = {name: keys.node for name, keys in self.sites.sites.items()} if self.sites else {}
+        return [node_info(node, lines.get(self.node_configs[node - 1]["site"], "")) for node in self.get_node_ids()]
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue each message at its node's process; the ids are tickets."""
-        tickets = []
+        """Queue each message at its node's process."""
+        ids = []
         for message in messages:
+            message_id = uuid.uuid4().hex
+            set_message_id(message, message_id)
             node = message.metadata.dst_node_id
             config = self.node_configs[node - 1]
             label = f"site {config['site']!r} ({message.metadata.message_type})"
             task = ("sim.engine:answer", (message, node, config, self.run_config))
-            tickets.append(str(self.pool.submit(node - 1, label, task)))
-        return tickets
+            self._tickets[message_id] = self.pool.submit(node - 1, label, task)
+            ids.append(message_id)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Wait for the replies.
 
         Raises: SiteError if a site's process died.
         """
-        return [self.pool.result(int(message_id)) for message_id in message_ids]
+        return [self.pool.result(self._tickets.pop(message_id)) for message_id in message_ids]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push, then pull all."""

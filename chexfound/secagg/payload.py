@@ -1,0 +1,273 @@
+"""What of a phase is summed under masks: from a site's reply to named arrays, and from the sums to a round's figures.
+
+Site and coordinator make the same layout from the recipe, the request and the settings that the coordinator tells;
+the context binds it.  Figures that plain aggregation sends by site (counts, losses, results) exist here as sums only.
+
+    counts     images by split, patients, and positives and negatives by finding
+    pretrain   how far the steps led from what was sent, weighted by images; losses of each step
+    features   mean and mean square of each channel, weighted by images
+    adapt      as pretrain; a finding's rows are weighted by its labelled images
+    evaluate   held-out images by finding, label and bin of the score
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
+from torch import Tensor
+
+from chexfound.errors import ProtocolError
+from chexfound.evaluate.histograms import BINS
+from chexfound.model.glori import build_head
+from chexfound.phases import COUNTS, Reply, Request
+from chexfound.pretrain.health import PROBE_FIGURES, STEP_FIGURES
+from chexfound.schema import Recipe
+from chexfound.secagg.fixed import Layout, Section
+
+PHASES = ("counts", "pretrain", "features", "adapt", "evaluate")
+PROBED = tuple(name for name in PROBE_FIGURES if name != "probe_images")
+FIGURES = {  # of a history's rows, that are averaged over the sites
+    "pretrain": ("loss", "dino", "ibot", "koleo", *STEP_FIGURES, *PROBED),
+    "adapt": ("loss",),
+}
+FIGURE_RANGE = 1024.0  # losses and figures are far below; beyond it they are clipped, and counted as such
+WEIGHT_MAX = 2**32  # above the sum of all sites' weights
+NAME_MAX = 200
+LABELS = ("positives", "negatives")
+MOMENT_STEP = 2.0**-32  # of a channel's moments, which are whole numbers of it in a ring of 64 bits
+
+Range = Annotated[float, Field(gt=0, lt=1e30)]
+Images = Annotated[int, Field(gt=0, lt=WEIGHT_MAX)]
+
+
+@checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class Settings:
+    """What the coordinator tells of the numbers of an attempt; public, and the same for all sites.
+
+    Args:
+        ring: bits of the values' ring.
+        images: as many as a weight of 1 stands for; more count as these.
+        labelled: the same by finding, for its rows.
+        ranges: of each tensor's values times their weight.
+    """
+
+    ring: int
+    images: Images
+    labelled: list[Images] = Field(default_factory=list)
+    ranges: dict[Annotated[str, Field(max_length=NAME_MAX)], Range] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Of one attempt: which arrays, of which shape and range.
+
+    Args:
+        n: sites of the roster.
+        shapes: of the tensors that were sent and are trained, by name.
+        rows: names of those whose first axis is the findings.  Use `plan`, which knows them.
+
+    Raises: ProtocolError for settings that are not this phase's.
+    """
+
+    recipe: Recipe
+    request: Request
+    settings: Settings
+    n: int
+    shapes: Mapping[str, tuple[int, ...]]
+    rows: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if set(self.settings.ranges) != set(self.shapes):
+            raise ProtocolError("the ranges are not those of the tensors that are summed")
+        if self.settings.ring not in (16, 32):
+            raise ProtocolError(f"there is no ring of {self.settings.ring} bits")
+        if len(self.settings.labelled) != (len(self.request.findings) if self.request.phase == "adapt" else 0):
+            raise ProtocolError("the weights are not those of the findings asked")
+        if self.n * max([self.settings.images, *self.settings.labelled]) >= WEIGHT_MAX:
+            raise ProtocolError("the sum of the sites' weights could pass 2**32")
+
+    @property
+    def layout(self) -> Layout:
+        """The masked arrays."""
+        return Layout(sections=tuple(self._sections()), n=self.n)
+
+    def _sections(self) -> list[Section]:
+        phase, findings, steps = self.request.phase, len(self.request.findings), self.request.steps
+        ring, ranges = self.settings.ring, self.settings.ranges
+        if phase == "counts":
+            counts = [Section(name, (), 32) for name in COUNTS]
+            return counts + [Section(name, (findings,), 32) for name in LABELS if findings]
+        if phase == "evaluate":
+            return [Section("histograms", (findings, 2, BINS), 32)]
+        if phase == "features":
+            return [Section(name, shape, 64) for name, shape in self.shapes.items()] + [Section("images", (), 32)]
+        sections = [Section(f"tensor/{name}", shape, ring, ranges[name]) for name, shape in self.shapes.items()]
+        sections.append(Section("images", (), 32))
+        if phase == "adapt":
+            sections.append(Section("labelled", (findings,), 32))
+        for name in FIGURES[phase]:
+            sections.append(Section(f"figure/{name}", (steps,), 32, FIGURE_RANGE))
+            sections.append(Section(f"figure/{name}/images", (steps,), 32))
+        return sections
+
+    # -- at a site
+
+    def values(self, reply: Reply, zeroed: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """A site's arrays by section, and the weight of each that has one (a number, or one a row).
+
+        Args:
+            reply: of the phase, in clear.
+            zeroed: findings that are left out.
+        """
+        keep = np.array([finding not in set(zeroed) for finding in self.request.findings], bool)
+        phase = self.request.phase
+        if phase == "counts":
+            values = {name: np.array(reply.values[name]) for name in COUNTS}
+            by_name = reply.values["findings"]
+            for key in LABELS if self.request.findings else ():
+                numbers = [by_name.get(finding, {}).get(key, 0) for finding in self.request.findings]
+                values[key] = np.array(numbers, np.int64) * keep
+            return values, {}
+        if phase == "evaluate":
+            return {"histograms": np.asarray(reply.values["histograms"]) * keep[:, None, None]}, {}
+        if phase == "features":
+            return self._moments(reply)
+        return self._update(reply, keep)
+
+    def _moments(self, reply: Reply) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Mean and mean square of each channel times the weight, raised by the range so that none is negative."""
+        images = min(int(reply.values["images"]), self.settings.images)
+        values: dict[str, np.ndarray] = {"images": np.array(images)}
+        for name, shape in self.shapes.items():
+            mean = np.zeros(shape)
+            if images:
+                count = float(reply.tensors[f"{name.split('.')[0]}.count"])
+                mean = reply.tensors[name].numpy() / count
+            highest = self.settings.ranges[name]
+            raised = (np.clip(mean, -highest, highest) + highest) * (images / self.settings.images)
+            values[name] = np.rint(raised / MOMENT_STEP).astype(np.uint64)
+        return values, {}
+
+    def _update(self, reply: Reply, keep: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        sent, adapt = self.request.tensors, self.request.phase == "adapt"
+        images = min(int(reply.values["images"]), self.settings.images)
+        weight: Any = images / self.settings.images
+        by_row, values = np.zeros(0), {}
+        if adapt:
+            most = np.array(self.settings.labelled, np.int64)
+            labelled = np.minimum(np.array(reply.values["labelled"], np.int64), most) * keep
+            values["labelled"], by_row = labelled, labelled / most
+        weights: dict[str, Any] = {}
+        for name, shape in self.shapes.items():
+            section = f"tensor/{name}"
+            # Of a site that trains nothing: what was sent, with no weight.
+            new = reply.tensors.get(name)
+            values[section] = np.zeros(shape, np.float32) if new is None else (new - sent[name]).float().numpy()
+            weights[section] = by_row if name in self.rows else weight
+        values["images"] = np.array(images)
+        rows = {int(row["step"]) - self.request.step: row for row in reply.values["history"]}
+        for name in FIGURES[self.request.phase]:
+            figures = [rows.get(step, {}).get(name) for step in range(self.request.steps)]
+            values[f"figure/{name}"] = np.array([figure or 0.0 for figure in figures], np.float32)
+            there = [figure is not None for figure in figures]
+            values[f"figure/{name}/images"] = np.array(there, np.int64) * images
+            weights[f"figure/{name}"] = weight
+        return values, weights
+
+    # -- at the coordinator
+
+    def update(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """What was sent, moved by the mean of the sites' updates; a row that no site labels stays as it was."""
+        result = dict(self.request.tensors)
+        weight = int(sums["images"]) / self.settings.images
+        for name in self.shapes:
+            total = sums[f"tensor/{name}"]
+            if name in self.rows:
+                by_row = sums["labelled"] / np.array(self.settings.labelled, np.float64)
+                by_row = by_row.reshape(-1, *[1] * (total.ndim - 1))
+                mean = np.divide(total, by_row, out=np.zeros_like(total), where=by_row > 0)
+            else:
+                mean = total / weight if weight else np.zeros_like(total)
+            before = self.request.tensors[name]
+            result[name] = (before.double() + _tensor(mean)).to(before.dtype)
+        return result
+
+    def moments(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """Of all sites together, as `features.standardization` takes them: each image counts as one."""
+        weight, images = int(sums["images"]) / self.settings.images, int(sums["images"])
+        result = {}
+        for name in self.shapes:
+            total = sums[name].astype(np.float64) * MOMENT_STEP - self.settings.ranges[name] * weight
+            result[f"{name.split('.')[0]}.count"] = _tensor(np.array([float(images)]))
+            result[name] = _tensor(total / weight * images if weight else total)
+        return result
+
+    def history(self, sums: Mapping[str, np.ndarray], constants: Mapping[str, float]) -> list[dict[str, float]]:
+        """A row a step: the mean of each figure over the sites that have it, by images.
+
+        Args:
+            sums: by section.
+            constants: of each row, that need no sum.
+        """
+        rows = []
+        for step in range(self.request.steps):
+            row: dict[str, float] = {"step": self.request.step + step, **constants}
+            for name in FIGURES[self.request.phase]:
+                if images := int(sums[f"figure/{name}/images"][step]):
+                    row[name] = float(sums[f"figure/{name}"][step]) * self.settings.images / images
+            rows.append(row)
+        return rows
+
+
+def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: Mapping[str, Sequence[int]]) -> Plan:
+    """The plan of a request.
+
+    Which of a head's tensors go by findings is the head's own matter: on it hangs that a rare finding is left out.
+
+    Args:
+        recipe: of the run.
+        request: with the tensors that were sent, if they were.
+        settings: as the coordinator tells them.
+        n: sites of the roster.
+        shapes: of what is summed, as the coordinator tells them; in `adapt` they must be those of the recipe's head.
+
+    Raises: ProtocolError.
+    """
+    told, rows = {name: tuple(shapes[name]) for name in sorted(shapes)}, frozenset[str]()
+    if request.phase == "adapt":
+        head = build_head(recipe, len(request.findings))
+        trained = {name: tuple(value.shape) for name, value in head.named_parameters() if value.requires_grad}
+        if told != trained:
+            raise ProtocolError("the shapes are not those of the head's trained tensors")
+        rows = frozenset(head.row_parameters) & set(trained)
+    if request.phase == "features" and set(told) != set(moment_names()):
+        raise ProtocolError("the shapes are not those of the moments")
+    if request.phase in ("counts", "evaluate") and told:
+        raise ProtocolError("there is no tensor to sum")
+    return Plan(recipe=recipe, request=request, settings=settings, n=n, shapes=told, rows=rows)
+
+
+def moment_names() -> list[str]:
+    """Of a phase `features`: sections, and keys of its reply."""
+    return [f"{part}.{key}" for part in ("patches", "cls") for key in ("sum", "squares")]
+
+
+def digest(arrays: Mapping[int, np.ndarray]) -> str:
+    """SHA-256 of masked arrays, by bits of their ring; hex."""
+    whole = hashlib.sha256()
+    for ring, array in sorted(arrays.items()):
+        whole.update(ring.to_bytes(8, "big") + array.nbytes.to_bytes(8, "big"))
+        whole.update(np.ascontiguousarray(array, f"<u{ring // 8}").view(np.uint8).data)
+    return whole.hexdigest()
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))

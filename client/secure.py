@@ -1,0 +1,416 @@
+"""Secure aggregation at a site: what must survive a crash between its stages, and what spans attempts.
+
+    HOME/secagg/journal.jsonl          which attempts were seen, which sums were opened; digests only
+    HOME/secagg/attempt/secrets.json   the one attempt's secrets, 0600; gone with its answer, refusal or time
+    HOME/secagg/attempt/STAGE.json     what was asked and answered in a stage, as it left
+    HOME/secagg/attempt/masked-32.bin  the masked arrays, as they left
+
+Each answer is on the disk before its first byte leaves, and is given again, the same, to the same request; to another
+request for the same stage nothing is given.  The checks are those of chexfound/secagg/site.py, and here: no attempt
+twice, none after its time, and no second sum on the same weights over other sites (differencing).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from chexfound import phases
+from chexfound import recipe as recipes
+from chexfound.errors import ProtocolError, RefusedError
+from chexfound.journal import Journal, canonical, replace_file, storage, write_json
+from chexfound.model import checkpoint
+from chexfound.phases import Reply, Request, Site
+from chexfound.roster import Roster
+from chexfound.schema import Recipe
+from chexfound.secagg import mask, messages, payload
+from chexfound.secagg.keys import Secrets
+from chexfound.secagg.messages import Advert, Attempt, Packet
+from chexfound.secagg.payload import Plan, Settings
+from chexfound.secagg.site import Side, WrongSharesError, advertise, check_adverts
+from client import lineage, membership
+from client.policy import Policy
+
+log = logging.getLogger("chexfound.client")
+STAGES = ("advertise", "share", "masked", "consistency", "unmask")
+Work = Callable[[Site, Recipe, Request], Reply]
+
+
+def answer(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path) -> Reply:
+    """What a site answers in a stage of secure aggregation, or to a request in the clear that its recipe allows.
+
+    Raises: RefusedError for what would tell more than one sum; any ChexfoundError of the phase itself.
+    """
+    federation = membership.present(home)
+    with closing(Desk(home, site.name, federation.sites, membership.identity_key(home), Policy.load(home))) as desk:
+        return desk.answer(site, recipe, request, run_id)
+
+
+def check_plain(recipe: Recipe, request: Request, home: Path | None) -> None:
+    """That a request in the clear asks for nothing that is to be masked, by the recipe or by the site's own policy.
+
+    Raises: RefusedError.
+    """
+    required = home is not None and Policy.load(home).secagg.required
+    if (required or recipe.aggregation == "secagg") and request.phase != "enrol":
+        raise RefusedError("secagg.plain")
+    if required and recipe.aggregation != "secagg":
+        raise RefusedError("secagg.plain", "the run's recipe does not aggregate under masks, and site.yaml requires it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """What was asked and answered in a stage, and what later stages stand on."""
+
+    asked: str
+    values: dict[str, Any]
+    kept: dict[str, Any]
+
+
+class Desk:
+    """A site's attempts on its disk; one process at a time."""
+
+    def __init__(self, home: Path, site: str, sites: Roster, key: Ed25519PrivateKey, policy: Policy) -> None:
+        self.site, self.sites, self.key, self.policy = site, sites, key, policy
+        self.parameters = policy.parameters(len(sites.sites))
+        self.folder = home / "secagg" / "attempt"
+        self.journal = Journal(home / "secagg" / "journal.jsonl")
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self.journal.close()
+
+    def answer(self, site: Site, recipe: Recipe, request: Request, run_id: int) -> Reply:
+        """Answer a stage, or give the same answer again.
+
+        Raises: RefusedError, after which the attempt is over; ProtocolError for what is no request.
+        """
+        number = request.told.get("attempt")
+        told = {"run": run_id, "phase": request.phase, "round": request.round, "attempt": number}
+        attempt = messages.parse(Attempt, told, "the attempt")
+        asked = hashlib.sha256(canonical({"request": request.shared(), "told": request.told})).hexdigest()
+        try:
+            if (before := self._before(request.stage, attempt)) is not None:
+                if before.asked != asked:
+                    raise RefusedError("secagg.repeat")
+                return self._reply(request.stage, before)
+            stage = self._stage(site, recipe, request, attempt, asked)
+        except WrongSharesError as error:  # the one refusal that names others, whom the coordinator cannot judge
+            self._end(attempt, error)
+            return Reply(values={"refused": error.code, "dealers": error.dealers})
+        except RefusedError as error:
+            self._end(attempt, error)
+            raise
+        write_json(self.folder / f"{request.stage}.json", asdict(stage))
+        if request.stage == "unmask":
+            self._forget(answered=True)
+        return self._reply(request.stage, stage)
+
+    # -- which attempt
+
+    def _before(self, stage: str, attempt: Attempt) -> _Stage | None:
+        """The answer that was given to this stage already; None if it is this stage's turn.
+
+        Raises: RefusedError.
+        """
+        if stage not in STAGES:
+            raise ProtocolError(f"there is no stage {stage!r}")
+        if not self._is_open(attempt):
+            if stage != "advertise":
+                raise RefusedError("secagg.order", "no such attempt is open here")
+            seen = [e["attempt"] for e in self.journal.entries if e["event"] == "begun" and e["of"] == _of(attempt)]
+            if seen and attempt.attempt <= max(seen):
+                raise RefusedError("secagg.attempt")
+            return None
+        opened = self._read("attempt") or {}
+        if "ended" in opened:
+            raise RefusedError("secagg.attempt", f"this attempt ended here: {opened['ended']}")
+        if time.time() > opened["until"] or time.time() < opened["began"] - 3600:
+            raise RefusedError("secagg.late")
+        if (given := self._read(stage)) is not None:
+            return _Stage(**given)
+        place = STAGES.index(stage)
+        if place and self._read(STAGES[place - 1]) is None:
+            raise RefusedError("secagg.order")
+        if place < len(STAGES) - 1 and self._read(STAGES[place + 1]) is not None:
+            raise RefusedError("secagg.incomplete")
+        return None
+
+    def _is_open(self, attempt: Attempt) -> bool:
+        opened = self._read("attempt")
+        return opened is not None and opened["attempt"] == asdict(attempt)
+
+    def _begin(self, attempt: Attempt) -> None:
+        """A new attempt, and the end of any other.  It is in the journal first: its secrets never serve twice."""
+        with storage(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.journal.append({"event": "begun", "of": _of(attempt), "attempt": attempt.attempt})
+        now = time.time()
+        values = {"attempt": asdict(attempt), "began": now, "until": now + self.policy.secagg.attempt_s}
+        write_json(self.folder / "attempt.json", values)
+
+    def _end(self, attempt: Attempt, error: RefusedError) -> None:
+        """Refused: if that was the open attempt, it is over here and its secrets are gone."""
+        log.error("event=refused code=%s phase=%s round=%d %s", error.code, attempt.phase, attempt.round + 1, error)
+        self.journal.append({"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code})
+        if self._is_open(attempt) and "ended" not in (opened := self._read("attempt") or {}):
+            write_json(self.folder / "attempt.json", opened | {"ended": error.code})
+            self._forget()
+
+    def _forget(self, *, answered: bool = False) -> None:
+        """Drop the secrets, and what is large; of an attempt that was refused, the answers too."""
+        drop = ["secrets.json", "masked-*.bin"] + ([] if answered else [f"{stage}.json" for stage in STAGES])
+        for pattern in drop:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / f"{name}.json"
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RefusedError("secagg.incomplete", f"{path}: {error}") from error
+        if not isinstance(values, dict):
+            raise RefusedError("secagg.incomplete", f"{path}: not what was written")
+        return values
+
+    def _kept(self, stage: str) -> dict[str, Any]:
+        given = self._read(stage)
+        if given is None:
+            raise RefusedError("secagg.incomplete")
+        kept: dict[str, Any] = given["kept"]
+        return kept
+
+    def _reply(self, stage: str, given: _Stage) -> Reply:
+        if stage != "masked":
+            return Reply(values=given.values)
+        arrays = {}
+        for ring, size in given.kept["sizes"].items():
+            path = self.folder / f"masked-{ring}.bin"
+            try:
+                arrays[int(ring)] = np.fromfile(path, f"<u{int(ring) // 8}")
+            except OSError as error:
+                raise RefusedError("secagg.incomplete", str(error)) from error
+            if arrays[int(ring)].size != size:
+                raise RefusedError("secagg.incomplete", f"{path}: not as long as it was written")
+        if payload.digest(arrays) != given.values["payload"]:
+            raise RefusedError("secagg.incomplete", "the masked arrays are not what was signed")
+        return Reply(values=given.values, masked=arrays)
+
+    # -- the stages
+
+    def _stage(self, site: Site, recipe: Recipe, request: Request, attempt: Attempt, asked: str) -> _Stage:
+        if request.stage == "advertise":
+            values, kept = self._advertise(site, recipe, request, attempt)
+        elif request.stage == "share":
+            values, kept = self._share(site, recipe, request, attempt)
+        else:
+            side = self._side(attempt)
+            if request.stage == "masked":
+                values, kept = self._masked(side, site, recipe, request)
+            elif request.stage == "consistency":
+                values, kept = self._consistency(side, request)
+            else:
+                values, kept = self._unmask(side, request)
+        return _Stage(asked=asked, values=values, kept=kept)
+
+    def _advertise(
+        self, site: Site, recipe: Recipe, request: Request, attempt: Attempt
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        _keys(request, {"attempt"})
+        if request.phase not in payload.PHASES:
+            raise ProtocolError(f"{request.phase!r} is no phase that is summed")
+        if not self._is_open(attempt):
+            self._begin(attempt)
+        secrets = Secrets.fresh()
+        with replace_file(self.folder / "secrets.json", 0o600) as temporary:
+            temporary.write_text(json.dumps({name: value.hex() for name, value in _secrets(secrets).items()}))
+        advert = advertise(
+            self.key,
+            attempt,
+            self.site,
+            secrets,
+            findings=phases.declared(site, recipe, request),
+            minimum=self.parameters.minimum,
+            state=lineage.present(site, recipe, request),
+        )
+        return {"advert": asdict(advert)}, {"request": request.shared()}
+
+    def _share(
+        self, site: Site, recipe: Recipe, request: Request, attempt: Attempt
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        _keys(request, {"attempt", "adverts", "parameters", "weights", "settings", "shapes"})
+        if request.shared() != self._kept("advertise")["request"]:
+            raise RefusedError("secagg.weights", "another request than this site advertised for")
+        if request.told["parameters"] != self.parameters.shared():
+            raise RefusedError(
+                "secagg.parameters", f"told {request.told['parameters']}, has {self.parameters.shared()} (site.yaml)"
+            )
+        adverts = messages.parse_all(Advert, request.told["adverts"], "the adverts")
+        own = messages.parse(Advert, self._values("advertise")["advert"], "this site's advert")
+        by_name = check_adverts(adverts, own, attempt, self.sites, self.parameters)
+        weights = messages.parse(str, request.told["weights"], "the weights' digest")
+        plan = self._plan(recipe, request, request.told)
+        base = lineage.base(site, request.phase, weights)
+        context = messages.context_of(
+            attempt,
+            self.sites,
+            self.parameters,
+            by_name,
+            request=request.shared(),
+            weights=base,
+            recipe=recipes.to_json(recipe),
+            layout=plan.layout.as_list(),
+        )
+        side = self._side_of(attempt, by_name, context)
+        kept = {
+            "told": {key: request.told[key] for key in ("adverts", "weights", "settings", "shapes")},
+            "context": context.hex(),
+            "base": base,
+        }
+        return {"context": context.hex(), "packets": [asdict(packet) for packet in side.deal()]}, kept
+
+    def _masked(
+        self, side: Side, site: Site, recipe: Recipe, request: Request
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        _keys(request, {"attempt", "sharers", "packets"})
+        sharers = messages.parse_names(request.told["sharers"], "the sharers")
+        packets = messages.parse_all(Packet, request.told["packets"], "the packets")
+        side.check_sharers(sharers, packets)  # opened again when they are needed: on the disk they stay sealed
+        shared = self._kept("share")
+        weights = checkpoint.digest(request.tensors)
+        if request.shared() != self._kept("advertise")["request"] or weights != shared["told"]["weights"]:
+            raise RefusedError("secagg.weights")
+        if lineage.base(site, request.phase, weights) != shared["base"]:
+            raise RefusedError("secagg.weights", "the backbone here is another one by now")
+        plan = self._plan(recipe, request, shared["told"])
+        states = {advert.state for advert in side.adverts.values()}
+        work = replace(
+            request,
+            fresh=len(states) > 1 or "" in states,  # all the same rounds behind them, or all without
+            roster_index=sorted(self.sites.sites).index(self.site),  # not what the coordinator says
+        )
+        reply = phases.run(site, recipe, work)
+        lineage.record(site, recipe, work, weights)
+        zeroed = side.zeroed(request.findings, sharers)
+        values, weight = plan.values(reply, zeroed)
+        arrays = self._arrays(plan)
+        mask.masked(plan.layout, values, weight, side.masks(sharers), arrays)
+        for array in arrays.values():
+            array.flush()
+        digest = payload.digest(arrays)
+        kept = {
+            "sharers": sharers,
+            "packets": [asdict(packet) for packet in packets],
+            "summed": [finding for finding in request.findings if finding not in zeroed],
+            "sizes": {str(ring): array.size for ring, array in arrays.items()},
+        }
+        return {
+            "context": side.context.hex(),
+            "payload": digest,
+            "signature": side.sign_masked(sharers, digest),
+        }, kept
+
+    def _consistency(self, side: Side, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+        _keys(request, {"attempt", "survivors"})
+        survivors = messages.parse_names(request.told["survivors"], "the survivors")
+        masked = self._kept("masked")
+        summed = masked["summed"] if side.attempt.phase in ("counts", "adapt", "evaluate") else []
+        signature = side.sign_survivors(masked["sharers"], survivors, summed)
+        return {"signature": signature}, {"survivors": survivors}
+
+    def _unmask(self, side: Side, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+        _keys(request, {"attempt", "signatures"})
+        signatures = messages.parse(dict[str, messages.Signature], request.told["signatures"], "the signatures")
+        masked, survivors = self._kept("masked"), self._kept("consistency")["survivors"]
+        side.check_signers(masked["sharers"], survivors, signatures)
+        packets = messages.parse_all(Packet, masked["packets"], "the packets")
+        opened = side.check_sharers(masked["sharers"], packets)
+        self._check_differencing(side.attempt, self._kept("share")["base"], survivors)
+        answer = side.answer(opened, survivors)
+        return {"shares": {dealer: asdict(one) for dealer, one in answer.items()}}, {}
+
+    def _check_differencing(self, attempt: Attempt, weights: str, survivors: list[str]) -> None:
+        """Into the journal before the answer leaves: over which sites this sum on these weights is.
+
+        Raises: RefusedError if there was one over others, and the operator has not released it.
+        """
+        key = {"phase": attempt.phase, "weights": weights}
+        over = messages.names_digest(survivors).hex()
+        before = ""
+        for entry in self.journal.entries:
+            if entry["event"] in ("opened", "released") and {name: entry[name] for name in key} == key:
+                before = entry["over"] if entry["event"] == "opened" else ""
+        if before and before != over:
+            raise RefusedError("secagg.differencing")
+        if not before:
+            self.journal.append({"event": "opened", **key, "over": over, "of": _of(attempt)})
+
+    # -- what a stage stands on
+
+    def _values(self, stage: str) -> dict[str, Any]:
+        given = self._read(stage)
+        if given is None:
+            raise RefusedError("secagg.incomplete")
+        values: dict[str, Any] = given["values"]
+        return values
+
+    def _side(self, attempt: Attempt) -> Side:
+        shared = self._kept("share")
+        adverts = messages.parse_all(Advert, shared["told"]["adverts"], "the adverts")
+        return self._side_of(attempt, {one.site: one for one in adverts}, bytes.fromhex(shared["context"]))
+
+    def _side_of(self, attempt: Attempt, adverts: dict[str, Advert], context: bytes) -> Side:
+        secrets = self._read("secrets")
+        if secrets is None:
+            raise RefusedError("secagg.incomplete")
+        return Side(
+            key=self.key,
+            site=self.site,
+            attempt=attempt,
+            sites=self.sites,
+            parameters=self.parameters,
+            secrets=Secrets(**{name: bytes.fromhex(value) for name, value in secrets.items()}),
+            adverts=adverts,
+            context=context,
+        )
+
+    def _plan(self, recipe: Recipe, request: Request, told: dict[str, Any]) -> Plan:
+        shapes = messages.parse(dict[str, list[messages.Number]], told["shapes"], "the shapes")
+        settings = messages.parse(Settings, told["settings"], "the settings")
+        return payload.plan(recipe, request, settings, self.parameters.n, shapes)
+
+    def _arrays(self, plan: Plan) -> dict[int, np.memmap[Any, Any]]:
+        arrays: dict[int, np.memmap[Any, Any]] = {}
+        for ring, size in plan.layout.sizes.items():
+            path = self.folder / f"masked-{ring}.bin"
+            with storage(path):
+                arrays[ring] = np.memmap(path, f"<u{ring // 8}", "w+", shape=(size,))
+        return arrays
+
+
+def _of(attempt: Attempt) -> str:
+    """Digest of what an attempt is one of."""
+    return hashlib.sha256(canonical([attempt.run, attempt.phase, attempt.round])).hexdigest()
+
+
+def _keys(request: Request, keys: set[str]) -> None:
+    if set(request.told) != keys:
+        raise ProtocolError(f"{request.stage}: holds other values than {', '.join(sorted(keys))}")
+
+
+def _secrets(secrets: Secrets) -> dict[str, bytes]:
+    return {"cipher": secrets.cipher, "mask": secrets.mask, "seed": secrets.seed}

@@ -1,0 +1,255 @@
+"""A run whose figures, updates and results exist as sums over the sites only: `aggregation: secagg`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from chexfound.errors import DataError, ProtocolError, SiteError
+from chexfound.evaluate import histograms
+from chexfound.journal import write_json
+from chexfound.model import checkpoint
+from chexfound.phases import ARM, COUNTS, TRAINED_ON, Request
+from chexfound.pretrain import curriculum
+from chexfound.pretrain.optimizer import PREFIX
+from chexfound.secagg import payload
+from chexfound.secagg.payload import Settings
+from server import checks
+from server.grid import GridExchange
+from server.run import NO_LABEL, Event, Run
+from server.secure import SecureSums, Summed
+from strategies import composition
+from strategies.fedavg import FedAvg
+
+ALL = "all sites"  # of whom every figure of such a run is
+FINEST = 2.0**-20  # of the range that the recipe bounds, below which a tensor's range does not fall
+
+
+class SecureRun(Run):
+    """As `Run`, over an exchange whose sites have keys.
+
+    What a site would tell in the clear (counts, updates, losses, results) comes as one sum; the journal has one entry
+    for all sites in its place, and under `cohort` who is in it.
+    """
+
+    exchange: GridExchange
+
+    def run(self) -> Any:
+        """As `Run.run`.
+
+        Raises: ConfigError, before any site is contacted, for a recipe that masked sums cannot serve.
+        """
+        sites = self.exchange.sites
+        composition.check(self.recipe, len(sites.sites) if sites else self.recipe.federation.min_sites)
+        if sites is None:
+            raise DataError("secure aggregation needs sites with keys: make a federation with chexfound-server init")
+        self.own = self.folder / "secagg"
+        return super().run()
+
+    # -- who takes part, and how much there is
+
+    def _counted(self) -> list[dict[str, Any]]:
+        assert self.exchange.sites is not None
+        self.sums = SecureSums(
+            recipe=self.recipe,
+            exchange=self.exchange,
+            members=self.roster,
+            sites=self.exchange.sites,
+            run_id=self.exchange.run_id,
+            folder=self.own,
+            tell=self._told_of,
+        )
+        self.totals: dict[str, Any] = self._begun("totals", None) or self._count()
+        return [self.totals["findings"]]
+
+    def _count(self) -> dict[str, Any]:
+        findings = tuple(sorted({name for member in self.roster for name in member.values["findings"]}))
+        settings = Settings(ring=self.recipe.secagg.ring, images=1)
+        sums = self.sums.sum(Request(phase="counts", findings=findings), settings, {}).sums
+        numbers = np.stack([sums[name] for name in payload.LABELS], axis=1) if findings else np.zeros((0, 2), int)
+        counted = {
+            finding: {"positives": int(positives), "negatives": int(negatives)}
+            for finding, (positives, negatives) in zip(findings, numbers, strict=True)
+            if positives or negatives
+        }
+        return {**{name: int(sums[name]) for name in COUNTS}, "findings": counted}
+
+    def _told(self) -> Event:
+        return {"totals": self.totals}
+
+    def _told_of(self, event: Event) -> None:
+        """An attempt that failed, or a site that was lost in one; the run's start comes first in the journal."""
+        if self.journal.entries:
+            self.journal.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
+
+    # -- rounds
+
+    def _train_round(
+        self,
+        phase: str,
+        strategy: FedAvg,
+        weights: dict[str, Tensor],
+        frozen: set[str],
+        number: int,
+        steps: int,
+        batch: int,
+        *,
+        stays: dict[str, Tensor] | None = None,
+        finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> dict[str, Tensor]:
+        started, taken = time.monotonic(), range(number * steps, (number + 1) * steps)
+        request = self._request(phase, weights, number, steps, batch)
+        trained = [name for name in weights if name not in frozen and not name.startswith(PREFIX)]
+        bounds = self._bounds(phase, weights, trained, taken)
+        settings = Settings(
+            ring=self.recipe.secagg.ring,
+            images=self.totals["train"],
+            labelled=self._labelled() if phase == "adapt" else [],
+            ranges=self._ranges(phase, number, bounds),
+        )
+        summed = self.sums.sum(
+            request,
+            settings,
+            {name: tuple(weights[name].shape) for name in trained},
+            backbone=self._backbone if phase == "adapt" else "",
+            whole=weights | stays if stays else None,
+        )
+        self._check_quorum(summed)
+        moved = summed.plan.update(summed.sums)
+        mean = {name: moved[name] for name in weights}
+        try:
+            checks.check_update(
+                mean, weights, frozen, checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase), taken
+            )
+        except ProtocolError as error:
+            raise ProtocolError(
+                f"{phase}, round {number + 1}: the sum of {len(summed.survivors)} sites: {error}"
+            ) from error
+        self._keep_ranges(phase, number + 1, bounds, weights, mean)
+        constants = {"log_k": math.log(self.recipe.dino.head_n_prototypes)} if phase == "pretrain" else {}
+        entry = {
+            "site": ALL,
+            "bytes": summed.up,
+            "images": int(summed.sums["images"]),
+            "labelled": [int(value) for value in summed.sums["labelled"]] if phase == "adapt" else [],
+            "history": summed.plan.history(summed.sums, constants),
+        }
+        told = self._about(summed)
+        if phase == "pretrain":
+            told["health"] = self.watch.look(number, taken.start, [entry])
+        weights = finish(mean)
+        self._commit(phase, number, weights, started, [entry], summed.down, told)
+        return weights
+
+    def _request(
+        self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0
+    ) -> Request:
+        return self._requests(phase, tensors, number, steps, batch)[0]
+
+    def _about(self, summed: Summed) -> Event:
+        told: Event = {"cohort": summed.survivors, "clipped": summed.clipped}
+        if summed.zeroed:
+            told["zeroed"] = summed.zeroed
+        if summed.missing:
+            told["missing"] = summed.missing
+        return told
+
+    def _labelled(self) -> list[int]:
+        counted = self.totals["findings"]
+        return [max(1, sum(counted.get(finding, {}).values())) for finding in self.findings]
+
+    def _check_quorum(self, summed: Summed) -> None:
+        """By weight: all that can be known is the sum's own.
+
+        Raises: SiteError.
+        """
+        config = self.recipe.federation
+        images, total = int(summed.sums["images"]), self.totals["train"]
+        if config.quorum_sites is not None and images < config.quorum_weight * total:
+            raise SiteError(
+                f"{summed.plan.request.phase}, round {summed.plan.request.round + 1}: the sum is over {images} of "
+                f"{total} training images, less than federation.quorum_weight {config.quorum_weight:g}"
+            )
+
+    # -- ranges
+
+    def _bounds(self, phase: str, weights: Mapping[str, Tensor], trained: list[str], taken: range) -> dict[str, float]:
+        """How far each tensor can go in these steps, by the recipe."""
+        recipe = curriculum.at(self.recipe, taken.start)[0]
+        pace = checks.Pace.of(recipe, phase)
+        if phase == "adapt":
+            decay = recipe.adapt.lr * recipe.adapt.weight_decay
+        else:
+            rate = recipe.optim.lr * max(1.0, recipe.optim.patch_embed_lr_mult)
+            decay = rate * max(recipe.optim.weight_decay, recipe.optim.weight_decay_end)
+
+        def bound(name: str) -> float:
+            own = len(taken) * (pace.step + decay * checks.largest(weights[name]))
+            student = name.replace("teacher.", "student.", 1)
+            if name.startswith("teacher.") and student in weights:  # goes towards the student, and no further
+                own = len(taken) * (pace.step + decay * checks.largest(weights[student]))
+                return own + checks.largest(weights[student] - weights[name])
+            return own
+
+        return {name: max(bound(name), 1e-9) for name in trained}
+
+    def _ranges(self, phase: str, number: int, bounds: Mapping[str, float]) -> dict[str, float]:
+        """By the last round's update where there was one, within what the recipe bounds."""
+        path, kept = self.own / "ranges.json", dict[str, float]()
+        if path.exists():
+            values = json.loads(path.read_text())
+            kept = values["ranges"] if [values["phase"], values["round"]] == [phase, number] else {}
+        return {name: min(bound, max(kept.get(name, bound), bound * FINEST)) for name, bound in bounds.items()}
+
+    def _keep_ranges(
+        self,
+        phase: str,
+        number: int,
+        bounds: Mapping[str, float],
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+    ) -> None:
+        margin = self.recipe.secagg.range_margin
+        moved = {name: checks.largest(after[name] - before[name]) for name in bounds}
+        ranges = {name: margin * step for name, step in moved.items() if step > 0}
+        write_json(self.own / "ranges.json", {"phase": phase, "round": number, "ranges": ranges})
+
+    # -- features and results
+
+    def _moments(self, backbone: dict[str, Tensor], *, first: bool) -> list[dict[str, Tensor]]:
+        started, path = time.monotonic(), self.own / "moments.safetensors"
+        self._backbone = checkpoint.digest(backbone)
+        if any(entry["event"] == "features" for entry in self.journal.entries) and path.exists():
+            return [checkpoint.load(path)]
+        width = backbone["norm.weight"].numel()
+        highest = checks.reach(backbone)
+        channels = self.recipe.adapt.n_last_blocks * width
+        ranges = {name: highest if name.endswith(".sum") else highest**2 for name in payload.moment_names()}
+        settings = Settings(ring=self.recipe.secagg.ring, images=self.totals["train"], ranges=ranges)
+        shapes = dict.fromkeys(payload.moment_names(), (channels,))
+        summed = self.sums.sum(self._request("features", backbone), settings, shapes)
+        if not int(summed.sums["images"]):
+            raise DataError(NO_LABEL)
+        moments = summed.plan.moments(summed.sums)
+        checkpoint.save(path, moments)
+        self._record_features(started, summed.down, summed.up, summed.missing)
+        return [moments]
+
+    def _evaluate(self, model: dict[str, Tensor]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
+        settings = Settings(ring=self.recipe.secagg.ring, images=1)
+        summed = self.sums.sum(self._request("evaluate", head), settings, {}, backbone=self._backbone)
+        config = self.recipe.evaluate
+        rows = histograms.rows(
+            ARM, TRAINED_ON, ALL, summed.sums["histograms"], self.findings,
+            config.bootstrap_samples, config.confidence, self.recipe.seed, summed.zeroed,
+        )  # fmt: skip
+        return rows, summed.missing

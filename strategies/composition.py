@@ -1,0 +1,82 @@
+"""What composes with what: which parts of a recipe can work on sums that nobody sees the terms of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chexfound.errors import ConfigError, Problems
+from chexfound.schema import Recipe
+from chexfound.secagg.fixed import levels
+from chexfound.secagg.parameters import SITES_MAX, Parameters
+
+LEVELS_MIN = 1024  # of a site's values, below which rounding is felt in a round's update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A choice that masked sums exclude.
+
+    Args:
+        key: of the recipe.
+        excluded: whether a recipe, for so many sites, makes that choice.
+        why: it cannot be.
+        remedy: what to choose instead.
+    """
+
+    key: str
+    excluded: Callable[[Recipe, int], bool]
+    why: str
+    remedy: str
+
+
+SECAGG = (
+    Rule(
+        key="train.optimizer_state",
+        excluded=lambda recipe, n: "pretrain" in recipe.phases and recipe.train.optimizer_state == "average",
+        why="Adam's squares span more orders of magnitude than fixed point holds",
+        remedy="train.optimizer_state: local",
+    ),
+    Rule(
+        key="adapt.optimizer_state",
+        excluded=lambda recipe, n: "adapt" in recipe.phases and recipe.adapt.optimizer_state == "average",
+        why="Adam's squares span more orders of magnitude than fixed point holds",
+        remedy="adapt.optimizer_state: local",
+    ),
+    Rule(
+        key="codec",
+        excluded=lambda recipe, n: recipe.codec != "none",
+        why="what is masked has no zeros left to leave out, nor a scale of its own",
+        remedy="codec: none",
+    ),
+    Rule(
+        key="secagg.ring",
+        excluded=lambda recipe, n: levels(recipe.secagg.ring, n) < LEVELS_MIN,
+        why=f"so many sites' sum leaves each fewer than {LEVELS_MIN} levels of a value",
+        remedy="secagg.ring: 32, or fewer sites",
+    ),
+)
+# Reductions that need each site's update by itself have no key of the recipe yet; when they do, their rule goes here:
+# coordinate-wise median, trimmed mean, Krum, norm bounds at the coordinator, top-k, asynchronous folding (FedBuff).
+
+
+def check(recipe: Recipe, n_sites: int) -> None:
+    """That a recipe's aggregation can do what the recipe asks of it, before any site is contacted.
+
+    Args:
+        recipe: to be run.
+        n_sites: of the federation.
+
+    Raises: ConfigError, with all that does not fit.
+    """
+    if recipe.aggregation != "secagg":
+        return
+    problems = Problems(ConfigError, "recipe: aggregation: secagg")
+    try:
+        Parameters.of(n_sites, recipe.secagg.colluders)
+    except ConfigError as error:
+        problems.add(str(error))
+    for rule in SECAGG:
+        if n_sites <= SITES_MAX and rule.excluded(recipe, n_sites):
+            problems.add(f"{rule.key}: {rule.why}; choose {rule.remedy}")
+    problems.check()

@@ -1,0 +1,76 @@
+"""The sum of masked inputs: each is spooled to the disk as it comes, and only those of the survivors are added."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from chexfound.errors import ProtocolError
+from chexfound.journal import storage
+from chexfound.secagg import mask
+from chexfound.secagg.fixed import Layout, decode
+
+CHUNK = 2**20  # values that are added at a time
+
+
+class MaskedSum:
+    """Of one attempt.  One input is in memory while it is spooled, and one sum afterwards.
+
+    Args:
+        layout: of the arrays.
+        folder: for the spools; emptied.
+    """
+
+    def __init__(self, layout: Layout, folder: Path) -> None:
+        self.layout, self.folder = layout, folder
+        shutil.rmtree(folder, ignore_errors=True)
+        with storage(folder):
+            folder.mkdir(parents=True)
+        self._sites: list[str] = []
+
+    def add(self, site: str, arrays: Mapping[int, np.ndarray]) -> None:
+        """Take in one site's masked arrays, by bits of their ring.
+
+        Raises: ProtocolError if they are not of the layout.
+        """
+        sizes = {ring: array.size for ring, array in arrays.items()}
+        if sizes != dict(self.layout.sizes) or any(a.dtype != f"uint{ring}" for ring, a in arrays.items()):
+            raise ProtocolError("the masked arrays are not of the layout that was asked for")
+        for ring, array in arrays.items():
+            path = self._path(site, ring)
+            with storage(path):
+                array.astype(f"<u{ring // 8}", copy=False).tofile(path)
+        self._sites.append(site)
+
+    def result(self, survivors: Sequence[str], masks: Sequence[tuple[int, bytes]]) -> dict[str, np.ndarray]:
+        """The survivors' sum by section.
+
+        Args:
+            survivors: of those that were added.
+            masks: what lies on it: (sign, seed).
+        """
+        sums = {ring: np.zeros(size, f"<u{ring // 8}") for ring, size in self.layout.sizes.items()}
+        for site in survivors:
+            for ring, total in sums.items():
+                if not total.size:
+                    continue
+                spool = np.memmap(self._path(site, ring), f"<u{ring // 8}", "r")
+                for start in range(0, total.size, CHUNK):
+                    total[start : start + CHUNK] += spool[start : start + CHUNK]
+        mask.add_masks(sums, self.layout, [(-sign, seed) for sign, seed in masks])
+        self.close()
+        return decode(self.layout, sums)
+
+    def close(self) -> None:
+        """Drop the spools."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, site: str, ring: int) -> Path:
+        if site not in self._sites:
+            index = len(self._sites)
+        else:
+            index = self._sites.index(site)
+        return self.folder / f"{index:03d}-{ring}.bin"  # a site's name may be no file's
