@@ -4,7 +4,7 @@ A mask is a sign and a 32-byte seed.  Its bits in a ring are AES-256 in counter 
 from counter 0, under a key that HKDF-SHA256 (RFC 5869) makes of the seed for that ring alone.  Of a pair, one site adds
 and the other subtracts; a site's self-mask is added.
 
-Guarantee: to whoever lacks the seed of one of its masks, a masked payload is uniform, as long as AES-256 is a
+Guarantee: whoever lacks the seed of one of its masks cannot tell a masked payload from noise, as long as AES-256 is a
 pseudorandom permutation and **each seed masks one payload only**: of two under the same masks the difference is in
 clear.  Whoever calls this sees to it, by seeds that are bound to run, round and attempt.
 """
