@@ -202,3 +202,17 @@ def test_a_deployed_run_is_not_told_to_lack_arms():
     assert text.startswith("A deployed run trains the federated arm only")
     (text,) = texts(run(row("federated", "A", 0.8)), "note")
     assert text.startswith("Not in this run: the pooled, local, random-weights and floor arms.")
+
+
+@pytest.mark.parametrize(("deployed", "failed", "clipped"), [(True, 0, 0), (False, 1, 0), (False, 2, 1234)])
+def test_secure_aggregation_is_told(deployed, failed, clipped):
+    how = {"n": 4, "c": 1, "t": 3, "ring": 16, "failed": failed, "clipped": clipped}
+    said = " ".join(texts(run(row("federated", "A", 0.8), secagg=how, deployed=deployed), "note"))
+    assert "sums over at least 3 sites and no site’s own, whatever it did with up to 1 of them (16 bits" in said
+    assert ("the simulation’s own" in said) == (not deployed)
+    assert ("gave none once" in said, "gave none 2 times" in said) == (failed == 1, failed == 2)
+    assert ("1,234 values" in said) == bool(clipped)
+
+
+def test_without_it_nothing_is_told():
+    assert not [text for text in texts(run(row("federated", "A", 0.8))) if "Secure aggregation" in text]

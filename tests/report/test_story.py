@@ -261,3 +261,12 @@ def test_lists(names, said):
 def test_amounts():
     assert [story.amount(value) for value in (-0.05, 0.0094, 0.2)] == ["0.05", "0.009", "0.20"]
     assert [story.signed(value) for value in (-0.0314, 0.0, 1e-17, 0.0004)] == ["−0.031", "0.000", "0.000", "+0.0004"]
+
+
+def test_of_all_sites_together():
+    """Under secure aggregation no site has a figure of its own."""
+    some = run(row("federated", "all sites", 0.8), sites=["A", "B", "C"], deployed=True)
+    assert "reaches an AUROC of 0.80 over all sites together" in story.headline(some)
+    assert story.subline(some).startswith("AUROC on the held-out patients of all sites together")
+    assert (some.together, some.n_sites) == (True, 3)
+    assert not run(row("federated", "A", 0.8)).together

@@ -121,22 +121,37 @@ START = {
     "event": "start", "findings": ["Nodule"],
     "roster": [{"site": "NORTH", "train": 42}, {"site": "SOUTH", "train": 34}],
 }  # fmt: skip
+SUMMED_START = {
+    "event": "start", "findings": ["Nodule"], "secagg": {"n": 3, "c": 0, "t": 2, "ring": 32},
+    "totals": {"images": 99, "patients": 80, "train": 76, "val": 12, "test": 11, "findings": {"Nodule": {}}},
+    "roster": [{"site": site, "findings": ["Nodule"], "versions": {}} for site in ("EAST", "NORTH", "SOUTH")],
+}  # fmt: skip
+SUMMED_ROUND = round_event(0) | {
+    "sites": [{**round_event(0)["sites"][0], "site": "all sites"}],
+    "cohort": ["EAST", "NORTH"],
+    "clipped": 3,
+    "missing": [{"site": "SOUTH", "reason": "late"}],
+}
 DONE = {
     "event": "done",
     "model_sha256": "ab" * 32,
     "unscored": {},
     "results": [{"auroc": 0.7}, {"auroc": None}, {"auroc": 0.9}],
 }
+KNOWN = {"start": START, "done": DONE, "summed start": SUMMED_START, "summed round": SUMMED_ROUND}
 
 
 @pytest.fixture
 def happened() -> Callable[..., None]:
-    """Append events to a run's journal: "start", "done", rounds by number, or events as they are."""
+    """Append events to a run's journal: "start", "done", rounds by number, or events as they are.
+
+    "summed start" and "summed round" are of secure aggregation.
+    """
 
     def append(run: RunFolder, *events: Any) -> None:
         with Journal(run.path / "journal.jsonl") as journal:
             for event in events:
-                known = {"start": START, "done": DONE}.get(event) if isinstance(event, str) else None
+                known = KNOWN.get(event) if isinstance(event, str) else None
                 journal.append(known or (round_event(event) if isinstance(event, int) else event))
 
     return append

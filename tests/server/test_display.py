@@ -30,6 +30,19 @@ def test_the_page(submitted, live, happened) -> None:
     assert "loss, pretrain: 9.5000 to 9.5000" in text
 
 
+def test_under_secure_aggregation_all_sites_together_have_a_row(submitted, live, happened) -> None:
+    happened(submitted, "summed start", "summed round")
+    live(submitted, "pretrain", round=2, rounds=3, waiting_for=["SOUTH"], replied=["EAST", "NORTH"])
+    text = shown(display.page(Follower(submitted), {}))
+    rows = [line.split() for line in text.splitlines() if line.startswith(("EAST", "NORTH", "SOUTH", "all sites"))]
+    assert rows == [
+        ["EAST", "not", "known", "replied"],
+        ["NORTH", "not", "known", "replied"],
+        ["SOUTH", "not", "known", "waited", "for"],
+        ["all", "sites", "76", "9.0000"],
+    ]
+
+
 def test_a_run_that_has_not_begun(submitted, flwr) -> None:
     flwr.statuses["100"] = "pending"
     text = shown(display.page(Follower(submitted), {}, plain=True))

@@ -83,6 +83,21 @@ def test_who_took_part_again_is_not_lost(submitted, happened) -> None:
     assert standing.lost(submitted.journal()) == []
 
 
+def test_a_run_under_secure_aggregation(submitted, flwr, live, happened) -> None:
+    happened(submitted, "summed start", {"event": "lost", "site": "NORTH", "phase": "counts", "round": 0})
+    happened(submitted, {"event": "lost", "site": "SOUTH", "phase": "pretrain", "round": 0}, "summed round")
+    failed = "only 1 of 3 sites came through, 2 are needed"
+    happened(submitted, {"event": "attempt", "phase": "pretrain", "round": 1, "failed": failed})
+    events = submitted.journal()
+    assert standing.lost(events) == ["SOUTH"]  # NORTH was in the cohort
+    assert look(submitted, flwr).loss == 9.0
+    lines = [standing.line(event, {"pretrain": 3}) for event in events]
+    assert lines[0] == "start     3 sites: EAST, NORTH, SOUTH; together 76 images; findings: Nodule"
+    assert lines[3].startswith("pretrain  round 1 of 3, 2 sites, loss 9.0000, 12.4 s")
+    assert lines[3].endswith("without SOUTH (late)")
+    assert lines[4] == f"attempt   pretrain, round 2 gave no sum: {failed}"
+
+
 def test_lines(submitted, happened) -> None:
     happened(submitted, "start", 1)
     start, first = submitted.journal()
