@@ -1,6 +1,6 @@
 """Secure aggregation's arithmetic: a site's quantising and masking against Flower's, and the coordinator's unmasking.
 
-    python benchmarks/secagg.py [--only client,vitl,server] [--rounds 5] [--json]
+    python benchmarks/secagg.py [--only client,vitl,server,round] [--rounds 5] [--json]
 
 client: nanoseconds of processor time a value, one thread, at 4 peers and with the self-mask, in turns in this process.
 Ours: `chexfound.secagg.mask.masked`.  Rival: the functions of the installed Flower's legacy SecAgg+, called as its
@@ -17,6 +17,11 @@ first payload, for which the system has to find that memory; the others write ov
 server: what the coordinator does to unmask a sum in which a tenth of n sites is missing: shares joined, secrets of each
 pair with a missing site derived again, keystreams taken off.  Keystreams are measured on a smaller vector and scaled to
 ViT-L's values; the rest is measured as it is.
+
+round: a whole round of pretraining in the simulation, four phantom hospitals in this process with the model of the
+preset `demo`, under secure aggregation and (the rival) plain FedAvg, in turns.  Seconds by the clock, which has the
+disk's, and of the processor; `stages` are processor seconds of ours, each with what the coordinator does as replies
+come; `rest` is what it does between and after: the sum unmasked, checked, written.
 """
 
 from __future__ import annotations
@@ -28,8 +33,10 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +54,28 @@ from flwr.common.secure_aggregation.ndarrays_arithmetic import (
 from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
+from chexfound import recipe as recipes
+from chexfound import wire
+from chexfound.data.phantom import generate
+from chexfound.data.sources import ingest
+from chexfound.data.store import Store
 from chexfound.errors import ChexfoundError, ConfigError, SiteError
 from chexfound.machine import benchmark_line
+from chexfound.phases import Reply, Request
+from chexfound.recipe import changed
+from chexfound.schema import Recipe
 from chexfound.secagg import shamir
 from chexfound.secagg.fixed import Layout, Section
 from chexfound.secagg.mask import Mask, add_masks, masked
+from server.exchange import Missing
+from server.grid import GridExchange
+from server.run import Run
+from server.secure_run import SecureRun
+from sim.arms import Plan, node_config
+from sim.engine import RUN_ID, InProcessGrid
+from sim.keys import give_keys
+from sim.partition import partition
+from sim.pool import Pool
 
 PEERS = 4
 # Matrices and vectors of a block of ViT-L (attention in and out, MLP in and out).
@@ -64,7 +88,8 @@ FULL = 419_700_000  # values of ViT-L with both heads at full width; the preset'
 COHORTS = {8: 6, 32: 22, 128: 86}  # n: t, for c of about n/4: 2t > n + c
 SMALL = 2**21  # values of the line `server`
 PACKAGES = ("federated-chexfound", "flwr", "numpy", "cryptography")
-LINES = ("client", "vitl", "server")
+HOSPITALS, PATIENTS = 4, 12  # of the line `round`
+LINES = ("client", "vitl", "server", "round")
 
 
 def main() -> int:
@@ -94,6 +119,8 @@ def measure(lines: Sequence[str], rounds: int) -> Iterator[tuple[str, dict[str, 
     if "server" in lines:
         for n, t in COHORTS.items():
             yield "secagg_server", server(n, t, SMALL, FULL)
+    if "round" in lines:
+        yield "secagg_round", whole_round(recipes.load("demo"), rounds)
 
 
 # -- a site, against Flower
@@ -178,7 +205,6 @@ def vitl_shapes() -> list[tuple[int, ...]]:
     """The tensors of the preset's student and heads, and a vector that makes FULL of them."""
     import torch
 
-    from chexfound import recipe as recipes
     from chexfound.pretrain.meta_arch import build_student
 
     with torch.device("meta"):
@@ -269,6 +295,111 @@ def server(n: int, t: int, values: int, full: int) -> dict[str, Any]:
         "ours": round(join_s + derive_s + keystream_s, 2), "shares_s": round(join_s, 4), "keys_s": round(derive_s, 4),
         "keystream_s": round(keystream_s, 2), "values": full, "measured_values": values,
     }  # fmt: skip
+
+
+# -- a whole round
+
+
+def whole_round(recipe: Recipe, rounds: int) -> dict[str, Any]:
+    """Seconds of a round of pretraining under secure aggregation and in the clear; the first of each does not count."""
+    train = changed(recipe.train, rounds=rounds + 1, optimizer_state="local")
+    recipe = changed(recipe, phases=("pretrain",), train=train)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        generate(scratch / "phantoms", sites=HOSPITALS, patients=PATIENTS, seed=0)
+        ingest(scratch / "phantoms", scratch / "store", recipe.image_px)
+        sides = {kind: Side(changed(recipe, aggregation=kind), scratch) for kind in ("secagg", "fedavg")}
+        took: dict[str, list[Took]] = {kind: [] for kind in sides}
+        for round_ in range(rounds + 1):
+            for kind, side in sides.items():
+                one = side.round()
+                if round_:
+                    took[kind].append(one)
+    ours, rival = (statistics.median(one.seconds for one in took[kind]) for kind in sides)
+    busy, plain = (statistics.median(one.processor for one in took[kind]) for kind in sides)
+    stages = {
+        stage: round(statistics.median(one.stages[stage] for one in took["secagg"]), 3)
+        for stage in (*wire.STAGES, "rest")
+    }
+    return {
+        "ours": round(ours, 3), "rival": round(rival, 3), "unit": "s a round", "ratio": round(ours / rival, 2),
+        "processor_s": [round(busy, 3), round(plain, 3)], "processor_ratio": round(busy / plain, 2), "stages": stages,
+        "sites": HOSPITALS, "local_steps": recipe.train.local_steps, "rounds": rounds,
+        "payload_bytes": sides["secagg"].payload_bytes,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Took:
+    """Of a round: seconds by the clock, of the processor, and of the processor by stage."""
+
+    seconds: float
+    processor: float
+    stages: dict[str, float]
+
+
+class _RoundDoneError(Exception):
+    pass
+
+
+class Side:
+    """A simulated federation that does a round at a time, each time going on with its run."""
+
+    def __init__(self, recipe: Recipe, scratch: Path) -> None:
+        self.recipe, self.folder = recipe, scratch / recipe.aggregation
+        self.payload_bytes = 0  # of one site's reply
+        dealt = partition(Store.open(scratch / "store"), "source", recipe.seed).sites
+        plan = Plan(recipe=recipe, store=scratch / "store", sites=dealt, folder=self.folder)
+        plan.write_shards()
+        homes = {site: plan.site_home("federated", site) for site in plan.sites}
+        sites = give_keys(homes, self.folder / "authority") if recipe.aggregation == "secagg" else None
+        nodes = [node_config(plan, "federated", site) | ({"secured": True} if sites else {}) for site in plan.sites]
+        grid = InProcessGrid(Pool(1), nodes, {"recipe": recipes.to_json(recipe)}, sites)
+        self.exchange = TimedExchange(grid, sites=sites, run_id=RUN_ID)
+
+    def round(self) -> Took:
+        """Enrolment and what else comes before the round is not counted."""
+        self.exchange.began = None
+        kind = SecureRun if self.recipe.aggregation == "secagg" else Run
+        try:
+            kind(self.recipe, self.exchange, self.folder / "run", on_event=self._heard).run()
+        except _RoundDoneError:
+            return self.took
+        raise SiteError("the run ended without another round")
+
+    def _heard(self, event: dict[str, Any]) -> None:
+        if event["event"] != "round":
+            return
+        assert self.exchange.began is not None
+        seconds, processor = (now - then for now, then in zip(clocks(), self.exchange.began, strict=True))
+        stages = self.exchange.stages
+        self.took = Took(seconds, processor, {**stages, "rest": processor - sum(stages.values())})
+        self.payload_bytes = event["bytes"]["up"] // HOSPITALS
+        raise _RoundDoneError
+
+
+class TimedExchange(GridExchange):
+    """Notes when a round's first request went out, and the processor's seconds by stage until all replies are taken."""
+
+    began: tuple[float, float] | None
+    stages: dict[str, float]
+
+    def ask(
+        self, requests: Sequence[Request | None], timeout_s: float | None = None
+    ) -> Iterator[Reply | Missing | None]:
+        """As `GridExchange.ask`."""
+        first = next(request for request in requests if request is not None)
+        start = clocks()
+        if first.phase == "pretrain" and self.began is None:
+            self.began, self.stages = start, {}
+        yield from super().ask(requests, timeout_s)
+        if first.phase == "pretrain":
+            self.stages[first.stage or first.phase] = clocks()[1] - start[1]
+
+
+def clocks() -> tuple[float, float]:
+    """Of the wall, and of this process."""
+    return time.perf_counter(), time.process_time()
 
 
 if __name__ == "__main__":

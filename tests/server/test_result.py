@@ -36,7 +36,8 @@ def test_the_report_of_a_deployed_run_says_what_is_not_known_and_nothing_false(t
 COUNTS = {"images": 30, "patients": 24, "train": 15, "val": 7, "test": 8}
 ROUND = {
     "event": "round", "phase": "pretrain", "round": 0, "seconds": 1.0, "bytes": {"down": 2, "up": 3},
-    "sites": [{"site": "all sites", "history": [{"step": step, "loss": 2.0, "dino": 2.0} for step in range(2)]}], "cohort": ["a", "b", "d"], "clipped": 5,
+    "sites": [{"site": "all sites", "history": [{"step": step, "loss": 2.0, "dino": 2.0} for step in range(2)]}],
+    "cohort": ["a", "b", "d"], "clipped": 5,
     "missing": [{"site": "c", "reason": "late"}],
 }  # fmt: skip
 
