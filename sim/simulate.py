@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from chexfound.journal import Journal, canonical, write_json
 from chexfound.pretrain.train import slow_arithmetic
 from chexfound.recipe import changed
 from chexfound.schema import Recipe
+from chexfound.secagg.parameters import MINIMUM, Parameters, labelling
 from server.plan import Batches, choose_findings
 from sim import arms, leave
 from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
@@ -177,8 +179,12 @@ class Simulation:
                 raise ConfigError(f"--arms {arm!r}: there is no such site; the sites are {', '.join(names)}")
 
     def _check_composition(self, n_sites: int | None) -> None:
-        if any(arm in FEDERATED_ARMS for arm in self.options.arms):
+        if self._federates:
             composition.check(self.recipe, n_sites)
+
+    @property
+    def _federates(self) -> bool:
+        return any(arm in FEDERATED_ARMS for arm in self.options.arms)
 
     def _check_unchanged(self, plans: Sequence[Plan], names: Sequence[str]) -> None:
         """Note what all arms stand on, or check that it is what was noted when the run was prepared."""
@@ -272,16 +278,26 @@ class Simulation:
         recipe = changed(self.recipe, seed=seed, federation=changed(self.recipe.federation, min_sites=len(sites)))
         if "adapt" in recipe.phases:
             first = changed(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
-            recipe = changed(
-                recipe,
-                adapt=changed(recipe.adapt, findings=choose_findings(first, label_counts(store_path, sites, first))),
-            )
+            counts = self._summed(label_counts(store_path, sites, first))
+            recipe = changed(recipe, adapt=changed(recipe.adapt, findings=choose_findings(first, counts)))
         return Plan(
             recipe=recipe,
             store=store_path.resolve(),
             sites=sites,
             folder=self.out.resolve() / "work" / f"seed-{seed}",
         )
+
+    def _summed(self, counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of each site's counts what a federation would choose findings by: secure aggregation tells no rare one's."""
+        if self.recipe.aggregation != "secagg" or not self._federates:
+            return counts
+        least = labelling(MINIMUM, Parameters.of(len(counts), self.recipe.secagg.colluders).c)
+        at = Counter(name for site in counts for name, count in site.items() if sum(count.values()))
+        rare = sorted(name for name, sites in at.items() if sites < least)
+        note = f"Labelled at fewer than {least} sites, of which secure aggregation tells no sum: {', '.join(rare)}."
+        if rare and note not in self.notes:
+            self.notes.append(note)
+        return [{name: count for name, count in site.items() if name not in rare} for site in counts]
 
     def _arm_names(self, plan: Plan) -> list[str]:
         wanted = self.options.arms

@@ -138,7 +138,7 @@ def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
             }
         )
     reasons = [(site, row.reason if (row := story.lead_row(run, site, finding)) else None) for site in blank]
-    return {"name": story.shown(finding), "panels": panels, "blank": reasons}
+    return {"name": story.shown(finding), "panels": panels, "blank": [] if run.together else reasons}
 
 
 def _short(name: str, most: int = 28) -> str:

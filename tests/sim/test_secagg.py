@@ -128,9 +128,23 @@ def test_an_arm_without_a_federation_needs_no_three_sites(simulate: Any, make_im
 
 
 def test_no_finding_is_labelled_by_enough(simulate: Any, tiny_images: Path) -> None:
-    ran = simulate("--arms", "federated", *MASKED, data=tiny_images)
+    named = ("--set", "adapt.findings=[Bar, Blob]")
+    ran = simulate("--arms", "federated", *MASKED, *named, data=tiny_images)
     assert ran.code == 3
     assert "none of Bar, Blob is labelled at 3 sites" in " ".join(ran.stderr.split())
+    ran = simulate("--arms", "federated", *MASKED, data=tiny_images)
+    assert ran.code == 2
+    assert "no finding has adapt.min_positives 3" in " ".join(ran.stderr.split())
+    assert not ran.out.exists()
+
+
+def test_a_finding_of_too_few_sites_is_no_arms(simulate: Any, make_images: Any, tmp_path: Path) -> None:
+    labelled = dict.fromkeys(NAMES, ["Blob", "Bar"]) | {"alpha": ["Blob"], "beta": ["Blob"]}
+    data = make_images(tmp_path / "uneven", dict.fromkeys(NAMES, 20), labelled)
+    ran = simulate("--arms", "federated,centralized", *MASKED, data=data)
+    assert ran.code == 0, ran.stderr
+    assert ran.metrics["findings"] == ["Blob"]
+    assert "Labelled at fewer than 3 sites, of which secure aggregation tells no sum: Bar." in ran.metrics["notes"]
 
 
 # ---- interrupted
