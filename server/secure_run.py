@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import time
@@ -123,13 +125,15 @@ class SecureRun(Run):
             labelled=self._labelled() if phase == "adapt" else [],
             ranges=self._ranges(phase, number, bounds),
         )
-        summed = self.sums.sum(
+        ask = functools.partial(
+            self.sums.sum,
             request,
             settings,
             {name: tuple(weights[name].shape) for name in trained},
             backbone=self._backbone if phase == "adapt" else "",
             whole=weights | stays if stays else None,
         )
+        summed = self._on_backbone(ask) if phase == "adapt" else ask()
         self._check_quorum(summed)
         moved = summed.plan.update(summed.sums)
         mean = {name: moved[name] for name in weights}
@@ -241,15 +245,10 @@ class SecureRun(Run):
     def _moments(self, backbone: dict[str, Tensor], *, first: bool) -> list[dict[str, Tensor]]:
         started, path = time.monotonic(), self.own / "moments.safetensors"
         self._backbone = checkpoint.digest(backbone)
+        self._again = functools.partial(self._features, backbone)
         if any(entry["event"] == "features" for entry in self.journal.entries) and path.exists():
             return [checkpoint.load(path)]
-        width = backbone["norm.weight"].numel()
-        highest = checks.reach(backbone)
-        channels = self.recipe.adapt.n_last_blocks * width
-        ranges = {name: highest if name.endswith(".sum") else highest**2 for name in payload.moment_names()}
-        settings = Settings(ring=self.recipe.secagg.ring, images=self.totals["train"], ranges=ranges)
-        shapes = dict.fromkeys(payload.moment_names(), (channels,))
-        summed = self.sums.sum(self._request("features", backbone), settings, shapes)
+        summed = self._features(backbone)
         if not int(summed.sums["images"]):
             raise DataError(NO_LABEL)
         moments = summed.plan.moments(summed.sums)
@@ -257,10 +256,35 @@ class SecureRun(Run):
         self._record_features(started, summed.down, summed.up, summed.missing)
         return [moments]
 
+    def _features(self, backbone: dict[str, Tensor]) -> Summed:
+        """Have the sites take the backbone and extract their features."""
+        width = backbone["norm.weight"].numel()
+        highest = checks.reach(backbone)
+        channels = self.recipe.adapt.n_last_blocks * width
+        ranges = {name: highest if name.endswith(".sum") else highest**2 for name in payload.moment_names()}
+        settings = Settings(ring=self.recipe.secagg.ring, images=self.totals["train"], ranges=ranges)
+        shapes = dict.fromkeys(payload.moment_names(), (channels,))
+        return self.sums.sum(self._request("features", backbone), settings, shapes)
+
+    def _on_backbone(self, ask: Callable[[], Summed]) -> Summed:
+        """What `ask` gives; the backbone is sent once more if the sites hold another run's by now.
+
+        It is a second sum on the same weights: where a site is missing the others refuse it, and yet have the backbone.
+        """
+        try:
+            return ask()
+        except SiteError as error:
+            if "(secagg.weights)" not in str(error):
+                raise
+        with contextlib.suppress(SiteError):
+            self._again()
+        return ask()
+
     def _evaluate(self, model: dict[str, Tensor]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
         settings = Settings(ring=self.recipe.secagg.ring, images=1)
-        summed = self.sums.sum(self._request("evaluate", head), settings, {}, backbone=self._backbone)
+        ask = functools.partial(self.sums.sum, self._request("evaluate", head), settings, {}, backbone=self._backbone)
+        summed = self._on_backbone(ask)
         config = self.recipe.evaluate
         rows = histograms.rows(
             ARM, TRAINED_ON, ALL_SITES, summed.sums["histograms"], self.findings,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chexfound.cli import main as chexfound_command
 from chexfound.journal import read_journal
 from chexfound.model import checkpoint
 from chexfound.names import ALL_SITES
@@ -94,6 +95,16 @@ def test_what_it_leaves(masked: Any) -> None:
     )
     assert "Federated, all sites together" in page
     assert "Federated, at this site" not in page
+
+
+def test_its_model_can_be_released(masked: Any, tmp_path: Path) -> None:
+    source = masked.out / "work" / "seed-0" / "federated"
+    assert chexfound_command(["weights", "export", str(source), "--out", str(tmp_path / "release")]) == 0
+    train = read_journal(source / "journal.jsonl")[0]["totals"]["train"]
+    summary = json.loads((tmp_path / "release" / "training_summary.json").read_text())
+    assert summary["all_sites"]["train"] == train
+    sites = f"**Sites**: alpha, beta, delta, epsilon (together {train} images)."
+    assert sites in (tmp_path / "release" / "README.md").read_text()
 
 
 def test_no_arm_of_one_site_is_summed(masked: Any) -> None:
@@ -182,6 +193,23 @@ def test_it_goes_on_after_an_interruption(simulate: Any, four: Path, in_the_clea
     with interrupted(kind, number):
         ran = simulate("--arms", "federated", *MASKED, data=four)
     assert ran.code == 130
+    resumed = simulate("--resume", out=ran.out)
+    assert resumed.code == 0, resumed.stderr
+    assert furthest(resumed, in_the_clear) <= WEIGHTS
+
+
+@pytest.mark.parametrize("left", ["of another run", "nothing"])
+def test_it_goes_on_at_sites_that_have_another_backbone_by_now(
+    simulate: Any, four: Path, in_the_clear: Any, left: str
+) -> None:
+    with interrupted("round", 3):  # the first of the head
+        ran = simulate("--arms", "federated", *MASKED, data=four)
+    assert ran.code == 130
+    for path in (ran.out / "work" / "seed-0" / "federated" / "sites").glob("*/backbone.safetensors"):
+        if left == "nothing":
+            path.unlink()
+        else:
+            checkpoint.save(path, {name: tensor + 1 for name, tensor in checkpoint.load(path).items()})
     resumed = simulate("--resume", out=ran.out)
     assert resumed.code == 0, resumed.stderr
     assert furthest(resumed, in_the_clear) <= WEIGHTS
