@@ -129,3 +129,19 @@ def test_lines_are_json(bench, monkeypatch, capsys):
 def test_a_line_that_there_is_not(bench):
     with pytest.raises(ConfigError, match="'cleint': there are client, vitl, server"):
         list(bench.measure(["cleint"], 1))
+
+
+def test_a_whole_round_is_measured_in_turns_with_one_in_the_clear(bench, tiny_recipe, monkeypatch):
+    """After the first of each; enrolment and the counts are not in it."""
+    turns = []
+    round_ = bench.Side.round
+    monkeypatch.setattr(bench.Side, "round", lambda side: turns.append(side.recipe.aggregation) or round_(side))
+    row = bench.whole_round(tiny_recipe, 1)
+    assert turns == ["secagg", "fedavg"] * 2
+    assert list(row["stages"]) == ["advertise", "share", "masked", "consistency", "unmask", "rest"]
+    busy, plain = row["ours_processor"], row["rival_processor"]
+    assert sum(row["stages"].values()) == pytest.approx(busy, abs=0.01)
+    assert 0 < max(row["stages"].values()) == row["stages"]["masked"]  # where the training is
+    assert (row["sites"], row["local_steps"], row["rounds"]) == (4, 2, 1)
+    assert row["ratio"] == pytest.approx(row["rival"] / row["ours"], abs=0.02)
+    assert row["over_plain"] == pytest.approx(busy / plain, abs=0.02)
