@@ -21,8 +21,8 @@ ViT-L's values; the rest is measured as it is.
 round: a whole round of pretraining in the simulation, four phantom hospitals in this process with the model of the
 preset `demo`, under secure aggregation and (the rival) plain FedAvg, in turns.  Seconds by the clock, which has the
 disk's, and of the processor, of which `over_plain` is ours over the rival's; `stages` are processor seconds of ours,
-each with what the coordinator does as replies come; `rest` is what it does between and after: the sum unmasked, checked,
-written.
+each with what the coordinator does as replies come; `rest` is what it does between and after: the sum unmasked,
+checked, written.
 """
 
 from __future__ import annotations
