@@ -214,7 +214,9 @@ def _over(one: Mapping[str, Any]) -> str:
 def _said_attempt(attempt: Mapping[str, Any] | None) -> str:
     if attempt is None:
         return "none yet"
-    what = f"{shown(attempt['phase'])}, round {attempt['round'] + 1}, attempt {attempt['attempt']}"
+    what = shown(attempt["phase"])
+    what += f", round {attempt['round'] + 1}" if attempt["phase"] in ("pretrain", "adapt") else ""
+    what += f", attempt {attempt['attempt']}"
     what += f", begun {attempt['began']}"
     if attempt["refused"]:
         return f"{what}: refused, {attempt['refused']}"
