@@ -196,12 +196,22 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     for one in found["sums"][-SHOWN:]:
         what = f"over {_over(one)}" if one["event"] == "opened" else "RELEASED by this site's operator"
         said.append(f"    {shown(one['phase']):<9} on weights {shown(one['weights'])[:12]}… {what}")
+    if absent := _absent(opened):
+        said.append(
+            f"  without       {absent}: two sums that differ in one site tell of it, the more alike their weights are"
+        )
     counted = Counter(one["code"] for one in found["refused"])
     said.append(f"  refused       {sum(counted.values())} requests")
     said += [f"    {times} × {code}: {REFUSALS.get(code, 'of another release')}" for code, times in counted.items()]
     if found["waiting"] is not None:
         said.append("  WAITING       for this operator's word: chexfound-client secagg release --last")
     return said
+
+
+def _absent(opened: Sequence[Mapping[str, Any]]) -> str:
+    """Which sites were missing in how many sums."""
+    times = Counter(site for one in opened for site in one["without"] or ())
+    return ", ".join(f"{shown(site)} in {number}" for site, number in sorted(times.items()))
 
 
 def _over(one: Mapping[str, Any]) -> str:

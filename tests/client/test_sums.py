@@ -119,6 +119,7 @@ def test_sums_are_told_by_who_was_lost(home: Path, capsys: pytest.CaptureFixture
     assert "pretrain  on weights abababababab… over all sites\n" in out
     assert "pretrain  on weights acacacacacac… over all sites but SOUTH" in out
     assert f"over sites of digest {names_digest(['NORTH', 'ELSEWHERE']).hex()[:12]}…" in out
+    assert "without       SOUTH in 1:" in out
 
 
 def test_the_latest_sums_are_shown_and_json_has_all(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
