@@ -137,7 +137,7 @@ class Federation:
 
     def attempt(self, phase: str = "counts", number: int = 1, **changed: Any) -> Try:
         """An attempt that is not begun yet; `changed`: fields of the request, and of the `Try`."""
-        own = {key: changed.pop(key) for key in ("run", "settings", "shapes") if key in changed}
+        own = {key: changed.pop(key) for key in ("run", "recipe", "settings", "shapes") if key in changed}
         request = Request(phase=phase, **{"findings": ("Bar", "Blob"), **changed})
         return Try(self, request, number, **own)
 
@@ -173,6 +173,7 @@ class Try:
     request: Request
     number: int
     run: int = 1
+    recipe: Recipe | None = None  # in the run's configuration, if it is another than the federation's
     settings: Settings = field(default_factory=lambda: Settings(ring=32, images=1))
     shapes: dict[str, list[int]] = field(default_factory=dict)
     adverts: dict[str, Advert] = field(default_factory=dict)
@@ -213,7 +214,7 @@ class Try:
 
     def ask(self, stage: str, name: str, *, message: Mapping[str, Any] | None = None, **changed: Any) -> Answer:
         """One site; a good answer is taken in.  `message`: as `Federation.ask`; `changed`: as `asked`."""
-        answer = self.fed.ask(name, self.asked(stage, name, **changed), **{"run": self.run, **(message or {})})
+        answer = self.fed.ask(name, self.asked(stage, name, **changed), **{"run": self.run, "recipe": self.recipe, **(message or {})})
         self.answers.setdefault(stage, {})[name] = answer
         if isinstance(answer, Reply) and "refused" not in answer.values:
             self._take(stage, name, answer)
@@ -244,7 +245,8 @@ class Try:
         """All stages before this one, honestly and without loss."""
         for before in STAGES[: STAGES.index(stage)]:
             for name, answer in self.stage(before, names).items():
-                assert isinstance(answer, Reply) and "refused" not in answer.values, (before, name, answer)
+                assert isinstance(answer, Reply), (before, name, answer)
+                assert "refused" not in answer.values, (before, name, answer)
         return self
 
     def context(self) -> bytes:
