@@ -31,6 +31,7 @@ from chexfound.roster import check_name
 from chexfound.schema import Recipe
 from server import flower
 from server.federation import CONNECTION, Federation
+from strategies import composition
 
 SCHEMA = 1
 END_S = 60.0  # in which the ServerApp of a run that was stopped has to end
@@ -193,7 +194,8 @@ def check_batches(federation: Federation, recipe: Recipe) -> str | None:
 def create(federation: Federation, recipe: Recipe, name: str | None, backbone: Path | None) -> RunFolder:
     """Make a run's folder, with all that is submitted.
 
-    Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe.
+    Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe, or it asks for
+    what its aggregation cannot do.
     """
     registered = len(federation.sites().sites)
     if registered < recipe.federation.min_sites:
@@ -201,6 +203,7 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
             f"the recipe needs federation.min_sites {recipe.federation.min_sites} sites, and the federation has "
             f"{registered}: chexfound-server add-site, or --set federation.min_sites={max(registered, 1)}"
         )
+    composition.check(recipe, registered)
     if backbone is not None:
         backbone = backbone.absolute()
         if not backbone.is_file():
