@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from chexfound import strict_yaml
 from chexfound.errors import ConfigError
+from chexfound.journal import canonical
 from chexfound.secagg.parameters import MINIMUM, Parameters
 
 SIZE_MAX = 2**20
@@ -50,12 +51,13 @@ class Policy:
         try:
             if len(text) > SIZE_MAX:
                 raise ValueError(f"larger than {SIZE_MAX} bytes")
-            values: Any = strict_yaml.load(text.decode()) or {}
-            return TypeAdapter(Policy).validate_python(values)
+            values: Any = strict_yaml.load(text.decode())
+            # As JSON: strict, and yet a mapping is a section.
+            return TypeAdapter(Policy).validate_json(canonical({} if values is None else values))
         except ValidationError as error:
-            what = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
+            what = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in error.errors()[:3])
             raise ConfigError(f"{path}: {what}") from error
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
+        except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a site's policy: {error}") from error
 
     def parameters(self, n: int) -> Parameters:
