@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from chexfound.errors import ConfigError, Problems
 from chexfound.schema import Recipe
 from chexfound.secagg.fixed import levels
-from chexfound.secagg.parameters import SITES_MAX, Parameters
+from chexfound.secagg.parameters import MINIMUM, SITES_MAX, Parameters
 
 LEVELS_MIN = 1024  # of a site's values, below which rounding is felt in a round's update
 
@@ -77,6 +77,6 @@ def check(recipe: Recipe, n_sites: int) -> None:
     except ConfigError as error:
         problems.add(str(error))
     for rule in SECAGG:
-        if n_sites <= SITES_MAX and rule.excluded(recipe, n_sites):
+        if MINIMUM <= n_sites <= SITES_MAX and rule.excluded(recipe, n_sites):
             problems.add(f"{rule.key}: {rule.why}; choose {rule.remedy}")
     problems.check()
