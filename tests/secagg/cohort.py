@@ -1,4 +1,4 @@
-"""A cohort of sites with real keys and real signatures, and no wire between them: what the tests of one attempt share."""
+"""A cohort of sites with real keys and signatures, and no wire between them: what the tests of one attempt share."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chexfound import signing
@@ -143,8 +143,7 @@ def test_what_is_too_deep_is_an_error_of_ours() -> None:
 def test_names_are_in_order_each_once_or_an_error_of_ours(value: Any) -> None:
     try:
         names = parse_names(value, "the names")
-    except ProtocolError as error:
-        assert str(error).startswith("the names: ")
+    except ProtocolError:
         return
     assert names == value
     assert all(one < other for one, other in itertools.pairwise(names))
