@@ -85,7 +85,7 @@ STRANGER = replace(signed("S01"), site="S77", cipher="1" * 64, mask="2" * 64).si
 COHORTS = {
     "too few": others({"S00": None, "S01": None}),
     "a site twice": [*others({}), COHORT.adverts["S01"]],
-    "a site twice, with other keys": [*others({}), signed("S01", mask="1" * 64)],
+    "a site twice, with other keys": [*others({}), signed("S01", cipher="1" * 64, mask="2" * 64)],
     "this site twice": [*others({}), OWN],
     "without this site": others({ME: None}),
     "this site with another key": others({ME: replace(OWN, mask="1" * 64)}),
@@ -259,6 +259,16 @@ def test_a_share_that_does_not_open_names_its_dealer(packet: Packet) -> None:
     with refused("secagg.shares") as caught:
         check_sharers(NAMES, [bad, *FOR_ME[1:]])
     assert isinstance(caught.value, WrongSharesError)
+    assert caught.value.dealers == ["S00"]
+
+
+def test_a_salt_of_another_length_names_its_dealer_though_its_hash_fits() -> None:
+    """What cannot be opened to the coordinator later is of no use, whatever its dealer signed."""
+    share, salt = PLAIN[PART : PART + 33], PLAIN[PART + 33 :] + b"more"
+    hashed = messages.share_hash(ATTEMPT, COHORT.context(), ("S00", ME), "seed", share, salt)
+    bad = replace(resealed("S00", PLAIN + b"more"), seed_hash=hashed).signed(identity("S00"), ATTEMPT, COHORT.context())
+    with refused("secagg.shares") as caught:
+        check_sharers(NAMES, [bad, *FOR_ME[1:]])
     assert caught.value.dealers == ["S00"]
 
 
