@@ -150,7 +150,7 @@ class StorageError(ChexfoundError):
     code = "storage"
 
 
-CODES: dict[str, type[ChexfoundError]] = {
+CODES: dict[str, type[ChexfoundError]] = {  # but for RefusedError, whose codes are those of REFUSALS
     cls.code: cls
     for cls in (
         ChexfoundError,
@@ -163,7 +163,6 @@ CODES: dict[str, type[ChexfoundError]] = {
         PolicyError,
         CodeError,
         RosterError,
-        RefusedError,
         SiteError,
         StorageError,
     )

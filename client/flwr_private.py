@@ -45,7 +45,7 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
@@ -106,7 +106,7 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
     retry_soon()
     sys.argv = ["flower-supernode", *arguments]
     logging.getLogger("flwr").addFilter(_plain)
-    connect = start_client_internal._init_connection
+    connect, push = start_client_internal._init_connection, start_client_internal._push_messages
 
     @contextmanager
     def watched(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
@@ -116,6 +116,7 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
             node = _Node(functions, refusal, told)
             signal.signal(signal.SIGTERM, node.drain)
             setattr(start_client_internal, "time", node)  # noqa: B010 (it uses time.sleep alone)
+            start_client_internal._push_messages = node.pushing(push)
             yield node.functions
 
     start_client_internal._init_connection = watched
@@ -143,14 +144,16 @@ class _Node:
     """
 
     def __init__(self, functions: tuple[Any, ...], refusal: Callable[[bytes], str | None], told: Told) -> None:
-        node_id, self._receive, self._send, get_run, get_fab, pull_object, push_object, self._confirm = functions
+        node_id, self._receive, self._send, get_run, get_fab, pull_object, push_object, confirm = functions
+        self._confirm = _ending_the_message(confirm)
         admission = _Admission(get_run, get_fab, refusal, told)
         self.functions = (
             *(node_id, self.receive, self.send, admission.run, admission.fab),
-            *(pull_object, push_object, self.confirm),
+            *(_ending_the_message(pull_object), push_object, self.confirm),
         )
         self._told, self._parent = told, os.getppid()
         self._draining = self._in_hand = False
+        self._message = ""  # number of the one in hand, until its reply is sent
         self._busy = time.monotonic()
 
     def drain(self, *_: object) -> None:
@@ -171,6 +174,7 @@ class _Node:
         if got is not None:
             self._in_hand, self._busy = True, time.monotonic()
             about = got[0].metadata
+            self._message = about.message_id
             self._told.state("receiving", run=str(about.run_id), phase=about.message_type, round=about.group_id)
         self._told.contact()
         return got
@@ -184,7 +188,23 @@ class _Node:
         """The worker's reply."""
         self._told.state("sending")
         self._busy = time.monotonic()
+        if reply[0].metadata.reply_to_message_id == self._message:
+            self._message = ""
         return self._send(*reply)
+
+    def pushing(self, push: Callable[..., None]) -> Callable[..., None]:
+        """Flower's wait for a reply, until it is that to the message in hand.
+
+        The worker may have begun with a message that was dropped then, and its reply would be taken for the next one's;
+        from then on each reply would be sent only when another message comes.
+        """
+
+        def until_answered(**about: Any) -> None:
+            push(**about)
+            while self._message:
+                push(**about)
+
+        return until_answered
 
     def sleep(self, seconds: float) -> None:
         """In place of Flower's polls, which are 3 s for a message and 0.5 s for the worker's reply."""
@@ -192,6 +212,21 @@ class _Node:
             self._told.state("draining")
         idle = (time.monotonic() - self._busy) / 20
         time.sleep(REPLY_POLL_S if seconds < 1 else min(max(idle, POLL_S[0]), POLL_S[1]))
+
+
+def _ending_the_message(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a run that was stopped as its message came in: what makes Flower drop the message and its task.
+
+    It does so for any Exception; for its own RunNotRunningException, which is none, it leaves both with the worker.
+    """
+
+    def called(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except RunNotRunningException as error:
+            raise RuntimeError("the run was stopped") from error
+
+    return called
 
 
 def _answerable(message: Message, objects: ObjectTree) -> bool:

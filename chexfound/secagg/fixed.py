@@ -2,7 +2,7 @@
 
 A value v with weight w in a section of range R travels as x = clip(w·v·L/R, ±L), rounded to one of the two integers
 beside it, by chance, so that its mean is x: floor(x + u) with u uniform in [0, 1).  u has 32 bits and the sum is
-taken in float64, so that the mean is off by 2**-30 of a step at most, at every magnitude up to L = 2**22.  In float32
+taken in float64, so that the mean is off by 2**-29 of a step at most, at every magnitude up to L = 2**22.  In float32
 it would be 0.25 of a step there.
 
 Overflow is impossible by construction: L = min(2**22, (2**(ring-1) - 1)//n), so n sites of ±L fit in a signed ring.

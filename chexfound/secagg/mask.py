@@ -4,7 +4,7 @@ A mask is a sign and a 32-byte seed.  Its bits in a ring are AES-256 in counter 
 from counter 0, under a key that HKDF-SHA256 (RFC 5869) makes of the seed for that ring alone.  Of a pair, one site adds
 and the other subtracts; a site's self-mask is added.
 
-Guarantee: to whoever lacks the seed of one of its masks, a masked payload is uniform, as long as AES-256 is a
+Guarantee: whoever lacks the seed of one of its masks cannot tell a masked payload from noise, as long as AES-256 is a
 pseudorandom permutation and **each seed masks one payload only**: of two under the same masks the difference is in
 clear.  Whoever calls this sees to it, by seeds that are bound to run, round and attempt.
 """
@@ -25,28 +25,28 @@ from numpy.typing import NDArray
 
 from chexfound.errors import ProtocolError
 from chexfound.secagg import fixed
-from chexfound.secagg.fixed import CLIPPED, UNSIGNED, Layout, Section
+from chexfound.secagg.fixed import CLIPPED, SIGNED, UNSIGNED, Layout, Section
 
 SEED_BYTES = 32
-CHUNK = 2**17  # values worked on at a time: their buffers, 3 MB, stay in the caches, and a call costs little of a chunk
+CHUNK = 2**16  # values worked on at a time: their buffers stay in the caches, and a call costs little of a chunk
 BLOCK = 16  # bytes of AES's block, which `update_into` wants free behind what it writes
 
 Mask = tuple[int, bytes]  # +1 or −1, and the seed
 
 
 class Keystream:
-    """AES-256-CTR from counter 0, from where the last call stopped.
+    """AES in counter mode from counter 0, from where the last call stopped.
 
     Args:
-        key: 32 bytes, used for nothing else.
+        key: 16 or 32 bytes, used for nothing else.
     """
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(BLOCK))).encryptor()
+        self._update_into = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK))).encryptor().update_into
 
-    def fill(self, buffer: NDArray[np.uint8], size: int) -> None:
-        """Write the next `size` bytes into a buffer with a block more than that, at most `CHUNK` values of 64 bits."""
-        self._cipher.update_into(_ZEROS[:size], buffer.data)
+    def fill(self, buffer: memoryview, size: int) -> None:
+        """Write the next `size` bytes, at most `8 * CHUNK`, into a buffer with a block more than that."""
+        self._update_into(_ZEROS[:size], buffer)
 
 
 _ZEROS = memoryview(bytes(8 * CHUNK))
@@ -84,7 +84,7 @@ def masked(
         raise ProtocolError("a payload without a mask: it would leave in clear")
     _check_masks(masks)
     parts = {part.section.name: part for part in _parts(layout, values, weights)}
-    scratch, noise, clipped = _Scratch(), Keystream(os.urandom(32)), dict.fromkeys(layout.sections, 0)
+    scratch, noise, clipped = _Scratch(), Keystream(os.urandom(16)), dict.fromkeys(layout.sections, 0)
     for ring in layout.sizes:  # 64 is the last, and `clipped` the last in it
         streams = _streams(masks, ring)
         for section in layout.payload:
@@ -231,12 +231,12 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._steps = np.empty(CHUNK, np.float64)
-        self._sum = np.empty(8 * CHUNK, np.uint8)
-        self._bits = np.empty(8 * CHUNK + BLOCK, np.uint8)
+        self._sum, self._bits = np.empty(8 * CHUNK, np.uint8), np.empty(8 * CHUNK + BLOCK, np.uint8)
+        self._sink = self._bits.data
 
     def counts(self, values: NDArray[Any], ring: int) -> NDArray[Any]:
         """Counts in the ring's type."""
-        plain = self._plain(len(values), ring)
+        plain = _view(self._sum, len(values), UNSIGNED[ring])
         np.copyto(plain, values, casting="unsafe")  # that they fit has been looked at
         return plain
 
@@ -244,23 +244,26 @@ class _Scratch:
         self, values: NDArray[Any], scales: NDArray[np.float64], limit: int | None, noise: Keystream, ring: int
     ) -> tuple[NDArray[Any], int]:
         """A chunk in fixed point, modulo 2**ring, and how many values were clipped."""
-        steps, plain = self._steps[: len(values)], self._plain(len(values), ring)
-        shape = (len(scales), -1) if scales.ndim else (-1,)
-        noise.fill(self._bits, 4 * len(values))
-        bits = self._bits[: 4 * len(values)].view(np.int32)
+        count, shape = len(values), (len(scales), -1) if scales.ndim else (-1,)
+        steps, plain = self._steps[:count], _view(self._sum, count, UNSIGNED[ring])
+        noise.fill(self._sink, 4 * count)
+        bits = _view(self._bits, count, SIGNED[32])
         clipped = fixed.quantise(values.reshape(shape), scales, limit, bits.reshape(shape), steps.reshape(shape))
         fixed.integers(steps, plain)
         return plain, clipped
 
-    def _plain(self, count: int, ring: int) -> NDArray[Any]:
-        return self._sum[: count * ring // 8].view(UNSIGNED[ring])
-
     def mask(self, plain: NDArray[Any], streams: Sequence[tuple[_Add, Keystream]], out: NDArray[Any]) -> None:
         """Add a chunk of each keystream; only the last addition writes to `out`, so that nothing plain gets there."""
         size = plain.nbytes
-        bits, held = self._bits[:size].view(plain.dtype), self._sum[:size].view(plain.dtype)
-        for number, (add, stream) in enumerate(streams, 1):
-            stream.fill(self._bits, size)
-            target = out if number == len(streams) else held
-            add(plain, bits, out=target)
-            plain = target
+        bits, held = _view(self._bits, len(plain), plain.dtype), _view(self._sum, len(plain), plain.dtype)
+        for add, stream in streams[:-1]:
+            stream.fill(self._sink, size)
+            add(plain, bits, out=held)
+            plain = held
+        add, stream = streams[-1]
+        stream.fill(self._sink, size)
+        add(plain, bits, out=out)
+
+
+def _view(buffer: NDArray[np.uint8], count: int, kind: np.dtype[Any]) -> NDArray[Any]:
+    return buffer[: count * kind.itemsize].view(kind)

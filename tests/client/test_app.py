@@ -169,7 +169,7 @@ def secured(enrolled: Callable[..., Path], authority: Path, make_context: Any, k
     federation = membership.present(home)
     sites = federation.sites.with_site("EAST", keys[0]).with_site("WEST", keys[1])
     membership.approve(home, replace(federation, sites=sites))
-    return make_context(node={"site": "NORTH", "secured": True}), sites
+    return make_context(node={"site": "NORTH", "secured": True, "home": str(home)}), sites
 
 
 def changed(sites: Roster, keys: list[Keys], change: str) -> Roster | None:

@@ -36,7 +36,7 @@ from flwr.supercore.exit.signal_handler import SIGNAL_TO_EXIT_CODE
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import fleet_http_connection
 from flwr.supernode import start_client_internal as sci
 from flwr.supernode.main import create_app
@@ -78,7 +78,8 @@ def test_the_connection_is_eight_things_in_this_order() -> None:
 
 
 def test_the_loop_looks_up_what_is_patched_by_its_name() -> None:
-    assert "_init_connection" in sci.start_client_internal.__code__.co_names
+    assert {"_init_connection", "_push_messages"} <= set(sci.start_client_internal.__code__.co_names)
+    assert list(inspect.signature(sci._push_messages).parameters) == ["state", "object_store", "send", "push_object"]
     used = [
         node.attr
         for node in ast.walk(tree(sci))
@@ -185,6 +186,7 @@ class Site:
         self.runs: dict[int, Run] = {}
         self.fabs: dict[str, bytes] = {}
         self.asked_for_fabs: list[str] = []
+        self.stopped: set[int] = set()  # runs
         self.queue: list[Any] = []  # messages; None: there is none now; what can be called is
         self.objects: dict[str, bytes] = {}
         self.replies: list[Message] = []
@@ -233,8 +235,12 @@ class Site:
     def connection(self, **_: Any) -> Iterator[tuple[Any, ...]]:
         yield (
             *(99, self.receive, self.send, self.runs.__getitem__, self.fab),
-            *(lambda run_id, key: self.objects[key], self.push, lambda *_: None),
+            *(lambda run_id, key: self.objects[key], self.push, lambda run_id, _: self.confirm(run_id)),
         )
+
+    def confirm(self, run_id: int) -> None:
+        if run_id in self.stopped:
+            raise RunNotRunningException
 
     def receive(self) -> Any:
         if not self.queue:
@@ -283,6 +289,7 @@ def site(make_message: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wit
     secret.write_text("5" * 64)
     result = Site(make_message, secret)
     monkeypatch.setattr(sci, "_init_connection", result.connection)
+    monkeypatch.setattr(sci, "_push_messages", sci._push_messages)
     monkeypatch.setattr(sci, "time", sci.time)  # which run_supernode replaces: both are put back
     monkeypatch.setattr(sci, "register_signal_handlers", lambda **_: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -427,6 +434,36 @@ def test_a_message_that_flower_would_wait_for_in_vain_is_dropped(site: Site, cha
     serve(site)
     assert len(site.replies) == len(site.configs) == 1
     assert site.states.count("receiving") == 2  # of the second alone: the message, and its run
+
+
+def test_a_run_that_is_stopped_while_a_message_comes_in_delays_no_other(site: Site) -> None:
+    """Flower leaves the message with the worker, and would take its reply for that to the next one."""
+    stopped, going = site.run(OURS), site.run(OURS)
+    site.stopped.add(stopped)
+    site.message(stopped)
+    site.message(going)
+    serve(site)
+    assert [reply.metadata.run_id for reply in site.replies] == [going]
+    assert site.tasks.take() is None
+
+
+def test_a_reply_to_a_message_that_was_dropped_is_not_taken_for_that_to_the_next(site: Site) -> None:
+    site.message(site.run(OURS))
+    with site.connection() as functions:
+        node = flwr_private._Node(functions, refusal, site)
+    message, tree = node.receive()
+    stale = Message(RecordDict(), reply_to=message)
+    stale.metadata.__dict__["_reply_to_message_id"] = "dropped"
+    ready = [stale, Message(RecordDict(), reply_to=message)]
+    pushed = []
+
+    def push(**about: Any) -> None:  # as Flower's: what is ready, and it is one at a time
+        pushed.append(about)
+        node.send(ready.pop(0), tree, 0.0)
+
+    node.pushing(push)(state="s")
+    assert not ready
+    assert pushed == [{"state": "s"}] * 2
 
 
 def test_the_log_shows_a_coordinators_names_on_their_line(site: Site, caplog: pytest.LogCaptureFixture) -> None:

@@ -243,7 +243,7 @@ def test_an_error_names_the_site_and_its_code(quick: Any, kind: Any) -> None:
 def test_a_site_that_does_not_answer_is_late(quick: Any) -> None:
     missing = second_of(quick, lambda message: None)
     assert missing.reason == "late"
-    assert str(missing.error) == "site 'B' in pretrain, round 3: no reply within federation.round_timeout_s 0.3 s"
+    assert str(missing.error) == "site 'B' in pretrain, round 3: no reply within 0.3 s"
 
 
 def test_a_reply_that_cannot_be_read_names_the_site(quick: Any) -> None:
