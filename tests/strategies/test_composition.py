@@ -126,6 +126,13 @@ def test_more_colluders_than_can_be_held_against() -> None:
         check(with_secagg(good(), colluders=7), 8)
 
 
+def test_while_the_sites_are_not_known_only_the_recipe_is_looked_at() -> None:
+    check(good(), None)
+    check(with_secagg(good(), ring=16, colluders=99), None)
+    with pytest.raises(ConfigError, match="train.optimizer_state"):
+        check(with_train(good(), optimizer_state="average"), None)
+
+
 def test_all_that_does_not_fit_is_told_at_once() -> None:
     recipe = with_train(with_adapt(good(), optimizer_state="average"), optimizer_state="average")
     recipe = with_codec(with_secagg(recipe, ring=16, colluders=99), "topk")
