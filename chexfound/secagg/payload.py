@@ -22,13 +22,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from chexfound import schema
 from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.pretrain.health import PROBE_FIGURES, STEP_FIGURES
-from chexfound.schema import ARCHS, Recipe
-from chexfound.secagg.fixed import RANGES, Layout, Section
+from chexfound.schema import Recipe
+from chexfound.secagg import fixed
+from chexfound.secagg.fixed import Layout, Section
 
 PHASES = ("counts", "pretrain", "features", "adapt", "evaluate")
 PROBED = tuple(name for name in PROBE_FIGURES if name != "probe_images")
@@ -42,7 +44,7 @@ NAME_MAX = 200
 LABELS = ("positives", "negatives")
 MOMENT_STEP = 2.0**-32  # of a channel's moments, which are whole numbers of it in a ring of 64 bits
 
-Range = Annotated[float, Field(ge=RANGES[0], lt=1e30)]
+Range = Annotated[float, Field(ge=fixed.RANGES[0], lt=1e30)]
 Images = Annotated[int, Field(gt=0, lt=WEIGHT_MAX)]
 
 
@@ -255,7 +257,7 @@ def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: M
         if told != trained:
             raise ProtocolError("the shapes are not those of the head's trained tensors")
         rows = frozenset(head.row_parameters) & set(trained)
-    channels = recipe.adapt.n_last_blocks * ARCHS[recipe.student.arch][0]
+    channels = recipe.adapt.n_last_blocks * schema.ARCHS[recipe.student.arch][0]
     if request.phase == "features" and told != dict.fromkeys(moment_names(), (channels,)):
         raise ProtocolError("the shapes are not those of the moments")
     if request.phase in ("counts", "evaluate") and told:
