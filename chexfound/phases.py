@@ -32,7 +32,7 @@ from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
-from chexfound.pretrain import curriculum, ranks, saves, teacher, watch
+from chexfound.pretrain import curriculum, health, ranks, saves, teacher, watch
 from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.train import DTYPES, Pretrainer
 from chexfound.schema import Recipe
@@ -59,6 +59,7 @@ class Request:
     stage: str = ""  # of secure aggregation: advertise | share | masked | consistency | unmask; "": asked in the clear
     told: dict[str, Any] = field(default_factory=dict)  # what the coordinator says in that stage, as JSON
     fresh: bool = False  # start without state of earlier rounds; a site's own decision, which no message carries
+    left_out: tuple[str, ...] = ()  # of what `parted` names: the site has no part in it; its own decision too
 
     def shared(self) -> dict[str, Any]:
         """The fields that all sites are told alike."""
@@ -202,7 +203,7 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     progress = site.report("pretrain", request.step, recipe.pretrain_steps)
     under_way = _saves(site, recipe, request, kept) if recipe.train.saveckp_freq else None
     try:
-        probe = _probe(site, recipe, request, ids)
+        probe = _probe(site, recipe, request)
         rows = saves.run(trainer, request.step, request.steps, request.batch_size, progress, under_way, probe)
     except DivergedError as error:
         raise saves.diverged(site.home, store, ids, trainer, error) from error
@@ -238,9 +239,10 @@ def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Requ
         trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
 
 
-def _probe(site: Site, recipe: Recipe, request: Request, ids: np.ndarray) -> Probe | None:
+def _probe(site: Site, recipe: Recipe, request: Request) -> Probe | None:
     """What looks at the teacher while it trains: the run's findings, or all that the store knows."""
     config, findings = recipe.health, request.findings or tuple(site.view.store.findings)
+    ids = site.training_ids(recipe)
     if not config.eval_period_iterations:
         return None
     return Probe(
@@ -252,6 +254,7 @@ def _probe(site: Site, recipe: Recipe, request: Request, ids: np.ndarray) -> Pro
         seed=recipe.seed,
         roster_index=request.roster_index,
         dtype=DTYPES[recipe.compute_precision.param_dtype],
+        left_out=request.left_out,
     )
 
 
@@ -293,7 +296,10 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
         folder,
         site.report("features"),
     )
-    return Reply(tensors=features.moments(kept), values={"images": len(ids)})
+    counted = np.flatnonzero(_labelled(request, labels[(labels >= 0).any(1)]))
+    if not len(counted):
+        return Reply(values={"images": 0})
+    return Reply(tensors=features.moments(kept, counted if request.left_out else None), values={"images": len(counted)})
 
 
 def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
@@ -301,6 +307,7 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     labels = site.training_labels(recipe, request.findings)
     labels = labels[(labels >= 0).any(1)]
     trainable = trainable_findings(labels) if len(labels) else np.zeros(len(request.findings), bool)
+    trainable = trainable & ~np.isin(request.findings, request.left_out)
     labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
     counts = (labels >= 0).sum(0)
     values = {
@@ -368,10 +375,24 @@ _PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
 }
 
 
+def _labelled(request: Request, labels: np.ndarray) -> np.ndarray:
+    """Which rows of labels (N, F) have one in a finding that is not left out."""
+    rows: np.ndarray = np.any((labels >= 0) & ~np.isin(request.findings, request.left_out), axis=1)
+    return rows
+
+
+def parted(recipe: Recipe, request: Request) -> list[str]:
+    """What of a phase one site may have a part in and another none: findings; of pretraining the probe's figures."""
+    if request.phase != "pretrain":
+        return list(request.findings)
+    return list(health.PROBED) if recipe.health.eval_period_iterations else []
+
+
 def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
-    """Findings asked for that the site has a part in, in a phase that goes by findings."""
-    if request.phase not in ("counts", "adapt", "evaluate"):
-        return []
+    """Of what `parted` names, that in which the site has a part."""
+    if request.phase == "pretrain":
+        probe = _probe(site, recipe, request)
+        return probe.figures() if probe is not None else []
     if request.phase == "evaluate":
         labels = site.view.store.labels(site.view.split(recipe.seed, recipe.split, "test"), request.findings)
     else:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from chexfound import phases
+from chexfound import recipe as recipes
 from chexfound.errors import RefusedError
 from chexfound.journal import canonical, write_json
 from chexfound.model import checkpoint
@@ -52,15 +54,61 @@ def present(site: Site, recipe: Recipe, request: Request) -> str:
     return _read(site, recipe, request.phase).get(str(request.step), "")
 
 
-def record(site: Site, recipe: Recipe, request: Request, weights: str) -> None:
-    """Add the round that was just done to the state that it left."""
+def begin(site: Site, recipe: Recipe, request: Request) -> None:
+    """Say nothing any more of the state that a round is about to leave, which may be there before `record` is."""
+    if phases.carries(recipe, request.phase):
+        _write(site, recipe, request.phase, {str(request.step): present(site, recipe, request)})
+
+
+def record(site: Site, recipe: Recipe, request: Request, base: str) -> None:
+    """Add the round that was just done to the state that it left; `base`: as the function of that name gives it."""
     if not phases.carries(recipe, request.phase):
         return
     before = "" if request.fresh else present(site, recipe, request)
-    fields = [before, request.phase, request.step, request.steps, request.batch_size, weights]
+    fields = [before, request.phase, request.step, request.steps, request.batch_size, base]
+    fields += [request.findings, request.left_out]
     after = hashlib.sha256(canonical(fields)).hexdigest()
     kept = {str(request.step): before, str(request.step + request.steps): after}
-    write_json(phases.state_folder(site, recipe, request.phase) / "lineage.json", kept)
+    _write(site, recipe, request.phase, kept)
+
+
+def record_features(site: Site, recipe: Recipe, request: Request) -> None:
+    """Remember of what the features are that were just made."""
+    write_json(_features_file(site), {"of": _features_of(site, recipe, request), "files": _feature_files(site)})
+
+
+def check_features(site: Site, recipe: Recipe, request: Request) -> None:
+    """That the features here are those of this recipe, of these findings and of the backbone here.
+
+    Another view or another recipe's crops would do for the coordinator what other weights do.
+
+    Raises: RefusedError.
+    """
+    try:
+        kept: Any = json.loads(_features_file(site).read_text())
+    except (OSError, ValueError):
+        kept = None
+    if kept != {"of": _features_of(site, recipe, request), "files": _feature_files(site)}:
+        raise RefusedError("secagg.weights", "the features here are not those of this run")
+
+
+def _features_file(site: Site) -> Path:
+    return site.home / "secagg" / "features.json"
+
+
+def _features_of(site: Site, recipe: Recipe, request: Request) -> str:
+    fields = [recipes.to_json(recipe), list(request.findings), _backbone_digest(site)]
+    return hashlib.sha256(canonical(fields)).hexdigest()
+
+
+def _feature_files(site: Site) -> list[list[Any]]:
+    paths = sorted((site.home / "features").glob("*.npy"))
+    abouts = [(path.name, path.stat()) for path in paths]
+    return [[name, about.st_mtime_ns, about.st_size, about.st_ino] for name, about in abouts]
+
+
+def _write(site: Site, recipe: Recipe, phase: str, kept: dict[str, str]) -> None:
+    write_json(phases.state_folder(site, recipe, phase) / "lineage.json", kept)
 
 
 def _read(site: Site, recipe: Recipe, phase: str) -> dict[str, str]:

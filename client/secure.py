@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from chexfound import phases
 from chexfound import recipe as recipes
 from chexfound.errors import ProtocolError, RefusedError
-from chexfound.journal import Journal, canonical, replace_file, storage, write_json
+from chexfound.journal import Journal, canonical, remove_unfinished, replace_file, storage, write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request, Site
 from chexfound.roster import Roster
@@ -44,6 +45,13 @@ from client.policy import Policy
 
 log = logging.getLogger("chexfound.client")
 STAGES = ("advertise", "share", "masked", "consistency", "unmask")
+TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses what it does not know, or is not listed
+    "counts": (),
+    "pretrain": ("",),
+    "features": ("",),
+    "adapt": ("",),
+    "evaluate": ("head.",),
+}
 Work = Callable[[Site, Recipe, Request], Reply]
 
 
@@ -52,9 +60,20 @@ def answer(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path
 
     Raises: RefusedError for what would tell more than one sum; any ChexfoundError of the phase itself.
     """
-    federation = membership.present(home)
-    with closing(Desk(home, site.name, federation.sites, membership.identity_key(home), Policy.load(home))) as desk:
+    with closing(_desk(home, site.name)) as desk:
+        desk.sweep()
         return desk.answer(site, recipe, request, run_id)
+
+
+def _desk(home: Path, name: str = "") -> Desk:
+    return Desk(home, name, membership.present(home).sites, membership.identity_key(home), Policy.load(home))
+
+
+def sweep(home: Path) -> None:
+    """Drop the secrets of an attempt that is over, or whose time is, without a request of it."""
+    if (home / "secagg" / "attempt").exists():
+        with closing(_desk(home)) as desk:
+            desk.sweep()
 
 
 def check_plain(recipe: Recipe, request: Request, home: Path | None) -> None:
@@ -62,6 +81,8 @@ def check_plain(recipe: Recipe, request: Request, home: Path | None) -> None:
 
     Raises: RefusedError.
     """
+    if home is not None:
+        sweep(home)
     required = home is not None and Policy.load(home).secagg.required
     if (required or recipe.aggregation == "secagg") and request.phase != "enrol":
         raise RefusedError("secagg.plain")
@@ -96,6 +117,8 @@ class Desk:
 
         Raises: RefusedError, after which the attempt is over; ProtocolError for what is no request.
         """
+        if recipe.aggregation != "secagg":
+            raise ProtocolError("a stage of secure aggregation in a run whose recipe does not aggregate under masks")
         number = request.told.get("attempt")
         told = {"run": run_id, "phase": request.phase, "round": request.round, "attempt": number}
         attempt = messages.parse(Attempt, told, "the attempt")
@@ -103,19 +126,20 @@ class Desk:
         try:
             if (before := self._before(request.stage, attempt)) is not None:
                 if before.asked != asked:
-                    raise RefusedError("secagg.repeat")
-                return self._reply(request.stage, before)
-            stage = self._stage(site, recipe, request, attempt, asked)
+                    twice = request.stage == "consistency"
+                    raise RefusedError("secagg.survivors-twice" if twice else "secagg.repeat")
+            else:
+                before = self._stage(site, recipe, request, attempt, asked)
+                write_json(self.folder / f"{request.stage}.json", asdict(before))
+            if request.stage == "unmask":
+                self._forget(answered=True)
+            return self._reply(request.stage, before)
         except WrongSharesError as error:  # the one refusal that names others, whom the coordinator cannot judge
             self._end(attempt, error)
             return Reply(values={"refused": error.code, "dealers": error.dealers})
         except RefusedError as error:
             self._end(attempt, error)
             raise
-        write_json(self.folder / f"{request.stage}.json", asdict(stage))
-        if request.stage == "unmask":
-            self._forget(answered=True)
-        return self._reply(request.stage, stage)
 
     # -- which attempt
 
@@ -133,10 +157,10 @@ class Desk:
             if seen and attempt.attempt <= max(seen):
                 raise RefusedError("secagg.attempt")
             return None
-        opened = self._read("attempt") or {}
+        opened = self._opened() or {}
         if "ended" in opened:
             raise RefusedError("secagg.attempt", f"this attempt ended here: {opened['ended']}")
-        if time.time() > opened["until"] or time.time() < opened["began"] - 3600:
+        if _late(opened):
             raise RefusedError("secagg.late")
         if (given := self._read(stage)) is not None:
             return _Stage(**given)
@@ -147,15 +171,32 @@ class Desk:
             raise RefusedError("secagg.incomplete")
         return None
 
+    def _opened(self) -> dict[str, Any] | None:
+        """What is known of the one attempt on the disk: the last that the journal has begun, or none.
+
+        One whose file was lost or damaged is none: it takes up no room, and its number does not serve again.
+        """
+        begun = [entry for entry in self.journal.entries if entry["event"] == "begun"]
+        try:
+            opened = self._read("attempt")
+            attempt = Attempt(**opened["attempt"]) if opened is not None else None
+            if opened is None or attempt is None or not {"began", "until"} <= set(opened):
+                return None
+        except (RefusedError, KeyError, TypeError, ValueError):
+            return None
+        last = {"of": _of(attempt), "attempt": attempt.attempt}
+        return opened if begun and begun[-1] == {"event": "begun", **last} else None
+
     def _is_open(self, attempt: Attempt) -> bool:
-        opened = self._read("attempt")
+        opened = self._opened()
         return opened is not None and opened["attempt"] == asdict(attempt)
 
     def _begin(self, attempt: Attempt) -> None:
         """A new attempt, and the end of any other.  It is in the journal first: its secrets never serve twice."""
-        with storage(self.folder):
-            shutil.rmtree(self.folder, ignore_errors=True)
         self.journal.append({"event": "begun", "of": _of(attempt), "attempt": attempt.attempt})
+        with storage(self.folder):  # from here on nothing of the one before counts, however little of it goes
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
         now = time.time()
         values = {"attempt": asdict(attempt), "began": now, "until": now + self.policy.secagg.attempt_s}
         write_json(self.folder / "attempt.json", values)
@@ -163,10 +204,22 @@ class Desk:
     def _end(self, attempt: Attempt, error: RefusedError) -> None:
         """Refused: if that was the open attempt, it is over here and its secrets are gone."""
         log.error("event=refused code=%s phase=%s round=%d %s", error.code, attempt.phase, attempt.round + 1, error)
-        self.journal.append({"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code})
-        if self._is_open(attempt) and "ended" not in (opened := self._read("attempt") or {}):
-            write_json(self.folder / "attempt.json", opened | {"ended": error.code})
+        entry = {"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code}
+        if entry not in self.journal.entries:  # or who asks again and again would fill the disk
+            self.journal.append(entry)
+        if self._is_open(attempt):
+            if "ended" not in (opened := self._opened() or {}):
+                write_json(self.folder / "attempt.json", opened | {"ended": error.code})
             self._forget()
+
+    def sweep(self) -> None:
+        """Drop secrets that serve no more: of an attempt that is over, whose time is, or that was never begun."""
+        remove_unfinished(self.folder)
+        opened = self._opened()
+        if opened is None or "ended" in opened or _late(opened):
+            self._forget()
+        elif (self.folder / "unmask.json").exists():
+            self._forget(answered=True)
 
     def _forget(self, *, answered: bool = False) -> None:
         """Drop the secrets, and what is large; of an attempt that was refused, the answers too."""
@@ -238,23 +291,23 @@ class Desk:
         secrets = Secrets.fresh()
         with replace_file(self.folder / "secrets.json", 0o600) as temporary:
             temporary.write_text(json.dumps({name: value.hex() for name, value in _secrets(secrets).items()}))
+        work = replace(request, roster_index=self._index())
         advert = advertise(
             self.key,
             attempt,
             self.site,
             secrets,
-            findings=phases.declared(site, recipe, request),
+            findings=phases.declared(site, recipe, work),
             minimum=self.parameters.minimum,
             state=lineage.present(site, recipe, request),
         )
-        return {"advert": asdict(advert)}, {"request": request.shared()}
+        return {"advert": asdict(advert)}, {"request": request.shared(), "recipe": _digest(recipe)}
 
     def _share(
         self, site: Site, recipe: Recipe, request: Request, attempt: Attempt
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         _keys(request, {"attempt", "adverts", "parameters", "weights", "settings", "shapes"})
-        if request.shared() != self._kept("advertise")["request"]:
-            raise RefusedError("secagg.weights", "another request than this site advertised for")
+        self._check_same(recipe, request)
         if request.told["parameters"] != self.parameters.shared():
             raise RefusedError(
                 "secagg.parameters", f"told {request.told['parameters']}, has {self.parameters.shared()} (site.yaml)"
@@ -264,13 +317,13 @@ class Desk:
         by_name = check_adverts(adverts, own, attempt, self.sites, self.parameters)
         weights = messages.parse(str, request.told["weights"], "the weights' digest")
         plan = self._plan(recipe, request, request.told)
-        base = lineage.base(site, request.phase, weights)
+        base = self._base(site, recipe, request, weights)
         context = messages.context_of(
             attempt,
             self.sites,
             self.parameters,
             by_name,
-            request=request.shared(),
+            request=plan.asked(),
             weights=base,
             recipe=recipes.to_json(recipe),
             layout=plan.layout.as_list(),
@@ -291,21 +344,28 @@ class Desk:
         packets = messages.parse_all(Packet, request.told["packets"], "the packets")
         side.check_sharers(sharers, packets)  # opened again when they are needed: on the disk they stay sealed
         shared = self._kept("share")
+        self._check_same(recipe, request)
         weights = checkpoint.digest(request.tensors)
-        if request.shared() != self._kept("advertise")["request"] or weights != shared["told"]["weights"]:
+        if weights != shared["told"]["weights"]:
             raise RefusedError("secagg.weights")
-        if lineage.base(site, request.phase, weights) != shared["base"]:
+        if odd := [name for name in request.tensors if not name.startswith(TENSORS[request.phase])]:
+            raise RefusedError("secagg.weights", f"the tensor {odd[0]!r} has no part in it, and hides equal weights")
+        if self._base(site, recipe, request, weights) != shared["base"]:
             raise RefusedError("secagg.weights", "the backbone here is another one by now")
         plan = self._plan(recipe, request, shared["told"])
+        zeroed = side.zeroed(phases.parted(recipe, request), sharers)
         states = {advert.state for advert in side.adverts.values()}
         work = replace(
             request,
             fresh=len(states) > 1 or "" in states,  # all the same rounds behind them, or all without
-            roster_index=sorted(self.sites.sites).index(self.site),  # not what the coordinator says
+            left_out=tuple(zeroed),  # before the work, not after: what is trained on them is in every other number
+            roster_index=self._index(),
         )
+        lineage.begin(site, recipe, work)
         reply = phases.run(site, recipe, work)
-        lineage.record(site, recipe, work, weights)
-        zeroed = side.zeroed(request.findings, sharers)
+        lineage.record(site, recipe, work, shared["base"])
+        if request.phase == "features":
+            lineage.record_features(site, recipe, work)
         values, weight = plan.values(reply, zeroed)
         arrays = self._arrays(plan)
         mask.masked(plan.layout, values, weight, side.masks(sharers), arrays)
@@ -315,7 +375,7 @@ class Desk:
         kept = {
             "sharers": sharers,
             "packets": [asdict(packet) for packet in packets],
-            "summed": [finding for finding in request.findings if finding not in zeroed],
+            "summed": [name for name in phases.parted(recipe, request) if name not in zeroed],
             "sizes": {str(ring): array.size for ring, array in arrays.items()},
         }
         return {
@@ -328,8 +388,7 @@ class Desk:
         _keys(request, {"attempt", "survivors"})
         survivors = messages.parse_names(request.told["survivors"], "the survivors")
         masked = self._kept("masked")
-        summed = masked["summed"] if side.attempt.phase in ("counts", "adapt", "evaluate") else []
-        signature = side.sign_survivors(masked["sharers"], survivors, summed)
+        signature = side.sign_survivors(masked["sharers"], survivors, masked["summed"])
         return {"signature": signature}, {"survivors": survivors}
 
     def _unmask(self, side: Side, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -360,6 +419,26 @@ class Desk:
             self.journal.append({"event": "opened", **key, "over": over, "of": _of(attempt)})
 
     # -- what a stage stands on
+
+    def _index(self) -> int:
+        """This site's number, which is not what the coordinator says."""
+        return sorted(self.sites.sites).index(self.site)
+
+    def _check_same(self, recipe: Recipe, request: Request) -> None:
+        """That a later stage is of what this site advertised for, which is all that the context then binds.
+
+        Raises: RefusedError.
+        """
+        before = self._kept("advertise")
+        if request.shared() != before["request"]:
+            raise RefusedError("secagg.weights", "another request than this site advertised for")
+        if _digest(recipe) != before["recipe"]:
+            raise RefusedError("secagg.weights", "another recipe than this site advertised for")
+
+    def _base(self, site: Site, recipe: Recipe, request: Request, weights: str) -> str:
+        if request.phase == "adapt":
+            lineage.check_features(site, recipe, request)
+        return lineage.base(site, request.phase, weights)
 
     def _values(self, stage: str) -> dict[str, Any]:
         given = self._read(stage)
@@ -399,7 +478,19 @@ class Desk:
             path = self.folder / f"masked-{ring}.bin"
             with storage(path):
                 arrays[ring] = np.memmap(path, f"<u{ring // 8}", "w+", shape=(size,))
+                if hasattr(os, "posix_fallocate"):  # else a full disk ends the process at a page without room
+                    with open(path, "rb+") as file:
+                        os.posix_fallocate(file.fileno(), 0, size * ring // 8)
         return arrays
+
+
+def _late(opened: dict[str, Any]) -> bool:
+    """Whether an attempt's time is over, or the clock has been set back so far that nobody can tell."""
+    return not opened["began"] - 3600 <= time.time() <= opened["until"]
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
 
 
 def _of(attempt: Attempt) -> str:

@@ -15,16 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from chexfound import phases, signing, wire
 from chexfound import recipe as recipes
-from chexfound import signing, wire
 from chexfound.errors import ProtocolError, RefusedError, SiteError
 from chexfound.journal import write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
-from chexfound.secagg import messages, payload
+from chexfound.secagg import keys, messages, payload
 from chexfound.secagg.coordinator import BlameError, Opening, accused
+from chexfound.secagg.keys import Secrets
 from chexfound.secagg.messages import Advert, Attempt, Opened, Packet
 from chexfound.secagg.parameters import Parameters, labelling
 from chexfound.secagg.payload import Plan, Settings
@@ -141,6 +142,17 @@ class SecureSums:
         write_json(path, numbers)
         return numbers[key]
 
+    def opened(self, key: str) -> list[list[str]]:
+        """Over which sites this sum may have been opened before, by whoever was asked to: the oldest first."""
+        path = self.folder / "opened.json"
+        kept: dict[str, list[list[str]]] = json.loads(path.read_text()) if path.exists() else {}
+        return kept.get(key, [])
+
+    def keep_opened(self, key: str, survivors: list[str], *, refused: bool = False) -> None:
+        """Remember that sites are asked to open a sum over these; or that they will not, having opened another."""
+        others = [names for names in self.opened(key) if names != survivors]
+        write_json(self.folder / "opened.json", {key: others if refused else [*others, survivors]})
+
 
 class _Try:
     """One attempt."""
@@ -178,7 +190,8 @@ class _Try:
         sharers = sorted({dealer for dealer, _ in packets})
         zeroed, least = self._zeroed(adverts, sharers)
         came = self._masked(adverts, packets, sharers)
-        survivors = self._survivors(adverts, came, [f for f in self.request.findings if f not in zeroed], least)
+        summed = [name for name in phases.parted(self.run_.recipe, self.request) if name not in zeroed]
+        survivors = self._survivors(adverts, came, summed, least)
         signatures = self._signatures(sharers, survivors)
         masks = self._open(adverts, packets, sharers, survivors, signatures)
         assert self.spool is not None
@@ -209,6 +222,7 @@ class _Try:
             if advert.site != name:
                 raise ProtocolError("advertises as another site")
             advert.verify(self.attempt, self.sites)
+            check_advert(advert, self.parameters.n)
             adverts[name] = advert
 
         adverts: dict[str, Advert] = {}
@@ -218,12 +232,13 @@ class _Try:
     def _packets(self, adverts: dict[str, Advert]) -> dict[tuple[str, str], Packet]:
         tensors = checkpoint.digest(self.request.tensors)
         weights = messages.weights_of(tensors, self.backbone) if self.backbone else tensors
+        self.sum_ = f"{self.request.phase}/{weights}"
         self.context = messages.context_of(
             self.attempt,
             self.sites,
             self.parameters,
             adverts,
-            request=self.request.shared(),
+            request=self.plan.asked(),
             weights=weights,
             recipe=recipes.to_json(self.run_.recipe),
             layout=self.plan.layout.as_list(),
@@ -290,9 +305,8 @@ class _Try:
 
     def _zeroed(self, adverts: Mapping[str, Advert], sharers: Sequence[str]) -> tuple[list[str], int]:
         least = labelling(max(adverts[name].minimum for name in sharers), self.parameters.c)
-        if self.request.phase not in ("counts", "adapt", "evaluate"):
-            return [], least
-        return too_rare(self.request.findings, [adverts[name] for name in sharers], least), least
+        names = phases.parted(self.run_.recipe, self.request)
+        return too_rare(names, [adverts[name] for name in sharers], least), least
 
     def _survivors(
         self, adverts: Mapping[str, Advert], came: Sequence[str], summed: Sequence[str], least: int
@@ -303,9 +317,10 @@ class _Try:
             raise FailedError(
                 f"only {len(came)} of {self.parameters.n} sites came through, {needed} are needed" + self._why()
             )
-        if self.request.phase in ("counts", "adapt", "evaluate"):
-            if rare := too_rare(summed, [adverts[name] for name in came], least):
-                raise FailedError(f"too few sites that label {rare[0]!r} came through" + self._why())
+        before = [names for names in self.run_.opened(self.sum_) if set(names) <= set(came)]
+        came = before[0] if before else came  # whom a site has opened this sum over, it opens it over again
+        if rare := too_rare(summed, [adverts[name] for name in came], least):
+            raise FailedError(f"too few sites with a part in {rare[0]!r} came through" + self._why())
         return sorted(came)
 
     def _signatures(self, sharers: Sequence[str], survivors: list[str]) -> dict[str, str]:
@@ -350,8 +365,11 @@ class _Try:
                 self.at_fault[name] = "secagg.blame"
                 raise
 
+        self.run_.keep_opened(self.sum_, survivors)  # first: who answers and is not heard has answered all the same
         self._ask("unmask", dict.fromkeys(signatures, {"signatures": signatures}), take)
         if not opening.enough:
+            if "secagg.differencing" in self.reasons.values():
+                self.run_.keep_opened(self.sum_, survivors, refused=True)
             raise FailedError(f"fewer than {self.parameters.t} sites opened their shares" + self._why())
         try:
             return opening.masks()
@@ -399,6 +417,19 @@ class _Try:
     def _why(self) -> str:
         said = [f"{name} ({reason})" for name, reason in sorted(self.reasons.items()) if reason]
         return f"; missing: {', '.join(said)}" if said else ""
+
+
+def check_advert(advert: Advert, n: int) -> None:
+    """That the other sites will take an advert: they would refuse the whole attempt for it, and again the next.
+
+    Raises: RefusedError.
+    """
+    if advert.cipher == advert.mask:
+        raise RefusedError("secagg.cohort", "both keys are the same")
+    if advert.minimum > n:
+        raise RefusedError("secagg.cohort", f"wants sums over {advert.minimum} sites, of {n}")
+    for key in (advert.cipher, advert.mask):
+        keys.agree(Secrets.fresh().cipher, key, "chexfound secagg check", [])
 
 
 def _place(request: Request) -> Event:

@@ -100,17 +100,22 @@ def load(folder: Path) -> Features:
     return Features(np.load(folder / "patches.npy", mmap_mode="r"), np.load(folder / "cls.npy", mmap_mode="r"))
 
 
-def moments(features: Features) -> dict[str, Tensor]:
-    """Count, sum and sum of squares of each channel, float64: they add up over sites."""
+def moments(features: Features, images: np.ndarray | None = None) -> dict[str, Tensor]:
+    """Count, sum and sum of squares of each channel, float64: they add up over sites.
+
+    `images`: positions of those that count; all, if not given.
+    """
     result = {}
     for name, array in (("patches", features.patches), ("cls", features.cls)):
         total = np.zeros(array.shape[-1])
-        squares = np.zeros(array.shape[-1])
+        squares, count = np.zeros(array.shape[-1]), 0
         for view in range(len(array)):
-            flat = array[view].reshape(-1, array.shape[-1]).astype(np.float64)
+            part = array[view] if images is None else array[view, images]
+            flat = part.reshape(-1, array.shape[-1]).astype(np.float64)
+            count += len(flat)
             total += flat.sum(0)
             squares += (flat**2).sum(0)
-        result[f"{name}.count"] = torch.tensor([float(array.size // array.shape[-1])], dtype=torch.float64)
+        result[f"{name}.count"] = torch.tensor([float(count)], dtype=torch.float64)
         result[f"{name}.sum"], result[f"{name}.squares"] = torch.from_numpy(total), torch.from_numpy(squares)
     return result
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 STEP_FIGURES = ("teacher_entropy", "prototype_perplexity", "prototype_usage", "feature_std")
 PROBE_FIGURES = ("probe_images", "rankme", "knn_auroc")
+PROBED = PROBE_FIGURES[1:]
 # Below these a probe tells nothing, so that no figure that leaves is about a few patients.  Five are the fewest of a
 # class that the report judges by, too, and a vote among fewer is noise.
 FEWEST_IMAGES = 20

@@ -6,7 +6,7 @@ patients (`health.FEWEST_IMAGES`, `FEWEST_PATIENTS`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import numpy as np
@@ -34,6 +34,7 @@ class Probe:
         limit: images at most.
         seed: with the roster index it names the stream that the images are chosen by, one of its own.
         dtype: of the arithmetic, as in training.
+        left_out: figures that are not told.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Probe:
         seed: int,
         roster_index: int,
         dtype: torch.dtype = torch.float32,
+        left_out: Collection[str] = (),
     ) -> None:
         order = rng.numpy_generator(seed, "health", "probe", roster_index).permutation(len(labels))
         labelled = (labels[order] >= 0).any(1)
         self.places = np.sort(np.concatenate([order[labelled], order[~labelled]])[:limit])
-        self.pixels, self.every, self.dtype = pixels, every, dtype
+        self.pixels, self.every, self.dtype, self.left_out = pixels, every, dtype, left_out
         self.labels, self.patients = labels[self.places], [patients[place] for place in self.places]
 
     def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:
@@ -67,7 +69,14 @@ class Probe:
         scores = [self._auroc(both, column) for column in range(self.labels.shape[1]) if self._judged(column)]
         if scores:
             told["knn_auroc"] = round(float(np.mean(scores)), DECIMALS)
-        return told
+        return {name: figure for name, figure in told.items() if name not in self.left_out}
+
+    def figures(self) -> list[str]:
+        """Which it tells, of `health.PROBED`."""
+        if not self._enough():
+            return []
+        judged = any(self._judged(column) for column in range(self.labels.shape[1]))
+        return [name for name in health.PROBED if name != "knn_auroc" or judged]
 
     def _enough(self) -> bool:
         return len(self.places) >= health.FEWEST_IMAGES and len(set(self.patients)) >= health.FEWEST_PATIENTS

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,13 +27,12 @@ from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
-from chexfound.pretrain.health import PROBE_FIGURES, STEP_FIGURES
+from chexfound.pretrain.health import PROBED, STEP_FIGURES
 from chexfound.schema import Recipe
 from chexfound.secagg import fixed
 from chexfound.secagg.fixed import Layout, Section
 
 PHASES = ("counts", "pretrain", "features", "adapt", "evaluate")
-PROBED = tuple(name for name in PROBE_FIGURES if name != "probe_images")
 FIGURES = {  # of a history's rows, that are averaged over the sites
     "pretrain": ("loss", "dino", "ibot", "koleo", *STEP_FIGURES, *PROBED),
     "adapt": ("loss",),
@@ -122,6 +121,13 @@ class Plan:
             sections.append(Section(f"figure/{name}", (steps,), 32, FIGURE_RANGE))
             sections.append(Section(f"figure/{name}/images", (steps,), 32))
         return sections
+
+    def asked(self) -> dict[str, Any]:
+        """All that sites are told alike of the work and its numbers, as JSON: what the context binds beside the layout.
+
+        Of a weight only the sum is masked: told that one image counts as many, a site would stand alone in it.
+        """
+        return {**self.request.shared(), "settings": asdict(self.settings)}
 
     # -- at a site
 
