@@ -42,6 +42,7 @@ def do(site: Any, asked: Request, weights: str, recipe: Recipe = RECIPE) -> str:
     """A round as client/secure.py does it: the state that it leaves, and its record; the digest after it."""
     folder = phases.state_folder(site, recipe, asked.phase)
     folder.mkdir(parents=True, exist_ok=True)
+    lineage.begin(site, recipe, asked)
     (folder / f"{asked.step + asked.steps:08d}.safetensors").write_bytes(b"")
     lineage.record(site, recipe, asked, weights)
     return lineage.present(site, recipe, replace(asked, step=asked.step + asked.steps))
@@ -68,6 +69,8 @@ OTHER: dict[str, Callable[[], tuple[Request, str]]] = {
     "another batch": lambda: (request(1, batch_size=5), WEIGHTS[1]),
     "afresh": lambda: (request(1, fresh=True), WEIGHTS[1]),
     "another start": lambda: (request(1, step=0), WEIGHTS[1]),
+    "other findings": lambda: (request(1, findings=("Edema",)), WEIGHTS[1]),
+    "a finding left out": lambda: (request(1, left_out=("Edema",)), WEIGHTS[1]),
 }
 
 
@@ -108,6 +111,16 @@ def test_a_round_that_is_asked_again_stands_where_it_stood(site: Any) -> None:
     assert do(site, request(1), "9" * 64) != first
 
 
+def test_a_site_that_dies_in_a_round_stands_on_nothing_after_it(site: Any) -> None:
+    """Its state may be of that round already, and what the record has of it is of the round's last attempt."""
+    do(site, request(0), WEIGHTS[0])
+    before = lineage.present(site, RECIPE, request(1))
+    assert do(site, request(1), WEIGHTS[1])
+    lineage.begin(site, RECIPE, request(1))  # again, and then it dies
+    assert lineage.present(site, RECIPE, request(2)) == ""
+    assert lineage.present(site, RECIPE, request(1)) == before
+
+
 def test_phases_and_recipes_do_not_mix(site: Any) -> None:
     after = do(site, request(0), WEIGHTS[0])
     assert lineage.present(site, RECIPE, request(1, "adapt")) == ""
@@ -134,6 +147,7 @@ def test_a_record_that_cannot_be_read_says_nothing(site: Any, text: str) -> None
 def test_where_all_travels_nothing_is_kept(site: Any) -> None:
     recipe = replace(RECIPE, adapt=replace(RECIPE.adapt, optimizer_state="average"))
     assert not phases.carries(recipe, "adapt")
+    lineage.begin(site, recipe, request(0, "adapt"))
     lineage.record(site, recipe, request(0, "adapt"), WEIGHTS[0])
     assert not list(site.home.rglob("lineage.json"))
     assert lineage.present(site, recipe, request(1, "adapt")) == ""
@@ -166,3 +180,82 @@ def test_another_backbone_is_seen_though_the_last_one_is_remembered(site: Any) -
         checkpoint.save(path, {"w": torch.full((4,), value)})
         found += [lineage.base(site, "adapt", WEIGHTS[0]) for _ in range(2)]
     assert found[0] == found[1] == found[4] == found[5] != found[2] == found[3]
+
+
+# -- features
+
+
+def extract(site: Any, recipe: Recipe = RECIPE, findings: tuple[str, ...] = ("Edema",)) -> Request:
+    """A phase `features` as client/secure.py does it: backbone, files, and the record of what they are of."""
+    checkpoint.save(site.home / "backbone.safetensors", {"w": torch.arange(4.0)})
+    (site.home / "features").mkdir(exist_ok=True)
+    for name in ("cls.npy", "patches.npy"):
+        (site.home / "features" / name).write_bytes(b"features")
+    asked = request(0, "features", findings=findings)
+    lineage.record_features(site, recipe, asked)
+    return replace(asked, phase="adapt")
+
+
+def refused(site: Any, recipe: Recipe, asked: Request) -> None:
+    with pytest.raises(RefusedError, match="the features here are not those of this run") as caught:
+        lineage.check_features(site, recipe, asked)
+    assert caught.value.code == "secagg.weights"
+
+
+def test_features_of_this_run_pass(site: Any) -> None:
+    asked = extract(site)
+    lineage.check_features(site, RECIPE, asked)
+    lineage.check_features(
+        make_again(site), RECIPE, replace(asked, round=3, step=9)
+    )  # in every round, restarted or not
+
+
+def make_again(site: Any) -> Any:
+    return SimpleNamespace(home=site.home, remembered={})
+
+
+def test_a_site_without_labelled_images_has_none_and_passes(site: Any) -> None:
+    asked = extract(site)
+    for path in (site.home / "features").iterdir():
+        path.unlink()
+    (site.home / "features").rmdir()
+    refused(site, RECIPE, asked)
+    lineage.record_features(site, RECIPE, asked)
+    lineage.check_features(site, RECIPE, asked)
+
+
+def test_features_of_something_else_are_refused(site: Any) -> None:
+    asked = extract(site)
+    refused(site, replace(RECIPE, seed=1), asked)
+    refused(site, RECIPE, replace(asked, findings=("Nodule",)))
+    refused(site, RECIPE, replace(asked, findings=("Edema", "Nodule")))
+    checkpoint.save(site.home / "backbone.safetensors", {"w": torch.ones(4)})
+    refused(site, RECIPE, asked)
+
+
+@pytest.mark.parametrize("change", ["other bytes", "one less", "one more", "put anew"])
+def test_features_that_were_changed_are_refused(site: Any, change: str) -> None:
+    asked = extract(site)
+    path = site.home / "features" / "cls.npy"
+    if change == "other bytes":
+        path.write_bytes(b"something else")
+    elif change == "one less":
+        path.unlink()
+    elif change == "one more":
+        (path.parent / "more.npy").write_bytes(b"")
+    else:
+        other = path.with_suffix(".new")
+        other.write_bytes(b"features")
+        other.replace(path)
+    refused(site, RECIPE, asked)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", "null"])
+def test_features_without_a_record_are_refused(site: Any, text: str | None) -> None:
+    asked = extract(site)
+    path = site.home / "secagg" / "features.json"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    refused(site, RECIPE, asked)

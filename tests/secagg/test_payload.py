@@ -16,6 +16,7 @@ from torch import Tensor
 from chexfound.adapt import features
 from chexfound.errors import ChexfoundError, ProtocolError
 from chexfound.evaluate.histograms import BINS
+from chexfound.journal import canonical
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import ARCHS, Adapt, Recipe
@@ -140,6 +141,22 @@ def test_rows_are_those_of_the_head_itself(recipe: Recipe) -> None:
     known = {"weight", "bias"} if recipe is RECIPE else {"duplicate_pooling", "duplicate_pooling_bias"}
     assert made.rows == known
     assert all(made.shapes[name][0] == len(FINDINGS) for name in made.rows)
+
+
+def test_all_that_sites_are_told_of_the_numbers_is_in_the_context() -> None:
+    """What is not in the layout too: how many images a weight of 1 stands for."""
+    made = adapt()
+    told = [
+        made.asked(),
+        adapt(images=99).asked(),
+        adapt(labelled=(60, 60, 59)).asked(),
+        adapt(ring=16).asked(),
+        replace(made, request=replace(made.request, steps=2)).asked(),
+        replace(made, request=replace(made.request, findings=FINDINGS[::-1])).asked(),
+        replace(made, settings=replace(made.settings, ranges=dict.fromkeys(made.shapes, 1.0))).asked(),
+    ]
+    assert len({canonical(one) for one in told}) == len(told)
+    assert replace(made, request=replace(made.request, tensors={}, roster_index=3)).asked() == told[0]  # a site's own
 
 
 # -- settings from the coordinator
