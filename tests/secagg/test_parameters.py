@@ -95,6 +95,8 @@ def test_the_most_colluders_leave_a_sum_of_all() -> None:
         assert (parameters.t, parameters.dropouts) == (n, 0)
         with pytest.raises(ConfigError):
             Parameters.of(n, colluders_max(n) + 1)
+        with pytest.raises(ConfigError):  # though 2t > n + c: of a sum of all, all but one know the one's part
+            Parameters(n=n, c=n - 1, t=n)
 
 
 @given(st.integers(0, 128), st.integers(0, 126))

@@ -159,6 +159,39 @@ def test_all_that_sites_are_told_of_the_numbers_is_in_the_context() -> None:
     assert replace(made, request=replace(made.request, tensors={}, roster_index=3)).asked() == told[0]  # a site's own
 
 
+def with_recipe(made: Plan, **changes: Any) -> str:
+    return replace(made, recipe=replace(RECIPE, **changes)).question()
+
+
+def test_two_sums_are_one_question_only_where_a_site_s_part_is_the_same() -> None:
+    """Else their difference tells of one site though both are over the same."""
+    made = pretrain()
+    told = [
+        made.question(),
+        pretrain(images=99).question(),
+        pretrain(ring=16).question(),
+        pretrain(largest=2.5).question(),
+        pretrain(steps=3).question(),
+        with_recipe(made, seed=1),
+        with_recipe(made, optim=replace(RECIPE.optim, weight_decay=0.5)),
+    ]
+    assert len(set(told)) == len(told)
+    beside = {"name": "other", "adapt": replace(HEAD, lr=0.1), "federation": replace(RECIPE.federation, wait_s=1.0)}
+    for name, value in beside.items():
+        assert with_recipe(made, **{name: value}) == told[0], name
+
+
+def test_a_question_goes_by_what_its_phase_hangs_on() -> None:
+    rate, views = replace(HEAD, lr=0.1), replace(HEAD, views=1)
+    optim = replace(RECIPE.optim, weight_decay=0.5)
+    for made, by_rate in ((moments(), False), (adapt(), True), (evaluate(), True)):
+        assert (with_recipe(made, adapt=rate) != made.question()) == by_rate
+        assert with_recipe(made, adapt=views) != made.question()
+        assert with_recipe(made, seed=1) != made.question()
+        assert with_recipe(made, optim=optim) == made.question()  # which has made the weights, that are told by digest
+    assert counts(()).question() == counts().question() == with_recipe(counts(), seed=1)  # asked for in every run
+
+
 # -- settings from the coordinator
 
 
