@@ -252,12 +252,13 @@ class Desk:
     def _reply(self, stage: str, given: _Stage) -> Reply:
         if stage != "masked":
             return Reply(values=given.values)
-        arrays = {}
+        arrays: dict[int, np.ndarray] = {}
         for ring, size in given.kept["sizes"].items():
             path = self.folder / f"masked-{ring}.bin"
             try:
-                arrays[int(ring)] = np.fromfile(path, f"<u{int(ring) // 8}")
-            except OSError as error:
+                # Where it is, not in memory: a message with it takes as much again.
+                arrays[int(ring)] = np.memmap(path, f"<u{int(ring) // 8}", "r")
+            except (OSError, ValueError) as error:  # gone, empty, or not of whole numbers
                 raise RefusedError("secagg.incomplete", str(error)) from error
             if arrays[int(ring)].size != size:
                 raise RefusedError("secagg.incomplete", f"{path}: not as long as it was written")

@@ -56,7 +56,7 @@ class Summed:
     """
 
     plan: Plan
-    sums: dict[str, np.ndarray]
+    sums: Mapping[str, np.ndarray]
     survivors: list[str]
     missing: list[dict[str, str]]
     up: int

@@ -11,7 +11,6 @@ from chexfound.recipe import changed
 from tests.client.test_hostile_coordinator import featuring, pretraining
 from tests.secagg.federation import NAMES, Federation, Try
 
-
 pytest_plugins = ("tests.secagg.fixtures",)
 
 

@@ -81,6 +81,13 @@ def signed(name: str, **changes: Any) -> Advert:
     return replace(COHORT.adverts[name], **changes).signed(identity(name), ATTEMPT)
 
 
+def again(key: str) -> str:
+    """The same key to X25519, which does not read the top bit."""
+    whole = bytearray.fromhex(key)
+    whole[-1] |= 0x80
+    return whole.hex()
+
+
 STRANGER = replace(signed("S01"), site="S77", cipher="1" * 64, mask="2" * 64).signed(identity("S77"), ATTEMPT)
 COHORTS = {
     "too few": others({"S00": None, "S01": None}),
@@ -101,6 +108,7 @@ COHORTS = {
     "another's key for both": others({"S01": signed("S01", mask=COHORT.adverts["S03"].mask)}),
     "another's cipher key for a mask": others({"S01": signed("S01", mask=COHORT.adverts["S03"].cipher)}),
     "one key for two uses": others({"S01": signed("S01", mask=COHORT.adverts["S01"].cipher)}),
+    "another's key in a second encoding": others({"S01": signed("S01", mask=again(COHORT.adverts["S03"].mask))}),
     "nobody": [],
 }
 
