@@ -37,6 +37,9 @@ whenever something does not work:
   chexfound-client check --data /images                 what is wrong, and what to do about it
   chexfound-client status                               what this site is doing
 
+where runs aggregate under masks (docs/secure-aggregation.md):
+  chexfound-client secagg show                          the numbers that protect this site, sums opened, refusals
+
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
 (default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own
 key, and a worker does what runs ask for, until Ctrl-C. Code that comes with a run is never executed: the worker runs
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words and words[0] in ("enrol", "roster", "approve", "check", "status", "unit"):
+        if words and words[0] in ("enrol", "roster", "approve", "check", "status", "secagg", "unit"):
             from client import commands
 
             code = commands.main(words)

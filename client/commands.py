@@ -1,4 +1,4 @@
-"""What a site's operator does beside serving: enrol, approve sites and code, check, ask for the status, a unit."""
+"""What a site's operator does beside serving: enrol, approve sites and code, check, status, released sums, a unit."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     status.add_argument("--json", action="store_true", help="one JSON object")
     status.set_defaults(run=_status)
+    _secagg_parsers(commands)
     unit = commands.add_parser(
         "unit",
         help="print a systemd unit",
@@ -96,6 +97,35 @@ def parser() -> argparse.ArgumentParser:
     unit.add_argument("--out", metavar="FILE", type=Path, help="write it there")
     unit.set_defaults(run=_unit)
     return result
+
+
+def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    secagg = commands.add_parser("secagg", help="secure aggregation: which sums this site helped to open")
+    of_secagg = secagg.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    show = of_secagg.add_parser(
+        "show",
+        help="the numbers in force, sums that were opened, what was refused",
+        description="Show what protects this site under secure aggregation: the numbers in force (of the approved "
+        "roster and site.yaml), the attempt in hand, the sums that it helped to open, and what it refused and why. "
+        "docs/secure-aggregation.md explains all of it.",
+    )
+    show.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    show.add_argument("--json", action="store_true", help="one JSON object, with all sums")
+    show.set_defaults(run=_secagg_show)
+    release = of_secagg.add_parser(
+        "release",
+        help="allow one more sum on weights on which one was opened",
+        description="Of the same weights a site helps to open one sum, or that over the same sites again: two over "
+        "different sites would tell the coordinator their difference. Where a sum was opened and then lost (a "
+        "coordinator that died, a site that left), and the run is refused with secagg.differencing, this allows one "
+        "more, over whichever sites. Each site that refuses has to do so; then the coordinator resumes the run.",
+    )
+    release.add_argument("phase", metavar="PHASE", nargs="?", help="of the sum: counts, pretrain, features, …")
+    release.add_argument("weights", metavar="WEIGHTS", nargs="?", help="first digits of their digest, by secagg show")
+    release.add_argument("--last", action="store_true", help="the one that was refused last")
+    release.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    release.add_argument("--yes", action="store_true", help="do not ask")
+    release.set_defaults(run=_secagg_release)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -232,6 +262,33 @@ def _status(given: argparse.Namespace) -> int:
     check_name(name, "site name")
     found = status.read(name, site_home(name))
     print(json.dumps(found, indent=2) if given.json else "\n".join(status.lines(found)))
+    return 0
+
+
+def _secagg_show(given: argparse.Namespace) -> int:
+    from client import sums
+
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    found = sums.read(name, site_home(name))
+    print(sums.as_json(found) if given.json else "\n".join(sums.lines(found)))
+    return 0
+
+
+def _secagg_release(given: argparse.Namespace) -> int:
+    from client import sums
+
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    if given.last and given.phase is not None:
+        raise ConfigError("give --last, or PHASE and WEIGHTS; not both")
+    home = site_home(name)
+    chosen = sums.choose(home, last=given.last, phase=given.phase, weights=given.weights)
+    print("\n".join(sums.question(sums.read(name, home), chosen)))
+    if not given.yes and not _confirmed("Release it?"):
+        raise PolicyError("not released; nothing was changed")
+    sums.release(home, chosen)
+    print("released: one more sum on these weights may be opened; the coordinator can resume the run")
     return 0
 
 

@@ -55,7 +55,9 @@ class Policy:
             # As JSON: strict, and yet a mapping is a section.
             return TypeAdapter(Policy).validate_json(canonical({} if values is None else values))
         except ValidationError as error:
-            what = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in error.errors()[:3])
+            what = "; ".join(
+                f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in error.errors()[:3]
+            )
             raise ConfigError(f"{path}: {what}") from error
         except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a site's policy: {error}") from error

@@ -205,6 +205,8 @@ class Desk:
         """Refused: if that was the open attempt, it is over here and its secrets are gone."""
         log.error("event=refused code=%s phase=%s round=%d %s", error.code, attempt.phase, attempt.round + 1, error)
         entry = {"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code}
+        if error.code == "secagg.differencing":  # what the operator may release
+            entry |= {"phase": attempt.phase, "weights": self._kept("share")["base"]}
         if entry not in self.journal.entries:  # or who asks again and again would fill the disk
             self.journal.append(entry)
         if self._is_open(attempt):
@@ -339,6 +341,7 @@ class Desk:
             "told": {key: request.told[key] for key in ("adverts", "weights", "settings", "shapes")},
             "context": context.hex(),
             "base": base,
+            "question": plan.question(),
         }
         return {"context": context.hex(), "packets": [asdict(packet) for packet in side.deal()]}, kept
 
@@ -404,25 +407,31 @@ class Desk:
         side.check_signers(masked["sharers"], survivors, signatures)
         packets = messages.parse_all(Packet, masked["packets"], "the packets")
         opened = side.check_sharers(masked["sharers"], packets)
-        self._check_differencing(side.attempt, self._kept("share")["base"], survivors)
+        self._check_differencing(side.attempt, survivors, masked["summed"])
         answer = side.answer(opened, survivors)
         return {"shares": {dealer: asdict(one) for dealer, one in answer.items()}}, {}
 
-    def _check_differencing(self, attempt: Attempt, weights: str, survivors: list[str]) -> None:
-        """Into the journal before the answer leaves: over which sites this sum on these weights is.
+    def _check_differencing(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> None:
+        """Into the journal before the answer leaves: over which sites this sum on these weights is, and of what.
 
-        Raises: RefusedError if there was one over others, and the operator has not released it.
+        Two sums over the same sites tell of one as well, if the second counts its images otherwise, say.
+
+        Raises: RefusedError if there was another, and the operator has not released it.
         """
-        key = {"phase": attempt.phase, "weights": weights}
-        over = messages.names_digest(survivors).hex()
-        before = ""
+        shared = self._kept("share")
+        key = {"phase": attempt.phase, "weights": shared["base"]}
+        asked = {
+            "over": messages.names_digest(survivors).hex(),
+            "asked": hashlib.sha256(canonical([shared["question"], summed])).hexdigest(),
+        }
+        before = None
         for entry in self.journal.entries:
             if entry["event"] in ("opened", "released") and {name: entry[name] for name in key} == key:
-                before = entry["over"] if entry["event"] == "opened" else ""
-        if before and before != over:
+                before = {name: entry[name] for name in asked} if entry["event"] == "opened" else None
+        if before not in (None, asked):
             raise RefusedError("secagg.differencing")
-        if not before:
-            self.journal.append({"event": "opened", **key, "over": over, "of": _of(attempt)})
+        if before is None:
+            self.journal.append({"event": "opened", **key, **asked, "of": _of(attempt)})
 
     # -- what a stage stands on
 

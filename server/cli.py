@@ -22,6 +22,9 @@ from nothing to a model:
   chexfound-server report /srv/thorax
   chexfound-server fetch-model /srv/thorax --out model
 
+before a run with secure aggregation:
+  chexfound-server plan-secagg --sites 5                              colluders and losses borne, seconds, bytes
+
 Ctrl-C in run and watch leaves the run going; stop ends it, resume goes on after its last finished round.
 Where RUN may be left out, it is the latest. Each command has its own --help; docs/coordinator.md shows all of it.
 
@@ -44,6 +47,17 @@ examples:
 RESUME = """\
 For a run that failed, was stopped or was killed: the same recipe and folder are submitted again, and it goes on after
 its last finished round, to the same result. A run that is still going is left alone.
+"""
+PLAN = """\
+With `aggregation: secagg` the coordinator sees sums over sites, and no site's own update. For n sites of which c may
+collude with it, t must agree to a sum: 2t > n + c, so that no two sums can be opened, and t - c >= 2, so that none is
+of one honest site. This prints t, how many sites may be lost, and what it costs; numbers that do not protect are
+refused. Seconds come from a measurement of this machine, which takes one.
+
+examples:
+  chexfound-server plan-secagg
+  chexfound-server plan-secagg --sites 5 6 7 --colluders 2
+  chexfound-server plan-secagg --sites 8 --recipe vits16-224 --ring 16
 """
 
 
@@ -71,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
     _federation_commands(command)
     _run_commands(command)
+    _plan_command(groups.add_parser)
     return result
 
 
@@ -131,6 +146,37 @@ def _run_commands(command: Callable[..., Callable[..., argparse.Action]]) -> Non
     add("--out", metavar="FOLDER", type=Path, required=True, help="a new folder")
     add = command(here, "report", "draw the report.html of a finished run")
     add("run", metavar="RUN", nargs="?", help=which)
+
+
+def _plan_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    """The one that needs no federation's folder."""
+    made = add_parser(
+        "plan-secagg",
+        help="how many colluders and lost sites secure aggregation bears, and what it costs",
+        description=PLAN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(module="server.secagg_plan")
+    add = made.add_argument
+    add("--sites", metavar="N", type=int, nargs="+", help="numbers of sites (default: 3 4 5 8 16 32 64 128)")
+    add(
+        "--colluders",
+        metavar="C",
+        type=int,
+        help="sites that may collude with the coordinator, as each site has it in site.yaml (default: a quarter)",
+    )
+    add(
+        "--minimum",
+        metavar="M",
+        type=int,
+        default=3,
+        help="sites that a sum must be over, as the sites have it in site.yaml (default: %(default)s)",
+    )
+    add("--ring", type=int, choices=(16, 32), help="bits of a value under masks (default: the recipe's, 32)")
+    of = made.add_mutually_exclusive_group()
+    of.add_argument("--recipe", metavar="RECIPE", help="count what pretraining sums by this preset or YAML file")
+    of.add_argument("--values", metavar="N", type=int, help="so many values are summed")
+    add("--json", action="store_true", help="as one JSON object")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -203,11 +203,13 @@ class SecureRun(Run):
 
     def _ranges(self, phase: str, number: int, bounds: Mapping[str, float]) -> dict[str, float]:
         """By the last round's update where there was one, within what the recipe bounds."""
-        path, kept = self.own / "ranges.json", dict[str, float]()
-        if path.exists():
-            values = json.loads(path.read_text())
-            kept = values["ranges"] if [values["phase"], values["round"]] == [phase, number] else {}
+        kept = self._kept_ranges().get(f"{phase}/{number}", {})
         return {name: min(bound, max(kept.get(name, bound), bound * FINEST)) for name, bound in bounds.items()}
+
+    def _kept_ranges(self) -> dict[str, dict[str, float]]:
+        path = self.own / "ranges.json"
+        ranges: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        return ranges
 
     def _keep_ranges(
         self,
@@ -220,7 +222,10 @@ class SecureRun(Run):
         margin = self.recipe.secagg.range_margin
         moved = {name: checks.largest(after[name] - before[name]) for name in bounds}
         ranges = {name: margin * step for name, step in moved.items() if step > 0}
-        write_json(self.own / "ranges.json", {"phase": phase, "round": number, "ranges": ranges})
+        # With those of the round before: until that is in the journal it may be asked for again, with the same ranges.
+        present = f"{phase}/{number - 1}"
+        kept = {present: self._kept_ranges().get(present, {}), f"{phase}/{number}": ranges}
+        write_json(self.own / "ranges.json", kept)
 
     # -- features and results
 

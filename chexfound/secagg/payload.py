@@ -13,6 +13,7 @@ the context binds it.  Figures that plain aggregation sends by site (counts, los
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -22,8 +23,10 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
+from chexfound import recipe as recipes
 from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
+from chexfound.journal import canonical
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.pretrain.health import PROBED, STEP_FIGURES
@@ -38,6 +41,9 @@ FIGURES = {  # of a history's rows, that are averaged over the sites
 FIGURE_RANGE = 1024.0  # losses and figures are far below; beyond it they are clipped, and counted as such
 WEIGHT_MAX = 2**32  # above the sum of all sites' weights
 NAME_MAX = 200
+# Of a recipe: what no pretraining hangs on, and what all that is done with a finished backbone hangs on.
+BESIDE = ("name", "phases", "aggregation", "federation", "secagg", "adapt", "evaluate")
+IMAGES = ("seed", "threads", "image_px", "split", "input", "student", "crops", "compute_precision")
 LABELS = ("positives", "negatives")
 MOMENT_STEP = 2.0**-32  # of a channel's moments, which are whole numbers of it in a ring of 64 bits
 
@@ -121,6 +127,22 @@ class Plan:
         Of a weight only the sum is masked: told that one image counts as many, a site would stand alone in it.
         """
         return {**self.request.shared(), "settings": asdict(self.settings)}
+
+    def question(self) -> str:
+        """Digest of all that a site's part in this sum hangs on beside the weights; hex.
+
+        Of the counts nothing: they are asked for in every run, whatever its recipe.
+        """
+        phase, recipe = self.request.phase, json.loads(recipes.to_json(self.recipe))
+        if phase == "counts":
+            return hashlib.sha256(b"").hexdigest()
+        if phase == "pretrain":
+            bearing = {key: value for key, value in recipe.items() if key not in BESIDE}
+        else:
+            bearing = {key: recipe[key] for key in IMAGES}
+            adapt = recipe["adapt"]
+            bearing["adapt"] = {key: adapt[key] for key in ("n_last_blocks", "views")} if phase == "features" else adapt
+        return hashlib.sha256(canonical([self.asked(), self.layout.as_list(), bearing])).hexdigest()
 
     # -- at a site
 

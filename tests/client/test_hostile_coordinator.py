@@ -402,7 +402,9 @@ def test_other_adverts_are_in_the_context(fed: Federation) -> None:
     one = fed.attempt()
     one.stage("advertise")
     fewer = [asdict(one.adverts[name]) for name in NAMES[:3]]
-    contexts = {one.ask("share", VICTIM, adverts=fewer).values["context"]} | {one.ask("share", "beta").values["context"]}
+    contexts = {one.ask("share", VICTIM, adverts=fewer).values["context"]} | {
+        one.ask("share", "beta").values["context"]
+    }
     assert len(contexts) == 2
 
 
@@ -632,9 +634,7 @@ DIFFERENT: dict[str, Callable[[Try], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_second_different_request_is_refused(
-    stage: str, fed: Federation, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_second_different_request_is_refused(stage: str, fed: Federation, caplog: pytest.LogCaptureFixture) -> None:
     one = fed.attempt().until(stage)
     assert isinstance(one.ask(stage, VICTIM), Reply)
     changed = DIFFERENT[stage](one)
@@ -716,9 +716,7 @@ def test_largest_attempt_number(fed: Federation) -> None:
         ("unmask", {"signatures": {"alpha": "00" * 64 + "\n"}}),
     ],
 )
-def test_what_is_no_request_costs_the_attempt_nothing(
-    stage: str, changed: dict[str, Any], fed: Federation
-) -> None:
+def test_what_is_no_request_costs_the_attempt_nothing(stage: str, changed: dict[str, Any], fed: Federation) -> None:
     one = fed.attempt().until(stage)
     assert one.ask(stage, VICTIM, **changed) == "protocol"
     if stage == "unmask":

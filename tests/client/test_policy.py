@@ -87,7 +87,9 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, text: str | bytes, me
         load(tmp_path, text)
 
 
-@given(st.one_of(st.binary(max_size=40), st.text(max_size=40), st.text("secagrquidmnut: {}[]-&*!|>\n\t#0.5", max_size=40)))
+@given(
+    st.one_of(st.binary(max_size=40), st.text(max_size=40), st.text("secagrquidmnut: {}[]-&*!|>\n\t#0.5", max_size=40))
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_file_is_a_policy_or_an_error_of_ours(tmp_path: Path, text: str | bytes) -> None:
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -103,7 +105,9 @@ def test_a_file_that_cannot_be_read_is_no_absent_one(tmp_path: Path) -> None:
         Policy.load(tmp_path)
 
 
-@pytest.mark.parametrize(("n", "text"), [(2, "{}"), (129, "{}"), (8, "secagg: {colluders: 7}"), (5, "secagg: {minimum: 6}")])
+@pytest.mark.parametrize(
+    ("n", "text"), [(2, "{}"), (129, "{}"), (8, "secagg: {colluders: 7}"), (5, "secagg: {minimum: 6}")]
+)
 def test_numbers_that_do_not_protect_are_refused(tmp_path: Path, n: int, text: str) -> None:
     with pytest.raises(ConfigError):
         load(tmp_path, text).parameters(n)

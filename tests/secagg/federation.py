@@ -214,7 +214,9 @@ class Try:
 
     def ask(self, stage: str, name: str, *, message: Mapping[str, Any] | None = None, **changed: Any) -> Answer:
         """One site; a good answer is taken in.  `message`: as `Federation.ask`; `changed`: as `asked`."""
-        answer = self.fed.ask(name, self.asked(stage, name, **changed), **{"run": self.run, "recipe": self.recipe, **(message or {})})
+        answer = self.fed.ask(
+            name, self.asked(stage, name, **changed), **{"run": self.run, "recipe": self.recipe, **(message or {})}
+        )
         self.answers.setdefault(stage, {})[name] = answer
         if isinstance(answer, Reply) and "refused" not in answer.values:
             self._take(stage, name, answer)

@@ -1,0 +1,241 @@
+"""Which sums this site has helped to open, what it refused, and its operator's word that lets one more be opened.
+
+All of it is in HOME/secagg (client/secure.py); the journal has digests only, and no times.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chexfound.errors import REFUSALS, ConfigError
+from chexfound.journal import Journal, held, read_journal
+from chexfound.names import shown
+from chexfound.roster import Roster, read_json
+from chexfound.secagg.messages import names_digest
+from client import membership
+from client.policy import Policy
+
+SCHEMA = 1  # of what --json prints
+SHOWN = 5  # opened sums, the latest
+LOST_MAX = 2  # sites that a sum is tried to have been without, to say which
+DIFFERENCING = "secagg.differencing"
+STAGES = ("advertise", "share", "masked", "consistency", "unmask")
+
+Entry = dict[str, Any]
+
+
+def read(name: str, home: Path) -> dict[str, Any]:
+    """All of it, as `secagg show --json` prints it.
+
+    Raises: ConfigError for a file that was damaged, or numbers in site.yaml that do not protect; CheckpointError for a
+    damaged journal.
+    """
+    policy, federation = Policy.load(home), membership.present(home)
+    parameters = policy.parameters(len(federation.sites.sites))
+    entries = _entries(home)
+    return {
+        "schema": SCHEMA,
+        "site": name,
+        "required": policy.secagg.required,
+        "attempt_s": policy.secagg.attempt_s,
+        "parameters": {
+            **parameters.shared(),
+            "minimum": parameters.minimum,
+            "survivors": parameters.survivors,
+            "dropouts": parameters.dropouts,
+        },
+        "federation": {"name": federation.name, "roster": federation.sites.serial},
+        "attempt": _attempt(home / "secagg" / "attempt"),
+        "sums": [_sum(entry, federation.sites) for entry in entries if entry["event"] in ("opened", "released")],
+        "refused": [
+            {"code": entry["code"], "phase": entry.get("phase"), "weights": entry.get("weights")}
+            for entry in entries
+            if entry["event"] == "refused"
+        ],
+        "waiting": waiting(entries),
+    }
+
+
+def _entries(home: Path) -> list[Entry]:
+    path = home / "secagg" / "journal.jsonl"
+    return read_journal(path) if path.exists() else []
+
+
+def _sum(entry: Entry, sites: Roster) -> Entry:
+    found = {"event": entry["event"], "phase": entry["phase"], "weights": entry["weights"]}
+    if entry["event"] == "opened":
+        found |= {"over": entry["over"], "without": _without(entry["over"], sites)}
+    return found
+
+
+def _without(over: str, sites: Roster) -> list[str] | None:
+    """The sites of the present roster that a sum was without; None if that cannot be told."""
+    names = sorted(sites.sites)
+    for lost in range(LOST_MAX + 1):
+        for gone in itertools.combinations(names, lost):
+            if names_digest([name for name in names if name not in gone]).hex() == over:
+                return list(gone)
+    return None
+
+
+def _attempt(folder: Path) -> dict[str, Any] | None:
+    """The attempt on the disk: of what, since and until when (UTC), which stages it has answered, how it ended."""
+    if not (folder / "attempt.json").exists():
+        return None
+    values = read_json(folder / "attempt.json")
+    try:
+        moments = {key: _moment(values[key]) for key in ("began", "until")}
+        about = {key: values["attempt"][key] for key in ("run", "phase", "round", "attempt")}
+        stages = [stage for stage in STAGES if (folder / f"{stage}.json").exists()]
+        open_ = "ended" not in values and "unmask" not in stages
+        return about | moments | {"answered": stages, "refused": values.get("ended"), "open": open_}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{folder / 'attempt.json'}: not what this release writes; the next attempt replaces it"
+        ) from error
+
+
+def _moment(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def waiting(entries: Sequence[Mapping[str, Any]]) -> Entry | None:
+    """The sum that was last refused for differencing, unless it was released, or opened, since; phase and weights."""
+    found: Entry | None = None
+    for entry in entries:
+        key = {name: entry.get(name) for name in ("phase", "weights")}
+        if entry["event"] == "refused" and entry["code"] == DIFFERENCING:
+            found = key
+        elif entry["event"] in ("released", "opened") and key == found:
+            found = None
+    return found
+
+
+def choose(home: Path, *, last: bool, phase: str | None, weights: str | None) -> Entry:
+    """Which sum is meant: the one that was refused last, or that of a phase and the first digits of weights.
+
+    Raises: ConfigError if there is no such one, or it was released already.
+    """
+    entries = _entries(home)
+    if last:
+        found = waiting(entries)
+        if found is None:
+            raise ConfigError(f"no sum waits for a release: none was refused for {DIFFERENCING}, or it was done since")
+        if found["phase"] is None or found["weights"] is None:
+            raise ConfigError(
+                "the journal does not tell which sum was refused; give PHASE and WEIGHTS of it, as "
+                "chexfound-client secagg show lists them"
+            )
+        phase, weights = found["phase"], found["weights"]
+    if not weights or phase is None:
+        raise ConfigError("say which sum: --last, or PHASE and WEIGHTS as chexfound-client secagg show lists them")
+    of_phase = [entry for entry in entries if entry["event"] in ("opened", "released") and entry["phase"] == phase]
+    digests = {entry["weights"] for entry in of_phase if entry["weights"].startswith(weights)}
+    if len(digests) != 1:
+        raise ConfigError(
+            f"{phase} {weights}: the phase and first digits of {len(digests)} sums that were opened here; "
+            "see chexfound-client secagg show"
+        )
+    digest = digests.pop()
+    if [entry for entry in of_phase if entry["weights"] == digest][-1]["event"] == "released":
+        raise ConfigError(f"{phase} {digest[:12]}: released already, and not opened since; the run can go on")
+    return {"phase": phase, "weights": digest}
+
+
+def release(home: Path, chosen: Entry) -> None:
+    """Let one more sum be opened on those weights, over whichever sites.
+
+    Raises: ConfigError while the site is answering a stage, and has the journal open.
+    """
+    path = home / "secagg" / "journal.jsonl"
+    if held(path):
+        raise ConfigError("the site is answering a stage; try again once chexfound-client status says that it waits")
+    with Journal(path) as journal:
+        journal.append({"event": "released", **chosen})
+
+
+def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
+    """What a release means, for whoever has to say yes."""
+    before = [one for one in found["sums"] if one["event"] == "opened" and _is(one, chosen)]
+    return [
+        f"sum       {chosen['phase']} on weights {chosen['weights'][:12]}…",
+        *(f"  opened  over {_over(one)}" for one in before),
+        "If one more sum on the same weights is opened over other sites, the coordinator can take one from the other:",
+        "the difference is what the sites have sent that are in one of them only; where that is one site, it is that",
+        "site's own update, in clear. Release it only if the coordinator's people told you why the first sum was lost.",
+    ]
+
+
+def _is(one: Mapping[str, Any], chosen: Entry) -> bool:
+    return {"phase": one["phase"], "weights": one["weights"]} == chosen
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """For people."""
+    own, federation = found["parameters"], found["federation"]
+    said = [
+        f"site {found['site']}: secure aggregation in federation {federation['name']}, roster {federation['roster']}",
+        f"  sites         {own['n']}; {own['c']} may collude with the coordinator; {own['t']} must agree to a sum",
+        f"  a sum         is over {own['survivors']} sites or more; {own['dropouts']} may be lost",
+        "  runs          "
+        + (
+            "that do not aggregate under masks are refused"
+            if found["required"]
+            else "in the clear are accepted too; site.yaml: secagg: {required: true} refuses them"
+        ),
+        f"  attempt       {_said_attempt(found['attempt'])}",
+    ]
+    opened = [one for one in found["sums"] if one["event"] == "opened"]
+    said.append(f"  opened        {len(opened)} sums" + (f", the last {SHOWN}:" if len(opened) > SHOWN else ""))
+    for one in found["sums"][-SHOWN:]:
+        what = f"over {_over(one)}" if one["event"] == "opened" else "RELEASED by this site's operator"
+        said.append(f"    {shown(one['phase']):<9} on weights {shown(one['weights'])[:12]}… {what}")
+    if absent := _absent(opened):
+        said.append(
+            f"  without       {absent}: two sums that differ in one site tell of it, the more alike their weights are"
+        )
+    counted = Counter(one["code"] for one in found["refused"])
+    said.append(f"  refused       {sum(counted.values())} requests")
+    said += [f"    {times} × {code}: {REFUSALS.get(code, 'of another release')}" for code, times in counted.items()]
+    if found["waiting"] is not None:
+        said.append("  WAITING       for this operator's word: chexfound-client secagg release --last")
+    return said
+
+
+def _absent(opened: Sequence[Mapping[str, Any]]) -> str:
+    """Which sites were missing in how many sums."""
+    times = Counter(site for one in opened for site in one["without"] or ())
+    return ", ".join(f"{shown(site)} in {number}" for site, number in sorted(times.items()))
+
+
+def _over(one: Mapping[str, Any]) -> str:
+    without = one["without"]
+    if without is None:
+        return f"sites of digest {one['over'][:12]}…"
+    return "all sites" if not without else f"all sites but {', '.join(map(shown, without))}"
+
+
+def _said_attempt(attempt: Mapping[str, Any] | None) -> str:
+    if attempt is None:
+        return "none yet"
+    what = shown(attempt["phase"])
+    what += f", round {attempt['round'] + 1}" if attempt["phase"] in ("pretrain", "adapt") else ""
+    what += f", attempt {attempt['attempt']}"
+    what += f", begun {attempt['began']}"
+    if attempt["refused"]:
+        return f"{what}: refused, {attempt['refused']}"
+    if not attempt["open"]:
+        return f"{what}: done"
+    stage = attempt["answered"][-1] if attempt["answered"] else "nothing"
+    return f"{what}: OPEN, {stage} answered; its secrets are dropped at {attempt['until']}"
+
+
+def as_json(found: Mapping[str, Any]) -> str:
+    """For programs."""
+    return json.dumps(found, indent=2)

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from chexfound import signing
+from chexfound.errors import RefusedError
+from chexfound.journal import Journal, read_journal, write_json
+from chexfound.roster import Address, Keys, Roster
+from chexfound.secagg.messages import Attempt, names_digest
+from client import cli, membership, sums
+from client.policy import Policy, SecAgg
+from client.secure import Desk
+from server import pki
+
+NAMES = ["EAST", "NORTH", "SOUTH", "WEST"]
+WEIGHTS = "ab" * 32
+OTHER = "ac" * 32
+ATTEMPT = Attempt(run=7, phase="pretrain", round=2, attempt=1)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the site NORTH, which approved a federation of four."""
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "sites" / "NORTH"
+    own, _ = membership.make_keys(folder)
+    keys = {"NORTH": own} | {
+        name: Keys(own.node, signing.public_line(Ed25519PrivateKey.generate().public_key()))
+        for name in NAMES
+        if name != "NORTH"
+    }
+    pki.make_authority(tmp_path / "authority", "thorax")
+    authority = (tmp_path / "authority" / "ca.crt").read_text()
+    sites = Roster(federation="thorax", serial=4, sites=keys)
+    server = Address("coordinator.invalid", 8443)
+    federation = membership.Federation(name="thorax", server=server, authority=authority, sites=sites)
+    monkeypatch.setattr(membership, "approved", lambda home: federation if home == folder else None)
+    return folder
+
+
+@pytest.fixture
+def desk(home: Path) -> Iterator[Desk]:
+    """What the site itself reads and writes the journal with; closed before a command is run."""
+    federation = membership.present(home)
+    made = Desk(home, "NORTH", federation.sites, membership.identity_key(home), Policy.load(home))
+    yield made
+    made.close()
+
+
+def tell(home: Path, *entries: dict[str, object]) -> None:
+    with Journal(home / "secagg" / "journal.jsonl") as journal:
+        for entry in entries:
+            journal.append(dict(entry))
+
+
+def opened(over: list[str], weights: str = WEIGHTS, phase: str = "pretrain") -> dict[str, object]:
+    return {"event": "opened", "phase": phase, "weights": weights, "over": names_digest(over).hex(), "of": "0" * 64}
+
+
+def refused(code: str = "secagg.differencing", **more: str) -> dict[str, object]:
+    return {"event": "refused", "of": "0" * 64, "attempt": 1, "code": code, **more}
+
+
+def do(*words: str) -> int:
+    return cli.main(["secagg", *words])
+
+
+def test_a_site_that_has_summed_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert "site NORTH: secure aggregation in federation thorax, roster 4" in out
+    assert "4; 1 may collude with the coordinator; 3 must agree to a sum" in out
+    assert "is over 3 sites or more; 1 may be lost" in out
+    assert "in the clear are accepted too" in out
+    assert "attempt       none yet" in out
+    assert not (home / "secagg").exists()  # looking leaves no trace
+
+
+@pytest.fixture
+def demand(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`demand(colluders=0)`: what the site's operator wants."""
+
+    def make(**values: Any) -> None:
+        monkeypatch.setattr(Policy, "load", staticmethod(lambda home: Policy(secagg=SecAgg(**values))))
+
+    return make
+
+
+def test_the_numbers_are_those_of_the_policy(
+    demand: Callable[..., None], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demand(required=True, colluders=0, minimum=4)
+    assert do("show", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == 1
+    assert found["required"] is True
+    assert found["parameters"] == {"n": 4, "c": 0, "t": 3, "minimum": 4, "survivors": 4, "dropouts": 0}
+
+
+def test_numbers_that_do_not_protect_are_told(
+    demand: Callable[..., None], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demand(colluders=3)
+    assert do("show") == 2
+    assert "c is at most 2" in capsys.readouterr().err
+
+
+def test_sums_are_told_by_who_was_lost(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(home, opened(NAMES), opened(["EAST", "NORTH", "WEST"], OTHER), opened(["NORTH", "ELSEWHERE"], "ad" * 32))
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert "opened        3 sums" in out
+    assert "pretrain  on weights abababababab… over all sites\n" in out
+    assert "pretrain  on weights acacacacacac… over all sites but SOUTH" in out
+    assert f"over sites of digest {names_digest(['NORTH', 'ELSEWHERE']).hex()[:12]}…" in out
+    assert "without       SOUTH in 1:" in out
+
+
+def test_the_latest_sums_are_shown_and_json_has_all(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(home, *(opened(NAMES, f"{number:02x}" * 32) for number in range(20)))
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert "opened        20 sums, the last 5:" in out
+    assert out.count("over all sites") == 5
+    assert do("show", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["sums"]) == 20
+
+
+def test_refusals_are_told_with_what_they_mean(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(home, refused("secagg.repeat"), refused("secagg.repeat"), refused("secagg.of-tomorrow"))
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert "refused       3 requests" in out
+    assert "2 × secagg.repeat: a second, different request for a step that was answered" in out
+    assert "1 × secagg.of-tomorrow: of another release" in out
+    assert "WAITING" not in out
+
+
+@pytest.mark.parametrize(
+    ("answered", "more", "said"),
+    [
+        (["advertise", "share"], {}, "OPEN, share answered; its secrets"),
+        ([], {"ended": "secagg.late"}, "refused, secagg.late"),
+        (list(sums.STAGES), {}, "done"),
+    ],
+)
+def test_the_attempt_in_hand(
+    home: Path, capsys: pytest.CaptureFixture[str], answered: list[str], more: dict[str, str], said: str
+) -> None:
+    began = 1795773600.0
+    values = {"attempt": {"run": 7, "phase": "pretrain", "round": 2, "attempt": 1}, "began": began, "until": began + 60}
+    write_json(home / "secagg" / "attempt" / "attempt.json", values | more)
+    for stage in answered:
+        write_json(home / "secagg" / "attempt" / f"{stage}.json", {})
+    assert do("show") == 0
+    assert f"pretrain, round 3, attempt 1, begun 2026-11-27T10:00:00+00:00: {said}" in capsys.readouterr().out
+
+
+def test_a_damaged_attempt_is_no_crash(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(home / "secagg" / "attempt" / "attempt.json", {"attempt": 3})
+    assert do("show") == 2
+    assert "not what this release writes" in capsys.readouterr().err
+
+
+def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk._check_differencing(ATTEMPT, WEIGHTS, NAMES)
+    with pytest.raises(RefusedError, match="second sum"):
+        desk._check_differencing(ATTEMPT, WEIGHTS, NAMES[:3])
+    desk.close()
+    assert do("release", "pretrain", WEIGHTS[:6], "--yes") == 0
+    out = capsys.readouterr().out
+    assert "opened  over all sites" in out
+    assert "it is that\nsite's own update, in clear" in out
+    assert read_journal(home / "secagg" / "journal.jsonl")[-1] == {
+        "event": "released", "phase": "pretrain", "weights": WEIGHTS,
+    }  # fmt: skip
+    federation = membership.present(home)
+    again = Desk(home, "NORTH", federation.sites, membership.identity_key(home), Policy.load(home))
+    again._check_differencing(ATTEMPT, WEIGHTS, NAMES[:3])
+    with pytest.raises(RefusedError, match="second sum"):  # one more, and no other
+        again._check_differencing(ATTEMPT, WEIGHTS, NAMES[1:])
+    again.close()
+
+
+def test_the_last_refusal_says_which(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(home, opened(NAMES), opened(NAMES, OTHER), refused(phase="pretrain", weights=WEIGHTS))
+    assert do("show") == 0
+    assert "chexfound-client secagg release --last" in capsys.readouterr().out
+    assert do("release", "--last", "--yes") == 0
+    assert read_journal(home / "secagg" / "journal.jsonl")[-1]["weights"] == WEIGHTS
+    capsys.readouterr()
+    assert do("release", "--last", "--yes") == 2
+    assert "no sum waits for a release" in capsys.readouterr().err
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert "WAITING" not in out
+    assert "RELEASED by this site's operator" in out
+
+
+def test_a_refusal_that_does_not_say_which(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(home, opened(NAMES), refused())
+    assert do("release", "--last", "--yes") == 2
+    assert "give PHASE and WEIGHTS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["release"], "say which sum"),
+        (["release", "pretrain"], "say which sum"),
+        (["release", "--last", "pretrain", "ab"], "not both"),
+        (["release", "pretrain", "a"], "of 2 sums"),
+        (["release", "pretrain", "ff"], "of 0 sums"),
+        (["release", "adapt", "ab"], "of 0 sums"),
+        (["release", "features", "ab"], "released already"),
+    ],
+)
+def test_what_cannot_be_released(
+    home: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    features = opened(NAMES, phase="features")
+    tell(home, opened(NAMES), opened(NAMES, OTHER), features, features | {"event": "released"})
+    before = read_journal(home / "secagg" / "journal.jsonl")
+    assert do(*words) == 2
+    assert message in capsys.readouterr().err
+    assert read_journal(home / "secagg" / "journal.jsonl") == before
+
+
+def test_nothing_is_released_without_a_yes(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell(home, opened(NAMES))
+    assert do("release", "pretrain", "ab") == 2
+    assert "there is no terminal to ask on" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: "no")
+    assert do("release", "pretrain", "ab") == 6
+    assert len(read_journal(home / "secagg" / "journal.jsonl")) == 1
+    monkeypatch.setattr("builtins.input", lambda prompt: "yes")
+    assert do("release", "pretrain", "ab") == 0
+
+
+def test_a_site_at_work_is_not_disturbed(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk._check_differencing(ATTEMPT, WEIGHTS, NAMES)
+    assert do("show") == 0  # looking takes no lock
+    assert do("release", "pretrain", WEIGHTS, "--yes") == 2
+    assert "the site is answering a stage" in capsys.readouterr().err
+
+
+def test_of_many_sites_two_lost_are_found() -> None:
+    names = [f"{number:03d}" for number in range(128)]
+    roster = Roster(federation="f", serial=1, sites=dict.fromkeys(names, Keys("", "")))
+    assert sums._without(names_digest(names[:126]).hex(), roster) == names[126:]
+    assert sums._without(names_digest(names[:125]).hex(), roster) is None
