@@ -253,8 +253,7 @@ def test_an_advert_that_the_others_would_refuse_goes_no_further(
 GARBAGE: list[dict[str, Any]] = [
     {},
     {"advert": None, "context": 1, "packets": 2, "payload": 3, "signature": 4, "shares": 5},
-    {"advert": {}, "context": "", "packets": [], "payload": "", "signature": "", "shares": {}},
-    {"packets": [{}], "shares": {"alpha": {}}, "refused": 1, "dealers": 2},
+    {"advert": {}, "context": "", "packets": [{}], "payload": "", "signature": "", "shares": {"alpha": {}}},
     {"refused": "secagg.shares", "dealers": ["omega"]},
     {"shares": {name: {"kind": "seed", "share": "00" * 33, "salt": "00" * 32} for name in NAMES}},
 ]
