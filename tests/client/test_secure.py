@@ -247,8 +247,8 @@ def test_the_journal_holds_digests_only(fed: Federation) -> None:
     one.ask("unmask", VICTIM)
     fed.attempt(number=1).ask("advertise", VICTIM, findings=("Bar",))
     for entry in fed.journal(VICTIM):
-        assert set(entry) <= {"event", "of", "attempt", "code", "phase", "weights", "over"}
-        for value in (entry.get(key, "0" * 64) for key in ("of", "weights", "over")):
+        assert set(entry) <= {"event", "of", "attempt", "code", "phase", "weights", "over", "asked"}
+        for value in (entry.get(key, "0" * 64) for key in ("of", "weights", "over", "asked")):
             assert re.fullmatch("[0-9a-f]{64}", value)
     text = json.dumps(fed.journal(VICTIM))
     assert not any(word in text for word in ("Blob", *NAMES, *secrets.values()))
