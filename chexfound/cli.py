@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, pretrain, "
         "draw reports, import and export weights.",
         epilog="The federation itself: chexfound-sim (one machine), chexfound-client (a hospital), "
-        "flwr run (the coordinator).",
+        "chexfound-server (the coordinator).",
     )
     result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -129,15 +129,19 @@ def public_file(name: str, keys: Keys) -> str:
     return f"{keys.node} {name}\n{keys.identity} {name}\n"
 
 
-def read_public_file(text: str, where: str) -> Keys:
+def read_public_file(text: str, where: str, name: str | None = None) -> Keys:
     """The keys of a SITE.pub.
 
-    Raises: ConfigError.
+    Raises: ConfigError, also if the file says that it is of another site than `name`.
     """
-    lines = [" ".join(line.split()[:2]) for line in text.splitlines() if line.strip()]
+    lines = [line.split() for line in text.splitlines() if line.strip()]
     if len(lines) != 2:
         raise ConfigError(f"{where}: {len(lines)} lines where the two of chexfound-client enrol belong")
-    return _checked(lines[0], lines[1], where)
+    node, identity = (" ".join(words[:2]) for words in lines)
+    for comment in (" ".join(words[2:]) for words in lines):
+        if name is not None and comment and comment != " ".join(name.split()):
+            raise ConfigError(f"{where} is of site {comment!r}, not {name!r}")
+    return _checked(node, identity, where)
 
 
 def _checked(node: str, identity: str, where: str) -> Keys:
@@ -164,8 +168,12 @@ def load(path: Path) -> Roster:
     return parse(read_json(path), str(path))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, expected: str | None = None) -> Any:
     """The value of a small JSON file from outside.
+
+    Args:
+        path: of the file.
+        expected: what it ought to be, to be told of one that is no JSON.
 
     Raises: ConfigError.
     """
@@ -176,6 +184,8 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"larger than {SIZE_MAX} bytes")
         return json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
+        if expected is not None and not isinstance(error, OSError):
+            raise ConfigError(f"{path}: is not {expected}") from error
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 

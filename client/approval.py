@@ -15,6 +15,7 @@ from chexfound import bundle, roster
 from chexfound.bundle import Bundle
 from chexfound.errors import ChexfoundError, ConfigError, ProtocolError
 from chexfound.journal import storage, write_bytes, write_json
+from client.home import named
 
 FORMAT = 1
 KEPT = 5  # refused bundles, the latest
@@ -73,7 +74,8 @@ def check(home: Path, content: bytes) -> str | None:
         keep(home, digest, content)
     except (ChexfoundError, OSError) as error:
         return str(error)
-    return f"the code {digest} was not approved here; look at it with: chexfound-client approve {digest[:12]}"
+    look = f"chexfound-client approve {digest[:12]}{named(home.name)}"
+    return f"the code {digest} was not approved here; look at it with: {look}"
 
 
 def keep(home: Path, digest: str, content: bytes) -> None:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chexfound import __version__
 from chexfound.errors import ChexfoundError, ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     result.add_argument(
         "--data", metavar="DIR", required=True, help="images: DICOM folder, folder with manifest.csv, or store"
     )
@@ -137,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(given: argparse.Namespace) -> int:
     from chexfound.roster import check_name
     from client import approval, link, node, supernode
-    from client.home import site_home, sole_site
+    from client.home import named, site_home, sole_site
 
     name = given.name or sole_site()
     check_name(name, "site name")
@@ -157,7 +160,7 @@ def _serve(given: argparse.Namespace) -> int:
         else:
             _say(name, f"nothing answers at {address} yet; trying again until it does; Ctrl-C ends it")
         if not approval.approved(home):
-            _say(name, "no code was approved here yet, so every run is refused: chexfound-client approve")
+            _say(name, f"no code was approved here yet, so every run is refused: chexfound-client approve{named(name)}")
         commands = supernode.commands(home, str(address), config, credentials, given.keep_warm)
         environment = supernode.environment(home / "flower")
         asked = supernode.keep_running(commands, environment, lambda text: _say(name, text), given.drain)
@@ -173,6 +176,7 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
     """
     from chexfound.roster import Address
     from client import membership
+    from client.home import named
     from client.supernode import Credentials
 
     if given.insecure:
@@ -194,8 +198,8 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
     federation = membership.approved(home)
     if federation is None:
         raise ConfigError(
-            f"site {name!r} is in no federation yet: chexfound-client enrol --name {name}, give the file to the "
-            "coordinator, then chexfound-client roster approve the one that comes back"
+            f"site {name!r} is in no federation yet: chexfound-client enrol --name {shlex.quote(name)}, give the file "
+            f"to the coordinator, then chexfound-client roster approve FILE{named(name)}, with the one that comes back"
         )
     membership.check_own(name, membership.public_keys(home), federation, str(home / "federation.json"))
     return federation.server, Credentials(membership.authority_file(home, federation), home / "keys" / "node.key")

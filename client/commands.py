@@ -17,7 +17,7 @@ from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
 from client import approval, membership
 from client.home import home as chexfound_home
-from client.home import site_home, sole_site
+from client.home import named, site_home, sole_site
 
 
 def parser() -> argparse.ArgumentParser:
@@ -149,7 +149,7 @@ def _enrol(given: argparse.Namespace) -> int:
     print(f"  node     {fingerprint(keys.node)}\n    {keys.node}")
     print(f"  identity {fingerprint(keys.identity)}\n    {keys.identity}")
     print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")
-    print("      then approve the file that comes back: chexfound-client roster approve FILE")
+    print(f"      then approve the file that comes back: chexfound-client roster approve FILE{named(given.name)}")
     return 0
 
 
@@ -170,10 +170,9 @@ def _approve(given: argparse.Namespace) -> int:
     if not given.yes and not _confirmed("Are these the fingerprints that they told you?"):
         raise PolicyError("not approved; nothing was changed")
     membership.approve(home, federation)
-    named = "" if not given.name else f" --name {shlex.quote(name)}"
-    steps = [] if approval.approved(home) else [f"chexfound-client approve{named}"]
+    steps = [] if approval.approved(home) else [f"chexfound-client approve{named(name)}"]
     if before is None:
-        steps.append(f"chexfound-client --data DIR{named}")
+        steps.append(f"chexfound-client --data DIR{named(name)}")
     print("approved" + (f"; next: {', then: '.join(steps)}" if steps else "; a site that serves knows it at once"))
     return 0
 
@@ -223,7 +222,9 @@ def _approve_code(given: argparse.Namespace) -> int:
 
 def _one_of(digests: Iterable[str], start: str, what: str) -> str:
     found = [digest for digest in digests if start and digest.startswith(start)]
-    if len(found) != 1:
+    if not found:
+        raise ConfigError(f"no {what} bundle begins with {start!r}; see --list")
+    if len(found) > 1:
         raise ConfigError(f"{start!r}: the first digits of {len(found)} bundles that were {what}; see --list")
     return found[0]
 
@@ -233,7 +234,7 @@ def _show(given: argparse.Namespace) -> int:
     check_name(name, "site name")
     federation = membership.approved(site_home(name))
     if federation is None:
-        raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE")
+        raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE{named(name)}")
     _tell(federation, name)
     return 0
 

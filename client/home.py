@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from chexfound.errors import ConfigError
@@ -28,10 +29,18 @@ def sole_site() -> str:
 
     Raises: ConfigError if there is none, or there are several.
     """
-    folder = home() / "sites"
-    names = sorted(path.parent.name for path in folder.glob("*/keys"))
+    names = _enrolled()
     if len(names) == 1:
         return names[0]
     if names:
         raise ConfigError(f"several sites were enrolled on this machine ({', '.join(names)}); say which, with --name")
     raise ConfigError("no site was enrolled on this machine yet; begin with: chexfound-client enrol --name SITE")
+
+
+def named(name: str) -> str:
+    """What a command for a site takes behind it: nothing where `sole_site` knows the name."""
+    return "" if _enrolled() == [name] else f" --name {shlex.quote(name)}"
+
+
+def _enrolled() -> list[str]:
+    return sorted(path.parent.name for path in (home() / "sites").glob("*/keys"))

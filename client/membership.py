@@ -124,14 +124,14 @@ def read(path: Path) -> Federation:
 
     Raises: ConfigError.
     """
-    values = roster.read_json(path)
+    values = roster.read_json(path, "a NAME.federation.json of chexfound-server")
     keys = {"format", "name", "server", "ca", "roster"}
     if (
         not isinstance(values, dict)
         or set(values) != keys
         or not all(isinstance(values[key], str) for key in ("name", "server", "ca"))
     ):
-        raise ConfigError(f"{path}: not the NAME.federation.json of chexfound-server")
+        raise ConfigError(f"{path}: is not a NAME.federation.json of chexfound-server")
     if values["format"] != roster.FORMAT:
         raise ConfigError(f"{path}: of format {values['format']!r}; this release reads {roster.FORMAT}")
     _certificate(values["ca"], str(path))

@@ -13,6 +13,7 @@ from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.names import shown
 from chexfound.roster import read_json
 from client import approval, membership
+from client.home import named
 
 SCHEMA = 1
 STALE_S = 90.0  # a node that runs writes every 30 s
@@ -104,7 +105,8 @@ def _store(index: Path) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """For people."""
-    said = [f"site {found['site']}: {_doing(found['node'])}"]
+    option = named(found["site"])
+    said = [f"site {found['site']}: {_doing(found['node'], option)}"]
     node, federation = found["node"], found["federation"]
     if node is not None:
         said.append(
@@ -115,7 +117,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         if node["refused"]:
             said.append(f"  refused       the last run: {shown(node['refused'])}")
     said.append(
-        "  federation    none approved yet: chexfound-client roster approve FILE"
+        f"  federation    none approved yet: chexfound-client roster approve FILE{option}"
         if federation is None
         else f"  federation    {federation['name']} at {federation['server']}, roster {federation['roster']}: "
         + ", ".join(federation["sites"])
@@ -123,8 +125,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     approved, refused = found["code"]["approved"], found["code"]["refused"]
     said += [f"  code          {digest[:12]}… approved on {when[:10]}" for digest, when in approved.items()]
     if not approved:
-        said.append("  code          none approved yet: chexfound-client approve")
-    said += [f"  code          {digest[:12]}… REFUSED: chexfound-client approve {digest[:12]}" for digest in refused]
+        said.append(f"  code          none approved yet: chexfound-client approve{option}")
+    for digest in refused:
+        said.append(f"  code          {digest[:12]}… REFUSED: chexfound-client approve {digest[:12]}{option}")
     for store in found["stores"]:
         what = store.get("error") or f"{store['images']} images of {store['patients']} patients, {store['px']} px"
         said.append(f"  store         {what}")
@@ -135,9 +138,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def _doing(node: dict[str, Any] | None) -> str:
+def _doing(node: dict[str, Any] | None, option: str) -> str:
     if node is None:
-        return "has not been served yet: chexfound-client --data DIR"
+        return f"has not been served yet: chexfound-client --data DIR{option}"
     doing = STATES[node["state"]]
     if node["state"] in IN_A_RUN:
         doing += f": {shown(node['phase'].rpartition('.')[2])}" if node["phase"] else ""
@@ -150,7 +153,7 @@ def _doing(node: dict[str, Any] | None) -> str:
     if not node["running"]:
         return (
             f"NOT RUNNING (process {node['pid']} is gone); {_span(node['age_s'])} ago it was {doing}. "
-            "Start it again: chexfound-client --data DIR"
+            f"Start it again: chexfound-client --data DIR{option}"
         )
     if node["stale"]:
         return (

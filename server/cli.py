@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from chexfound import __version__
 from chexfound.errors import ChexfoundError
 from chexfound.names import shown
 
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    result.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     groups = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(module: str, name: str, text: str, more: str = "") -> Callable[..., argparse.Action]:

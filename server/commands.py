@@ -122,12 +122,13 @@ def add_site(given: argparse.Namespace) -> int:
         text = given.keys.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{given.keys}: cannot be read: {error}") from error
-    keys = roster.read_public_file(text, str(given.keys))
+    keys = roster.read_public_file(text, str(given.keys), given.site)
     if held.sites().sites.get(given.site) != keys:  # else it is only registered, which it may not have been yet
-        held.write_sites(held.sites().with_site(given.site, keys))
+        members.admit(held, given.site, keys)
     print(f"site {given.site}: node {fingerprint(keys.node)}, identity {fingerprint(keys.identity)}")
     print("compare these with what the site saw, by telephone or in person")
-    _register(held)
+    if code := _register(held, given.site, "registers it"):
+        return code
     print(f"next: give {held.site_file} to every site; each approves it with: chexfound-client roster approve FILE")
     return 0
 
@@ -135,23 +136,29 @@ def add_site(given: argparse.Namespace) -> int:
 def remove_site(given: argparse.Namespace) -> int:
     """Strike a site off."""
     held = federation.load(given.dir)
-    held.write_sites(held.sites().without_site(given.site))
+    members.strike(held, given.site)
     print(f"site {given.site}: removed; the other sites need approve nothing for that")
-    _register(held)
-    return 0
+    return _register(held, given.site, "strikes it off")
 
 
-def _register(held: Federation) -> None:
-    """At the SuperLink too, if it is up; else at its next start."""
+def _register(held: Federation, name: str, what: str) -> int:
+    """At the SuperLink too, if it is up; else at its next start.
+
+    Returns: the exit code, which is 0 whatever came of the other sites.
+    """
     from server.up import listens
 
     try:
-        members.register_all(held)
+        _, _, refused = members.register_all(held)
     except SiteError as error:
         if not listens(held.superlink):
-            print("the SuperLink is not up; chexfound-server up registers it there at its next start")
-            return
-        print(f"not registered at the SuperLink: {error}\nonce that is mended: chexfound-server up", file=sys.stderr)
+            print(f"the SuperLink is not up; chexfound-server up {what} there at its next start")
+            return 0
+        print(f"error: {error}\nonce that is mended, chexfound-server up {what} there", file=sys.stderr)
+        return error.exit_code
+    for other, why in refused.items():
+        print(f"{'error' if other == name else 'warning'}: site {other}: not registered: {why}", file=sys.stderr)
+    return SiteError.exit_code if name in refused else 0
 
 
 def sites(given: argparse.Namespace) -> int:
@@ -160,7 +167,7 @@ def sites(given: argparse.Namespace) -> int:
     try:
         nodes, down = members.nodes(held), ""
     except SiteError as error:
-        nodes, down = {}, str(error)
+        nodes, down = None, str(error)
     rows = members.rows(held, nodes)
     if given.json:
         known = held.sites()
@@ -169,10 +176,8 @@ def sites(given: argparse.Namespace) -> int:
         return 0
     for row in rows:
         since = f" since {row['since']}" if row["since"] else ""
-        status = row["status"]
-        if status == "unknown" and not down:
-            status = "not registered at the SuperLink: chexfound-server add-site again, or up"
-        print(f"{row['site']}: {status}{since}\n  node     {row['node']}\n  identity {row['identity']}")
+        print(f"{row['site']}: {members.called(row['status'])}{since}")
+        print(f"  node     {row['node']}\n  identity {row['identity']}")
     if not rows:
         print(f"no site yet; chexfound-server add-site {shlex.quote(str(given.dir))} SITE SITE.pub")
     if down:

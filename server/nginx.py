@@ -31,7 +31,8 @@ def configuration(federation: Federation, listen: Address) -> str:
     if listen.port == federation.listen.port and not _apart(listen, federation.listen):
         raise ConfigError(
             f"listen {listen}: the guard listens there; give it a port of its own on loopback in "
-            f"{federation.path('federation.yaml')}, for example listen: 127.0.0.1:{_other(listen.port)}"
+            f"{federation.path('federation.yaml')}, for example listen: 127.0.0.1:{_other(listen.port)}, and start "
+            "chexfound-server up again (in a new federation: init --listen)"
         )
     return _TEMPLATE.format(
         name=federation.name,

@@ -27,6 +27,8 @@ def run(given: argparse.Namespace) -> int:
     held = federation.load(given.dir)
     recipe = recipes.load(given.recipe, recipes.parse_overrides(given.set))
     _check_up(held)
+    if problem := runs.check_batches(held, recipe):
+        print(f"warning: {problem}", file=sys.stderr)
     made = runs.create(held, recipe, given.name, given.backbone)
     return _submitted(made, runs.submit(made), given.detach)
 
@@ -35,8 +37,32 @@ def resume(given: argparse.Namespace) -> int:
     """Submit a run again."""
     held = federation.load(given.dir)
     _check_up(held)
-    chosen = runs.choose(held, given.run, done=False)
+    chosen = runs.find(held, given.run) if given.run else _unfinished(held)
     return _submitted(chosen, runs.resubmit(chosen), given.detach)
+
+
+def _unfinished(held: Federation) -> RunFolder:
+    """The one run that may be gone on with.
+
+    Raises: ConfigError if there is none, or several; SiteError.
+    """
+    words = runs.statuses(held)
+    found = []
+    for one in runs.all_runs(held):
+        try:
+            now = standing.look(one, words)
+        except CheckpointError:  # one damaged folder does not hide the others
+            continue
+        if standing.resumable(now) or (now.state not in standing.ENDED and runs.deserted(one)):
+            found.append(one)
+    if not found:
+        raise ConfigError(
+            f"{held.folder}: there is no run to go on with; one that is going is left alone, and of one that failed "
+            f"by its recipe a new one is started (chexfound-server status {_dir(held)})"
+        )
+    if len(found) > 1:
+        raise ConfigError(f"which run? Unfinished are {', '.join(one.name for one in found)}; name one")
+    return found[0]
 
 
 def _check_up(held: Federation) -> None:
@@ -164,7 +190,7 @@ def status(given: argparse.Namespace) -> int:
     """Say how all stands: processes, certificate, sites, runs."""
     held = federation.load(given.dir)
     chosen = [runs.find(held, given.run)] if given.run else runs.all_runs(held)
-    told = _status(held, chosen)
+    told, away = _status(held, chosen)
     if given.json:
         print(json.dumps(told))
         return 0
@@ -176,13 +202,13 @@ def status(given: argparse.Namespace) -> int:
     print(f"  certificate for {certificate['days_left']} days, until {certificate['until']}{expired}")
     print("sites" if told["sites"] else f"no site yet; chexfound-server add-site {_dir(held)} SITE SITE.pub")
     for row in told["sites"]:
-        print(f"  {row['site']}: {row['status']}{' since ' + row['since'] if row['since'] else ''}")
+        print(f"  {row['site']}: {members.called(row['status'])}{' since ' + row['since'] if row['since'] else ''}")
     print("runs" if told["runs"] else f"no run yet; chexfound-server run {_dir(held)} RECIPE")
     for one in told["runs"]:
         for text in _run_lines(held, one):
             print(f"  {text}")
-    if told["processes"]["superlink"] == "down":
-        print(f"the SuperLink is down; chexfound-server up {_dir(held)}", file=sys.stderr)
+    if away:
+        print(f"the SuperLink is down; chexfound-server up {_dir(held)} ({away})", file=sys.stderr)
     return 0
 
 
@@ -198,30 +224,34 @@ def _run_lines(held: Federation, one: dict[str, Any]) -> list[str]:
     if figures:
         said.append("  " + ", ".join(figures))
     if now.error:
-        said.append(shown(f"  error {now.error['code']}: {now.error['text']}"))
-    if now.state in ("failed", "stopped", "died", "unsubmitted"):
-        said.append(f"  go on with: {_command('resume', RunFolder(held, now.run))}")
+        first, *more = now.error["text"].split("\n")
+        said += [shown(f"  error {now.error['code']}: {first}"), *(shown(f"    {line}") for line in more)]
+    if now.state in standing.ENDED and now.state != "done":
+        said.append(f"  {standing.next_step(RunFolder(held, now.run), now)}")
     return said
 
 
-def _status(held: Federation, chosen: list[RunFolder]) -> dict[str, Any]:
+def _status(held: Federation, chosen: list[RunFolder]) -> tuple[dict[str, Any], str]:
+    """All that is told; and why the SuperLink could not be asked, if so."""
     certificate = pki.read_certificate(held.path("server.crt"))
+    processes, away = up.processes(held), ""
     try:
         nodes, statuses = members.nodes(held), runs.statuses(held)
-    except SiteError:
-        nodes, statuses = {}, None
+    except SiteError as error:
+        nodes, statuses, away = None, None, str(error)
+        processes["superlink"] = "down"  # also where something else listens at its port
     return {
         "schema": SCHEMA,
         "federation": held.name,
         "public": str(held.public),
-        "processes": up.processes(held),
+        "processes": processes,
         "certificate": {
             "days_left": pki.days_left(certificate),
             "until": f"{certificate.not_valid_after_utc:%Y-%m-%d}",
         },
         "sites": members.rows(held, nodes),
         "runs": [_one(run, statuses) for run in chosen],
-    }
+    }, away
 
 
 def _one(run: RunFolder, statuses: dict[str, str] | None) -> dict[str, Any]:

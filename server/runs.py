@@ -31,6 +31,7 @@ from chexfound.roster import check_name
 from chexfound.schema import Recipe
 from server import flower
 from server.federation import CONNECTION, Federation
+from strategies import composition
 
 SCHEMA = 1
 END_S = 60.0  # in which the ServerApp of a run that was stopped has to end
@@ -134,19 +135,17 @@ def find(federation: Federation, name: str) -> RunFolder:
     return found
 
 
-def choose(federation: Federation, name: str | None, done: bool | None = None) -> RunFolder:
-    """The run of a name; without one the latest, of those that went to their end or did not, if `done` says which.
+def choose(federation: Federation, name: str | None, done: bool = False) -> RunFolder:
+    """The run of a name; without one the latest, of those that went to their end if `done` is asked for.
 
-    Raises: ConfigError if there is none, or if two that did not are as likely to be meant.
+    Raises: ConfigError if there is none.
     """
     if name is not None:
         return find(federation, name)
-    runs = [run for run in all_runs(federation) if done is None or run.done == done]
+    runs = [run for run in all_runs(federation) if run.done or not done]
     if not runs:
-        kind = {None: "run", True: "finished run", False: "unfinished run"}[done]
+        kind = "finished run" if done else "run"
         raise ConfigError(f"{federation.folder}: there is no {kind}; chexfound-server run starts one")
-    if done is False and len(runs) > 1:
-        raise ConfigError(f"which run? Unfinished are {', '.join(run.name for run in runs)}; name one")
     return runs[-1]
 
 
@@ -169,10 +168,34 @@ def choose_going(federation: Federation, name: str | None) -> RunFolder:
 # -- submitting
 
 
+def check_batches(federation: Federation, recipe: Recipe) -> str | None:
+    """Hold the recipe's batches against the numbers of sites that may take part.
+
+    Returns: None if all sites of the federation can share them, else why not.
+
+    Raises: ConfigError if not even some of them, as many as federation.min_sites, can.
+    """
+    from server.plan import Batches
+
+    registered = len(federation.sites().sites)
+    problems: list[ConfigError] = []
+    for number in range(registered, recipe.federation.min_sites - 1, -1):
+        try:
+            Batches.of(recipe, number)
+        except ConfigError as error:
+            problems.append(error)
+        else:
+            return f"{problems[0]}\nas it is, the run fails unless only {number} take part" if problems else None
+    if problems:
+        raise problems[0]
+    return None
+
+
 def create(federation: Federation, recipe: Recipe, name: str | None, backbone: Path | None) -> RunFolder:
     """Make a run's folder, with all that is submitted.
 
-    Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe.
+    Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe, or it asks for
+    what its aggregation cannot do.
     """
     registered = len(federation.sites().sites)
     if registered < recipe.federation.min_sites:
@@ -180,6 +203,7 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
             f"the recipe needs federation.min_sites {recipe.federation.min_sites} sites, and the federation has "
             f"{registered}: chexfound-server add-site, or --set federation.min_sites={max(registered, 1)}"
         )
+    composition.check(recipe, registered)
     if backbone is not None:
         backbone = backbone.absolute()
         if not backbone.is_file():
@@ -281,7 +305,7 @@ def _resubmit(run: RunFolder) -> str:
         raise ConfigError(f"run {run.name!r} is done: chexfound-server report {run.federation.folder} {run.name}")
     number = run.flower_run()
     if number is not None and not ended(status := statuses(run.federation).get(number, "unknown")):
-        if not _deserted(run):
+        if not deserted(run):
             raise ConfigError(
                 f"run {run.name!r} is {status}; see it with chexfound-server watch {run.federation.folder} {run.name}, "
                 f"end it with chexfound-server stop {run.federation.folder} {run.name}"
@@ -317,7 +341,7 @@ def ended(status: str) -> bool:
     return status.startswith("finished") or status == "unknown"
 
 
-def _deserted(run: RunFolder) -> bool:
+def deserted(run: RunFolder) -> bool:
     """Whether a run that Flower still lists has lost its ServerApp, which Flower notices within a minute."""
     live = run.live()
     if live is None or live["flower_run"] != run.flower_run() or live["state"] in OVER or _held(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -155,12 +156,31 @@ def last(values: Any) -> Any:
     return next((value for value in reversed(list(values)) if value is not None), None)
 
 
+def resumable(standing: Standing) -> bool:
+    """Whether a run ended before its end, and `resume` may lead further.
+
+    A recipe that cannot be is found out before anything is done, and submitted again it fails again.
+    """
+    begun = any(count for count, _ in standing.done.values())
+    by_recipe = standing.error is not None and standing.error["code"] == "config" and not begun
+    return standing.state in ENDED and standing.state != "done" and not by_recipe
+
+
+def next_step(run: RunFolder, standing: Standing) -> str:
+    """What to do about a run that ended before its end."""
+    folder = shlex.quote(str(run.federation.folder))
+    if resumable(standing):
+        return f"go on with: chexfound-server resume {folder} {shlex.quote(run.name)}"
+    return f"start a new run with other values: chexfound-server run {folder} RECIPE --set KEY=VALUE"
+
+
 def failure(run: RunFolder, standing: Standing) -> ChexfoundError:
     """The error of a run that ended before its end, with what to do.
 
     It is the ServerApp's own, by live.json or by Flower's log of it; one that was killed said nothing.
     """
-    again = f"what is done is kept; go on with: chexfound-server resume {run.federation.folder} {run.name}"
+    kept = "what is done is kept; " if resumable(standing) else ""
+    again = f"{kept}{next_step(run, standing)}"
     if standing.state == "unsubmitted":
         return SiteError(f"run {run.name} was not taken by the SuperLink; {again}")
     if standing.state == "stopped":

@@ -117,15 +117,20 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
     try:
         for address, key in ((federation.superlink, "superlink"), (federation.listen, "listen")):
             if listens(address):
-                raise ConfigError(f"{key} {address}: something listens there already; is this federation up?")
+                raise ConfigError(
+                    f"{key} {address}: something listens there already; is this federation up? If that is another "
+                    f"program, give it another {key}: in {federation.path('federation.yaml')}"
+                )
         running.append(_Process("superlink", federation, say))
         _wait(running[0], federation.superlink, asked)
         if not asked:
-            new, struck = members.register_all(federation)
+            new, struck, refused = members.register_all(federation)
             for name in new:
                 say(f"site {name}: registered")
             for name in struck:
                 say(f"site {name}: struck off")
+            for name, why in refused.items():
+                say(f"warning: site {name}: not registered, the others are served without it: {why}")
             running += [_Process(name, federation, say) for name in ("superexec", "guard")]
             say(f"up: sites connect to {federation.public}; logs in {federation.path('logs')}; Ctrl-C ends it")
         while not asked:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from chexfound.errors import ConfigError, Problems
 from chexfound.schema import Recipe
 from chexfound.secagg.fixed import levels
-from chexfound.secagg.parameters import SITES_MAX, Parameters
+from chexfound.secagg.parameters import MINIMUM, SITES_MAX, Parameters
 
 LEVELS_MIN = 1024  # of a site's values, below which rounding is felt in a round's update
 
@@ -60,23 +60,24 @@ SECAGG = (
 # coordinate-wise median, trimmed mean, Krum, norm bounds at the coordinator, top-k, asynchronous folding (FedBuff).
 
 
-def check(recipe: Recipe, n_sites: int) -> None:
+def check(recipe: Recipe, n_sites: int | None) -> None:
     """That a recipe's aggregation can do what the recipe asks of it, before any site is contacted.
 
     Args:
         recipe: to be run.
-        n_sites: of the federation.
+        n_sites: of the federation; None while that is not known, and what depends on it cannot be found wrong.
 
     Raises: ConfigError, with all that does not fit.
     """
     if recipe.aggregation != "secagg":
         return
     problems = Problems(ConfigError, "recipe: aggregation: secagg")
-    try:
-        Parameters.of(n_sites, recipe.secagg.colluders)
-    except ConfigError as error:
-        problems.add(str(error))
+    if n_sites is not None:
+        try:
+            Parameters.of(n_sites, recipe.secagg.colluders)
+        except ConfigError as error:
+            problems.add(str(error))
     for rule in SECAGG:
-        if n_sites <= SITES_MAX and rule.excluded(recipe, n_sites):
+        if (n_sites or MINIMUM) <= SITES_MAX and rule.excluded(recipe, n_sites or MINIMUM):
             problems.add(f"{rule.key}: {rule.why}; choose {rule.remedy}")
     problems.check()

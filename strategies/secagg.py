@@ -51,7 +51,11 @@ class MaskedSum:
         Args:
             survivors: of those that were added.
             masks: what lies on it: (sign, seed).
+
+        Raises: ProtocolError for a survivor that was not added.
         """
+        if absent := sorted(set(survivors) - set(self._sites)):
+            raise ProtocolError(f"a sum over sites whose arrays did not come: {absent[:3]}")
         sums = {ring: np.zeros(size, f"<u{ring // 8}") for ring, size in self.layout.sizes.items()}
         for site in survivors:
             for ring, total in sums.items():

@@ -133,6 +133,11 @@ def test_a_sites_public_file(keys: list[Keys]) -> None:
     text = roster.public_file("St. Mary's", keys[0])
     assert roster.read_public_file(text, "x.pub") == keys[0]
     assert roster.read_public_file(text.replace("\n", "\r\n"), "x.pub") == keys[0]
+    assert roster.read_public_file(text, "x.pub", "St. Mary's") == keys[0]
+    bare = "\n".join(" ".join(line.split()[:2]) for line in text.splitlines())
+    assert roster.read_public_file(bare, "x.pub", "any") == keys[0]
+    with pytest.raises(ConfigError, match=r"x\.pub is of site \"St. Mary's\", not 'St. Mary'"):
+        roster.read_public_file(text, "x.pub", "St. Mary")
     for odd in ("", text + text, text.splitlines()[0], "a b\nc d", "\n".join(reversed(text.splitlines()))):
         with pytest.raises(ConfigError, match=r"x\.pub"):
             roster.read_public_file(odd, "x.pub")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ from chexfound import signing
 from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError
 from client import approval, membership
+from client.home import named
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 GB, GIB = 10**9, 2**30
@@ -22,7 +24,7 @@ MEMORY_VITL = 16 * GIB  # 8 for weights, gradients, moments and teacher, the res
 
 def keys(subject: Subject) -> Finding:
     """Both private keys are there, can be read, and by nobody else."""
-    again = f"chexfound-client enrol --name {subject.name}"
+    again = f"chexfound-client enrol --name {shlex.quote(subject.name)}"
     if not (subject.home / "keys").is_dir():
         return failed(f"site {subject.name!r} has no keys on this machine", again)
     for name in ("node.key", "identity.key"):
@@ -45,20 +47,24 @@ def roster(subject: Subject) -> Finding:
     if federation is None:
         return failed(
             "no federation was approved yet",
-            "give the coordinator this site's .pub file; then chexfound-client roster approve the file that comes back",
+            f"give the coordinator this site's .pub file; then approve the one that comes back: {_approve(subject)}",
         )
     try:
         membership.check_own(
             subject.name, membership.public_keys(subject.home), federation, str(subject.home / "federation.json")
         )
     except ChexfoundError as error:
-        return failed(str(error), "chexfound-client roster approve FILE, with the coordinator's present file")
+        return failed(str(error), f"{_approve(subject)}, with the coordinator's present file")
     authority = subject.home / "ca.crt"
     if not authority.is_file() or authority.read_text() != federation.authority:
-        return failed(f"{authority} is not the authority that was approved", "chexfound-client roster approve FILE")
+        return failed(f"{authority} is not the authority that was approved", _approve(subject))
     subject.federation = federation
     sites = federation.sites
     return ok(f"federation {federation.name} at {federation.server}, roster {sites.serial} of {', '.join(sites.sites)}")
+
+
+def _approve(subject: Subject) -> str:
+    return f"chexfound-client roster approve FILE{named(subject.name)}"
 
 
 def code(subject: Subject) -> Finding:
@@ -68,7 +74,8 @@ def code(subject: Subject) -> Finding:
     digest = flwr_private.release_bundle().digest()
     when = approval.approved(subject.home).get(digest)
     if when is None:
-        return failed(f"the installed release {digest[:12]}… was not approved here", "chexfound-client approve")
+        approve = f"chexfound-client approve{named(subject.name)}"
+        return failed(f"the installed release {digest[:12]}… was not approved here", approve)
     return ok(f"the installed release {digest[:12]}… was approved on {when[:10]}")
 
 
@@ -97,7 +104,8 @@ def store(subject: Subject) -> Finding:
     if not said:
         return ok("none yet: it is made of the images of --data when the site is served first")
     if not len(opened):
-        return failed(f"{paths[-1]} holds no image", "see why: chexfound-client --data DIR says what was refused")
+        why = f"see why: chexfound-client --data DIR{named(subject.name)} says what was refused"
+        return failed(f"{paths[-1]} holds no image", why)
     return ok("; ".join(said))
 
 

@@ -6,6 +6,7 @@ import datetime
 import email.utils
 import math
 import re
+import shlex
 import socket
 import ssl
 import time
@@ -18,6 +19,7 @@ from cryptography.x509.oid import NameOID
 from chexfound import __version__
 from chexfound.roster import Address
 from client import link, membership
+from client.home import named
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 CLOCK_S = (60.0, 2.0)  # behind the coordinator's and ahead of it: more is warned of
@@ -104,7 +106,8 @@ def tls(subject: Subject) -> Finding:
         f"the certificate comes from {_common_name(certificate.issuer)}, not from the authority that was approved "
         f"({error.verify_message})",
         f"if something between opens TLS to look inside, have {subject.server} exempted; if the coordinator has a new "
-        "authority, it sends a new file: compare it in person, then chexfound-client roster approve",
+        "authority, it sends a new file: compare it in person, then chexfound-client roster approve FILE"
+        f"{named(subject.name)}",
     )
 
 
@@ -211,10 +214,11 @@ def key(subject: Subject) -> Finding:
     except httpx.HTTPError as error:
         return failed(f"the coordinator does not answer as it should ({error!r})", "check again")
     if not known:
+        name, file = shlex.quote(subject.name), shlex.quote(f"{subject.name}.pub")
         return failed(
             "the coordinator does not know this site's node",
-            f"give it {subject.name}.pub (chexfound-client enrol writes it again); it takes it in with "
-            f"chexfound-server add-site DIR {subject.name} {subject.name}.pub",
+            f"give it {file} (chexfound-client enrol --name {name} writes it again); it takes it in with "
+            f"chexfound-server add-site DIR {name} {file}",
         )
     return ok("the coordinator knows this site's node")
 

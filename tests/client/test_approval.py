@@ -39,6 +39,17 @@ def test_nothing_is_approved_at_first(tmp_path: Path) -> None:
     assert approval.refused(tmp_path) == {DIGEST: bundle.read(CAME)}
 
 
+def test_where_several_sites_share_the_home_the_command_names_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
+    for name in "AB":
+        (tmp_path / "sites" / name / "keys").mkdir(parents=True)
+    said = approval.check(tmp_path / "sites" / "A", CAME)
+    assert said is not None
+    assert said.endswith(f"chexfound-client approve {DIGEST[:12]} --name A")
+
+
 def test_approve_and_withdraw(tmp_path: Path) -> None:
     approval.check(tmp_path, CAME)
     approval.approve(tmp_path, DIGEST)
@@ -189,10 +200,9 @@ def test_digits_that_name_none_or_several(
 ) -> None:
     held = {"ab" + "0" * 62: Bundle({}), "ac" + "0" * 62: Bundle({})}
     monkeypatch.setattr(approval, "refused", lambda home: held)
-    for digits, number in (("a", 2), ("b", 0), ("", 0), ("ab" + "0" * 63, 0)):
-        code, said = approve(digits, "--yes")
-        assert code == 2
-        assert f"the first digits of {number} bundles that were refused; see --list" in said
+    assert approve("a", "--yes") == (2, "error: 'a': the first digits of 2 bundles that were refused; see --list\n")
+    for digits in ("b", "", "ab" + "0" * 63, "northfield.pub"):
+        assert approve(digits, "--yes") == (2, f"error: no refused bundle begins with {digits!r}; see --list\n")
     assert approval.approved(home) == {}
     assert approve("ab", "--yes")[0] == 0
 
@@ -202,7 +212,7 @@ def test_withdraw(approve: Callable[..., tuple[int, str]], home: Path) -> None:
     for digits in ("", "x"):
         code, said = approve("--withdraw", digits)
         assert code == 2
-        assert "bundles that were approved; see --list" in said
+        assert "no approved bundle begins with" in said
     assert list(approval.approved(home)) == [RELEASE.digest()]
     code, said = approve("--withdraw", RELEASE.digest()[:6])
     assert code == 0

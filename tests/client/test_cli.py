@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from chexfound import __version__
 from chexfound.data.store import Store
 from chexfound.roster import Address
 from client import approval, cli, link, supernode
@@ -170,6 +171,12 @@ def test_a_site_that_was_not_enrolled_is_told_how(
     assert "site 'A' is in no federation yet: chexfound-client enrol --name A" in capsys.readouterr().err
     assert serve("--data", str(images), "--name", "A", "--insecure") == 2
     assert "say where to connect, with --superlink" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.endswith(f" {__version__}\n")
 
 
 def test_another_machine_is_warned_of(

@@ -45,12 +45,28 @@ def test_keys_are_made_once_and_stay(home: Path, capsys: pytest.CaptureFixture[s
     keys = roster.read_public_file(first.decode(), "x")
     assert signing.fingerprint(keys.node) in out
     assert signing.fingerprint(keys.identity) in out
+    assert out.rstrip().endswith("chexfound-client roster approve FILE")
     assert enrol().read_bytes() == first
     assert "has its keys already" in capsys.readouterr().out
     assert stat.S_IMODE((home / "keys").stat().st_mode) == 0o700
     for name in ("node.key", "identity.key"):
         assert stat.S_IMODE((home / "keys" / name).stat().st_mode) == 0o600
         assert (home / "keys" / name).read_bytes() not in first
+
+
+def test_where_several_sites_share_the_home_commands_name_the_site(
+    home: Path, coordinator: federations.Federation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enrol()
+    file = add(coordinator, "it's", enrol("it's"))
+    assert capsys.readouterr().out.rstrip().endswith("chexfound-client roster approve FILE --name 'it'\"'\"'s'")
+    assert cli.main(["roster", "approve", str(file), "--yes", "--name", "it's"]) == 0
+    named = "--name 'it'\"'\"'s'"
+    assert capsys.readouterr().out.endswith(
+        f"approved; next: chexfound-client approve {named}, then: chexfound-client --data DIR {named}\n"
+    )
+    assert cli.main(["roster", "show", "--name", "NORTH"]) == 2
+    assert capsys.readouterr().err.endswith("chexfound-client roster approve FILE --name NORTH\n")
 
 
 @pytest.mark.parametrize("lost", ["node.key", "identity.key"])
@@ -171,6 +187,16 @@ def test_files_that_are_not_the_coordinators(
     (tmp_path / "f").write_text(json.dumps(values | change))
     with pytest.raises(ConfigError, match="f"):
         membership.read(tmp_path / "f")
+
+
+def test_another_kind_of_file_is_named_as_such(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "federation.yaml").write_text("format: 1\n")
+    for file in (enrol(), tmp_path / "federation.yaml"):
+        assert cli.main(["roster", "approve", str(file), "--yes"]) == 2
+        told = capsys.readouterr().err
+        assert told == f"error: {file}: is not a NAME.federation.json of chexfound-server\n"
+    assert cli.main(["roster", "approve", "absent.json", "--yes"]) == 2
+    assert "absent.json: cannot be read: [Errno 2]" in capsys.readouterr().err
 
 
 def test_keys_that_cannot_be_read(home: Path, tmp_path: Path) -> None:

@@ -150,6 +150,14 @@ def test_a_store_that_is_damaged(prepare: Callable[..., Path], part: str, size: 
     assert "made anew" in one.remedy
 
 
+def test_where_several_sites_share_the_home_commands_name_the_site(prepare: Callable[..., Path]) -> None:
+    home = prepare(approve=False)
+    (home.parent / "SOUTH" / "keys").mkdir(parents=True)
+    assert check(home)["code"].remedy == "chexfound-client approve --name NORTH"
+    (home / "federation.json").unlink()
+    assert check(home)["roster"].remedy.endswith("chexfound-client roster approve FILE --name NORTH")
+
+
 def test_no_store_yet_is_no_fault(prepare: Callable[..., Path], images: Path) -> None:
     home = prepare()
     shutil.rmtree(store_path(home, 16))

@@ -113,6 +113,29 @@ def test_refusals_contact_and_code(home: Path, tell: Callable[..., None], capsys
     assert f"code          {digest[:12]}… REFUSED: chexfound-client approve {digest[:12]}" in out
 
 
+def test_where_several_sites_share_the_home_commands_name_the_site(
+    home: Path, tell: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home.parent / "SOUTH WEST" / "keys").mkdir(parents=True)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("x.py", "")
+    digest = bundle.read(packed.getvalue()).digest()
+    approval.keep(home, digest, packed.getvalue())
+    for name, option in (("NORTH", "NORTH"), ("SOUTH WEST", "'SOUTH WEST'")):
+        assert cli.main(["status", "--name", name]) == 0
+        out = capsys.readouterr().out
+        assert f"none approved yet: chexfound-client approve --name {option}\n" in out
+        if name == "NORTH":
+            assert f"REFUSED: chexfound-client approve {digest[:12]} --name NORTH\n" in out
+        else:
+            assert f"chexfound-client roster approve FILE --name {option}\n" in out
+        assert f"has not been served yet: chexfound-client --data DIR --name {option}\n" in out
+    tell(pid=2**22 + 1)
+    assert cli.main(["status", "--name", "NORTH"]) == 0
+    assert "Start it again: chexfound-client --data DIR --name NORTH" in capsys.readouterr().out
+
+
 def test_stores(home: Path, tell: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = tmp_path / "images"
     images.mkdir()

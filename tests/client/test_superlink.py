@@ -70,7 +70,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[federations
             for name in ("NO_PROXY", "no_proxy"):
                 here.setenv(name, "127.0.0.1,localhost")
             process.wait_until(lambda: link.answers(address, "https"))
-            assert members.register_all(one) == (["NORTH"], [])
+            assert members.register_all(one) == (["NORTH"], [], {})
             yield one
     finally:
         process.stop()

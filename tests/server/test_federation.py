@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -142,7 +143,7 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         _, command, *rest = arguments
         if command == "register":
             key = Path(rest[0]).read_text()
-            if key in {one["key"] for one in nodes.values() if one["status"] != "unregistered"}:
+            if key in {one["key"] for one in nodes.values()}:  # nor one that was unregistered
                 raise SiteError("Public key already in use.")
             nodes[str(len(nodes) + 1)] = {"key": key, "status": "registered"}
             return {"node-id": len(nodes)}
@@ -156,9 +157,9 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return nodes
 
 
-def site(tmp_path: Path, name: str) -> Path:
-    keys, _ = membership.make_keys(tmp_path / "sites" / name)
-    path = tmp_path / f"{name}.pub"
+def site(tmp_path: Path, name: str, home: str = "") -> Path:
+    keys, _ = membership.make_keys(tmp_path / "sites" / (home or name))
+    path = tmp_path / f"{home or name}.pub"
     path.write_text(roster.public_file(name, keys))
     return path
 
@@ -169,27 +170,80 @@ def test_sites_come_and_go(made: Federation, flower: dict[str, Any], tmp_path: P
         assert cli.main(["add-site", folder, name, str(site(tmp_path, name))]) == 0
     assert [one["status"] for one in flower.values()] == ["registered"] * 2
     assert membership.read(made.site_file).sites == made.sites()
-    assert cli.main(["add-site", folder, "NORTH", str(site(tmp_path, "WEST"))]) == 2
+    anew = site(tmp_path, "NORTH", "anew")
+    assert cli.main(["add-site", folder, "NORTH", str(anew)]) == 2
     assert "in the federation already" in capsys.readouterr().err
     assert cli.main(["remove-site", folder, "NORTH"]) == 0
     assert [one["status"] for one in flower.values()] == ["unregistered", "registered"]
     assert list(made.sites().sites) == ["SOUTH"]
     assert cli.main(["remove-site", folder, "NORTH"]) == 2
     assert "there are SOUTH" in capsys.readouterr().err
-    assert cli.main(["add-site", folder, "NORTH", str(tmp_path / "WEST.pub")]) == 0  # with new keys
+    assert cli.main(["add-site", folder, "NORTH", str(anew)]) == 0  # with new keys
     assert [one["status"] for one in flower.values()] == ["unregistered", "registered", "registered"]
 
 
+def test_a_key_that_was_struck_off_may_not_come_back(made, flower, tmp_path: Path, capsys: Any) -> None:
+    """Flower would refuse it, and the roster would have a site that can never connect."""
+    folder, north = str(made.folder), site(tmp_path, "NORTH")
+    for name in ("NORTH", "SOUTH"):
+        cli.main(["add-site", folder, name, str(site(tmp_path, name))])
+    cli.main(["remove-site", folder, "NORTH"])
+    cli.main(["remove-site", folder, "SOUTH"])
+    before = made.path("roster.json").read_bytes()
+    node, identity = north.read_text().splitlines()
+    other_node, other_identity = site(tmp_path, "NORTH", "anew").read_text().splitlines()
+    capsys.readouterr()
+    for lines in ((node, identity), (node, other_identity), (other_node, identity)):
+        north.write_text("\n".join(lines))
+        assert cli.main(["add-site", folder, "NORTH", str(north)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "a key of 'NORTH' was struck off and may not come back; at the site: move HOME/keys away" in said.err
+        assert "chexfound-client enrol --name NORTH anew, and send the new file" in said.err
+        assert made.path("roster.json").read_bytes() == before
+    north.write_text(f"{other_node}\n{other_identity}\n")
+    assert cli.main(["add-site", folder, "NORTH", str(north)]) == 0
+    made.path("struck.json").write_text("{}")
+    assert cli.main(["add-site", folder, "EAST", str(site(tmp_path, "EAST"))]) == 2
+    assert "struck.json: damaged" in capsys.readouterr().err
+
+
+def test_a_site_that_flower_does_not_take_keeps_no_other_out(made, flower, tmp_path: Path, capsys: Any) -> None:
+    """As one whose key was struck off before struck.json was."""
+    folder = str(made.folder)
+    cli.main(["add-site", folder, "BAD", str(site(tmp_path, "BAD"))])
+    cli.main(["remove-site", folder, "BAD"])
+    made.path("struck.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["add-site", folder, "BAD", str(tmp_path / "BAD.pub")]) == 7
+    said = capsys.readouterr()
+    assert "error: site BAD: not registered: Public key already in use." in said.err
+    assert f"chexfound-server remove-site {folder} BAD; at the site: move HOME/keys away" in said.err
+    assert "give" not in said.out
+    assert cli.main(["add-site", folder, "GOOD", str(site(tmp_path, "GOOD"))]) == 0
+    said = capsys.readouterr()
+    assert "warning: site BAD: not registered" in said.err
+    assert "next: give" in said.out
+    assert set(members.nodes(made)) == {"GOOD"}
+
+
+def test_another_sites_file_is_refused(made, flower, tmp_path: Path, capsys: Any) -> None:
+    file = site(tmp_path, "northfield")
+    assert cli.main(["add-site", str(made.folder), "riverside", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {file} is of site 'northfield', not 'riverside'\n"
+    assert made.sites().sites == {}
+
+
 def test_what_was_changed_while_the_superlink_was_down_is_made_good(made, flower, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(commands, "_register", lambda held: None)
+    monkeypatch.setattr(commands, "_register", lambda held, name, what: 0)
     for name in ("NORTH", "SOUTH"):
         cli.main(["add-site", str(made.folder), name, str(site(tmp_path, name))])
-    assert members.register_all(made) == (["NORTH", "SOUTH"], [])
-    assert members.register_all(made) == ([], [])
+    assert members.register_all(made) == (["NORTH", "SOUTH"], [], {})
+    assert members.register_all(made) == ([], [], {})
     cli.main(["remove-site", str(made.folder), "NORTH"])
-    assert members.register_all(made) == ([], ["NORTH"])
+    assert members.register_all(made) == ([], ["NORTH"], {})
     flower.clear()  # its database was lost
-    assert members.register_all(made) == (["SOUTH"], [])
+    assert members.register_all(made) == (["SOUTH"], [], {})
 
 
 def test_a_superlink_that_is_down_is_said(made: Federation, tmp_path: Path, capsys: Any) -> None:
@@ -197,6 +251,25 @@ def test_a_superlink_that_is_down_is_said(made: Federation, tmp_path: Path, caps
     assert "chexfound-server up registers it there at its next start" in capsys.readouterr().out
     assert cli.main(["sites", str(made.folder), "--json"]) == 0
     assert '"status": "unknown"' in capsys.readouterr().out
+    assert cli.main(["remove-site", str(made.folder), "NORTH"]) == 0
+    assert "chexfound-server up strikes it off there at its next start" in capsys.readouterr().out
+
+
+def test_a_superlink_that_does_not_answer_as_it_should(made, tmp_path: Path, capsys: Any) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", made.superlink.port)):
+        assert cli.main(["add-site", str(made.folder), "NORTH", str(site(tmp_path, "NORTH"))]) == 7
+    assert "no SuperLink answers" in capsys.readouterr().err
+
+
+def test_a_site_that_is_not_registered_is_told_for_programs_too(made, flower, tmp_path: Path, capsys: Any) -> None:
+    made.write_sites(made.sites().with_site("NORTH", membership.make_keys(tmp_path / "s")[0]))
+    assert cli.main(["sites", str(made.folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["superlink"], told["sites"][0]["status"]) == ("up", "unregistered")
+    assert cli.main(["sites", str(made.folder)]) == 0
+    assert "NORTH: not registered at the SuperLink: chexfound-server add-site again" in capsys.readouterr().out
 
 
 # ---- up
@@ -219,7 +292,7 @@ def stand_ins(made: Federation, monkeypatch: pytest.MonkeyPatch) -> dict[str, li
         "guard": [sys.executable, "-c", "print('no port for me'); raise SystemExit(5)"],
     }
     monkeypatch.setattr(Federation, "processes", lambda self: commands)
-    monkeypatch.setattr(members, "register_all", lambda made: (["NORTH"], []))
+    monkeypatch.setattr(members, "register_all", lambda made: (["NORTH"], [], {"SOUTH": "Public key already in use."}))
     monkeypatch.setattr(up, "RESTART_S", (0.1, 0.4))
     return commands
 
@@ -235,9 +308,12 @@ def test_up_keeps_them_running_until_it_is_told(made, stand_ins) -> None:
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     assert up.up(made, say) == signal.SIGTERM
-    assert said[:2] == ["site NORTH: registered", f"up: sites connect to {made.public}; logs in {made.path('logs')}; "
-                        "Ctrl-C ends it"]  # fmt: skip
-    assert said[2:4] == ["  guard: no port for me", "guard ended with exit code 5; starting it again in 0 s"]
+    assert said[:3] == [
+        "site NORTH: registered",
+        "warning: site SOUTH: not registered, the others are served without it: Public key already in use.",
+        f"up: sites connect to {made.public}; logs in {made.path('logs')}; Ctrl-C ends it",
+    ]
+    assert said[3:5] == ["  guard: no port for me", "guard ended with exit code 5; starting it again in 0 s"]
     assert "a line of superlink" in made.path("logs").joinpath("superlink.log").read_text()
     assert not up.listens(made.superlink)
 
@@ -254,7 +330,10 @@ def test_a_port_that_is_taken_is_said(made, stand_ins) -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", made.listen.port)):
-        with pytest.raises(ConfigError, match="listen localhost.*something listens there already"):
+        with pytest.raises(ConfigError, match="listen localhost.*something listens there already.*another listen: in"):
+            up.up(made, print)
+    with socket.create_server(("127.0.0.1", made.superlink.port)):
+        with pytest.raises(ConfigError, match=r"superlink 127.*give it another superlink: in .*federation\.yaml"):
             up.up(made, print)
 
 

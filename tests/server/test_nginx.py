@@ -246,6 +246,8 @@ def test_the_guards_own_port_is_refused(tmp_path: Path, host: str) -> None:
     made = make(tmp_path / "f")
     with pytest.raises(ConfigError, match="the guard listens there; give it a port of its own on loopback"):
         nginx.configuration(made, Address(host, made.listen.port))
+    with pytest.raises(ConfigError, match=r"start chexfound-server up again \(in a new federation: init --listen\)"):
+        nginx.configuration(made, Address(host, made.listen.port))
     assert nginx.configuration(made, Address("10.0.0.1", made.listen.port))
 
 

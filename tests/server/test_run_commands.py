@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from chexfound import __version__
+from chexfound.journal import Journal
 from chexfound.model import checkpoint
-from server import cli, follow, up
+from client import membership
+from server import cli, follow, runs, up
 from server.federation import Federation
 
 
@@ -81,6 +84,57 @@ def test_resume_goes_on_and_tells_from_where(thorax, submitted, flwr, listening,
     assert "it goes on after 2 of 3 rounds of pretrain, 0 of 1 rounds of adapt" in out
 
 
+def test_without_a_name_the_one_that_can_go_on_is_gone_on_with(
+    thorax, submitted, flwr, recipe, listening, live, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(runs, "SETTLE_S", 0.0)
+    assert do(thorax, "resume") == 2  # it is going
+    assert "there is no run to go on with" in capsys.readouterr().err
+    for name, error in (("bad", {"code": "config", "text": "32 among 3"}), ("lost", {"code": "site", "text": "away"})):
+        run = runs.create(thorax, recipe, name, None)
+        flwr.statuses[runs.submit(run)] = "finished:failed"
+        live(run, "failed", error=error)
+    (thorax.path("runs") / "damaged").mkdir()
+    (thorax.path("runs") / "damaged" / "live.json").write_text("{")
+    assert do(thorax, "resume", "--detach") == 0
+    assert "run lost: submitted as Flower's 103" in capsys.readouterr().out
+    flwr.statuses |= {"103": "finished:stopped", "100": "finished:stopped"}
+    assert do(thorax, "resume") == 2
+    assert "which run? Unfinished are first, lost; name one" in capsys.readouterr().err
+    assert do(thorax, "resume", "bad", "--detach") == 0  # who names it may
+
+
+def test_one_whose_coordinators_side_was_killed_just_now_is_gone_on_with(
+    thorax, submitted, flwr, listening, live, monkeypatch
+) -> None:
+    """Flower lists it as running for a minute more."""
+    monkeypatch.setattr(runs, "SETTLE_S", 0.0)
+    live(submitted, "pretrain")
+    with Journal(submitted.path / "journal.jsonl"):
+        assert do(thorax, "resume", "--detach") == 2
+    assert do(thorax, "resume", "--detach") == 0
+    assert flwr.statuses == {"100": "finished:stopped", "101": "pending"}
+
+
+def test_a_recipe_that_these_sites_cannot_share_is_refused_or_warned_of(
+    thorax, flwr, listening, tmp_path: Path, capsys
+) -> None:
+    thorax.write_sites(thorax.sites().with_site("WEST", membership.make_keys(tmp_path / "west")[0]))
+    assert do(thorax, "run", "demo", "--detach", "--set", "federation.min_sites=3") == 2
+    assert "--set train.pooled_batch_size=33" in capsys.readouterr().err
+    assert not thorax.path("runs").exists()
+    assert do(thorax, "run", "demo", "--detach") == 0
+    said = capsys.readouterr().err
+    assert said.startswith("warning: recipe: 2 problems:\n")
+    assert said.endswith("as it is, the run fails unless only 2 take part\n")
+
+
+def test_the_version(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"chexfound-server {__version__}\n"
+
+
 def test_stop(thorax, submitted, flwr, happened, capsys) -> None:
     happened(submitted, "start", 0)
     assert do(thorax, "stop") == 0
@@ -114,23 +168,31 @@ def test_status_as_json(thorax, submitted, live, happened, capsys) -> None:
     ]  # fmt: skip
 
 
-def test_status_as_text(thorax, submitted, live, happened, capsys, monkeypatch) -> None:
+def test_status_as_text(thorax, submitted, flwr, recipe, live, happened, capsys, monkeypatch) -> None:
     monkeypatch.setattr(up, "processes", lambda held: {"superlink": "up", "superexec": "up", "guard": "down"})
     happened(submitted, "start", 0)
     live(submitted, "failed", error={"code": "site", "text": "SOUTH is gone"})
+    bad = runs.create(thorax, recipe, "bad", None)
+    flwr.statuses[runs.submit(bad)] = "finished:failed"
+    live(bad, "failed", error={"code": "config", "text": "recipe: 2 problems:\n  - one\n  - \x1b"})
     (thorax.path("runs") / "old").mkdir()
     (thorax.path("runs") / "old" / "journal.jsonl").write_text("{}\n")
     assert do(thorax, "status") == 0
     out, err = capsys.readouterr()
     for line in (
         "  guard      down",
-        "  NORTH: unknown",
+        "  NORTH: not registered at the SuperLink: chexfound-server add-site again, or up",
         "  first: failed since 2026-11-27 13:26:23Z",
         "    pretrain 1/3, adapt 0/1, loss 9.5000, down 27.0 MB, up 27.0 MB",
         "    error site: SOUTH is gone",
         f"    go on with: chexfound-server resume {thorax.folder} first",
+        "    error config: recipe: 2 problems:",
+        "        - one",
+        "        - \\x1b",
+        f"    start a new run with other values: chexfound-server run {thorax.folder} RECIPE --set KEY=VALUE",
     ):
         assert line in out.splitlines()
+    assert out.count("resume") == 1
     assert "old: " in out
     assert "journal.jsonl: line 1 does not continue" in out
     assert err == ""
@@ -142,6 +204,18 @@ def test_status_of_a_new_federation_without_a_superlink(thorax, flwr, capsys) ->
     out, err = capsys.readouterr()
     assert "no run yet; chexfound-server run" in out
     assert "the SuperLink is down; chexfound-server up" in err
+
+
+def test_a_stranger_at_the_superlinks_port_is_no_superlink(thorax, flwr, listening, capsys) -> None:
+    flwr.down = True
+    assert do(thorax, "status", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["processes"]["superlink"] == "down"
+    assert told["sites"][0]["status"] == "unknown"
+    assert do(thorax, "status") == 0
+    out, err = capsys.readouterr()
+    assert "  superlink  down" in out.splitlines()
+    assert "the SuperLink cannot be asked" in err
 
 
 # ---- what a finished run leaves

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from flwr.app import Context, RecordDict
 from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError, SiteError
 from chexfound.journal import Journal
-from server import app, runs
+from client import membership
+from server import app, cli, runs
 from server.live import Live
 from server.runs import RunFolder
 
@@ -48,12 +51,42 @@ def test_names_that_cannot_be(thorax, recipe, name: str) -> None:
 
 
 def test_what_cannot_begin_is_not_made(thorax, recipe) -> None:
+    masked = recipes.load("demo", {"aggregation": "secagg"})
+    with pytest.raises(ConfigError, match=r"3 problems(.|\n)*3 to 128 sites(.|\n)*train.optimizer_state"):
+        runs.create(thorax, masked, None, None)
     many = recipes.load("demo", {"federation.min_sites": 3})
     with pytest.raises(ConfigError, match=r"min_sites 3 sites, and the federation has 2.*min_sites=2"):
         runs.create(thorax, many, None, None)
     with pytest.raises(ConfigError, match="--backbone.*no such file"):
         runs.create(thorax, recipe, None, Path("nothing.safetensors"))
     assert runs.all_runs(thorax) == []
+
+
+def test_batches_that_cannot_be_shared_are_told_before_anything_is_made(thorax, recipe, tmp_path: Path) -> None:
+    """The demo's 32 images a step, and 64 of the head's."""
+    assert runs.check_batches(thorax, recipe) is None
+    thorax.write_sites(thorax.sites().with_site("WEST", membership.make_keys(tmp_path / "west")[0]))
+    told = runs.check_batches(thorax, recipe)
+    assert told is not None
+    assert "train.pooled_batch_size 32 cannot be divided equally among 3 sites" in told
+    assert told.endswith("\nas it is, the run fails unless only 2 take part")
+    three = {"federation.min_sites": 3}
+    with pytest.raises(ConfigError, match=r"--set train\.pooled_batch_size=33\n.*--set adapt\.pooled_batch_size=66"):
+        runs.check_batches(thorax, recipes.load("demo", three))
+    shared = {"train.pooled_batch_size": 33, "adapt.pooled_batch_size": 66}
+    assert runs.check_batches(thorax, recipes.load("demo", three | shared)) is None
+
+
+def test_the_runs_of_the_docs_can_be(thorax, tmp_path: Path) -> None:
+    """Those of two sites, and with a quorum the one of three."""
+    text = (Path(__file__).parents[2] / "docs" / "coordinator.md").read_text().replace("\\\n", "")
+    lines = re.findall(r"^\$ (chexfound-server run .*)$", text, re.MULTILINE)
+    given = [cli.parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    of = [recipes.load(one.recipe, recipes.parse_overrides(one.set)) for one in given]
+    plain, (quorum,) = of[0], [one for one in of if one.federation.quorum_sites and one.aggregation != "secagg"]
+    assert runs.check_batches(thorax, plain) is None
+    thorax.write_sites(thorax.sites().with_site("WEST", membership.make_keys(tmp_path / "west")[0]))
+    assert runs.check_batches(thorax, quorum) is None
 
 
 def test_the_latest_is_chosen_and_a_doubt_is_told(thorax, recipe) -> None:
@@ -64,13 +97,10 @@ def test_the_latest_is_chosen_and_a_doubt_is_told(thorax, recipe) -> None:
         os.utime(made.path / "run.json", (number, number))
     assert runs.choose(thorax, None).name == "a"
     assert runs.choose(thorax, "b").name == "b"
-    with pytest.raises(ConfigError, match="Unfinished are b, a; name one"):
-        runs.choose(thorax, None, done=False)
     with pytest.raises(ConfigError, match="there is no finished run"):
         runs.choose(thorax, None, done=True)
     (made.path / "metrics.json").write_text("{}")
     assert runs.choose(thorax, None, done=True).name == "a"
-    assert runs.choose(thorax, None, done=False).name == "b"
     with pytest.raises(ConfigError, match="no run 'c'; the latest are b, a"):
         runs.choose(thorax, "c")
 

@@ -118,6 +118,23 @@ def test_a_failure_is_the_serverapps_own(submitted, flwr, live) -> None:
     )
 
 
+def test_a_recipe_that_cannot_be_is_not_gone_on_with(submitted, flwr, live, happened) -> None:
+    """`resume` submits it again as it was; once something was done, it is the sites or the folder that changed."""
+    live(submitted, "failed", error={"code": "config", "text": "32 cannot be divided"})
+    told = standing.failure(submitted, look(submitted, flwr))
+    folder = submitted.federation.folder
+    assert str(told) == (
+        "run first failed: 32 cannot be divided\n"
+        f"start a new run with other values: chexfound-server run {folder} RECIPE --set KEY=VALUE"
+    )
+    assert not standing.resumable(look(submitted, flwr))
+    happened(submitted, "start", 0)
+    assert standing.resumable(look(submitted, flwr))
+    assert f"what is done is kept; go on with: chexfound-server resume {folder} first" in str(
+        standing.failure(submitted, look(submitted, flwr))
+    )
+
+
 def test_a_failure_before_it_could_say_so_is_in_flowers_log(submitted, flwr) -> None:
     flwr.statuses["100"] = "finished:failed"
     assert "ended without a word: killed" in str(standing.failure(submitted, look(submitted, flwr)))
