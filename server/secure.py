@@ -280,7 +280,9 @@ class _Try:
         def take(name: str, reply: Reply) -> None:
             if "refused" in reply.values:
                 dealers = messages.parse_names(reply.values.get("dealers"), "dealers")
-                complaints[name] = [dealer for dealer in dealers if dealer in sharers]
+                if not (found := [dealer for dealer in dealers if dealer in sharers]):
+                    raise ProtocolError("complains of no site that shares")
+                complaints[name] = found
                 self.reasons[name] = "secagg.shares"
                 return
             digest = messages.parse(messages.Digest, reply.values.get("payload"), "the payload's digest")
