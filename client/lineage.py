@@ -116,4 +116,6 @@ def _read(site: Site, recipe: Recipe, phase: str) -> dict[str, str]:
         values: Any = json.loads((phases.state_folder(site, recipe, phase) / "lineage.json").read_text())
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        return {}
+    return {step: digest for step, digest in values.items() if isinstance(digest, str)}

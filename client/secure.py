@@ -162,8 +162,8 @@ class Desk:
             raise RefusedError("secagg.attempt", f"this attempt ended here: {opened['ended']}")
         if _late(opened):
             raise RefusedError("secagg.late")
-        if (given := self._read(stage)) is not None:
-            return _Stage(**given)
+        if (given := self._given(stage)) is not None:
+            return given
         place = STAGES.index(stage)
         if place and self._read(STAGES[place - 1]) is None:
             raise RefusedError("secagg.order")
@@ -242,22 +242,29 @@ class Desk:
             raise RefusedError("secagg.incomplete", f"{path}: not what was written")
         return values
 
+    def _given(self, stage: str) -> _Stage | None:
+        values = self._read(stage)
+        try:
+            return None if values is None else _Stage(**values)
+        except TypeError as error:
+            raise RefusedError("secagg.incomplete", f"{stage}.json: {error}") from error
+
     def _kept(self, stage: str) -> dict[str, Any]:
-        given = self._read(stage)
+        given = self._given(stage)
         if given is None:
             raise RefusedError("secagg.incomplete")
-        kept: dict[str, Any] = given["kept"]
-        return kept
+        return given.kept
 
     def _reply(self, stage: str, given: _Stage) -> Reply:
         if stage != "masked":
             return Reply(values=given.values)
-        arrays = {}
+        arrays: dict[int, np.ndarray] = {}
         for ring, size in given.kept["sizes"].items():
             path = self.folder / f"masked-{ring}.bin"
             try:
-                arrays[int(ring)] = np.fromfile(path, f"<u{int(ring) // 8}")
-            except OSError as error:
+                # Where it is, not in memory: a message with it takes as much again.
+                arrays[int(ring)] = np.memmap(path, f"<u{int(ring) // 8}", "r")
+            except (OSError, ValueError) as error:  # gone, empty, or not of whole numbers
                 raise RefusedError("secagg.incomplete", str(error)) from error
             if arrays[int(ring)].size != size:
                 raise RefusedError("secagg.incomplete", f"{path}: not as long as it was written")
@@ -450,11 +457,10 @@ class Desk:
         return lineage.base(site, request.phase, weights)
 
     def _values(self, stage: str) -> dict[str, Any]:
-        given = self._read(stage)
+        given = self._given(stage)
         if given is None:
             raise RefusedError("secagg.incomplete")
-        values: dict[str, Any] = given["values"]
-        return values
+        return given.values
 
     def _side(self, attempt: Attempt) -> Side:
         shared = self._kept("share")
@@ -463,7 +469,7 @@ class Desk:
 
     def _side_of(self, attempt: Attempt, adverts: dict[str, Advert], context: bytes) -> Side:
         secrets = self._read("secrets")
-        if secrets is None:
+        if secrets is None or set(secrets) != set(_secrets(Secrets.fresh())):
             raise RefusedError("secagg.incomplete")
         return Side(
             key=self.key,

@@ -194,7 +194,8 @@ def check_batches(federation: Federation, recipe: Recipe) -> str | None:
 def create(federation: Federation, recipe: Recipe, name: str | None, backbone: Path | None) -> RunFolder:
     """Make a run's folder, with all that is submitted.
 
-    Raises: ConfigError if there is one of that name, or the recipe cannot be run by so many sites.
+    Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe, or it asks for
+    what its aggregation cannot do.
     """
     registered = len(federation.sites().sites)
     if registered < recipe.federation.min_sites:

@@ -56,7 +56,7 @@ class Summed:
     """
 
     plan: Plan
-    sums: dict[str, np.ndarray]
+    sums: Mapping[str, np.ndarray]
     survivors: list[str]
     missing: list[dict[str, str]]
     up: int
@@ -280,7 +280,9 @@ class _Try:
         def take(name: str, reply: Reply) -> None:
             if "refused" in reply.values:
                 dealers = messages.parse_names(reply.values.get("dealers"), "dealers")
-                complaints[name] = [dealer for dealer in dealers if dealer in sharers]
+                if not (found := [dealer for dealer in dealers if dealer in sharers]):
+                    raise ProtocolError("complains of no site that shares")
+                complaints[name] = found
                 self.reasons[name] = "secagg.shares"
                 return
             digest = messages.parse(messages.Digest, reply.values.get("payload"), "the payload's digest")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,31 @@ import numpy as np
 from chexfound.errors import ProtocolError
 from chexfound.journal import storage
 from chexfound.secagg import mask
-from chexfound.secagg.fixed import Layout, decode
+from chexfound.secagg.fixed import Layout, decode_section
 
 CHUNK = 2**20  # values that are added at a time
+
+
+class Sums(Mapping[str, np.ndarray]):
+    """A sum by section, each decoded anew when it is looked at: decoded, all of them take twice the memory.
+
+    Args:
+        layout: of the arrays.
+        arrays: by bits of their ring, without masks.
+    """
+
+    def __init__(self, layout: Layout, arrays: Mapping[int, np.ndarray]) -> None:
+        self._layout, self._arrays = layout, arrays
+        self._sections = {section.name: section for section in layout.payload}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return decode_section(self._layout, self._sections[name], self._arrays)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sections)
+
+    def __len__(self) -> int:
+        return len(self._sections)
 
 
 class MaskedSum:
@@ -45,13 +67,17 @@ class MaskedSum:
                 array.astype(f"<u{ring // 8}", copy=False).tofile(path)
         self._sites.append(site)
 
-    def result(self, survivors: Sequence[str], masks: Sequence[tuple[int, bytes]]) -> dict[str, np.ndarray]:
+    def result(self, survivors: Sequence[str], masks: Sequence[tuple[int, bytes]]) -> Sums:
         """The survivors' sum by section.
 
         Args:
             survivors: of those that were added.
             masks: what lies on it: (sign, seed).
+
+        Raises: ProtocolError for a survivor that was not added.
         """
+        if absent := sorted(set(survivors) - set(self._sites)):
+            raise ProtocolError(f"a sum over sites whose arrays did not come: {absent[:3]}")
         sums = {ring: np.zeros(size, f"<u{ring // 8}") for ring, size in self.layout.sizes.items()}
         for site in survivors:
             for ring, total in sums.items():
@@ -62,7 +88,7 @@ class MaskedSum:
                     total[start : start + CHUNK] += spool[start : start + CHUNK]
         mask.add_masks(sums, self.layout, [(-sign, seed) for sign, seed in masks])
         self.close()
-        return decode(self.layout, sums)
+        return Sums(self.layout, sums)
 
     def close(self) -> None:
         """Drop the spools."""

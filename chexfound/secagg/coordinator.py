@@ -78,8 +78,11 @@ class Opening:
     def masks(self) -> list[tuple[int, bytes]]:
         """What lies on the sum of the survivors' masked arrays: (sign, seed), to be taken off.
 
-        Raises: BlameError for a dealer whose shares, all as it signed them, give no secret of its own.
+        Raises: ProtocolError if too few have opened; BlameError for a dealer whose shares, all as it signed them, give
+            no secret of its own.
         """
+        if not self.enough:  # or an honest dealer would be blamed for it
+            raise ProtocolError(f"{len(self._shares)} sites opened their shares; it takes {self.parameters.t}")
         holders = sorted(self._shares)[: self.parameters.t]
         points = {holder: point(self.sites, holder) for holder in holders}
         lying = []
@@ -115,7 +118,8 @@ def accused(complaints: Mapping[str, Sequence[str]], colluders: int) -> tuple[li
     """Who to leave out after complaints that shares do not open.
 
     A dealer that more than c sites accuse has dealt wrongly, since at most c lie; a site that accuses more than c
-    dealers lies.  Of any other pair one does, and nobody can tell which: both are left out.
+    dealers lies.  Of any other pair one does, and nobody can tell which: both are left out.  With no colluders one
+    site may still be broken, and is told apart from the others as if c were 1.
 
     Args:
         complaints: by the site that complains: dealers.
@@ -123,12 +127,13 @@ def accused(complaints: Mapping[str, Sequence[str]], colluders: int) -> tuple[li
 
     Returns: those that are at fault, and those of pairs of which one is.
     """
+    liars = max(colluders, 1)
     accusers: dict[str, set[str]] = {}
     for site, dealers in complaints.items():
         for dealer in dealers:
             accusers.setdefault(dealer, set()).add(site)
-    at_fault = {dealer for dealer, sites in accusers.items() if len(sites) > colluders}
-    at_fault |= {site for site, dealers in complaints.items() if len(set(dealers)) > colluders}
+    at_fault = {dealer for dealer, sites in accusers.items() if len(sites) > liars}
+    at_fault |= {site for site, dealers in complaints.items() if len(set(dealers)) > liars}
     doubtful = {
         name
         for dealer, sites in accusers.items()

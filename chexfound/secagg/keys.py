@@ -43,6 +43,11 @@ def public(private: bytes) -> str:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw().hex()
 
 
+def canonical(key: str) -> bool:
+    """Whether a public key is written as X25519 writes it; it reads others as the same (RFC 7748, 5)."""
+    return int.from_bytes(bytes.fromhex(key), "little") < 2**255 - 19
+
+
 def agree(private: bytes, peer: str, purpose: str, fields: list[bytes]) -> bytes:
     """The 32 bytes that two sites have in common, for one purpose.
 

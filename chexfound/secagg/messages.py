@@ -219,7 +219,7 @@ def parse(kind: type[_T], value: Any, what: str) -> _T:
     adapter: TypeAdapter[_T] = TypeAdapter(kind)
     try:
         return adapter.validate_json(canonical(value))  # as JSON: strict, and yet an object is a dataclass
-    except (ValidationError, ValueError, TypeError) as error:
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
         wrong = error.error_count() if isinstance(error, ValidationError) else 1
         raise ProtocolError(f"{what}: malformed ({wrong} values)") from error
 

@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from chexfound import recipe as recipes
+from chexfound import schema
 from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
 from chexfound.journal import canonical
@@ -31,6 +32,7 @@ from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.pretrain.health import PROBED, STEP_FIGURES
 from chexfound.schema import Recipe
+from chexfound.secagg import fixed
 from chexfound.secagg.fixed import Layout, Section
 
 PHASES = ("counts", "pretrain", "features", "adapt", "evaluate")
@@ -47,7 +49,7 @@ IMAGES = ("seed", "threads", "image_px", "split", "input", "student", "crops", "
 LABELS = ("positives", "negatives")
 MOMENT_STEP = 2.0**-32  # of a channel's moments, which are whole numbers of it in a ring of 64 bits
 
-Range = Annotated[float, Field(gt=0, lt=1e30)]
+Range = Annotated[float, Field(ge=fixed.RANGES[0], lt=1e30)]
 Images = Annotated[int, Field(gt=0, lt=WEIGHT_MAX)]
 
 
@@ -88,6 +90,8 @@ class Plan:
     rows: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        if self.request.phase not in PHASES:
+            raise ProtocolError(f"{self.request.phase!r} is no phase that is summed")
         if set(self.settings.ranges) != set(self.shapes):
             raise ProtocolError("the ranges are not those of the tensors that are summed")
         if self.settings.ring not in (16, 32):
@@ -96,6 +100,9 @@ class Plan:
             raise ProtocolError("the weights are not those of the findings asked")
         if self.n * max([self.settings.images, *self.settings.labelled]) >= WEIGHT_MAX:
             raise ProtocolError("the sum of the sites' weights could pass 2**32")
+        highest = max(self.settings.ranges.values(), default=0.0)
+        if self.request.phase == "features" and self.n * 2 * highest / MOMENT_STEP >= 2.0**63:
+            raise ProtocolError(f"the sum of the sites' moments of up to {highest:g} could pass its ring")
 
     @property
     def layout(self) -> Layout:
@@ -152,6 +159,8 @@ class Plan:
         Args:
             reply: of the phase, in clear.
             zeroed: findings that are left out.
+
+        Raises: ProtocolError if a tensor is to be summed that is not trained.
         """
         keep = np.array([finding not in set(zeroed) for finding in self.request.findings], bool)
         phase = self.request.phase
@@ -193,6 +202,8 @@ class Plan:
             values["labelled"], by_row = labelled, labelled / most
         weights: dict[str, Any] = {}
         for name, shape in self.shapes.items():
+            if name not in sent or (reply.tensors and name not in reply.tensors) or sent[name].shape != shape:
+                raise ProtocolError(f"a sum is asked of {name!r} {shape}, which is not trained here")
             section = f"tensor/{name}"
             # Of a site that trains nothing: what was sent, with no weight.
             new = reply.tensors.get(name)
@@ -263,7 +274,7 @@ def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: M
         request: with the tensors that were sent, if they were.
         settings: as the coordinator tells them.
         n: sites of the roster.
-        shapes: of what is summed, as the coordinator tells them; in `adapt` they must be those of the recipe's head.
+        shapes: of what is summed, as the coordinator tells them; in `features` and `adapt` they must be the recipe's.
 
     Raises: ProtocolError.
     """
@@ -274,7 +285,8 @@ def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: M
         if told != trained:
             raise ProtocolError("the shapes are not those of the head's trained tensors")
         rows = frozenset(head.row_parameters) & set(trained)
-    if request.phase == "features" and set(told) != set(moment_names()):
+    channels = recipe.adapt.n_last_blocks * schema.ARCHS[recipe.student.arch][0]
+    if request.phase == "features" and told != dict.fromkeys(moment_names(), (channels,)):
         raise ProtocolError("the shapes are not those of the moments")
     if request.phase in ("counts", "evaluate") and told:
         raise ProtocolError("there is no tensor to sum")

@@ -70,6 +70,8 @@ def check_adverts(
     if len(by_name) < parameters.t:
         raise RefusedError("secagg.cohort", f"{len(by_name)} sites advertise, fewer than the threshold {parameters.t}")
     public = [key for advert in adverts for key in (advert.cipher, advert.mask)]
+    if not all(map(keys.canonical, public)):
+        raise RefusedError("secagg.cohort", "a key in a second encoding: it could be another's")
     if len(set(public)) < len(public):
         raise RefusedError("secagg.cohort", "two adverts have a key in common")
     for advert in adverts:

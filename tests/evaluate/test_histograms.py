@@ -51,15 +51,15 @@ def crowded(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_bins_worked_by_hand():
-    # odds of 1, 3, 1/3 and 15/17: an octave is 4096 bins, and the octave that begins at 1 is the middle
+    # odds of 1, 3, 1/3 and 15/17: an octave is 128 bins, and the octave that begins at 1 is the middle
     assert bins(np.array([0.5, 0.75, 0.25, 15 / 32])).tolist() == [
         BINS // 2,
-        BINS // 2 + 4096 + 2048,  # 3 = 2 x 1.5
-        BINS // 2 - 2 * 4096 + 1365,  # 1/3 = 1/4 x 1.3333, and 4096 / 3 = 1365.3
-        BINS // 2 - 4096 + 3132,  # 15/17 = 1/2 x 1.7647, and 4096 x 13/17 = 3132.2
+        BINS // 2 + 128 + 64,  # 3 = 2 x 1.5
+        BINS // 2 - 2 * 128 + 42,  # 1/3 = 1/4 x 1.3333, and 128 / 3 = 42.7
+        BINS // 2 - 128 + 97,  # 15/17 = 1/2 x 1.7647, and 128 x 13/17 = 97.9
     ]
     assert bins(np.array([0, -0.0, 1e-45, 2.0**-26, 1])).tolist() == [0, 0, 0, 0, BINS - 1]
-    assert bins(np.float32([1 - 2.0**-24])).tolist() == [BINS - 1 - 4096]  # the last before 1: no tie with it
+    assert bins(np.float32([1 - 2.0**-24])).tolist() == [BINS - 1 - 128]  # the last before 1: no tie with it
     assert bins(np.float32([[0.5]])).shape == (1, 1)
 
 
@@ -70,7 +70,8 @@ def test_edges_are_where_bins_begin():
     assert (np.diff(limits) > 0).all()
     assert np.array_equal(bins((limits[1:] + limits[:-1]) / 2), np.arange(BINS))
     log_odds = np.log(limits[1:-1]) - np.log1p(-limits[1:-1])
-    assert 0.99 / 8192 < np.diff(log_odds).min() < np.diff(log_odds).max() < 1.01 / 4096
+    assert 0.99 / 256 < np.diff(log_odds).min() < np.diff(log_odds).max() < 1.01 / 128
+    assert BINS == 6400
 
 
 @settings(deadline=None)
@@ -153,20 +154,20 @@ def test_figures_are_no_further_from_the_exact_ones_than_their_ties_allow(proble
     assert abs(row["auprc"] - auprc(labels, scores)) <= slack + 1e-12
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)  # a bound in practice: 0.0004 at the worst of 3,000
+@settings(deadline=None, max_examples=40, derandomize=True)  # a bound in practice: 0.0075 at the worst of 3,000
 @given(st.floats(-9, 9), st.floats(-1, 0.7), st.floats(0, 2.5), st.integers(0, 2**32 - 1))
 def test_figures_are_close_to_the_exact_ones_wherever_scores_crowd(centre, magnitude, shift, seed):
     labels, scores = gaussian(5000, 0.2, centre, 10**magnitude, shift, seed)
-    assert abs(auroc(labels, bins(scores)) - auroc(labels, scores)) < 0.0001
-    assert abs(auprc(labels, bins(scores)) - auprc(labels, scores)) < 0.0005
+    assert abs(auroc(labels, bins(scores)) - auroc(labels, scores)) < 0.001
+    assert abs(auprc(labels, bins(scores)) - auprc(labels, scores)) < 0.01
 
 
-@pytest.mark.parametrize(("spread", "limit"), [(0.03, 0.0015), (0.01, 0.005)])
-def test_figures_drift_where_all_scores_are_as_good_as_one(spread, limit):
+@pytest.mark.parametrize(("spread", "limit", "area"), [(1, 0.001, 0.0001), (0.1, 0.01, 0.001), (0.03, 0.03, 0.003)])
+def test_figures_drift_the_more_the_closer_the_scores(spread, limit, area):
     gaps = []
     for seed in range(10):
         labels, scores = gaussian(5000, 0.2, -2, spread, 1, seed)
-        assert abs(auroc(labels, bins(scores)) - auroc(labels, scores)) < 0.0005
+        assert abs(auroc(labels, bins(scores)) - auroc(labels, scores)) < area
         gaps.append(abs(auprc(labels, bins(scores)) - auprc(labels, scores)))
     assert limit / 20 < max(gaps) < limit  # and not less: the docstring says where the bins end
 

@@ -51,6 +51,9 @@ def test_names_that_cannot_be(thorax, recipe, name: str) -> None:
 
 
 def test_what_cannot_begin_is_not_made(thorax, recipe) -> None:
+    masked = recipes.load("demo", {"aggregation": "secagg"})
+    with pytest.raises(ConfigError, match=r"3 problems(.|\n)*3 to 128 sites(.|\n)*train.optimizer_state"):
+        runs.create(thorax, masked, None, None)
     many = recipes.load("demo", {"federation.min_sites": 3})
     with pytest.raises(ConfigError, match=r"min_sites 3 sites, and the federation has 2.*min_sites=2"):
         runs.create(thorax, many, None, None)

@@ -1,54 +1,185 @@
-"""What composes with secure aggregation, and that all which does not is told at once."""
+"""What composes with masked sums: each rule by itself, and that no site is asked before all hold."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chexfound import recipe as recipes
-from chexfound.errors import ConfigError
+from chexfound.errors import ConfigError, DataError
+from chexfound.recipe import changed
 from chexfound.schema import Recipe
-from strategies import composition
+from chexfound.secagg.fixed import levels
+from server.secure_run import SecureRun
+from strategies.composition import LEVELS_MIN, SECAGG, check
+from tests.secagg.cohort import roster
 
-LOCAL = {"train.optimizer_state": "local", "adapt.optimizer_state": "local"}
 
-
-def recipe(**values: Any) -> Recipe:
-    return recipes.load(
-        "demo", {"aggregation": "secagg", **LOCAL, **{k.replace("__", "."): v for k, v in values.items()}}
+def good(**values: Any) -> Recipe:
+    recipe = Recipe(aggregation="secagg")
+    recipe = changed(
+        recipe,
+        train=changed(recipe.train, optimizer_state="local"),
+        adapt=changed(recipe.adapt, optimizer_state="local"),
     )
+    return changed(recipe, **values)
 
 
-@pytest.mark.parametrize("n_sites", [3, 4, 31, None])
-def test_what_composes(n_sites: int | None) -> None:
-    composition.check(recipe(), n_sites)
-    composition.check(recipe(secagg__ring=16), n_sites)
-    composition.check(recipes.load("demo"), 2)  # in the clear anything goes
+def with_codec(recipe: Recipe, codec: str) -> Recipe:
+    """As a release with a codec would read it; this one has none."""
+    made = copy.copy(recipe)
+    object.__setattr__(made, "codec", codec)
+    return made
 
 
-@pytest.mark.parametrize(
-    ("values", "n_sites", "said"),
-    [
-        ({"train__optimizer_state": "average"}, None, "train.optimizer_state"),
-        ({"adapt__optimizer_state": "average"}, None, "adapt.optimizer_state"),
-        ({}, 2, "3 to 128 sites; this federation has 2"),
-        ({}, 129, "3 to 128 sites; this federation has 129"),
-        ({"secagg__ring": 16}, 32, "secagg.ring"),
-        ({"secagg__colluders": 2}, 3, "cannot hold against c = 2 colluders"),
-    ],
-)
-def test_what_does_not(values: dict[str, Any], n_sites: int | None, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        composition.check(recipe(**values), n_sites)
+def in_clear(recipe: Recipe) -> Recipe:
+    """The same, as plain aggregation."""
+    made = copy.copy(recipe)
+    object.__setattr__(made, "aggregation", "fedavg")
+    return made
 
 
-def test_only_what_a_phase_uses_counts() -> None:
-    composition.check(recipe(phases=["pretrain"], adapt__optimizer_state="average"), 3)
+def with_train(recipe: Recipe, **values: Any) -> Recipe:
+    return changed(recipe, train=changed(recipe.train, **values))
 
 
-def test_all_at_once() -> None:
-    with pytest.raises(ConfigError, match="(?s)3 problems.*colluders.*train.optimizer_state.*adapt.optimizer_state"):
-        composition.check(
-            recipe(train__optimizer_state="average", adapt__optimizer_state="average", secagg__colluders=2), 3
-        )
+def with_adapt(recipe: Recipe, **values: Any) -> Recipe:
+    return changed(recipe, adapt=changed(recipe.adapt, **values))
+
+
+def with_secagg(recipe: Recipe, **values: Any) -> Recipe:
+    return changed(recipe, secagg=changed(recipe.secagg, **values))
+
+
+RULES: dict[str, tuple[Recipe, int]] = {
+    "train.optimizer_state": (with_train(good(), optimizer_state="average"), 8),
+    "adapt.optimizer_state": (with_adapt(good(), optimizer_state="average"), 8),
+    "codec": (with_codec(good(), "topk"), 8),
+    "secagg.ring": (with_secagg(good(), ring=16), 32),
+}
+
+
+def test_a_good_recipe_passes_for_every_number_of_sites() -> None:
+    for n in range(3, 129):
+        check(good(), n)
+
+
+def test_every_rule_has_its_case() -> None:
+    assert [rule.key for rule in SECAGG] == list(RULES)
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_each_rule_alone(key: str) -> None:
+    recipe, n = RULES[key]
+    rule = next(rule for rule in SECAGG if rule.key == key)
+    assert [one.key for one in SECAGG if one.excluded(recipe, n)] == [key]
+    with pytest.raises(ConfigError) as caught:
+        check(recipe, n)
+    assert str(caught.value) == f"recipe: aggregation: secagg: {key}: {rule.why}; choose {rule.remedy}"
+    check(in_clear(recipe), n)
+
+
+def test_the_remedies_are_what_a_recipe_can_have() -> None:
+    remedies = {rule.key: rule.remedy for rule in SECAGG}
+    for key in ("train.optimizer_state", "adapt.optimizer_state", "codec"):
+        name, _, value = remedies[key].partition(": ")
+        assert name == key
+        recipes.load("demo", {key: value})
+
+
+def test_a_phase_that_is_not_done_excludes_nothing() -> None:
+    averaged = with_train(with_adapt(good(), optimizer_state="average"), optimizer_state="average")
+    check(changed(averaged, phases=()), 8)
+    with pytest.raises(ConfigError, match="adapt.optimizer_state") as caught:
+        check(changed(averaged, phases=("adapt", "evaluate")), 8)
+    assert "train.optimizer_state" not in str(caught.value)
+    with pytest.raises(ConfigError, match="train.optimizer_state") as caught:
+        check(changed(averaged, phases=("pretrain",)), 8)
+    assert "adapt.optimizer_state" not in str(caught.value)
+
+
+def test_a_small_ring_has_a_largest_number_of_sites() -> None:
+    for n in range(3, 129):
+        if levels(16, n) >= LEVELS_MIN:
+            check(with_secagg(good(), ring=16), n)
+        else:
+            with pytest.raises(ConfigError, match="secagg.ring"):
+                check(with_secagg(good(), ring=16), n)
+    assert (levels(16, 31), levels(16, 32)) == (1057, 1023)
+    check(with_secagg(good(), ring=16), 31)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 129, 100_000])
+def test_numbers_of_sites_that_it_is_not_for(n: int) -> None:
+    for recipe in (good(), with_secagg(good(), ring=16)):
+        with pytest.raises(ConfigError, match=f"for 3 to 128 sites; this federation has {n}$"):
+            check(recipe, n)
+
+
+def test_more_colluders_than_can_be_held_against() -> None:
+    check(with_secagg(good(), colluders=6), 8)
+    with pytest.raises(ConfigError, match="c is at most 6"):
+        check(with_secagg(good(), colluders=7), 8)
+
+
+def test_while_the_sites_are_not_known_only_the_recipe_is_looked_at() -> None:
+    check(good(), None)
+    check(with_secagg(good(), ring=16, colluders=99), None)
+    with pytest.raises(ConfigError, match="train.optimizer_state"):
+        check(with_train(good(), optimizer_state="average"), None)
+
+
+def test_all_that_does_not_fit_is_told_at_once() -> None:
+    recipe = with_train(with_adapt(good(), optimizer_state="average"), optimizer_state="average")
+    recipe = with_codec(with_secagg(recipe, ring=16, colluders=99), "topk")
+    with pytest.raises(ConfigError, match="5 problems") as caught:
+        check(recipe, 40)
+    for key in [*RULES, "c = 99"]:
+        assert key in str(caught.value)
+
+
+# -- before any site is contacted
+
+
+class Asked(AssertionError):
+    """Somebody was."""
+
+
+class Exchange:
+    """One that no run may use."""
+
+    def __init__(self, n: int | None) -> None:
+        self.sites = None if n is None else roster(f"S{number:03d}" for number in range(n))
+
+    def __getattr__(self, name: str) -> Any:
+        raise Asked(name)
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_a_recipe_outside_fails_before_any_site_is_contacted(key: str, tmp_path: Path) -> None:
+    recipe, n = RULES[key]
+    with pytest.raises(ConfigError, match=key):
+        SecureRun(recipe, Exchange(n), tmp_path / "run").run()  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n", [2, 129])
+def test_so_does_a_federation_of_too_few_or_too_many(n: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"this federation has {n}"):
+        SecureRun(good(), Exchange(n), tmp_path / "run").run()  # type: ignore[arg-type]
+
+
+def test_a_recipe_inside_asks(tmp_path: Path) -> None:
+    """Else the tests above would pass of an exchange that is never used."""
+    with pytest.raises(Asked, match="enrol"):
+        SecureRun(good(), Exchange(8), tmp_path / "run").run()  # type: ignore[arg-type]
+
+
+def test_sites_without_keys_are_not_asked_either(tmp_path: Path) -> None:
+    recipe = replace(good(), federation=replace(good().federation, min_sites=3))
+    with pytest.raises(DataError, match="needs sites with keys"):
+        SecureRun(recipe, Exchange(None), tmp_path / "run").run()  # type: ignore[arg-type]

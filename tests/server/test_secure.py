@@ -1,0 +1,348 @@
+"""Sums over real sites, honest but unlucky: lost at any stage, broken, lying, and a coordinator that is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chexfound.errors import SiteError
+from chexfound.journal import Journal, read_journal
+from chexfound.model import checkpoint
+from chexfound.phases import Reply, Request
+from chexfound.secagg.keys import Secrets
+from chexfound.secagg.payload import Settings
+from chexfound.secagg.site import Side, WrongSharesError
+from client import secure as client_secure
+from client import site as client_site
+from server.exchange import Missing
+from server.run import Run
+from server.secure import SecureSums
+from server.secure_run import SecureRun
+from tests.secagg.federation import NAMES, STAGES, Federation
+
+pytest_plugins = ("tests.secagg.fixtures",)
+EACH = 24  # images of a site
+
+
+@dataclass
+class Unlucky:
+    """The exchange, with replies that are lost or changed on their way: the first time that a stage is asked.
+
+    Args:
+        lost: by stage: sites that are not heard.
+        asked: whether these were asked, and it is their reply that is lost.
+        change: of replies, by stage and site.
+    """
+
+    exchange: Any
+    lost: dict[str, Sequence[str]] = field(default_factory=dict)
+    asked: bool = True
+    change: dict[tuple[str, str], Callable[[Reply], Reply]] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)
+
+    def ask(self, requests: Sequence[Request | None], timeout_s: float | None = None) -> Iterator[Any]:
+        stage = next(request.stage for request in requests if request is not None)
+        self.stages.append(stage)
+        lost = self.lost.pop(stage, ())
+        sent = [None if name in lost and not self.asked else one for name, one in zip(NAMES, requests, strict=True)]
+        outcomes = list(self.exchange.ask(sent, timeout_s))
+        for name, request, outcome in zip(NAMES, requests, outcomes, strict=True):
+            if request is not None and name in lost:
+                yield Missing(reason="gone", error=SiteError("gone"))
+            elif isinstance(outcome, Reply) and (stage, name) in self.change:
+                yield self.change[stage, name](outcome)
+            else:
+                yield outcome
+
+
+@pytest.fixture
+def sums(fed: Federation, tmp_path: Path) -> Callable[..., SecureSums]:
+    """`sums(lost={…})`: the sums of a run over these hospitals, with that misfortune."""
+    exchange = fed.exchange()
+    members = exchange.enrol(fed.recipe)
+
+    def make(**misfortune: Any) -> SecureSums:
+        return SecureSums(
+            recipe=fed.recipe,
+            exchange=Unlucky(exchange, **misfortune),
+            members=members,
+            sites=fed.sites,
+            run_id=1,
+            folder=tmp_path / "run",
+            tell=lambda event: None,
+        )
+
+    return make
+
+
+def counted(sums: SecureSums) -> Any:
+    return sums.sum(Request(phase="counts", findings=("Bar", "Blob")), Settings(ring=32, images=1), {})
+
+
+def opened(fed: Federation) -> list[str]:
+    return [name for name in NAMES if any(entry["event"] == "opened" for entry in fed.journal(name))]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_site_lost_at_any_stage(stage: str, asked: bool, sums: Callable[..., SecureSums]) -> None:
+    summed = counted(sums(lost={stage: ["beta"]}, asked=asked))
+    masked = STAGES.index(stage) > STAGES.index("masked")
+    assert summed.sums["images"] == (4 if masked else 3) * EACH
+    assert summed.survivors == [name for name in NAMES if masked or name != "beta"]
+
+
+def test_sites_lost_one_after_the_other_down_to_the_threshold(sums: Callable[..., SecureSums]) -> None:
+    summed = counted(sums(lost={"masked": ["beta"]}))
+    assert summed.sums["images"] == 3 * EACH
+    summed = counted(sums(lost={"consistency": ["beta"], "unmask": []}))
+    assert summed.sums["images"] == 3 * EACH  # as before, or who has opened it over three would refuse
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_below_the_threshold_nothing_is_opened_and_the_next_attempt_has_fresh_keys(
+    stage: str, asked: bool, sums: Callable[..., SecureSums], fed: Federation
+) -> None:
+    run = sums(lost={stage: ["beta", "gamma"]}, asked=asked)
+    keys = []
+
+    def keep(reply: Reply) -> Reply:
+        keys.append(reply.values["advert"]["mask"])
+        return reply
+
+    run.exchange.change["advertise", "alpha"] = keep
+    assert counted(run).sums["images"] == 4 * EACH
+    first = run.exchange.stages.index("advertise", 1)
+    assert ("unmask" in run.exchange.stages[:first]) == (stage == "unmask")
+    assert len(set(keys)) == len(keys) == 2
+
+
+def test_whom_a_sum_may_have_been_opened_over_it_is_opened_over_again(sums: Callable[..., SecureSums]) -> None:
+    """Beta is lost before, two more while they open: with beta back, it must be the sum without beta after all."""
+    run = sums(lost={"masked": ["beta"], "unmask": ["alpha", "gamma"]})
+    assert counted(run).survivors == ["alpha", "delta", "gamma"]
+    assert run.exchange.stages.count("unmask") == 2
+    # Another coordinator process, later.
+    assert counted(sums()).survivors == ["alpha", "delta", "gamma"]
+
+
+def test_attempts_below_the_threshold_for_ever(sums: Callable[..., SecureSums], fed: Federation) -> None:
+    run = sums()
+    run.left_out = dict.fromkeys(["beta", "gamma"], "secagg.blame")
+    with pytest.raises(SiteError, match="only 2 sites advertised"):
+        counted(run)
+    assert not opened(fed)
+
+
+# -- sites that are broken, or lie
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, method: str, site: str, change: Callable[..., Any]) -> None:
+    """One site's side, changed: `change(side, true, *given)`."""
+    true = getattr(Side, method)
+
+    def instead(self: Side, *given: Any) -> Any:
+        return change(self, true, *given) if self.site == site else true(self, *given)
+
+    monkeypatch.setattr(Side, method, instead)
+
+
+def test_a_dealer_whose_shares_do_not_open_is_left_out(
+    sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deal(side: Side, true: Any) -> Any:
+        packets = {packet.holder: packet for packet in true(side)}
+        for holder in ("alpha", "gamma"):
+            bad = replace(packets[holder], sealed=packets["delta"].sealed, signature="")
+            packets[holder] = bad.signed(side.key, side.attempt, side.context)
+        return [packets[name] for name in sorted(packets)]
+
+    patched(monkeypatch, "deal", "beta", deal)
+    run = sums()
+    assert counted(run).survivors == ["alpha", "delta", "gamma"]
+    assert run.left_out == {"beta": "secagg.blame"}
+
+
+def test_a_site_that_complains_of_several_is_left_out(
+    sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lie(side: Side, true: Any, *given: Any) -> Any:
+        raise WrongSharesError(["alpha", "gamma"])
+
+    patched(monkeypatch, "check_sharers", "beta", lie)
+    run = sums()
+    assert counted(run).survivors == ["alpha", "delta", "gamma"]
+    assert run.left_out == {"beta": "secagg.blame"}
+
+
+def test_of_a_pair_that_disputes_nobody_can_tell(
+    sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lie(side: Side, true: Any, *given: Any) -> Any:
+        raise WrongSharesError(["alpha"])
+
+    patched(monkeypatch, "check_sharers", "beta", lie)
+    run = sums()
+    with pytest.raises(SiteError, match="only 2 sites advertised"):  # of four sites two are too few
+        counted(run)
+    assert run.left_out == {"alpha": "secagg.doubt", "beta": "secagg.doubt"}
+
+
+def test_a_holder_that_opens_a_wrong_share_is_named_and_the_sum_is_right(
+    fed: Federation, tmp_path: Path, sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sums()
+
+    def wrong(reply: Reply) -> Reply:
+        share = reply.values["shares"]["alpha"]
+        share["share"] = f"{int(share['share'], 16) ^ 1:0{len(share['share'])}x}"
+        return reply
+
+    run.exchange.change["unmask", "beta"] = wrong
+    assert counted(run).sums["images"] == 4 * EACH
+    assert run.left_out == {"beta": "secagg.blame"}
+
+
+def test_a_dealer_of_another_secret_is_named_and_needs_the_operators(
+    fed: Federation, sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows when all have opened, and a sum without that dealer is then a second one on the same weights."""
+
+    def deal(side: Side, true: Any) -> Any:
+        return true(replace(side, secrets=replace(side.secrets, seed=Secrets.fresh().seed)))
+
+    patched(monkeypatch, "deal", "beta", deal)
+    run = sums()
+    with pytest.raises(SiteError, match="chexfound-client secagg release"):
+        counted(run)
+    assert run.left_out == {"beta": "secagg.blame"}
+    (entry,) = [entry for entry in fed.journal("alpha") if entry["event"] == "opened"]
+    for name in NAMES:
+        with Journal(fed.homes[name] / "secagg" / "journal.jsonl") as journal:
+            journal.append({"event": "released", "phase": entry["phase"], "weights": entry["weights"]})
+    assert counted(run).survivors == ["alpha", "delta", "gamma"]
+
+
+@pytest.mark.parametrize("changed", [{"cipher": "00" * 32}, {"mask": "01" + "00" * 31}, {"minimum": 128}, "same"])
+def test_an_advert_that_the_others_would_refuse_goes_no_further(
+    changed: Any, fed: Federation, sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = client_secure.advertise
+
+    def advertise(key: Any, attempt: Any, site: str, *given: Any, **named: Any) -> Any:
+        advert = true(key, attempt, site, *given, **named)
+        if site != "beta":
+            return advert
+        new = {"cipher": advert.mask} if changed == "same" else changed
+        return replace(advert, signature="", **new).signed(key, attempt)
+
+    monkeypatch.setattr(client_secure, "advertise", advertise)
+    run = sums()
+    assert counted(run).survivors == ["alpha", "delta", "gamma"]
+    assert run.exchange.stages == list(STAGES)  # at the first attempt
+
+
+GARBAGE: list[dict[str, Any]] = [
+    {},
+    {"advert": None, "context": 1, "packets": 2, "payload": 3, "signature": 4, "shares": 5},
+    {"advert": {}, "context": "", "packets": [{}], "payload": "", "signature": "", "shares": {"alpha": {}}},
+    {"refused": "secagg.shares", "dealers": ["omega"]},
+    {"shares": {name: {"kind": "seed", "share": "00" * 33, "salt": "00" * 32} for name in NAMES}},
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_replies_that_are_garbage_cost_their_site_the_attempt(stage: str, sums: Callable[..., SecureSums]) -> None:
+    late = STAGES.index(stage) > STAGES.index("masked")
+    for number, values in enumerate(GARBAGE):
+        run = sums(change={(stage, "beta"): lambda reply, values=values: Reply(values=values)})
+        request = Request(phase="counts", round=number, findings=("Bar",))
+        summed = run.sum(request, Settings(ring=32, images=1), {})
+        assert summed.sums["images"] == (4 if late else 3) * EACH
+
+
+# -- whole runs
+
+
+@pytest.fixture
+def whole(fed: Federation) -> Federation:
+    """With a recipe of one round a phase, and its findings named."""
+    recipe = fed.recipe
+    fed.recipe = replace(
+        recipe,
+        train=replace(recipe.train, rounds=1),
+        adapt=replace(recipe.adapt, rounds=1, findings=("Bar", "Blob")),
+    )
+    return fed
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.allclose(one[name], other[name], rtol=0, atol=1e-4) for name in one)
+
+
+class Killed(BaseException):
+    """The coordinator's process ends here."""
+
+
+def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averaging(
+    whole: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secagg = whole.recipe
+    undisturbed = SecureRun(secagg, whole.exchange(), tmp_path / "run").run()
+
+    homes = {name: tmp_path / "others" / name for name in NAMES}
+    for name, home in homes.items():
+        copy_keys(whole.homes[name], home)
+        whole.nodes[name]["home"] = str(home)
+    client_site.forget()
+    killed: set[tuple[Any, ...]] = set()
+    outcome = None
+    while outcome is None:
+        exchange = whole.exchange()
+        true = exchange.ask
+
+        def ask(requests: Sequence[Request | None], timeout_s: float | None = None, true: Any = true) -> Iterator[Any]:
+            first = next(request for request in requests if request is not None)
+            yield from true(requests, timeout_s)
+            if first.stage and (key := (first.phase, first.stage)) not in killed:
+                killed.add(key)
+                raise Killed
+
+        exchange.ask = ask  # type: ignore[method-assign]
+        try:
+            outcome = SecureRun(secagg, exchange, tmp_path / "killed").run()
+        except Killed:
+            client_site.forget()
+    assert len(killed) == 5 * len(STAGES)
+    assert close(outcome.tensors, undisturbed.tensors)
+    assert json.loads((tmp_path / "killed" / "secagg" / "attempts.json").read_text())["1/pretrain/0"] == 6
+    for home in homes.values():
+        entries = read_journal(home / "secagg" / "journal.jsonl")
+        begun = [(entry["of"], entry["attempt"]) for entry in entries if entry["event"] == "begun"]
+        assert len(begun) == len(set(begun)) == 5 * 6
+        assert not [entry for entry in entries if entry["event"] == "refused"]
+        assert not (home / "secagg" / "attempt" / "secrets.json").exists()
+
+    whole.recipe = replace(secagg, aggregation="fedavg")
+    for name in NAMES:
+        whole.nodes[name]["home"] = str(tmp_path / "plain" / name)
+        copy_keys(whole.homes[name], tmp_path / "plain" / name)
+    client_site.forget()
+    plain = Run(whole.recipe, whole.exchange(), tmp_path / "fedavg").run()
+    assert close(plain.tensors, undisturbed.tensors)
+    assert checkpoint.digest(plain.tensors) != checkpoint.digest(undisturbed.tensors)
+
+
+def copy_keys(home: Path, to: Path) -> None:
+    to.mkdir(parents=True)
+    for part in ("keys", "federation.json", "ca.crt"):
+        (shutil.copytree if (home / part).is_dir() else shutil.copy)(home / part, to / part)
