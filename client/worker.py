@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 from chexfound import logs
+from chexfound.errors import ChexfoundError
 from chexfound.processes import die_with_parent
-from client import node, site
+from client import node, secure, site
 from client.app import handle
 from client.flwr_private import Tasks
 
 log = logging.getLogger("chexfound.client")
+SWEEP_S = 60.0  # between two looks for secrets that serve no more
 POLL_S = (0.05, 1.0)  # between two questions to this machine's own SuperNode: a twentieth of the time without a message
 
 
@@ -47,14 +49,26 @@ def release() -> None:
             torch.cuda.empty_cache()
 
 
+def sweep(home: Path) -> None:
+    """Drop the secrets of an attempt at a sum whose time is over, though nobody asks."""
+    try:
+        secure.sweep(home)
+    except ChexfoundError as error:  # its operator is releasing a sum, say
+        log.warning("event=sweep error=%s %s", error.code, error)
+
+
 def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
     """Answer messages for ever; so long without one, give back the memory, the GPU's too."""
     site.on_progress = _Progress(home)
     held, last = False, time.monotonic()
+    sweep_at = last
     while True:
         token = tasks.take()
         if token is None:
             idle = time.monotonic() - last
+            if time.monotonic() > sweep_at:
+                sweep(home)
+                sweep_at = time.monotonic() + SWEEP_S
             if held and idle > keep_warm_s:
                 release()
                 held = False

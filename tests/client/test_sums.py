@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +168,17 @@ def test_a_damaged_attempt_is_no_crash(home: Path, capsys: pytest.CaptureFixture
     assert "not what this release writes" in capsys.readouterr().err
 
 
+def open_sum(desk: Desk, names: Sequence[str]) -> None:
+    """What a site does before it answers the last stage."""
+    shared = {"asked": "", "values": {}, "kept": {"base": WEIGHTS, "question": ""}}
+    write_json(desk.folder / "share.json", shared)
+    desk._check_differencing(ATTEMPT, list(names), [])
+
+
 def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    desk._check_differencing(ATTEMPT, WEIGHTS, NAMES)
+    open_sum(desk, NAMES)
     with pytest.raises(RefusedError, match="second sum"):
-        desk._check_differencing(ATTEMPT, WEIGHTS, NAMES[:3])
+        open_sum(desk, NAMES[:3])
     desk.close()
     assert do("release", "pretrain", WEIGHTS[:6], "--yes") == 0
     out = capsys.readouterr().out
@@ -182,9 +189,9 @@ def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: 
     }  # fmt: skip
     federation = membership.present(home)
     again = Desk(home, "NORTH", federation.sites, membership.identity_key(home), Policy.load(home))
-    again._check_differencing(ATTEMPT, WEIGHTS, NAMES[:3])
+    open_sum(again, NAMES[:3])
     with pytest.raises(RefusedError, match="second sum"):  # one more, and no other
-        again._check_differencing(ATTEMPT, WEIGHTS, NAMES[1:])
+        open_sum(again, NAMES[1:])
     again.close()
 
 
@@ -247,7 +254,7 @@ def test_nothing_is_released_without_a_yes(
 
 
 def test_a_site_at_work_is_not_disturbed(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    desk._check_differencing(ATTEMPT, WEIGHTS, NAMES)
+    open_sum(desk, NAMES)
     assert do("show") == 0  # looking takes no lock
     assert do("release", "pretrain", WEIGHTS, "--yes") == 2
     assert "the site is answering a stage" in capsys.readouterr().err

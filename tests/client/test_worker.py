@@ -10,6 +10,7 @@ import httpx
 import pytest
 from flwr.app import Context, RecordDict
 
+from chexfound.errors import ConfigError
 from client import node, site, worker
 
 KEEP_WARM_S = 60.0
@@ -116,6 +117,22 @@ def test_memory_is_given_back_once_after_a_while_without_a_message(
     work(tmp_path, "one", later(59), "two", later(59), later(2), None, later(999), "three", later(61))
     assert len(released) == 2
     assert 120 < released[0] < 125  # after the second message, with the pauses between questions
+
+
+def test_secrets_of_an_attempt_whose_time_is_over_go_without_a_message(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[float] = []
+
+    def sweep(home: Path) -> None:
+        assert home == tmp_path
+        swept.append(clock.now)
+        raise ConfigError("its operator is releasing a sum")
+
+    monkeypatch.setattr(worker.secure, "sweep", sweep)
+    work(tmp_path, *[None] * 200)
+    assert len(swept) == (clock.now - 1000) // worker.SWEEP_S + 1 > 1
+    assert swept == sorted(swept)
 
 
 def test_release_frees_the_sites_that_are_open() -> None:
