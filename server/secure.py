@@ -128,8 +128,8 @@ class SecureSums:
         hint = ""
         if any("secagg.differencing" in text for text in failed):
             hint = (
-                "; a sum on these weights was opened before, and only the sites' operators can release another: "
-                "chexfound-client secagg release"
+                "; another sum on these weights was opened before, over other sites or by another recipe: begin from "
+                "other weights (another seed), or have each site's operator allow it: chexfound-client secagg release"
             )
         raise SiteError(f"{_where(request)}: no sum after {len(failed)} attempts; the last: {failed[-1]}{hint}")
 
