@@ -1,36 +1,20 @@
-"""Secure aggregation at a site: what must survive a crash between its stages, and what spans attempts.
-
-    HOME/secagg/journal.jsonl          which attempts were seen, which sums were opened; digests only
-    HOME/secagg/attempt/secrets.json   the one attempt's secrets, 0600; gone with its answer, refusal or time
-    HOME/secagg/attempt/STAGE.json     what was asked and answered in a stage, as it left
-    HOME/secagg/attempt/masked-32.bin  the masked arrays, as they left
-
-Each answer is on the disk before its first byte leaves, and is given again, the same, to the same request; to another
-request for the same stage nothing is given.  The checks are those of chexfound/secagg/site.py, and here: no attempt
-twice, none after its time, and no second sum on the same weights over other sites (differencing).
-"""
+"""Secure aggregation at a site: its stages, with the checks of chexfound/secagg/site.py, over client/attempts.py."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import shutil
-import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from chexfound import phases
 from chexfound import recipe as recipes
 from chexfound.errors import ProtocolError, RefusedError
-from chexfound.journal import Journal, canonical, remove_unfinished, replace_file, storage, write_json
+from chexfound.journal import canonical, replace_file, write_json
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request, Site
 from chexfound.roster import Roster
@@ -41,10 +25,9 @@ from chexfound.secagg.messages import Advert, Attempt, Packet
 from chexfound.secagg.payload import Plan, Settings
 from chexfound.secagg.site import Side, WrongSharesError, advertise, check_adverts
 from client import lineage, membership
+from client.attempts import Attempts, Stage
 from client.policy import Policy
 
-log = logging.getLogger("chexfound.client")
-STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses what it does not know, or is not listed
     "counts": (),
     "pretrain": ("",),
@@ -52,7 +35,6 @@ TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses 
     "adapt": ("",),
     "evaluate": ("head.",),
 }
-Work = Callable[[Site, Recipe, Request], Reply]
 
 
 def answer(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path) -> Reply:
@@ -90,27 +72,13 @@ def check_plain(recipe: Recipe, request: Request, home: Path | None) -> None:
         raise RefusedError("secagg.plain", "the run's recipe does not aggregate under masks, and site.yaml requires it")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """What was asked and answered in a stage, and what later stages stand on."""
-
-    asked: str
-    values: dict[str, Any]
-    kept: dict[str, Any]
-
-
-class Desk:
-    """A site's attempts on its disk; one process at a time."""
+class Desk(Attempts):
+    """Where a site's stages are answered."""
 
     def __init__(self, home: Path, site: str, sites: Roster, key: Ed25519PrivateKey, policy: Policy) -> None:
-        self.site, self.sites, self.key, self.policy = site, sites, key, policy
+        self.site, self.sites, self.key = site, sites, key
         self.parameters = policy.parameters(len(sites.sites))
-        self.folder = home / "secagg" / "attempt"
-        self.journal = Journal(home / "secagg" / "journal.jsonl")
-
-    def close(self) -> None:
-        """Let another process have it."""
-        self.journal.close()
+        super().__init__(home, policy.secagg.attempt_s)
 
     def answer(self, site: Site, recipe: Recipe, request: Request, run_id: int) -> Reply:
         """Answer a stage, or give the same answer again.
@@ -141,140 +109,9 @@ class Desk:
             self._end(attempt, error)
             raise
 
-    # -- which attempt
-
-    def _before(self, stage: str, attempt: Attempt) -> _Stage | None:
-        """The answer that was given to this stage already; None if it is this stage's turn.
-
-        Raises: RefusedError.
-        """
-        if stage not in STAGES:
-            raise ProtocolError(f"there is no stage {stage!r}")
-        if not self._is_open(attempt):
-            if stage != "advertise":
-                raise RefusedError("secagg.order", "no such attempt is open here")
-            seen = [e["attempt"] for e in self.journal.entries if e["event"] == "begun" and e["of"] == _of(attempt)]
-            if seen and attempt.attempt <= max(seen):
-                raise RefusedError("secagg.attempt")
-            return None
-        opened = self._opened() or {}
-        if "ended" in opened:
-            raise RefusedError("secagg.attempt", f"this attempt ended here: {opened['ended']}")
-        if _late(opened):
-            raise RefusedError("secagg.late")
-        if (given := self._given(stage)) is not None:
-            return given
-        place = STAGES.index(stage)
-        if place and self._read(STAGES[place - 1]) is None:
-            raise RefusedError("secagg.order")
-        if place < len(STAGES) - 1 and self._read(STAGES[place + 1]) is not None:
-            raise RefusedError("secagg.incomplete")
-        return None
-
-    def _opened(self) -> dict[str, Any] | None:
-        """What is known of the one attempt on the disk: the last that the journal has begun, or none.
-
-        One whose file was lost or damaged is none: it takes up no room, and its number does not serve again.
-        """
-        begun = [entry for entry in self.journal.entries if entry["event"] == "begun"]
-        try:
-            opened = self._read("attempt")
-            attempt = Attempt(**opened["attempt"]) if opened is not None else None
-            if opened is None or attempt is None or not {"began", "until"} <= set(opened):
-                return None
-        except (RefusedError, KeyError, TypeError, ValueError):
-            return None
-        last = {"of": _of(attempt), "attempt": attempt.attempt}
-        return opened if begun and begun[-1] == {"event": "begun", **last} else None
-
-    def _is_open(self, attempt: Attempt) -> bool:
-        opened = self._opened()
-        return opened is not None and opened["attempt"] == asdict(attempt)
-
-    def _begin(self, attempt: Attempt) -> None:
-        """A new attempt, and the end of any other.  It is in the journal first: its secrets never serve twice."""
-        self.journal.append({"event": "begun", "of": _of(attempt), "attempt": attempt.attempt})
-        with storage(self.folder):  # from here on nothing of the one before counts, however little of it goes
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-        now = time.time()
-        values = {"attempt": asdict(attempt), "began": now, "until": now + self.policy.secagg.attempt_s}
-        write_json(self.folder / "attempt.json", values)
-
-    def _end(self, attempt: Attempt, error: RefusedError) -> None:
-        """Refused: if that was the open attempt, it is over here and its secrets are gone."""
-        log.error("event=refused code=%s phase=%s round=%d %s", error.code, attempt.phase, attempt.round + 1, error)
-        entry = {"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code}
-        if error.code == "secagg.differencing":  # what the operator may release
-            entry |= {"phase": attempt.phase, "weights": self._kept("share")["base"]}
-        if entry not in self.journal.entries:  # or who asks again and again would fill the disk
-            self.journal.append(entry)
-        if self._is_open(attempt):
-            if "ended" not in (opened := self._opened() or {}):
-                write_json(self.folder / "attempt.json", opened | {"ended": error.code})
-            self._forget()
-
-    def sweep(self) -> None:
-        """Drop secrets that serve no more: of an attempt that is over, whose time is, or that was never begun."""
-        remove_unfinished(self.folder)
-        opened = self._opened()
-        if opened is None or "ended" in opened or _late(opened):
-            self._forget()
-        elif (self.folder / "unmask.json").exists():
-            self._forget(answered=True)
-
-    def _forget(self, *, answered: bool = False) -> None:
-        """Drop the secrets, and what is large; of an attempt that was refused, the answers too."""
-        drop = ["secrets.json", "masked-*.bin"] + ([] if answered else [f"{stage}.json" for stage in STAGES])
-        for pattern in drop:
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / f"{name}.json"
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise RefusedError("secagg.incomplete", f"{path}: {error}") from error
-        if not isinstance(values, dict):
-            raise RefusedError("secagg.incomplete", f"{path}: not what was written")
-        return values
-
-    def _given(self, stage: str) -> _Stage | None:
-        values = self._read(stage)
-        try:
-            return None if values is None else _Stage(**values)
-        except TypeError as error:
-            raise RefusedError("secagg.incomplete", f"{stage}.json: {error}") from error
-
-    def _kept(self, stage: str) -> dict[str, Any]:
-        given = self._given(stage)
-        if given is None:
-            raise RefusedError("secagg.incomplete")
-        return given.kept
-
-    def _reply(self, stage: str, given: _Stage) -> Reply:
-        if stage != "masked":
-            return Reply(values=given.values)
-        arrays: dict[int, np.ndarray] = {}
-        for ring, size in given.kept["sizes"].items():
-            path = self.folder / f"masked-{ring}.bin"
-            try:
-                # Where it is, not in memory: a message with it takes as much again.
-                arrays[int(ring)] = np.memmap(path, f"<u{int(ring) // 8}", "r")
-            except (OSError, ValueError) as error:  # gone, empty, or not of whole numbers
-                raise RefusedError("secagg.incomplete", str(error)) from error
-            if arrays[int(ring)].size != size:
-                raise RefusedError("secagg.incomplete", f"{path}: not as long as it was written")
-        if payload.digest(arrays) != given.values["payload"]:
-            raise RefusedError("secagg.incomplete", "the masked arrays are not what was signed")
-        return Reply(values=given.values, masked=arrays)
-
     # -- the stages
 
-    def _stage(self, site: Site, recipe: Recipe, request: Request, attempt: Attempt, asked: str) -> _Stage:
+    def _stage(self, site: Site, recipe: Recipe, request: Request, attempt: Attempt, asked: str) -> Stage:
         if request.stage == "advertise":
             values, kept = self._advertise(site, recipe, request, attempt)
         elif request.stage == "share":
@@ -287,7 +124,7 @@ class Desk:
                 values, kept = self._consistency(side, request)
             else:
                 values, kept = self._unmask(side, request)
-        return _Stage(asked=asked, values=values, kept=kept)
+        return Stage(asked=asked, values=values, kept=kept)
 
     def _advertise(
         self, site: Site, recipe: Recipe, request: Request, attempt: Attempt
@@ -377,7 +214,7 @@ class Desk:
         if request.phase == "features":
             lineage.record_features(site, recipe, work)
         values, weight = plan.values(reply, zeroed)
-        arrays = self._arrays(plan)
+        arrays = self._arrays(plan.layout.sizes)
         mask.masked(plan.layout, values, weight, side.masks(sharers), arrays)
         for array in arrays.values():
             array.flush()
@@ -412,28 +249,6 @@ class Desk:
         answer = side.answer(opened, survivors)
         return {"shares": {dealer: asdict(one) for dealer, one in answer.items()}}, {}
 
-    def _check_differencing(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> None:
-        """Into the journal before the answer leaves: over which sites this sum on these weights is, and of what.
-
-        Two sums over the same sites tell of one as well, if the second counts its images otherwise, say.
-
-        Raises: RefusedError if there was another, and the operator has not released it.
-        """
-        shared = self._kept("share")
-        key = {"phase": attempt.phase, "weights": shared["base"]}
-        asked = {
-            "over": messages.names_digest(survivors).hex(),
-            "asked": hashlib.sha256(canonical([shared["question"], summed])).hexdigest(),
-        }
-        before = None
-        for entry in self.journal.entries:
-            if entry["event"] in ("opened", "released") and {name: entry[name] for name in key} == key:
-                before = {name: entry[name] for name in asked} if entry["event"] == "opened" else None
-        if before not in (None, asked):
-            raise RefusedError("secagg.differencing")
-        if before is None:
-            self.journal.append({"event": "opened", **key, **asked, "of": _of(attempt)})
-
     # -- what a stage stands on
 
     def _index(self) -> int:
@@ -455,12 +270,6 @@ class Desk:
         if request.phase == "adapt":
             lineage.check_features(site, recipe, request)
         return lineage.base(site, request.phase, weights)
-
-    def _values(self, stage: str) -> dict[str, Any]:
-        given = self._given(stage)
-        if given is None:
-            raise RefusedError("secagg.incomplete")
-        return given.values
 
     def _side(self, attempt: Attempt) -> Side:
         shared = self._kept("share")
@@ -487,30 +296,9 @@ class Desk:
         settings = messages.parse(Settings, told["settings"], "the settings")
         return payload.plan(recipe, request, settings, self.parameters.n, shapes)
 
-    def _arrays(self, plan: Plan) -> dict[int, np.memmap[Any, Any]]:
-        arrays: dict[int, np.memmap[Any, Any]] = {}
-        for ring, size in plan.layout.sizes.items():
-            path = self.folder / f"masked-{ring}.bin"
-            with storage(path):
-                arrays[ring] = np.memmap(path, f"<u{ring // 8}", "w+", shape=(size,))
-                if hasattr(os, "posix_fallocate"):  # else a full disk ends the process at a page without room
-                    with open(path, "rb+") as file:
-                        os.posix_fallocate(file.fileno(), 0, size * ring // 8)
-        return arrays
-
-
-def _late(opened: dict[str, Any]) -> bool:
-    """Whether an attempt's time is over, or the clock has been set back so far that nobody can tell."""
-    return not opened["began"] - 3600 <= time.time() <= opened["until"]
-
 
 def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
-
-
-def _of(attempt: Attempt) -> str:
-    """Digest of what an attempt is one of."""
-    return hashlib.sha256(canonical([attempt.run, attempt.phase, attempt.round])).hexdigest()
 
 
 def _keys(request: Request, keys: set[str]) -> None:

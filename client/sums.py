@@ -1,6 +1,6 @@
 """Which sums this site has helped to open, what it refused, and its operator's word that lets one more be opened.
 
-All of it is in HOME/secagg (client/secure.py); the journal has digests only, and no times.
+All of it is in HOME/secagg (client/attempts.py); the journal has digests only, and no times.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Bonawitz et al. 2017, the protocol for an active adversary, with a complete graph.  The coordinator is not believed
 in anything: who the others are is the roster's, what they said is signed, and what all were told is in the context.
-client/secure.py keeps what must survive and adds what spans attempts: that none is used twice, and differencing.
+client/attempts.py keeps what must survive and adds what spans attempts: that none is used twice, and differencing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,246 @@
+"""A site's attempts at sums on its disk: what must survive a crash between their stages, and what spans them.
+
+    HOME/secagg/journal.jsonl          which attempts were seen, which sums were opened; digests only
+    HOME/secagg/attempt/secrets.json   the one attempt's secrets, 0600; gone with its answer, refusal or time
+    HOME/secagg/attempt/STAGE.json     what was asked and answered in a stage, as it left
+    HOME/secagg/attempt/masked-32.bin  the masked arrays, as they left
+
+Each answer is on the disk before its first byte leaves, and is given again, the same, to the same request; to another
+request for the same stage nothing is given.  No attempt counts twice, none after its time; and no second sum on the
+same weights is opened, over other sites or of other work (differencing).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chexfound.errors import ProtocolError, RefusedError
+from chexfound.journal import Journal, canonical, remove_unfinished, storage, write_json
+from chexfound.phases import Reply
+from chexfound.secagg import messages, payload
+from chexfound.secagg.messages import Attempt
+
+log = logging.getLogger("chexfound.client")
+STAGES = ("advertise", "share", "masked", "consistency", "unmask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What was asked and answered in a stage, and what later stages stand on."""
+
+    asked: str
+    values: dict[str, Any]
+    kept: dict[str, Any]
+
+
+class Attempts:
+    """Those of one site; one process at a time.
+
+    Args:
+        home: of the site.
+        attempt_s: seconds after which an attempt's secrets serve no more.
+    """
+
+    def __init__(self, home: Path, attempt_s: float) -> None:
+        self.attempt_s = attempt_s
+        self.folder = home / "secagg" / "attempt"
+        self.journal = Journal(home / "secagg" / "journal.jsonl")
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self.journal.close()
+
+    # -- which attempt
+
+    def _before(self, stage: str, attempt: Attempt) -> Stage | None:
+        """The answer that was given to this stage already; None if it is this stage's turn.
+
+        Raises: RefusedError.
+        """
+        if stage not in STAGES:
+            raise ProtocolError(f"there is no stage {stage!r}")
+        if not self._is_open(attempt):
+            if stage != "advertise":
+                raise RefusedError("secagg.order", "no such attempt is open here")
+            seen = [e["attempt"] for e in self.journal.entries if e["event"] == "begun" and e["of"] == _of(attempt)]
+            if seen and attempt.attempt <= max(seen):
+                raise RefusedError("secagg.attempt")
+            return None
+        opened = self._opened() or {}
+        if "ended" in opened:
+            raise RefusedError("secagg.attempt", f"this attempt ended here: {opened['ended']}")
+        if _late(opened):
+            raise RefusedError("secagg.late")
+        if (given := self._given(stage)) is not None:
+            return given
+        place = STAGES.index(stage)
+        if place and self._read(STAGES[place - 1]) is None:
+            raise RefusedError("secagg.order")
+        if place < len(STAGES) - 1 and self._read(STAGES[place + 1]) is not None:
+            raise RefusedError("secagg.incomplete")
+        return None
+
+    def _opened(self) -> dict[str, Any] | None:
+        """What is known of the one attempt on the disk: the last that the journal has begun, or none.
+
+        One whose file was lost or damaged is none: it takes up no room, and its number does not serve again.
+        """
+        begun = [entry for entry in self.journal.entries if entry["event"] == "begun"]
+        try:
+            opened = self._read("attempt")
+            attempt = Attempt(**opened["attempt"]) if opened is not None else None
+            if opened is None or attempt is None or not {"began", "until"} <= set(opened):
+                return None
+        except (RefusedError, KeyError, TypeError, ValueError):
+            return None
+        last = {"of": _of(attempt), "attempt": attempt.attempt}
+        return opened if begun and begun[-1] == {"event": "begun", **last} else None
+
+    def _is_open(self, attempt: Attempt) -> bool:
+        opened = self._opened()
+        return opened is not None and opened["attempt"] == asdict(attempt)
+
+    def _begin(self, attempt: Attempt) -> None:
+        """A new attempt, and the end of any other.  It is in the journal first: its secrets never serve twice."""
+        self.journal.append({"event": "begun", "of": _of(attempt), "attempt": attempt.attempt})
+        with storage(self.folder):  # from here on nothing of the one before counts, however little of it goes
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+        now = time.time()
+        values = {"attempt": asdict(attempt), "began": now, "until": now + self.attempt_s}
+        write_json(self.folder / "attempt.json", values)
+
+    def _end(self, attempt: Attempt, error: RefusedError) -> None:
+        """Refused: if that was the open attempt, it is over here and its secrets are gone."""
+        log.error("event=refused code=%s phase=%s round=%d %s", error.code, attempt.phase, attempt.round + 1, error)
+        entry = {"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code}
+        if error.code == "secagg.differencing":  # what the operator may release
+            entry |= {"phase": attempt.phase, "weights": self._kept("share")["base"]}
+        if entry not in self.journal.entries:  # or who asks again and again would fill the disk
+            self.journal.append(entry)
+        if self._is_open(attempt):
+            if "ended" not in (opened := self._opened() or {}):
+                write_json(self.folder / "attempt.json", opened | {"ended": error.code})
+            self._forget()
+
+    def sweep(self) -> None:
+        """Drop secrets that serve no more: of an attempt that is over, whose time is, or that was never begun."""
+        remove_unfinished(self.folder)
+        opened = self._opened()
+        if opened is None or "ended" in opened or _late(opened):
+            self._forget()
+        elif (self.folder / "unmask.json").exists():
+            self._forget(answered=True)
+
+    def _forget(self, *, answered: bool = False) -> None:
+        """Drop the secrets, and what is large; of an attempt that was refused, the answers too."""
+        drop = ["secrets.json", "masked-*.bin"] + ([] if answered else [f"{stage}.json" for stage in STAGES])
+        for pattern in drop:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / f"{name}.json"
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RefusedError("secagg.incomplete", f"{path}: {error}") from error
+        if not isinstance(values, dict):
+            raise RefusedError("secagg.incomplete", f"{path}: not what was written")
+        return values
+
+    def _given(self, stage: str) -> Stage | None:
+        values = self._read(stage)
+        try:
+            return None if values is None else Stage(**values)
+        except TypeError as error:
+            raise RefusedError("secagg.incomplete", f"{stage}.json: {error}") from error
+
+    def _kept(self, stage: str) -> dict[str, Any]:
+        given = self._given(stage)
+        if given is None:
+            raise RefusedError("secagg.incomplete")
+        return given.kept
+
+    def _reply(self, stage: str, given: Stage) -> Reply:
+        if stage != "masked":
+            return Reply(values=given.values)
+        arrays: dict[int, np.ndarray] = {}
+        for ring, size in given.kept["sizes"].items():
+            path = self.folder / f"masked-{ring}.bin"
+            try:
+                # Where it is, not in memory: a message with it takes as much again.
+                arrays[int(ring)] = np.memmap(path, f"<u{int(ring) // 8}", "r")
+            except (OSError, ValueError) as error:  # gone, empty, or not of whole numbers
+                raise RefusedError("secagg.incomplete", str(error)) from error
+            if arrays[int(ring)].size != size:
+                raise RefusedError("secagg.incomplete", f"{path}: not as long as it was written")
+        if payload.digest(arrays) != given.values["payload"]:
+            raise RefusedError("secagg.incomplete", "the masked arrays are not what was signed")
+        return Reply(values=given.values, masked=arrays)
+
+    # -- what a stage leaves
+
+    def _values(self, stage: str) -> dict[str, Any]:
+        given = self._given(stage)
+        if given is None:
+            raise RefusedError("secagg.incomplete")
+        return given.values
+
+    def _arrays(self, sizes: Mapping[int, int]) -> dict[int, np.memmap[Any, Any]]:
+        arrays: dict[int, np.memmap[Any, Any]] = {}
+        for ring, size in sizes.items():
+            path = self.folder / f"masked-{ring}.bin"
+            with storage(path):
+                arrays[ring] = np.memmap(path, f"<u{ring // 8}", "w+", shape=(size,))
+                if hasattr(os, "posix_fallocate"):  # else a full disk ends the process at a page without room
+                    with open(path, "rb+") as file:
+                        os.posix_fallocate(file.fileno(), 0, size * ring // 8)
+        return arrays
+
+    # -- what spans attempts
+
+    def _check_differencing(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> None:
+        """Into the journal before the answer leaves: over which sites this sum on these weights is, and of what.
+
+        Two sums over the same sites tell of one as well, if the second counts its images otherwise, say.
+
+        Raises: RefusedError if there was another, and the operator has not released it.
+        """
+        shared = self._kept("share")
+        key = {"phase": attempt.phase, "weights": shared["base"]}
+        asked = {
+            "over": messages.names_digest(survivors).hex(),
+            "asked": hashlib.sha256(canonical([shared["question"], summed])).hexdigest(),
+        }
+        before = None
+        for entry in self.journal.entries:
+            if entry["event"] in ("opened", "released") and {name: entry[name] for name in key} == key:
+                before = {name: entry[name] for name in asked} if entry["event"] == "opened" else None
+        if before not in (None, asked):
+            raise RefusedError("secagg.differencing")
+        if before is None:
+            self.journal.append({"event": "opened", **key, **asked, "of": _of(attempt)})
+
+
+def _late(opened: dict[str, Any]) -> bool:
+    """Whether an attempt's time is over, or the clock has been set back so far that nobody can tell."""
+    return not opened["began"] - 3600 <= time.time() <= opened["until"]
+
+
+def _of(attempt: Attempt) -> str:
+    """Digest of what an attempt is one of."""
+    return hashlib.sha256(canonical([attempt.run, attempt.phase, attempt.round])).hexdigest()
