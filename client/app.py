@@ -86,51 +86,6 @@ def _answer(context: Context, request: Request, run_id: int) -> Reply:
     return reply
 
 
-@app.query("enrol")
-def _enrol(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.train("pretrain")
-def _pretrain(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.query("features")
-def _features(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.train("adapt")
-def _adapt(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.evaluate()
-def _evaluate(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.query("advertise")
-def _advertise(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.query("share")
-def _share(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.train("masked")
-def _masked(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.query("consistency")
-def _consistency(message: Message, context: Context) -> Message:
-    return handle(message, context)
-
-
-@app.query("unmask")
-def _unmask(message: Message, context: Context) -> Message:
-    return handle(message, context)
+for _kind in wire.MESSAGE_TYPES.values():
+    _category, _, _action = _kind.partition(".")
+    getattr(app, _category)(*([_action] if _action else []))(handle)
