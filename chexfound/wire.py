@@ -41,6 +41,7 @@ from chexfound.errors import (
 from chexfound.names import word as word  # the rule for every name that arrives
 from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
+from chexfound.secagg.messages import STAGES
 
 MESSAGE_TYPES = {
     "enrol": "query.enrol",
@@ -55,7 +56,6 @@ MESSAGE_TYPES = {
     "consistency": "query.consistency",
     "unmask": "query.unmask",
 }
-STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 RINGS = (16, 32, 64)  # bits of the unsigned integers that masked arrays are of
 LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
 FINDINGS_MAX = 4096  # of a request; a site holds labels for each

@@ -29,10 +29,9 @@ from chexfound.errors import ProtocolError, RefusedError
 from chexfound.journal import Journal, canonical, remove_unfinished, storage, write_json
 from chexfound.phases import Reply
 from chexfound.secagg import messages, payload
-from chexfound.secagg.messages import Attempt
+from chexfound.secagg.messages import STAGES, Attempt
 
 log = logging.getLogger("chexfound.client")
-STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ Share = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * SHARE_BYTES}}}$")]
 Signature = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
 Sealed = Annotated[str, Field(pattern="^([0-9a-f]{2}){1,512}$")]
 SALT_BYTES = 32
+STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
