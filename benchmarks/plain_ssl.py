@@ -92,7 +92,7 @@ class Block(nn.Module):
     def _kept(self, residual: Tensor) -> Tensor:
         if not (self.training and self.drop_path):
             return residual
-        keep = torch.rand(len(residual), 1, 1) >= self.drop_path
+        keep = torch.rand(len(residual), 1, 1, device=residual.device) >= self.drop_path
         return residual * keep / (1 - self.drop_path)
 
 
@@ -183,7 +183,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def koleo(x: Tensor) -> Tensor:
     """−mean log distance to the nearest neighbour on the sphere."""
     x = F.normalize(x.float(), dim=-1, eps=1e-8)
-    nearest = (x @ x.T - 3 * torch.eye(len(x))).argmax(1)
+    nearest = (x @ x.T - 3 * torch.eye(len(x), device=x.device)).argmax(1)
     return -torch.log(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).mean()
 
 
@@ -229,7 +229,8 @@ class Plain(Engine):
         dim = ARCHS[config["student"]["arch"]][0]
         backbone = VisionTransformer(config, config["student"]["drop_path_rate"])
         heads = {"dino_head": Head(dim, config["dino"]), "ibot_head": Head(dim, config["ibot"])}
-        self.student = nn.ModuleDict({"backbone": backbone, **heads}).train()
+        self.device = settings.get("device", "cpu")
+        self.student = nn.ModuleDict({"backbone": backbone, **heads}).train().to(self.device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         optim = config["optim"]
         betas = (optim["adamw_beta1"], optim["adamw_beta2"])
@@ -294,7 +295,7 @@ class Plain(Engine):
             group["lr"] = (values["last_layer_lr"] if group["last"] else values["lr"]) * group["lr_mult"]
             group["weight_decay"] = values["weight_decay"] * group["wd_mult"]
         self.optimizer.zero_grad()
-        with autocast(precision):
+        with autocast(precision, self.device):
             loss = self.loss(*batch, values["teacher_temp"])
         loss.backward()
         for module in self.student.values():

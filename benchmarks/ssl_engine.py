@@ -102,6 +102,6 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def autocast(precision: str) -> torch.autocast:
-    """The CPU's autocast for a step of that precision."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: str, device: str = "cpu") -> torch.autocast:
+    """The device's autocast for a step of that precision."""
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")

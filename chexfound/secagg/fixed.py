@@ -1,8 +1,8 @@
 """The layout of a masked payload, and fixed point: from values to elements of a ring of integers and back.
 
 A value v with weight w in a section of range R travels as x = clip(w·v·L/R, ±L), rounded to one of the two integers
-beside it, by chance, so that its mean is x: floor(x + u) with u uniform in [0, 1).  u has 32 bits and the sum is
-taken in float64, so that the mean is off by 2**-29 of a step at most, at every magnitude up to L = 2**22.  In float32
+beside it, by chance, so that its mean is x: floor(x + u) with u uniform in [0, 1).  u has 16 bits and the sum is
+taken in float64, so that the mean is off by 2**-16 of a step at most, at every magnitude up to L = 2**22.  In float32
 it would be 0.25 of a step there.
 
 Overflow is impossible by construction: L = min(2**22, (2**(ring-1) - 1)//n), so n sites of ±L fit in a signed ring.
@@ -26,10 +26,10 @@ RINGS = (16, 32, 64)
 LEVELS = 2**22
 CLIPPED = "clipped"
 RANGES = (2.0**-126, 2.0**127)  # so that no product leaves float64
-ONE = 2.0**32  # a step, in the units in which chunks are rounded
-# Added to a float64 below 2**83 it leaves a float64 whose last bit is one step: rounded, and the integer is in its
+ONE = 2.0**16  # a step, in the units in which chunks are rounded
+# Added to a float64 below 2**67 it leaves a float64 whose last bit is one step: rounded, and the integer is in its
 # lowest bits (Hacker's Delight, 17-3).  Those of ROUNDER itself are zero.
-ROUNDER = 1.5 * 2.0**84
+ROUNDER = 1.5 * 2.0**68
 
 UNSIGNED: dict[int, np.dtype[Any]] = {16: np.dtype("<u2"), 32: np.dtype("<u4"), 64: np.dtype("<u8")}
 SIGNED: dict[int, np.dtype[Any]] = {16: np.dtype("<i2"), 32: np.dtype("<i4"), 64: np.dtype("<i8")}
@@ -198,7 +198,7 @@ def _wrong(section: Section) -> list[str]:
 
 
 def scale(section: Section, n: int, weight: float | NDArray[Any]) -> NDArray[np.float64]:
-    """What a value is multiplied by before `quantise`: w·L/R, in units of 2**-32 of a step.
+    """What a value is multiplied by before `quantise`: w·L/R, in units of 2**-16 of a step.
 
     Returns: shape (), or (rows,) if each row of the first axis has its own weight.
 
@@ -210,14 +210,14 @@ def scale(section: Section, n: int, weight: float | NDArray[Any]) -> NDArray[np.
     if not bool(((weights >= 0) & (weights <= 1)).all()):
         raise ProtocolError(f"section {section.name!r}: a weight is between 0 and 1")
     # A hair less, so that a value at the end of the range is not rounded out of it, and counted as clipped.
-    return weights * (levels(section.ring, n) / section.range * ONE * (1 - 2.0**-50))
+    return weights * (levels(section.ring, n) / section.range * ONE * (1 - 2.0**-45))
 
 
 def quantise(
     values: NDArray[np.float32],
     scales: NDArray[np.float64],
     limit: int | None,
-    noise: NDArray[np.int32],
+    noise: NDArray[np.int16],
     steps: NDArray[np.float64],
 ) -> int:
     """Round a chunk; `integers` takes it from there.
@@ -226,7 +226,7 @@ def quantise(
         values: (m,), or (rows, m) with a scale for each row.
         scales: as `scale` gives them: (), or (rows, 1).
         limit: L, to clip at; None where `reaches` says that nothing in the section comes near.
-        noise: as values, uniform over all int32: the u of x + u, less a half.
+        noise: as values, uniform over all int16: the u of x + u, less a half.
         steps: as values, overwritten.
 
     Returns: how many values were clipped.
@@ -249,8 +249,8 @@ def reaches(peak: float, scales: NDArray[np.float64], limit: int) -> bool:
 
 
 def _inside(limit: int) -> float:
-    # With the largest noise and float64's rounding at 2**54, a step of L more would be reached from L itself.
-    return limit * ONE - 8
+    # From -L itself the largest noise leads half a step on, where an odd L would be rounded to the even L + 1.
+    return limit * ONE - 2.0**-8
 
 
 def integers(steps: NDArray[np.float64], out: NDArray[Any]) -> None:

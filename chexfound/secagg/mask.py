@@ -246,8 +246,8 @@ class _Scratch:
         """A chunk in fixed point, modulo 2**ring, and how many values were clipped."""
         count, shape = len(values), (len(scales), -1) if scales.ndim else (-1,)
         steps, plain = self._steps[:count], _view(self._sum, count, UNSIGNED[ring])
-        noise.fill(self._sink, 4 * count)
-        bits = _view(self._bits, count, SIGNED[32])
+        noise.fill(self._sink, 2 * count)
+        bits = _view(self._bits, count, SIGNED[16])
         clipped = fixed.quantise(values.reshape(shape), scales, limit, bits.reshape(shape), steps.reshape(shape))
         fixed.integers(steps, plain)
         return plain, clipped

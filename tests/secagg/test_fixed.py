@@ -12,12 +12,12 @@ from chexfound.errors import ConfigError, ProtocolError
 from chexfound.secagg import fixed
 from chexfound.secagg.fixed import LEVELS, Layout, Section, decode, levels
 
-SPREAD = np.array([-(2**31), -(2**31) + 1, -(2**30), -1, 0, 1, 2**30, 2**31 - 2, 2**31 - 1], np.int32)
+SPREAD = np.array([-(2**15), -(2**15) + 1, -(2**14), -1, 0, 1, 2**14, 2**15 - 2, 2**15 - 1], np.int16)
 
 
 def rounded(values, scales, limit, noise, ring=64):
     """Integers and the number of clipped values, of a flat chunk."""
-    values, noise = np.asarray(values, np.float32), np.asarray(noise, np.int32)
+    values, noise = np.asarray(values, np.float32), np.asarray(noise, np.int16)
     steps, found = np.empty(values.shape), np.empty(values.shape, fixed.SIGNED[ring])
     clipped = fixed.quantise(values, np.asarray(scales, np.float64), limit, noise, steps)
     fixed.integers(steps, found)
@@ -138,20 +138,20 @@ def test_rounding_never_takes_more_than_a_step(value, noise):
 )
 @settings(max_examples=300)
 def test_rounding_is_unbiased_at_every_magnitude(value):
-    """The mean over all 2**32 noises: the integer rises with the noise, so bisection finds where."""
+    """The mean over all 2**16 noises: the integer rises with the noise, so bisection finds where."""
 
     def integer(noise):
         return int(rounded([value], fixed.ONE, LEVELS, [noise])[0][0])
 
-    least, most = -(2**31), 2**31 - 1
+    least, most = -(2**15), 2**15 - 1
     mean = Fraction(integer(least))
     for step in range(integer(least) + 1, integer(most) + 1):
         below, above = least, most
         while above - below > 1:
             middle = (below + above) // 2
             below, above = (below, middle) if integer(middle) >= step else (middle, above)
-        mean += Fraction(most + 1 - above, 2**32)
-    assert abs(mean - Fraction(value)) <= Fraction(1, 2**29)
+        mean += Fraction(most + 1 - above, 2**16)
+    assert abs(mean - Fraction(value)) <= Fraction(1, 2**16)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +159,10 @@ def test_rounding_is_unbiased_at_every_magnitude(value):
 )
 def test_rounding_is_unbiased_in_the_mean_of_many(value):
     """Seven standard errors of a mean of a million; floor(x + u) in float32 is off by 60 to 250 of them at the ends."""
-    noise = np.random.default_rng(7).integers(-(2**31), 2**31, 10**6, dtype=np.int64).astype(np.int32)
+    noise = np.random.default_rng(7).integers(-(2**15), 2**15, 10**6, dtype=np.int16)
     found, _ = rounded(np.full(10**6, value, np.float32), fixed.ONE, LEVELS, noise)
     part = value - math.floor(value)
-    assert abs(found.mean() - np.float32(value)) < 7 * math.sqrt(part * (1 - part) / 10**6) + 2.0**-24
+    assert abs(found.mean() - np.float32(value)) < 7 * math.sqrt(part * (1 - part) / 10**6) + 2.0**-16
 
 
 def test_noise_decides_by_the_fraction():
@@ -196,7 +196,7 @@ def test_no_sum_overflows_at_the_extremes(ring, n, size):
 @pytest.mark.parametrize("ring", [16, 32, 64])
 @given(
     n=st.integers(1, 128), peak=st.floats(0.5, 1.5, width=32),
-    bound=st.floats(2.0**-126, 2.0**127), noise=st.sampled_from([-(2**31), 2**31 - 1]),
+    bound=st.floats(2.0**-126, 2.0**127), noise=st.sampled_from([-(2**15), 2**15 - 1]),
 )  # fmt: skip
 @settings(deadline=None)
 def test_what_is_not_said_to_reach_the_limit_stays_in_it(ring, n, peak, bound, noise):
@@ -223,7 +223,7 @@ def test_the_weighted_mean_is_within_its_bound(n, ring, bound, data):
     for weight in weights:
         parts = data.draw(st.lists(st.floats(-1, 1), min_size=3, max_size=3))
         values = np.array([part * bound * (1 - 2.0**-23) for part in parts], np.float32)
-        noise = data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3))
+        noise = data.draw(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=3, max_size=3))
         found, clipped = rounded(values, fixed.scale(section, n, weight), levels(ring, n), noise, ring)
         assert clipped == 0
         total += found
@@ -240,7 +240,7 @@ def test_each_row_has_its_weight():
     section = Section("a", (3, 2), 32, 1.0)
     scales = fixed.scale(section, 1, np.array([0.0, 0.5, 1.0]))[:, None]
     steps, found = np.empty((3, 2)), np.empty(6, np.int32)
-    fixed.quantise(np.full((3, 2), 0.5, np.float32), scales, LEVELS, np.zeros((3, 2), np.int32), steps)
+    fixed.quantise(np.full((3, 2), 0.5, np.float32), scales, LEVELS, np.zeros((3, 2), np.int16), steps)
     fixed.integers(steps.reshape(-1), found)
     assert found.tolist() == [0, 0, LEVELS // 4, LEVELS // 4, LEVELS // 2, LEVELS // 2]
 
