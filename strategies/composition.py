@@ -30,6 +30,21 @@ class Rule:
     remedy: str
 
 
+STILL = "the first step of a warm-up has no learning rate, and no site opens a second sum on weights that did not move"
+
+
+def _pretrain_stands_still(recipe: Recipe, n: int) -> bool:
+    rounds = recipe.train.rounds > 1 and recipe.train.local_steps == 1  # a second, after one that moved nothing
+    return (
+        "pretrain" in recipe.phases and rounds and recipe.optim.warmup_epochs * recipe.train.OFFICIAL_EPOCH_LENGTH >= 2
+    )
+
+
+def _adapt_stands_still(recipe: Recipe, n: int) -> bool:
+    rounds = recipe.adapt.rounds > 1 and recipe.adapt.local_steps == 1
+    return "adapt" in recipe.phases and rounds and recipe.adapt.warmup_steps > 1
+
+
 SECAGG = (
     Rule(
         key="train.optimizer_state",
@@ -42,6 +57,18 @@ SECAGG = (
         excluded=lambda recipe, n: "adapt" in recipe.phases and recipe.adapt.optimizer_state == "average",
         why="Adam's squares span more orders of magnitude than fixed point holds",
         remedy="adapt.optimizer_state: local",
+    ),
+    Rule(
+        key="train.local_steps",
+        excluded=_pretrain_stands_still,
+        why=STILL,
+        remedy="train.local_steps: 2, or optim.warmup_epochs: 0",
+    ),
+    Rule(
+        key="adapt.local_steps",
+        excluded=_adapt_stands_still,
+        why=STILL,
+        remedy="adapt.local_steps: 2, or adapt.warmup_steps: 0",
     ),
     Rule(
         key="codec",

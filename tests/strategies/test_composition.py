@@ -58,6 +58,8 @@ def with_secagg(recipe: Recipe, **values: Any) -> Recipe:
 RULES: dict[str, tuple[Recipe, int]] = {
     "train.optimizer_state": (with_train(good(), optimizer_state="average"), 8),
     "adapt.optimizer_state": (with_adapt(good(), optimizer_state="average"), 8),
+    "train.local_steps": (with_train(good(), local_steps=1), 8),
+    "adapt.local_steps": (with_adapt(good(), local_steps=1), 8),
     "codec": (with_codec(good(), "topk"), 8),
     "secagg.ring": (with_secagg(good(), ring=16), 32),
 }
@@ -102,6 +104,12 @@ def test_a_phase_that_is_not_done_excludes_nothing() -> None:
     assert "adapt.optimizer_state" not in str(caught.value)
 
 
+def test_rounds_of_one_step_that_move_the_weights_compose() -> None:
+    still = with_train(with_adapt(good(), local_steps=1), local_steps=1)
+    check(changed(with_adapt(still, warmup_steps=0), optim=changed(still.optim, warmup_epochs=0)), 8)
+    check(with_train(with_adapt(still, rounds=1), rounds=1), 8)  # no second sum
+
+
 def test_a_small_ring_has_a_largest_number_of_sites() -> None:
     for n in range(3, 129):
         if levels(16, n) >= LEVELS_MIN:
@@ -135,8 +143,9 @@ def test_while_the_sites_are_not_known_only_the_recipe_is_looked_at() -> None:
 
 def test_all_that_does_not_fit_is_told_at_once() -> None:
     recipe = with_train(with_adapt(good(), optimizer_state="average"), optimizer_state="average")
+    recipe = with_train(with_adapt(recipe, local_steps=1), local_steps=1)
     recipe = with_codec(with_secagg(recipe, ring=16, colluders=99), "topk")
-    with pytest.raises(ConfigError, match="5 problems") as caught:
+    with pytest.raises(ConfigError, match="7 problems") as caught:
         check(recipe, 40)
     for key in [*RULES, "c = 99"]:
         assert key in str(caught.value)
