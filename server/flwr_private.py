@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import httpx
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -31,6 +32,7 @@ from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink import cli as superlink_cli
+from flwr.superlink.grid import HttpGrid
 from sqlalchemy import ColumnElement, create_engine, select, update
 from sqlalchemy.orm import Session
 
@@ -132,6 +134,19 @@ def retry_soon() -> None:
         assert defaults is not None
         assert defaults.keys() >= sooner.keys()
         defaults.update(sooner)
+
+
+def keep_asking(grid: Grid) -> None:
+    """Try a connection that broke in the TLS handshake again, as one that broke elsewhere.
+
+    Flower gives up on any error with "ssl" in its text, and the run has failed; a SuperLink that is killed then makes
+    one.
+    """
+    if isinstance(grid, HttpGrid):
+        invoker = grid._retry_invoker
+        gives_up = invoker.should_giveup
+        assert gives_up is not None
+        invoker.should_giveup = lambda error: not isinstance(error, httpx.TransportError) and gives_up(error)
 
 
 def pull_until(deadline: float) -> None:
