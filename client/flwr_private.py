@@ -20,6 +20,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,11 +39,13 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run, RunNotRunningException
@@ -62,6 +65,7 @@ RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may h
 POLL_S = (0.2, 3.0)  # between two questions for messages: a twentieth of the time without one, in these bounds
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 REPLY_POLL_S = 0.05  # between two looks for the worker's reply
+SEND_AGAIN_S = 5.0  # before a reply that was not taken is sent again
 
 
 def release_bundle() -> Bundle:
@@ -144,12 +148,12 @@ class _Node:
     """
 
     def __init__(self, functions: tuple[Any, ...], refusal: Callable[[bytes], str | None], told: Told) -> None:
-        node_id, self._receive, self._send, get_run, get_fab, pull_object, push_object, confirm = functions
+        node_id, self._receive, self._send, get_run, get_fab, pull_object, self._push, confirm = functions
         self._confirm = _ending_the_message(confirm)
         admission = _Admission(get_run, get_fab, refusal, told)
         self.functions = (
             *(node_id, self.receive, self.send, admission.run, admission.fab),
-            *(_ending_the_message(pull_object), push_object, self.confirm),
+            *(_ending_the_message(pull_object), self._push, self.confirm),
         )
         self._told, self._parent = told, os.getppid()
         self._draining = self._in_hand = False
@@ -184,13 +188,38 @@ class _Node:
         self._confirm(run_id, object_id)
         self._told.state("working")
 
-    def send(self, *reply: Any) -> Any:
-        """The worker's reply."""
+    def send(self, reply: Message, objects: ObjectTree, seconds: float) -> tuple[set[str], str]:
+        """The worker's reply with all of its objects, so that nothing is left for Flower to push.
+
+        Flower tries once, and drops the reply.  The coordinator would wait for it until the round's deadline: the
+        connection is the old one, and so the message is not sent anew.  It refuses the objects of a reply that it was
+        not sent more of for three minutes, and forgets the reply.
+        """
         self._told.state("sending")
         self._busy = time.monotonic()
-        if reply[0].metadata.reply_to_message_id == self._message:
+        if reply.metadata.reply_to_message_id == self._message:
             self._message = ""
-        return self._send(*reply)
+        until = reply.metadata.created_at + reply.metadata.ttl
+        while True:
+            missing, session = _patiently(self._send, until)(reply, objects, seconds)
+            push = partial(_patiently(self._push, until), reply.metadata.run_id, session)
+            try:
+                inflatable_utils.push_object_contents_from_iterable(self._contents(objects, missing), push)
+            except inflatable_utils.ObjectPushError:
+                if time.time() > until:
+                    raise
+                log.warning("event=send-again reason='the coordinator did not take all of the reply'")
+                time.sleep(SEND_AGAIN_S)
+            else:
+                return set(), session
+
+    def _contents(self, objects: ObjectTree, missing: set[str]) -> Iterator[tuple[str, bytes]]:
+        for number in dict.fromkeys(part.object_id for part in iterate_object_tree(objects)):
+            if number in missing:
+                while (content := self._objects.get(number)) == b"":  # the worker is still handing it over
+                    time.sleep(REPLY_POLL_S)
+                assert content is not None
+                yield number, content
 
     def pushing(self, push: Callable[..., None]) -> Callable[..., None]:
         """Flower's wait for a reply, until it is that to the message in hand.
@@ -199,10 +228,11 @@ class _Node:
         from then on each reply would be sent only when another message comes.
         """
 
-        def until_answered(**about: Any) -> None:
-            push(**about)
+        def until_answered(*, object_store: ObjectStore, **about: Any) -> None:
+            self._objects = object_store
+            push(object_store=object_store, **about)
             while self._message:
-                push(**about)
+                push(object_store=object_store, **about)
 
         return until_answered
 
@@ -225,6 +255,26 @@ def _ending_the_message(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         except RunNotRunningException as error:
             raise RuntimeError("the run was stopped") from error
+
+    return called
+
+
+def _patiently(function: Callable[..., Any], until: float) -> Callable[..., Any]:
+    """Of the connection, until then (time.time): also where Flower's own patience ends.
+
+    It takes a connection that broke in the TLS handshake for one with a wrong certificate.
+    """
+
+    def called(*args: Any) -> Any:
+        while True:
+            try:
+                return function(*args)
+            except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 500
+                if status < 500 or time.time() > until:
+                    raise
+                log.warning("event=send-again reason=%r", type(error).__name__)
+                time.sleep(SEND_AGAIN_S)
 
     return called
 

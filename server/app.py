@@ -16,7 +16,7 @@ from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.journal import held
 from chexfound.roster import Roster
 from server import health
-from server.flwr_private import LocalGrid, retry_soon
+from server.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.grid import GridExchange
 from server.live import Live
 from server.result import write_metrics
@@ -104,6 +104,7 @@ def main(grid: Grid, context: Context) -> None:
         log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
         raise error
     retry_soon()
+    keep_asking(grid)
     live = Live(folder, str(context.run_id))
     observers.append(live)
     try:

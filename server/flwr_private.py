@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import httpx
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -17,16 +18,22 @@ from cryptography.hazmat.primitives.serialization import (
 from flwr.app import Message, RecordDict
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.server.superlink.linkstate import linkstate_factory
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.state.schema.linkstate_models import Node as NodeModel
+from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink import cli as superlink_cli
-from sqlalchemy import create_engine, update
+from flwr.superlink.grid import HttpGrid
+from sqlalchemy import ColumnElement, create_engine, select, update
 from sqlalchemy.orm import Session
 
 from chexfound.roster import Roster
@@ -47,6 +54,7 @@ def run_superlink(arguments: Sequence[str], database: Path) -> None:
 
     Flower gives up after 5 s ("database is locked", and the run has failed); a large model is written for longer.
     And it ends each run whose ServerApp it has not heard for a minute, when it was itself that could not be reached.
+    And it delivers a message once, whether or not it arrives; see `LinkState`.
 
     Args:
         arguments: its command line.
@@ -58,6 +66,7 @@ def run_superlink(arguments: Sequence[str], database: Path) -> None:
         (name, str(BUSY_TIMEOUT_S * 1000) if name == "busy_timeout" else value) for name, value in SQLITE_PRAGMAS
     )
     sql_mixin.SQLITE_PRAGMAS = patient  # type: ignore[attr-defined, assignment]
+    linkstate_factory.SqlLinkState = LinkState  # type: ignore[attr-defined]
     sys.argv = ["flower-superlink", *arguments]
     superlink_cli.flower_superlink()
 
@@ -78,6 +87,42 @@ def _hear_from_them_again(database: Path) -> None:
     engine.dispose()
 
 
+class LinkState(SqlLinkState):
+    """Flower's, but what was handed out and lost on the way is handed out again.
+
+    Flower notes a message as delivered before its answer leaves.  If that is lost (the SuperLink killed, a link broken)
+    the message never comes again, and nobody knows: the round would wait for it until its deadline.  But who received
+    a message confirms it, which deletes its objects, before asking for another; so what is asked for while its objects
+    are here has not arrived.  The same goes for an object that was stored when the answer was lost: Flower refuses it
+    when it is sent again, and the sender drops the message.
+    """
+
+    def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
+        """What waits for a node; of what it lost, that of its last activation: grid.py asks again after another."""
+        node = uint64_to_int64(node_id)
+        since = select(NodeModel.last_activated_at).where(NodeModel.node_id == node).scalar_subquery()
+        with self.session():
+            self._take_back(MessageIns, MessageIns.dst_node_id == node, MessageIns.delivered_at >= since)
+            return super().get_message_ins(node_id, limit, run_id=run_id)
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """The replies to messages."""
+        with self.session():
+            self._take_back(MessageRes, MessageRes.reply_to_message_id.in_(message_ids))
+            return super().get_message_res(message_ids, run_id)
+
+    def _take_back(self, model: type[MessageIns | MessageRes], *where: ColumnElement[bool]) -> None:
+        unconfirmed = select(StoredObject.object_id).where(StoredObject.object_id == model.message_id).exists()
+        lost = update(model).where(model.delivered_at != "", unconfirmed, *where).values(delivered_at="")
+        with self.session() as session:
+            session.execute(lost, execution_options={"synchronize_session": False})
+
+    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+        """Whether an object is here now."""
+        stored = super().store_object(run_id, session_id, object_id, object_content)
+        return stored or bool(self.object_store.get(object_id))
+
+
 def retry_soon() -> None:
     """Ask again soon for an object that is not there yet: Flower waits 1 s, 2 s, 4 s … for what takes milliseconds.
 
@@ -89,6 +134,19 @@ def retry_soon() -> None:
         assert defaults is not None
         assert defaults.keys() >= sooner.keys()
         defaults.update(sooner)
+
+
+def keep_asking(grid: Grid) -> None:
+    """Try a connection that broke in the TLS handshake again, as one that broke elsewhere.
+
+    Flower gives up on any error with "ssl" in its text, and the run has failed; a SuperLink that is killed then makes
+    one.
+    """
+    if isinstance(grid, HttpGrid):
+        invoker = grid._retry_invoker
+        gives_up = invoker.should_giveup
+        assert gives_up is not None
+        invoker.should_giveup = lambda error: not isinstance(error, httpx.TransportError) and gives_up(error)
 
 
 def pull_until(deadline: float) -> None:

@@ -18,10 +18,12 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -34,7 +36,13 @@ from flwr.common.constant import ISOLATION_MODE_PROCESS
 from flwr.supercore.constant import TaskType
 from flwr.supercore.exit.signal_handler import SIGNAL_TO_EXIT_CODE
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import fleet_http_connection
@@ -461,9 +469,79 @@ def test_a_reply_to_a_message_that_was_dropped_is_not_taken_for_that_to_the_next
         pushed.append(about)
         node.send(ready.pop(0), tree, 0.0)
 
-    node.pushing(push)(state="s")
+    about = {"state": "s", "object_store": SimpleNamespace(get=lambda number: b"content")}
+    node.pushing(push)(**about)
     assert not ready
-    assert pushed == [{"state": "s"}] * 2
+    assert pushed == [about] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"),
+        httpx.HTTPStatusError("", request=httpx.Request("POST", "/"), response=httpx.Response(500)),
+    ],
+)
+@pytest.mark.parametrize("part", ["send", "push"])
+def test_a_reply_that_could_not_be_sent_is_sent_later(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
+) -> None:
+    """Where Flower's own connection gives up; it would drop the reply, and the coordinator wait for it."""
+    monkeypatch.setattr(flwr_private, "SEND_AGAIN_S", 0.01)
+    errors, through = [error] * 2, getattr(site, part)
+
+    def broken(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return through(*args)
+
+    monkeypatch.setattr(site, part, broken)
+    site.message(site.run(OURS))
+    serve(site)
+    [reply] = site.replies
+    assert {get_object_id(content) for content in site.pushed} >= {reply.metadata.message_id}
+    assert len(site.pushed) == len(set(site.pushed))
+
+
+def test_a_reply_that_the_coordinator_forgot_half_is_sent_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was away for longer than it waits for the next object: it refuses that, and wants all of them anew."""
+    monkeypatch.setattr(flwr_private, "SEND_AGAIN_S", 0.01)
+    through = site.push
+
+    def push(run_id: int, session_id: str, object_id: str, content: bytes) -> None:
+        if len(site.replies) == 1 and site.pushed:
+            raise ObjectPushError(object_id, run_id, session_id)
+        through(run_id, session_id, object_id, content)
+
+    monkeypatch.setattr(site, "push", push)
+    site.message(site.run(OURS))
+    serve(site)
+    first, again = site.replies
+    assert first.metadata.message_id == again.metadata.message_id
+    assert len(site.pushed) == 1 + len(set(site.pushed))  # the one that it had had, and all
+
+
+@pytest.mark.parametrize("status", [413, 500])
+def test_a_reply_that_is_refused_or_that_nobody_waits_for_is_given_up(
+    site: Site, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """The site is there for the next message."""
+    error = httpx.HTTPStatusError("", request=httpx.Request("POST", "/"), response=httpx.Response(status))
+
+    def send(message: Message, *_: Any) -> Any:
+        if message.metadata.run_id == 1:
+            raise error
+        site.replies.append(message)
+        return set(), "session"
+
+    monkeypatch.setattr(site, "send", send)
+    if status == 500:
+        late = SimpleNamespace(time=lambda: 2e10, monotonic=time.monotonic, sleep=time.sleep)
+        monkeypatch.setattr(flwr_private, "time", late)
+    for _ in range(2):
+        site.message(site.run(OURS))
+    serve(site)
+    assert [reply.metadata.run_id for reply in site.replies] == [2]
 
 
 def test_the_log_shows_a_coordinators_names_on_their_line(site: Site, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,6 +30,7 @@ from tests.e2e import hospitals
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")
 AWAY_S = 120  # of the SuperLink
+PATIENCE_S = 600.0  # for a round; one takes half a minute after the absence, of which Flower's back-off is most
 
 
 class Disturbed:
@@ -78,27 +79,41 @@ class Disturbed:
 
     def until_at_work(self, name: str, number: int) -> None:
         """Until a site is in the middle of a round of pretraining (from 1)."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             node = self.node(name)
             if node["state"] == "working" and node["round"] == number and "pretrain" in str(node["phase"]):
                 return
             time.sleep(0.02)
-        pytest.fail(f"{name} is not at work on round {number}: {node}")
+        self.fail(f"{name} is not at work on round {number}: {node}")
 
     def until_done(self, number: int) -> None:
         """Until a round of pretraining (from 1) is in the journal; Flower's own stream ends with its connection."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            path = self.left / "journal.jsonl"
-            entries = read_journal(path) if path.exists() else []
             if any(
                 entry["event"] == "round" and entry["phase"] == "pretrain" and entry["round"] == number - 1
-                for entry in entries
+                for entry in self.journal()
             ):
                 return
             time.sleep(0.1)
-        pytest.fail(f"round {number} does not end; there are {entries}")
+        self.fail(f"round {number} does not end")
+
+    def journal(self) -> list[dict[str, Any]]:
+        path = self.left / "journal.jsonl"
+        return read_journal(path) if path.exists() else []
+
+    def fail(self, why: str) -> None:
+        """With the last that each process and the run said, short enough to be kept whole by whoever cuts logs."""
+        lines = [why]
+        for process in self.processes.processes:
+            lines += [f"== {process.name} ({'runs' if process.running else 'ended'})", *process.text.splitlines()[-8:]]
+        for name in NAMES:
+            lines.append(f"== node of {name}: {self.node(name)}")
+        for entry in self.journal()[-5:]:
+            told = {key: entry[key] for key in ("event", "phase", "round", "site", "reason") if key in entry}
+            lines.append(f"== journal: {told}")
+        pytest.fail("\n".join(re.sub(r"\x1b\[\d+m", "", line)[:160] for line in lines), pytrace=False)
 
     def kill_site(self, name: str) -> None:
         hospitals.kill(self.clients[name], self.node(name)["pid"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import socket
 import sys
 import threading
 import tomllib
@@ -11,12 +12,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import flwr
+import httpx
 import pytest
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.superexec import run_superexec
 from flwr.superlink import cli as superlink_cli
+from flwr.superlink.grid import HttpGrid
 from sqlalchemy import create_engine, insert, select
 from sqlalchemy.orm import Session
 
@@ -137,3 +140,33 @@ def test_an_object_that_is_not_there_yet_is_asked_for_again_soon(
     assert inflatable_utils.pull_objects(["a"], pull_object) == {"a": b"here"}
     assert waits[0] == pytest.approx(0.05, rel=0.21)
     assert max(waits) == pytest.approx(0.5, rel=0.21)
+
+
+def test_a_run_outlives_a_superlink_that_is_killed_in_a_handshake() -> None:
+    """Flower's own grid, with what it would wait told instead; here it may try thrice."""
+    waits: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def die() -> None:
+            for _ in range(3):
+                taken, _ = listener.accept()
+                with taken:
+                    taken.recv(2**16)
+
+        server = threading.Thread(target=die)
+        server.start()
+        grid = HttpGrid(f"127.0.0.1:{listener.getsockname()[1]}", token="x")
+        flwr_private.keep_asking(grid)
+        grid._retry_invoker.wait_function, grid._retry_invoker.max_tries = waits.append, 3
+        with pytest.raises(httpx.ConnectError, match="(?i)ssl"):
+            grid.get_nodes()
+        server.join()
+        grid.close()
+    assert len(waits) == 2
+
+
+def test_a_run_does_not_ask_again_after_a_refusal() -> None:
+    grid = HttpGrid("127.0.0.1:1", token="x")
+    flwr_private.keep_asking(grid)
+    refused = httpx.HTTPStatusError("", request=httpx.Request("POST", "/"), response=httpx.Response(400))
+    assert grid._retry_invoker.should_giveup(refused)
