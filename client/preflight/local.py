@@ -1,4 +1,4 @@
-"""What is looked at on this machine: keys, roster, code, store, disk, memory, GPU."""
+"""What is looked at on this machine: keys, roster, code, policy, store, disk, memory, GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from chexfound import signing
 from chexfound.data.store import INDEX, Store
-from chexfound.errors import ChexfoundError
+from chexfound.errors import ChexfoundError, ConfigError
 from client import approval, membership
 from client.home import named
+from client.policy import Policy
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 GB, GIB = 10**9, 2**30
@@ -77,6 +78,26 @@ def code(subject: Subject) -> Finding:
         approve = f"chexfound-client approve{named(subject.name)}"
         return failed(f"the installed release {digest[:12]}… was not approved here", approve)
     return ok(f"the installed release {digest[:12]}… was approved on {when[:10]}")
+
+
+def policy(subject: Subject) -> Finding:
+    """What the site demands in site.yaml can be read, and be had in this federation."""
+    assert subject.federation is not None  # `roster` has been well
+    path, n = subject.home / "site.yaml", len(subject.federation.sites.sites)
+    try:
+        demanded = Policy.load(subject.home)
+    except ConfigError as error:
+        return failed(str(error), f"mend {path}: until then every run is refused; docs/site.md says what it may hold")
+    clear = "runs in the clear are refused" if demanded.secagg.required else "runs in the clear are accepted"
+    try:
+        held = demanded.parameters(n)
+    except ConfigError as error:
+        if demanded.secagg.required:
+            return failed(f"{path}: {error}; {clear}, so there can be none", f"change secagg in {path}, or take it out")
+        if path.exists():
+            return warning(f"{path}: {error}", f"change secagg in {path}, or take it out")
+        return ok(f"{clear}; {error}")
+    return ok(f"{clear}; a masked sum is over {held.survivors} of {n} sites or more, of which {held.c} may collude")
 
 
 def store(subject: Subject) -> Finding:

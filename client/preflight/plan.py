@@ -9,6 +9,7 @@ CHECKS = (
     Check("keys", local.keys),
     Check("roster", local.roster, ("keys",)),
     Check("code", local.code),
+    Check("policy", local.policy, ("roster",)),
     Check("store", local.store),
     Check("disk", local.disk),
     Check("memory", local.memory),

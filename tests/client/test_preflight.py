@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -116,6 +117,39 @@ def test_nothing_was_approved(prepare: Callable[..., Path]) -> None:
     one = only(check(home), "roster")
     assert "no federation was approved yet" in one.text
     assert "roster approve" in one.remedy
+
+
+def test_a_policy_that_cannot_be_read(prepare: Callable[..., Path]) -> None:
+    home = prepare()
+    (home / "site.yaml").write_text("secagg: {require: true}")
+    one = only(check(home), "policy")
+    assert "secagg.require" in one.text
+    assert str(home / "site.yaml") in one.remedy
+
+
+def test_a_policy_that_this_federation_cannot_meet(prepare: Callable[..., Path]) -> None:
+    home = prepare()
+    (home / "site.yaml").write_text("secagg: {required: true}")
+    assert "this federation has 1; runs in the clear are refused" in only(check(home), "policy").text
+    (home / "site.yaml").write_text("secagg: {minimum: 4}")
+    assert check(home)["policy"].state == "warning"
+    (home / "site.yaml").unlink()
+    found = check(home)["policy"]
+    assert (found.state, found.remedy) == ("ok", "")
+    assert "runs in the clear are accepted; secure aggregation is for 3 to 128 sites" in found.text
+
+
+def test_a_policy_that_holds_is_told(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    home = prepare()
+    held = membership.approved(home)
+    assert held is not None
+    sites = held.sites
+    for name in ("EAST", "SOUTH", "WEST"):
+        sites = sites.with_site(name, membership.make_keys(tmp_path / name)[0])
+    membership.approve(home, dataclasses.replace(held, sites=sites))
+    (home / "site.yaml").write_text("secagg: {required: true, colluders: 1}")
+    text = "runs in the clear are refused; a masked sum is over 3 of 4 sites or more, of which 1 may collude"
+    assert check(home)["policy"].text == text
 
 
 def test_other_keys_in_the_roster(prepare: Callable[..., Path]) -> None:
