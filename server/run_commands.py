@@ -27,8 +27,9 @@ def run(given: argparse.Namespace) -> int:
     held = federation.load(given.dir)
     recipe = recipes.load(given.recipe, recipes.parse_overrides(given.set))
     _check_up(held)
-    if problem := runs.check_batches(held, recipe):
-        print(f"warning: {problem}", file=sys.stderr)
+    for problem in (runs.check_batches(held, recipe), runs.check_beginning(held, recipe, given.backbone)):
+        if problem:
+            print(f"warning: {problem}", file=sys.stderr)
     made = runs.create(held, recipe, given.name, given.backbone)
     return _submitted(made, runs.submit(made), given.detach)
 

@@ -191,6 +191,40 @@ def check_batches(federation: Federation, recipe: Recipe) -> str | None:
     return None
 
 
+def check_beginning(federation: Federation, recipe: Recipe, backbone: Path | None) -> str | None:
+    """Whether sites will refuse a run's first sum, because they opened one on the same weights for another recipe.
+
+    Returns: None if no run of this federation is known to have begun so, else which, and what to do.
+    """
+    from chexfound.secagg.payload import pretraining
+
+    if recipe.aggregation != "secagg" or "pretrain" not in recipe.phases:
+        return None
+    asked, begins = pretraining(recipe), ("seed", "student", "dino", "ibot")
+    given = str(backbone.absolute()) if backbone else None
+    for run in all_runs(federation):
+        try:
+            about, events = run.about(), run.journal()
+            if about is None or about["backbone"] != given:
+                continue
+            other = recipes.load(str(run.path / "recipe.yaml"))
+        except (CheckpointError, ConfigError):  # a damaged folder, or one of another release, hinders no new run
+            continue
+        opened = any(event["event"] == "round" and event["phase"] == "pretrain" for event in events)
+        held = pretraining(other)
+        if (
+            opened
+            and other.aggregation == "secagg"
+            and held != asked
+            and all(held[key] == asked[key] for key in begins)
+        ):
+            return (
+                f"run {run.name} began with the same weights by another recipe, and no site opens a second sum on them "
+                f"(secagg.differencing) without its operator's word; begin with others: --set seed={recipe.seed + 1}"
+            )
+    return None
+
+
 def create(federation: Federation, recipe: Recipe, name: str | None, backbone: Path | None) -> RunFolder:
     """Make a run's folder, with all that is submitted.
 

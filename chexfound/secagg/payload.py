@@ -53,6 +53,11 @@ Range = Annotated[float, Field(ge=fixed.RANGES[0], lt=1e30)]
 Images = Annotated[int, Field(gt=0, lt=WEIGHT_MAX)]
 
 
+def pretraining(recipe: Recipe) -> dict[str, Any]:
+    """The sections of a recipe that pretraining hangs on."""
+    return {key: value for key, value in json.loads(recipes.to_json(recipe)).items() if key not in BESIDE}
+
+
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Settings:
     """What the coordinator tells of the numbers of an attempt; public, and the same for all sites.
@@ -144,7 +149,7 @@ class Plan:
         if phase == "counts":
             return hashlib.sha256(b"").hexdigest()
         if phase == "pretrain":
-            bearing = {key: value for key, value in recipe.items() if key not in BESIDE}
+            bearing = pretraining(self.recipe)
         else:
             bearing = {key: recipe[key] for key in IMAGES}
             adapt = recipe["adapt"]

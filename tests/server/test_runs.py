@@ -80,6 +80,32 @@ def test_batches_that_cannot_be_shared_are_told_before_anything_is_made(thorax, 
     assert runs.check_batches(thorax, recipes.load("demo", three | shared)) is None
 
 
+def test_weights_that_another_recipe_began_with_are_told(thorax, tmp_path: Path) -> None:
+    for name in ("EAST", "WEST"):
+        thorax.write_sites(thorax.sites().with_site(name, membership.make_keys(tmp_path / name)[0]))
+    local = {"aggregation": "secagg", "train.optimizer_state": "local", "adapt.optimizer_state": "local"}
+
+    def masked(**values: Any) -> Any:
+        return recipes.load("demo", local | {key.replace("__", "."): value for key, value in values.items()})
+
+    first = runs.create(thorax, masked(), "first", None)
+    other = masked(train__rounds=3)
+    assert runs.check_beginning(thorax, other, None) is None  # no sum was opened
+    with Journal(first.path / "journal.jsonl") as journal:
+        journal.append({"event": "round", "phase": "pretrain", "round": 0})
+    told = runs.check_beginning(thorax, other, None)
+    assert told is not None
+    assert told.startswith("run first began with the same weights")
+    assert told.endswith("--set seed=1")
+    for fine in (masked(), masked(name="another"), masked(adapt__lr=1e-4), masked(train__rounds=3, seed=1)):
+        assert runs.check_beginning(thorax, fine, None) is None
+    assert runs.check_beginning(thorax, masked(train__rounds=3, student__arch="vit_small"), None) is None
+    assert runs.check_beginning(thorax, other, tmp_path / "backbone.safetensors") is None
+    assert runs.check_beginning(thorax, recipes.load("demo", {"train.rounds": 3}), None) is None  # in the clear
+    (first.path / "run.json").write_text("x")
+    assert runs.check_beginning(thorax, other, None) is None
+
+
 def test_the_runs_of_the_docs_can_be(thorax, tmp_path: Path) -> None:
     """Those of two sites, and with a quorum the one of three."""
     text = (Path(__file__).parents[2] / "docs" / "coordinator.md").read_text().replace("\\\n", "")
