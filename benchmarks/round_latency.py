@@ -214,13 +214,17 @@ class Ours:
 
     def block(self, number: int, rounds: int) -> list[float]:
         """A run; seconds of each round."""
-        folder, config = self.folder / "runs" / f"block-{number}", self.folder / "run.toml"
-        config.write_text(recipes.to_run_config(recipe(rounds)) + f"run-dir = {json.dumps(str(folder))}\n")
+        return journal_seconds(self.run(f"block-{number}", recipe(rounds)), rounds)
+
+    def run(self, name: str, recipe: Recipe) -> list[dict[str, Any]]:
+        """A run to its end; its journal."""
+        folder, config = self.folder / "runs" / name, self.folder / "run.toml"
+        config.write_text(recipes.to_run_config(recipe) + f"run-dir = {json.dumps(str(folder))}\n")
         command = [program("flwr"), "run", ".", "federation", "--stream", "-c", str(config)]
         said = do(command, self.environment, ROOT, BLOCK_S)
         if not (folder / "metrics.json").exists():  # which a run writes last
             raise SiteError(f"our run failed:\n{said[-3000:]}")
-        return journal_seconds(read_journal(folder / "journal.jsonl"), rounds)
+        return read_journal(folder / "journal.jsonl")
 
 
 class Rival:
