@@ -72,7 +72,7 @@ def _answer(context: Context, request: Request, run_id: int) -> Reply:
     run_recipe = recipe.from_run_config(context.run_config)
     home = site.member_home(context.node_config)
     if not request.stage:
-        secure.check_plain(run_recipe, request, home)
+        secure.check_plain(run_recipe, request, run_id, home)
     here = site.site_of(context.node_config, run_recipe.image_px, enrolling=request.phase == "enrol")
     if request.stage:
         assert home is not None  # or the request was refused

@@ -32,6 +32,7 @@ from chexfound.secagg import messages, payload
 from chexfound.secagg.messages import STAGES, Attempt
 
 log = logging.getLogger("chexfound.client")
+WEIGHTS = ("phase", "weights")  # of an entry: which weights it is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +121,19 @@ class Attempts:
         values = {"attempt": asdict(attempt), "began": now, "until": now + self.attempt_s}
         write_json(self.folder / "attempt.json", values)
 
-    def _end(self, attempt: Attempt, error: RefusedError) -> None:
-        """Refused: if that was the open attempt, it is over here and its secrets are gone."""
+    def refuse(self, attempt: Attempt, error: RefusedError, **about: str) -> None:
+        """Note a refusal, in the log and in the journal."""
         log.error("event=refused code=%s phase=%s round=%d %s", error.code, attempt.phase, attempt.round + 1, error)
-        entry = {"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code}
-        if error.code == "secagg.differencing":  # what the operator may release
-            entry |= {"phase": attempt.phase, "weights": self._kept("share")["base"]}
+        entry = {"event": "refused", "of": _of(attempt), "attempt": attempt.attempt, "code": error.code, **about}
         if entry not in self.journal.entries:  # or who asks again and again would fill the disk
             self.journal.append(entry)
+
+    def _end(self, attempt: Attempt, error: RefusedError) -> None:
+        """Refused: if that was the open attempt, it is over here and its secrets are gone."""
+        about = {}
+        if error.code == "secagg.differencing":  # what the operator may release
+            about = self._work(attempt, self._kept("consistency")["survivors"], self._kept("masked")["summed"])
+        self.refuse(attempt, error, **about)
         if self._is_open(attempt):
             if "ended" not in (opened := self._opened() or {}):
                 write_json(self.folder / "attempt.json", opened | {"ended": error.code})
@@ -219,20 +225,33 @@ class Attempts:
 
         Raises: RefusedError if there was another, and the operator has not released it.
         """
-        shared = self._kept("share")
-        key = {"phase": attempt.phase, "weights": shared["base"]}
-        asked = {
-            "over": messages.names_digest(survivors).hex(),
-            "asked": hashlib.sha256(canonical([shared["question"], summed])).hexdigest(),
-        }
+        work = self._work(attempt, survivors, summed)
         before = None
         for entry in self.journal.entries:
-            if entry["event"] in ("opened", "released") and {name: entry[name] for name in key} == key:
-                before = {name: entry[name] for name in asked} if entry["event"] == "opened" else None
-        if before not in (None, asked):
+            if {name: entry.get(name) for name in WEIGHTS} != {name: work[name] for name in WEIGHTS}:
+                continue
+            if entry["event"] == "opened":
+                before = {name: entry[name] for name in work}
+            elif entry["event"] == "released" and all(entry.get(name, work[name]) == work[name] for name in work):
+                before = None  # a word for this very sum, or for whichever it is
+        if before not in (None, work):
             raise RefusedError("secagg.differencing")
         if before is None:
-            self.journal.append({"event": "opened", **key, **asked, "of": _of(attempt)})
+            self.journal.append({"event": "opened", **work, "of": _of(attempt)})
+
+    def _work(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> dict[str, str]:
+        """On which weights a sum is, over which sites, and of what work; digests.
+
+        Which findings are left out of the counts hangs on each run's split, and one's counts tell nothing of another's.
+        """
+        shared = self._kept("share")
+        asked = [shared["question"], [] if attempt.phase == "counts" else summed]
+        return {
+            "phase": attempt.phase,
+            "weights": shared["base"],
+            "over": messages.names_digest(survivors).hex(),
+            "asked": hashlib.sha256(canonical(asked)).hexdigest(),
+        }
 
 
 def _late(opened: dict[str, Any]) -> bool:

@@ -67,4 +67,7 @@ class Policy:
 
         Raises: ConfigError if they do not protect.
         """
-        return Parameters.of(n, self.secagg.colluders, self.secagg.minimum)
+        try:
+            return Parameters.of(n, self.secagg.colluders, self.secagg.minimum)
+        except ConfigError as error:
+            raise ConfigError(f"site.yaml: {error}" if self != Policy() else str(error)) from error

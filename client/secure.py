@@ -58,18 +58,22 @@ def sweep(home: Path) -> None:
             desk.sweep()
 
 
-def check_plain(recipe: Recipe, request: Request, home: Path | None) -> None:
+def check_plain(recipe: Recipe, request: Request, run_id: int, home: Path | None) -> None:
     """That a request in the clear asks for nothing that is to be masked, by the recipe or by the site's own policy.
 
     Raises: RefusedError.
     """
     if home is not None:
         sweep(home)
-    required = home is not None and Policy.load(home).secagg.required
-    if (required or recipe.aggregation == "secagg") and request.phase != "enrol":
-        raise RefusedError("secagg.plain")
-    if required and recipe.aggregation != "secagg":
-        raise RefusedError("secagg.plain", "the run's recipe does not aggregate under masks, and site.yaml requires it")
+    masked, required = recipe.aggregation == "secagg", home is not None and Policy.load(home).secagg.required
+    if not (required or masked) or (masked and request.phase == "enrol"):
+        return
+    why = "" if masked else "the run's recipe does not aggregate under masks, and site.yaml requires it"
+    error = RefusedError("secagg.plain", why)
+    if home is not None:
+        with closing(Attempts(home, 0.0)) as attempts:
+            attempts.refuse(Attempt(run=run_id, phase=request.phase, round=request.round, attempt=1), error)
+    raise error
 
 
 class Desk(Attempts):

@@ -25,6 +25,7 @@ SCHEMA = 1  # of what --json prints
 SHOWN = 5  # opened sums, the latest
 LOST_MAX = 2  # sites that a sum is tried to have been without, to say which
 DIFFERENCING = "secagg.differencing"
+WORK = ("phase", "weights", "over", "asked")  # of an entry: on which weights a sum is, over which sites, of what
 STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 
 Entry = dict[str, Any]
@@ -58,7 +59,7 @@ def read(name: str, home: Path) -> dict[str, Any]:
             for entry in entries
             if entry["event"] == "refused"
         ],
-        "waiting": waiting(entries),
+        "waiting": _waiting(entries, federation.sites),
     }
 
 
@@ -106,14 +107,24 @@ def _moment(seconds: float) -> str:
 
 
 def waiting(entries: Sequence[Mapping[str, Any]]) -> Entry | None:
-    """The sum that was last refused for differencing, unless it was released, or opened, since; phase and weights."""
+    """The sum that was last refused for differencing, unless it was released, or one on its weights opened, since."""
     found: Entry | None = None
     for entry in entries:
-        key = {name: entry.get(name) for name in ("phase", "weights")}
         if entry["event"] == "refused" and entry["code"] == DIFFERENCING:
-            found = key
-        elif entry["event"] in ("released", "opened") and key == found:
+            found = {name: entry.get(name) for name in WORK}
+        elif found is not None and entry["event"] in ("released", "opened") and _same_weights(entry, found):
             found = None
+    return found
+
+
+def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return (one["phase"], one["weights"]) == (other["phase"], other["weights"])
+
+
+def _waiting(entries: Sequence[Mapping[str, Any]], sites: Roster) -> Entry | None:
+    found = waiting(entries)
+    if found is not None and found["over"] is not None:
+        found["without"] = _without(found["over"], sites)
     return found
 
 
@@ -123,8 +134,8 @@ def choose(home: Path, *, last: bool, phase: str | None, weights: str | None) ->
     Raises: ConfigError if there is no such one, or it was released already.
     """
     entries = _entries(home)
+    found = waiting(entries)
     if last:
-        found = waiting(entries)
         if found is None:
             raise ConfigError(f"no sum waits for a release: none was refused for {DIFFERENCING}, or it was done since")
         if found["phase"] is None or found["weights"] is None:
@@ -143,13 +154,16 @@ def choose(home: Path, *, last: bool, phase: str | None, weights: str | None) ->
             "see chexfound-client secagg show"
         )
     digest = digests.pop()
+    chosen = {"phase": phase, "weights": digest}
+    if found is not None and _same_weights(found, chosen) and found["over"] is not None:
+        return found  # what was asked, and nothing else
     if [entry for entry in of_phase if entry["weights"] == digest][-1]["event"] == "released":
         raise ConfigError(f"{phase} {digest[:12]}: released already, and not opened since; the run can go on")
-    return {"phase": phase, "weights": digest}
+    return chosen
 
 
 def release(home: Path, chosen: Entry) -> None:
-    """Let one more sum be opened on those weights, over whichever sites.
+    """Let one more sum be opened on those weights: the one that was refused, or, if none was, over whichever sites.
 
     Raises: ConfigError while the site is answering a stage, and has the journal open.
     """
@@ -162,18 +176,27 @@ def release(home: Path, chosen: Entry) -> None:
 
 def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
     """What a release means, for whoever has to say yes."""
-    before = [one for one in found["sums"] if one["event"] == "opened" and _is(one, chosen)]
-    return [
+    before = [one for one in found["sums"] if one["event"] == "opened" and _same_weights(one, chosen)]
+    said = [
         f"sum       {chosen['phase']} on weights {chosen['weights'][:12]}…",
         *(f"  opened  over {_over(one)}" for one in before),
+    ]
+    asked = found["waiting"] if chosen.get("over") else None
+    if asked is not None:
+        said.append(f"  asked   over {_over(asked)}; your word is for this sum alone")
+    if asked is not None and before and before[-1]["over"] == asked["over"]:
+        return [
+            *said,
+            "The same sites, but other work: another recipe with the same seed, or images that came since. One sum",
+            "taken from the other is what changed at all of them together; where only one site's part changed, it is",
+            "that change, in clear. Release it only if you know what changed.",
+        ]
+    return [
+        *said,
         "If one more sum on the same weights is opened over other sites, the coordinator can take one from the other:",
         "the difference is what the sites have sent that are in one of them only; where that is one site, it is that",
         "site's own update, in clear. Release it only if the coordinator's people told you why the first sum was lost.",
     ]
-
-
-def _is(one: Mapping[str, Any], chosen: Entry) -> bool:
-    return {"phase": one["phase"], "weights": one["weights"]} == chosen
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ the same way; only the round's deadline ends it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ LOST = (3, 4, 5, 8)  # Flower's error codes after which it helps to ask again, s
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)  # of Flower, over what a site sent
 LOOK_S = 2.0  # between two looks at who is connected
 AGAIN_MAX = 8  # times that a site is asked one thing again
+AWAY_S = 30.0  # that a site is waited for which the last request has lost, and which has not come back since
 Event = dict[str, Any]
 
 
@@ -42,6 +44,7 @@ class _Asked:
     activated: str = ""  # of the node, when the last was sent
     lost: bool = False  # told to the run
     again: int = 0
+    until: float = math.inf  # while it is lost (time.monotonic), if not to the deadline
 
 
 class GridExchange:
@@ -67,6 +70,7 @@ class GridExchange:
         self._nodes: list[int] = []  # 0: not connected yet
         self._recipe, self._counted = Recipe(), True
         self._timeout_s = self._recipe.federation.round_timeout_s
+        self._away: set[str] = set()  # sites that the last request to them has lost
 
     # -- who takes part
 
@@ -163,7 +167,11 @@ class GridExchange:
         if asked:
             names = [self._names[one.index] for one in asked]
             self._tell({"event": "asked", **_where(asked[0].request), "sites": names})
-            self._push(asked, self._connected(), deadline)
+            nodes = self._connected()
+            for one in asked:
+                if self._names[one.index] in self._away and self._nodes[one.index] not in nodes:
+                    one.until = time.monotonic() + AWAY_S
+            self._push(asked, nodes, deadline)
         for request in requests:
             if request is None:
                 yield None
@@ -171,6 +179,7 @@ class GridExchange:
             outcome = self._await(asked[0], asked, deadline)
             if isinstance(outcome, Reply):
                 self._tell({"event": "replied", **_where(request), "site": self._names[asked[0].index]})
+                self._away.discard(self._names[asked[0].index])
             del asked[0]
             yield outcome
 
@@ -195,7 +204,7 @@ class GridExchange:
 
     def _await(self, one: _Asked, pending: Sequence[_Asked], deadline: float) -> Reply | Missing:
         pause, look_at = 0.02, time.monotonic() + LOOK_S
-        while time.monotonic() < deadline:
+        while time.monotonic() < (min(deadline, one.until) if one.lost else deadline):
             for message_id in list(one.ids):
                 if (outcome := self._pulled(one, message_id, deadline)) is not None:
                     return outcome
@@ -208,6 +217,9 @@ class GridExchange:
                 look_at = time.monotonic() + LOOK_S
             time.sleep(pause)
             pause = min(pause * 1.5, 0.5)
+        if one.lost:
+            self._away.add(self._names[one.index])
+            return Missing(reason="gone", error=SiteError(f"{self._where(one)}: was lost, and has not come back"))
         text = f"{self._where(one)}: no reply within {self._timeout_s:g} s"
         return self._missing(one, "late", SiteError(text))
 
@@ -255,7 +267,7 @@ class GridExchange:
     def _find(self, one: _Asked) -> None:
         if one.lost:
             self._tell({"event": "back", **_where(one.request), "site": self._names[one.index]})
-        one.lost = False
+        one.lost, one.until = False, math.inf
 
     def _judged(self, one: _Asked, message_id: str, message: Message) -> Reply | Missing | None:
         """The reply, or why it does not count; None if there may be another."""

@@ -127,10 +127,14 @@ class SecureSums:
                 one.close()
         hint = ""
         if any("secagg.differencing" in text for text in failed):
-            hint = (
-                "; another sum on these weights was opened before, over other sites or by another recipe: begin from "
-                "other weights (another seed), or have each site's operator allow it: chexfound-client secagg release"
-            )
+            hint = "; have each site's operator allow it: chexfound-client secagg release --last"
+            if request.phase == "counts":
+                hint = f"; the last run's counts were over other sites: wait for all to be there, or{hint[1:]}"
+            else:
+                hint = (
+                    "; a sum on these weights was opened before, over other sites, by another recipe, or of other "
+                    f"images: begin from other weights (another seed), or{hint[1:]}"
+                )
         raise SiteError(f"{_where(request)}: no sum after {len(failed)} attempts; the last: {failed[-1]}{hint}")
 
     def _next(self, request: Request) -> int:
@@ -404,6 +408,12 @@ class _Try:
         for name, outcome in zip(names, self.run_.exchange.ask(requests, seconds), strict=True):
             if isinstance(outcome, Missing):
                 self.reasons[name] = outcome.reason
+                if outcome.reason == "secagg.parameters" and self.request.phase == "counts":  # the first sum of a run
+                    raise SiteError(
+                        f"{name} has other numbers of sites or colluders than the recipe, {self.parameters.shared()}: "
+                        "secagg.colluders must be the same at all sites (site.yaml) and in the recipe, and the roster "
+                        "that of the federation; chexfound-client secagg show says what a site has"
+                    )
             elif outcome is not None:
                 try:
                     take(name, outcome)

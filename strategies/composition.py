@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from chexfound.errors import ConfigError, Problems
-from chexfound.schema import Recipe
+from chexfound.schema import Recipe, SecAgg
 from chexfound.secagg.fixed import levels
 from chexfound.secagg.parameters import MINIMUM, SITES_MAX, Parameters
 
@@ -97,6 +97,8 @@ def check(recipe: Recipe, n_sites: int | None) -> None:
     Raises: ConfigError, with all that does not fit.
     """
     if recipe.aggregation != "secagg":
+        if recipe.secagg != SecAgg():
+            raise ConfigError("recipe: secagg has values, and the run is in the clear; choose aggregation: secagg")
         return
     problems = Problems(ConfigError, "recipe: aggregation: secagg")
     if n_sites is not None:

@@ -24,6 +24,7 @@ from chexfound.report.story import (
     signed,
     too_few,
 )
+from chexfound.secagg.parameters import MINIMUM
 
 ENOUGH_STEPS = 300  # below it, gains of pretraining were inside the noise of the seeds
 NEAR = 0.05  # of AUROC: a floor this little below the model is near it
@@ -247,9 +248,10 @@ def _summed(run: Run) -> list[Callout]:
     how = run.metrics.secagg
     if how is None:
         return []
+    helped = f"whatever it did with up to {how.c} of them" if how.c else "as long as no site helped it to another’s"
     text = (
         f"Secure aggregation: of the {how.n} sites’ updates, losses and counts the coordinator saw sums over at least "
-        f"{how.t} sites and no site’s own, whatever it did with up to {how.c} of them ({how.ring} bits a value)."
+        f"{max(how.t, MINIMUM)} sites and no site’s own, {helped} ({how.ring} bits a value)."
     )
     if not run.metrics.deployed:
         text += " Figures by site are the simulation’s own, which has all images."

@@ -33,8 +33,8 @@ class Parameters:
             raise ConfigError(f"secure aggregation is for {MINIMUM} to {SITES_MAX} sites; this federation has {self.n}")
         if self.c < 0 or self.t > self.n or 2 * self.t <= self.n + self.c or self.t - self.c < 2:
             raise ConfigError(
-                f"secure aggregation of n = {self.n} sites cannot hold against c = {self.c} colluders with a threshold "
-                f"of t = {self.t}: 2t > n + c, t - c >= 2 and t <= n are needed; c is at most {colluders_max(self.n)}"
+                f"secagg.colluders: a sum of {self.n} sites cannot hold against c = {self.c} colluders with a "
+                f"threshold of t = {self.t}; c is at most {colluders_max(self.n)} (2t > n + c, t - c >= 2 and t <= n)"
             )
         if not MINIMUM <= self.minimum <= self.n:
             raise ConfigError(f"secagg.minimum must be {MINIMUM} to {self.n}, the sites of the federation")

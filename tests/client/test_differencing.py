@@ -42,6 +42,14 @@ def test_other_numbers_on_the_same_weights_are_another_sum(change: str, fed: Fed
     assert pretraining(fed, 3).finish()["images"]  # the sum that there was may be had again
 
 
+def test_counts_by_another_seed_are_no_second_sum(fed: Federation) -> None:
+    """The split decides which sites have a finding to train on, and so which are left out."""
+    every = ("Bar", "Blob", "Rare")
+    fed.attempt(findings=every).finish()
+    fed.attempt(number=2, findings=every, recipe=changed(fed.recipe, seed=1)).finish()
+    fed.attempt(number=3, findings=("Bar", "Blob")).finish()
+
+
 def test_what_does_not_bear_on_the_features_is_no_other_question(fed: Federation) -> None:
     featuring(fed).finish()
     other = changed(fed.recipe, adapt=changed(fed.recipe.adapt, lr=0.5), name="another head")

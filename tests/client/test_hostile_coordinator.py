@@ -524,6 +524,7 @@ def test_equal_weights_cannot_hide_behind_a_tensor_without_a_part(phase: str, fe
 def test_a_plain_request_under_masks_is_refused(phase: str, fed: Federation) -> None:
     one = pretraining(fed)
     assert fed.ask(VICTIM, replace(one.request, phase=phase)) == "secagg.plain"
+    assert fed.refused(VICTIM) == ["secagg.plain"]
 
 
 def test_a_site_that_requires_masks_takes_no_part_in_a_plain_run(fed: Federation) -> None:

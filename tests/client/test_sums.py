@@ -184,7 +184,8 @@ def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: 
     out = capsys.readouterr().out
     assert "opened  over all sites" in out
     assert "it is that\nsite's own update, in clear" in out
-    assert read_journal(home / "secagg" / "journal.jsonl")[-1] == {
+    released = read_journal(home / "secagg" / "journal.jsonl")[-1]
+    assert {name: released[name] for name in ("event", "phase", "weights")} == {
         "event": "released", "phase": "pretrain", "weights": WEIGHTS,
     }  # fmt: skip
     federation = membership.present(home)
@@ -193,6 +194,53 @@ def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: 
     with pytest.raises(RefusedError, match="second sum"):  # one more, and no other
         open_sum(again, NAMES[1:])
     again.close()
+
+
+def refuse_sum(desk: Desk, names: Sequence[str], question: str = "") -> None:
+    """As a site does that is asked for a second sum."""
+    shared = {"asked": "", "values": {}, "kept": {"base": WEIGHTS, "question": question}}
+    write_json(desk.folder / "share.json", shared)
+    for stage, kept in (("masked", {"summed": []}), ("consistency", {"survivors": list(names)})):
+        write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})
+    with pytest.raises(RefusedError, match="second sum") as caught:
+        desk._check_differencing(ATTEMPT, list(names), [])
+    desk._end(ATTEMPT, caught.value)
+
+
+def test_a_word_is_for_the_sum_that_was_asked(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    open_sum(desk, NAMES)
+    refuse_sum(desk, NAMES[:3])
+    desk.close()
+    assert do("release", "--last", "--yes") == 0
+    out = capsys.readouterr().out
+    assert "asked   over all sites but WEST; your word is for this sum alone" in out
+    assert "it is that\nsite's own update, in clear" in out
+    again = Desk(home, "NORTH", *_held(home))
+    refuse_sum(again, NAMES[1:])
+    refuse_sum(again, NAMES[:3], "another recipe")
+    again.close()
+    assert do("show") == 0
+    assert "WAITING" in capsys.readouterr().out
+    last = Desk(home, "NORTH", *_held(home))
+    open_sum(last, NAMES[:3])
+    last.close()
+
+
+def _held(home: Path) -> tuple[Roster, Ed25519PrivateKey, Policy]:
+    return membership.present(home).sites, membership.identity_key(home), Policy.load(home)
+
+
+def test_other_work_over_the_same_sites_is_told_as_that(
+    home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_sum(desk, NAMES)
+    refuse_sum(desk, NAMES, "another recipe")
+    desk.close()
+    assert do("release", "pretrain", WEIGHTS[:6], "--yes") == 0
+    out = capsys.readouterr().out
+    assert "asked   over all sites; your word" in out
+    assert "The same sites, but other work" in out
+    assert "site's own update" not in out
 
 
 def test_the_last_refusal_says_which(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -435,8 +436,30 @@ def test_a_site_that_always_dies_of_it_is_not_asked_for_ever(quick: Any) -> None
     exchange.enrol(set_federation(quick, round_timeout_s=3.0))
     _, second = exchange.ask(pretrain(2))
     assert isinstance(second, Missing)
-    assert second.reason == "late"
+    assert second.reason == "gone"
     assert len(grid.asked) == 4 + grid_module.AGAIN_MAX
+
+
+def test_a_site_that_stays_away_is_waited_for_once(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the deadline of the request that lost it; then shortly, until it is there again."""
+    monkeypatch.setattr(grid_module, "AWAY_S", 0.5)
+    grid, exchange, told = secured(lambda message: SOUTH.answer(message) if 2 in grid.online else None)
+    exchange.enrol(quick)
+    grid.online = {1}
+    assert list(exchange.ask(pretrain(2), 3.0))[1].reason == "gone"  # type: ignore[union-attr]
+    began = time.monotonic()
+    assert list(exchange.ask(pretrain(2), 60.0))[1].reason == "gone"  # type: ignore[union-attr]
+    assert time.monotonic() - began < 30
+    grid.online = {1, 2}
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2), 60.0))
+    looks = iter(range(10**9))
+
+    def away_and_back() -> None:
+        grid.online = {1} if next(looks) < 2 else {1, 2}
+
+    grid.looked = away_and_back  # it has been there, and so it is waited for again
+    assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2), 60.0))
+    assert events(told)[-1] == ("back", "SOUTH")
 
 
 def test_a_site_that_is_away_when_a_run_goes_on_may_come_later(patient: Any) -> None:

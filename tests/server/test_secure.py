@@ -99,6 +99,18 @@ def test_one_site_lost_at_any_stage(stage: str, asked: bool, sums: Callable[...,
     assert summed.survivors == [name for name in NAMES if masked or name != "beta"]
 
 
+def test_a_run_begins_with_the_same_numbers_at_all_sites(
+    sums: Callable[..., SecureSums], fed: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One site's typing error is told as that, and nothing is opened without it."""
+    (fed.homes["beta"] / "site.yaml").write_text("secagg: {colluders: 0}")
+    run = sums()
+    with pytest.raises(SiteError, match=r"beta has other numbers of sites or colluders .*site\.yaml"):
+        counted(run)
+    assert run.exchange.stages == ["advertise", "share"]
+    assert opened(fed) == []
+
+
 def test_sites_lost_one_after_the_other_down_to_the_threshold(sums: Callable[..., SecureSums]) -> None:
     summed = counted(sums(lost={"masked": ["beta"]}))
     assert summed.sums["images"] == 3 * EACH
