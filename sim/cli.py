@@ -29,7 +29,8 @@ examples:
 A folder of DICOM files, a folder with a manifest.csv (see docs/data.md), or a store made by
 `chexfound ingest` will do as --data. With many images run `chexfound ingest IMAGES STORE` first and give
 the store: one that is made here goes again if the run cannot start, say for a label that is too rare.
-Ctrl-C keeps what is done; --resume goes on to the same result (under secure aggregation but for rounding, which is random).
+Ctrl-C keeps what is done; --resume goes on to the same result (under secure aggregation: but for rounding,
+which is by chance there).
 """
 
 
