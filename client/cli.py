@@ -141,11 +141,13 @@ def _serve(given: argparse.Namespace) -> int:
     from chexfound.roster import check_name
     from client import approval, link, node, supernode
     from client.home import named, site_home, sole_site
+    from client.policy import Policy
 
     name = given.name or sole_site()
     check_name(name, "site name")
     home = site_home(name)
     address, credentials = _connection(given, name, home)
+    Policy.load(home)  # else every run would be refused
     data = Path(given.data).resolve()
     gpus = _gpus(given.gpus)
     values: dict[str, str | bool] = {"site": name, "data": str(data)}

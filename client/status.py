@@ -14,6 +14,7 @@ from chexfound.names import shown
 from chexfound.roster import read_json
 from client import approval, membership
 from client.home import named
+from client.policy import Policy
 
 SCHEMA = 1
 STALE_S = 90.0  # a node that runs writes every 30 s
@@ -52,10 +53,19 @@ def read(name: str, home: Path) -> dict[str, Any]:
             "roster": federation.sites.serial,
             "sites": sorted(federation.sites.sites),
         },
+        "policy": _policy(home),
         "code": {"approved": approval.approved(home), "refused": list(approval.refused(home))},
         "stores": [_store(path) for path in sorted(home.glob(f"store-*/{INDEX}"))],
         "disk": {"free_bytes": shutil.disk_usage(home).free if home.exists() else None},
     }
+
+
+def _policy(home: Path) -> dict[str, Any]:
+    """Whether the site refuses runs in the clear; an error in place of that, if site.yaml cannot be read."""
+    try:
+        return {"required": Policy.load(home).secagg.required, "error": None}
+    except ConfigError as error:
+        return {"required": None, "error": str(error)}
 
 
 def _node(path: Path) -> dict[str, Any] | None:
@@ -121,6 +131,12 @@ def lines(found: dict[str, Any]) -> list[str]:
         if federation is None
         else f"  federation    {federation['name']} at {federation['server']}, roster {federation['roster']}: "
         + ", ".join(federation["sites"])
+    )
+    policy = found["policy"]
+    said.append(
+        f"  policy        every run is refused: {policy['error']}"
+        if policy["error"]
+        else f"  policy        runs in the clear are {'refused' if policy['required'] else 'accepted'}"
     )
     approved, refused = found["code"]["approved"], found["code"]["refused"]
     said += [f"  code          {digest[:12]}… approved on {when[:10]}" for digest, when in approved.items()]

@@ -193,6 +193,16 @@ def test_no_images(serve: Served, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "home" / "sites" / "A" / "store-16").exists()
 
 
+def test_a_site_with_a_damaged_policy_is_not_served(
+    serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home" / "sites" / "A"
+    home.mkdir(parents=True)
+    (home / "site.yaml").write_text("secagg: {required: ture}")
+    assert serve(*options(images, "--insecure")) == 2
+    assert f"{home / 'site.yaml'}: secagg.required" in capsys.readouterr().err
+
+
 def test_one_client_a_site(serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = tmp_path / "home" / "sites" / "A"
     home.mkdir(parents=True)

@@ -151,6 +151,17 @@ def test_stores(home: Path, tell: Callable[..., None], tmp_path: Path, capsys: p
     assert f"store         {store_path(home, 32)}" in out
 
 
+def test_the_policy(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status"]) == 0
+    assert "policy        runs in the clear are accepted" in capsys.readouterr().out
+    (home / "site.yaml").write_text("secagg: {required: true}")
+    assert cli.main(["status"]) == 0
+    assert "policy        runs in the clear are refused" in capsys.readouterr().out
+    (home / "site.yaml").write_text("secagg: {required: ture}")
+    assert cli.main(["status"]) == 0
+    assert f"every run is refused: {home / 'site.yaml'}: secagg.required" in capsys.readouterr().out
+
+
 def test_for_programs(home: Path, tell: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     tell(state="working", round=3)
     assert cli.main(["status", "--json", "--name", "NORTH"]) == 0
