@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+EVERY_S = 60.0  # without a line: then one that says what is going on, where there are no bars
 
 
 class Display:
     """One bar for each site or arm that is at work; finished bars make room.
 
-    Without a terminal (a log file, CI) each arm is a line when it ends.
+    Without a terminal (a log file, CI) each arm is a line when it ends, and who is at work is one now and then.
     """
 
     def __init__(self, console: Console) -> None:
@@ -27,7 +30,7 @@ class Display:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -45,10 +48,13 @@ class Display:
                 self._progress.remove_task(self._bars.pop(old))
             self._bars[key] = self._progress.add_task(key, total=total)
         self._progress.update(self._bars[key], completed=done, total=total)
+        if not self.console.is_terminal and time.monotonic() > self._said + EVERY_S:
+            self.say(f"{escape(key)}: {done} of {total}")
 
     def say(self, text: str) -> None:
         """A line that stays, with the time since the start before it."""
-        elapsed = int(time.monotonic() - self._started)
+        self._said = time.monotonic()
+        elapsed = int(self._said - self._started)
         self.console.print(f"[dim]{elapsed // 60:3d}:{elapsed % 60:02d}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def clear(self) -> None:
