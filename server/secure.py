@@ -125,6 +125,8 @@ class SecureSums:
             finally:
                 self.left_out |= one.at_fault
                 one.close()
+            if one.hopeless:
+                break
         hint = ""
         if any("secagg.differencing" in text for text in failed):
             hint = "; have each site's operator allow it: chexfound-client secagg release --last"
@@ -135,7 +137,8 @@ class SecureSums:
                     "; a sum on these weights was opened before, over other sites, by another recipe, or of other "
                     f"images: begin from other weights (another seed), or{hint[1:]}"
                 )
-        raise SiteError(f"{_where(request)}: no sum after {len(failed)} attempts; the last: {failed[-1]}{hint}")
+        tried = "one attempt" if len(failed) == 1 else f"{len(failed)} attempts, of which the last"
+        raise SiteError(f"{_where(request)}: no sum after {tried}: {failed[-1]}{hint}")
 
     def _next(self, request: Request) -> int:
         """A number that no site has seen for this sum, whenever the coordinator died."""
@@ -177,6 +180,7 @@ class _Try:
         self.reasons: dict[str, str] = {member.name: "" for member in run.members} | run.left_out
         self.at_fault: dict[str, str] = {}
         self.spool: MaskedSum | None = None
+        self.hopeless = False  # as long as no operator releases it: all sites came, and will not open this sum
         self.up = self.down = 0
 
     def run(self) -> Summed:
@@ -184,7 +188,7 @@ class _Try:
 
         Raises: FailedError.
         """
-        names = [member.name for member in self.run_.members if member.name not in self.run_.left_out]
+        names = self.asked = [member.name for member in self.run_.members if member.name not in self.run_.left_out]
         adverts = self._adverts(names)
         states = {advert.state for advert in adverts.values()}
         if self.whole is not None and (len(states) > 1 or "" in states):
@@ -376,6 +380,7 @@ class _Try:
         if not opening.enough:
             if "secagg.differencing" in self.reasons.values():
                 self.run_.keep_opened(self.sum_, survivors, refused=True)
+                self.hopeless = len(survivors) == len(self.asked) and not self.run_.opened(self.sum_)
             raise FailedError(f"fewer than {self.parameters.t} sites opened their shares" + self._why())
         try:
             return opening.masks()

@@ -146,6 +146,16 @@ def test_whom_a_sum_may_have_been_opened_over_it_is_opened_over_again(sums: Call
     assert counted(sums()).survivors == ["alpha", "delta", "gamma"]
 
 
+def test_what_all_refuse_is_not_asked_again(sums: Callable[..., SecureSums], fed: Federation, tmp_path: Path) -> None:
+    """Another run's sum of counts, over other sites; another attempt would be for nothing."""
+    assert counted(sums(lost={"masked": ["beta"]})).survivors == ["alpha", "delta", "gamma"]
+    (tmp_path / "run" / "opened.json").unlink()  # which that run remembers, and another does not know
+    run = sums()
+    with pytest.raises(SiteError, match=r"no sum after one attempt: .*secagg\.differencing.*wait for all to be there"):
+        counted(run)
+    assert run.exchange.stages.count("unmask") == 1
+
+
 def test_attempts_below_the_threshold_for_ever(sums: Callable[..., SecureSums], fed: Federation) -> None:
     run = sums()
     run.left_out = dict.fromkeys(["beta", "gamma"], "secagg.blame")
