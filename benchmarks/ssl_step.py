@@ -2,7 +2,6 @@
 
     python benchmarks/ssl_step.py --rival DIR [--data DIR] [--json]     DIR: a checkout that runs on a CPU
     python benchmarks/ssl_step.py [--data DIR] [--json]                 against benchmarks/plain_ssl.py
-    python benchmarks/ssl_step.py --cuda [--json]                       ViT-L at 224 and 512 px on a GPU
 
 ViT-S/16 with 4 registers and SwiGLU, 2 x 112 + 8 x 48 px, batch 8, one thread each.  The images are
 256 px: JPEG files for the rival, which decodes them as its datasets do, and the uint8 store for us.
@@ -31,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +47,7 @@ from chexfound.machine import benchmark_line, slowdown
 from chexfound.model import checkpoint
 from chexfound.model.weights.published import backbone_names
 from chexfound.pretrain import schedules
-from chexfound.pretrain.batches import Batches, make_batch
+from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import Batch
 from chexfound.pretrain.train import Pretrainer
 from chexfound.schema import ARCHS, Recipe
@@ -67,24 +65,14 @@ PHOTOMETRY = {  # DINOv2's, as far as it means something on grey
     "solarize": 0.2,
 }
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
-PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "A100": 312,
-    "L40S": 362,
-    "A10": 125,
-    "RTX 4090": 165,
-}
 
 
 def main() -> int:
     options = _parser().parse_args()
     torch.set_num_threads(1)
     try:
-        lines = cuda(options) if options.cuda else compare(options)
-        for name, values in lines:
-            _tell(name, values, options.json)
+        for name, values in compare(options):
+            tell(name, values, options.json)
     except ChexfoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -114,8 +102,6 @@ def _parser() -> argparse.ArgumentParser:
         help="of ours in the line ssl_step (default: the one in which this machine's products take less time)",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave train.compile alone (it needs a C++ compiler)")
-    parser.add_argument("--cuda", action="store_true", help="measure ViT-L at 224 and 512 px on the GPU instead")
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, where its name is not known")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
 
@@ -124,7 +110,7 @@ Line = tuple[str, dict[str, Any]]
 Turn = tuple[Callable[[], list[float]], int]  # gives the seconds of so many steps
 
 
-def _tell(name: str, values: dict[str, Any], as_json: bool) -> None:
+def tell(name: str, values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(benchmark_line(name, PACKAGES, **values), flush=True)
     elif "equal" in values:
@@ -354,10 +340,6 @@ def compare(options: argparse.Namespace) -> Iterator[Line]:
             rival.close()
     if "bf16" not in options.precisions:
         yield "ssl_step_bf16", {"figure": f"not measured: products take {slower:.0f} times as long as in fp32 here"}
-    yield "ssl_step_cuda", {"figure": "not measured: run with --cuda" if torch.cuda.is_available() else NO_GPU}
-
-
-NO_GPU = "not measured: no GPU"
 
 
 def _settings(config: dict[str, Any], recipe: Recipe, images: Images, options: argparse.Namespace) -> dict[str, Any]:
@@ -587,88 +569,6 @@ def step_flops(config: dict[str, Any], batch: int, masked: int) -> float:
         (1 - student["drop_path_rate"]) * (seen + blocks(*small, small[0])) + heads + head(small[0], config["dino"])
     )
     return teacher + 3 * learnt + 2 * (stem(*big) + stem(*small))
-
-
-STAGES = {(224, 96): 64, (512, 144): 16}  # crops of the first and the last stage of vitl16-cxr1m: images in a batch
-
-
-def cuda(options: argparse.Namespace) -> Iterator[Line]:
-    """ViT-L/16 with the paper's heads in bf16 on a GPU: the step alone, in turns with plain_ssl.py under autocast.
-
-    The rival gets its crops normalised and on the GPU, ours renders nothing either; `whole` has ours with its
-    data path: images from memory, crops rendered on the GPU, batches made ahead by eight threads.
-    """
-    if not torch.cuda.is_available():
-        yield "ssl_step_cuda", {"figure": NO_GPU}
-        return
-    for stage, images in STAGES.items():
-        for compiled in (False, True) if not options.no_compile else (False,):
-            yield "ssl_step_cuda", on_gpu(options, stage, images, compiled)
-            torch.cuda.empty_cache()
-
-
-def on_gpu(options: argparse.Namespace, stage: tuple[int, int], images: int, compiled: bool) -> dict[str, Any]:
-    """One line of `cuda`."""
-    from plain_ssl import Plain
-
-    px = f"{stage[0]},{stage[1]}"
-    options = argparse.Namespace(**vars(options) | {"arch": "vit_large", "px": px, "prototypes": 131_072})
-    config = configuration(options)
-    config["student"]["drop_path_rate"] = options.drop_path
-    recipe = our_recipe(config, images, "bf16", options.drop_path, compiled=compiled)
-    recipe = recipes.changed(recipe, train=recipes.changed(recipe.train, num_workers=8))
-    pixels = np.random.default_rng(0).integers(0, 256, (images, 512, 512), dtype=np.uint8)
-    trainer = Pretrainer(recipe, lambda places: pixels[places], images, 0, device="cuda")
-    trainer.model.train()
-    batch = Batches(recipe, lambda places: pixels[places], images, images, 0, device="cuda").batch(0)
-    values = dataclasses.asdict(schedules.at(recipe, 0))
-    rival = Plain(
-        {"config": config, "files": [], "batch_size": images, "schedules": [values], "seed": 0, "device": "cuda"}
-    )
-    crops = [_normalised(batch.global_crops), _normalised(batch.local_crops)]
-    sides = {
-        "ours": lambda step: trainer.step(batch, step),
-        "rival": lambda step: rival.step((*crops, batch.masks), values, "bf16"),
-    }
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = dict.fromkeys(sides, 0.0)
-    began = time.perf_counter()
-    for step in range(1 + 3 * options.rounds):
-        for name, side in sides.items():
-            torch.cuda.synchronize()
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            side(step)
-            torch.cuda.synchronize()
-            took[name].append(time.perf_counter() - start)
-            peaks[name] = max(peaks[name], (torch.cuda.max_memory_allocated() - held) / 2**30)
-            if step == 0 and name == "ours":
-                first = time.perf_counter() - began
-    ours, theirs = (statistics.median(times[1:]) for times in took.values())
-    steps = len(took["ours"])
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    trainer.run(steps, 10, images)
-    torch.cuda.synchronize()
-    whole = (time.perf_counter() - start) / 10
-    tflops = step_flops(config, images, int(batch.masks.sum())) / ours / 1e12
-    name = torch.cuda.get_device_name()
-    peak = options.peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
-    return {
-        "ours": images / ours, "rival": images / theirs, "unit": "img/s", "ratio": theirs / ours,
-        "against": "plain_ssl.py", "whole": images / whole, "first_step_s": first, "compiled": compiled,
-        "tflops": tflops, "peak_tflops": peak, "share_of_peak": tflops / peak if peak else None,
-        "step_memory_gib": round(peaks["ours"], 2), "rival_step_memory_gib": round(peaks["rival"], 2),
-        "gpu": name, "batch": images, "px": px, "drop_path": options.drop_path,
-    }  # fmt: skip
-
-
-def _normalised(crops: Tensor) -> Tensor:
-    """uint8 (n, s, s) to what the rival takes: float32 (n, 3, s, s)."""
-    grey = crops[:, None].float() / 255
-    mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in (MEAN, STD))
-    return (grey - mean) / std
 
 
 if __name__ == "__main__":

@@ -249,5 +249,7 @@ def test_a_checkout_that_runs(bench, tiny, pictures, tmp_path):
 
 
 def test_without_a_gpu_nothing_is_claimed(bench, tiny, monkeypatch):
+    import ssl_step_gpu
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert list(bench.cuda(tiny)) == [("ssl_step_cuda", {"figure": "not measured: no GPU"})]
+    assert list(ssl_step_gpu.measure(tiny)) == [("ssl_step_cuda", {"figure": "not measured: no GPU"})]

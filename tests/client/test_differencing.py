@@ -45,9 +45,9 @@ def test_other_numbers_on_the_same_weights_are_another_sum(change: str, fed: Fed
 def test_counts_by_another_seed_are_no_second_sum(fed: Federation) -> None:
     """The split decides which sites have a finding to train on, and so which are left out."""
     every = ("Bar", "Blob", "Rare")
-    fed.attempt(findings=every).finish()
-    fed.attempt(number=2, findings=every, recipe=changed(fed.recipe, seed=1)).finish()
-    fed.attempt(number=3, findings=("Bar", "Blob")).finish()
+    other = changed(fed.recipe, seed=1)
+    tries = [fed.attempt(findings=every), fed.attempt(number=2, findings=every, recipe=other), fed.attempt(number=3)]
+    assert [int(one.finish()["images"]) for one in tries] == [96] * 3
 
 
 def test_what_does_not_bear_on_the_features_is_no_other_question(fed: Federation) -> None:
