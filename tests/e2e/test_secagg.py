@@ -5,35 +5,49 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from chexfound import phases
 from chexfound import recipe as recipes
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.errors import SiteError
+from chexfound.evaluate.histograms import bins
+from chexfound.evaluate.metrics import auroc, load_scores
 from chexfound.journal import read_journal
 from chexfound.model import checkpoint
 from chexfound.names import ALL_SITES
+from chexfound.phases import Reply, Request, Site
 from chexfound.schema import Recipe
+from client.home import store_path
+from server.exchange import Member, Missing, checked_roster
+from server.run import Run
 from tests.e2e.conftest import PATIENCE_S
 from tests.e2e.hospitals import Hospitals, kill
 
 pytestmark = pytest.mark.e2e
 SITES = 4  # c = 1, t = 3
+PATIENTS = 48  # of each: of few held-out images two that change places are felt in AUROC
 ROUND_S, STAGE_S = 110.0, 20.0  # a node that was killed is let in again after a minute
+AUROC = 0.002  # how near plain averaging the run must come, the mean over findings
 RARE = {"Consolidation", "Nodule", "Pneumothorax"}  # that st-brigid does not label
 
 
 @pytest.fixture(scope="module")
 def secret(recipe: Recipe) -> Recipe:
-    """For four sites, with rounds long enough to be interrupted."""
+    """For four sites, with rounds long enough to be interrupted: of large steps, as many would amplify last bits."""
     return replace(
         recipe,
         aggregation="secagg",
         federation=replace(recipe.federation, min_sites=SITES, round_timeout_s=ROUND_S),
         secagg=replace(recipe.secagg, stage_timeout_s=STAGE_S),
-        train=replace(recipe.train, local_steps=40, optimizer_state="local"),
+        train=replace(recipe.train, local_steps=12, pooled_batch_size=64, optimizer_state="local"),
         adapt=replace(recipe.adapt, optimizer_state="local"),
     )
 
@@ -54,7 +68,7 @@ def until_at_work(made: Hospitals, site: str, number: int) -> None:
 @pytest.fixture(scope="module")
 def secured(federation: Any, secret: Recipe, tmp_path_factory: Any) -> Hospitals:
     """In the second round of pretraining `back` is killed and started again, and `gone` is killed."""
-    made = Hospitals(federation, tmp_path_factory.mktemp("images") / "phantoms", SITES)
+    made = Hospitals(federation, tmp_path_factory.mktemp("images") / "phantoms", SITES, PATIENTS)
     for name in made.names:
         made.enrol(name)
     for name in made.names:
@@ -107,6 +121,72 @@ def test_the_run_goes_to_its_end_without_who_is_gone(secured: Hospitals) -> None
     model = checkpoint.load(secured.left / "model.safetensors")
     assert model
     assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+class InTheClear:
+    """The hospitals, each asked by a plain call: who is gone is so from the second round on, and none labels RARE."""
+
+    def __init__(self, made: Hospitals, folder: Path, px: int) -> None:
+        self.gone = made.gone
+        stores = {name: Store.open(store_path(made.home(name) / "sites" / name, px)) for name in made.names}
+        self.sites = [Site(view=View.of(store, name), home=folder / name) for name, store in stores.items()]
+
+    def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
+        self.recipe = recipe
+        replies = [phases.run(site, recipe, Request(phase="enrol")) for site in self.sites]
+        for reply in replies:
+            for finding in RARE:
+                reply.values["findings"].pop(finding, None)
+        return checked_roster(replies, [site.name for site in self.sites])
+
+    def ask(self, requests: Sequence[Request | None], timeout_s: float | None = None) -> Iterator[Any]:
+        for site, request in zip(self.sites, requests, strict=True):
+            if request is None:
+                yield None
+            elif site.name == self.gone and (request.phase, request.round) != ("pretrain", 0):
+                yield Missing(reason="gone", error=SiteError("killed"))
+            else:
+                yield self.asked(site, request)
+
+    def asked(self, site: Site, request: Request) -> Reply:
+        return phases.run(site, self.recipe, replace(request, left_out=tuple(RARE)))
+
+    def aurocs(self, rank: Callable[[np.ndarray], np.ndarray] = np.asarray) -> dict[str, float]:
+        """Of the survivors' held-out images together, as they were last scored; `rank` is what scores are taken as."""
+        told = [load_scores(site.home / "scores.npz", {}) for site in self.sites if site.name != self.gone]
+        labels, scores = (np.concatenate([getattr(one, what) for one in told]) for what in ("labels", "scores"))
+        return {
+            finding: auroc(labels[:, column], rank(scores[:, column]))
+            for column, finding in enumerate(told[0].findings)
+            if finding not in RARE
+        }
+
+
+def test_auroc_is_that_of_plain_averaging_without_who_is_gone(
+    secured: Hospitals, secret: Recipe, tmp_path: Path
+) -> None:
+    findings = tuple(read_journal(secured.left / "journal.jsonl")[0]["findings"])
+    recipe = replace(
+        secret,
+        aggregation="fedavg",
+        federation=replace(secret.federation, quorum_sites=SITES - 1),
+        adapt=replace(secret.adapt, findings=findings),
+    )
+    sites = InTheClear(secured, tmp_path, recipe.image_px)
+    plain = Run(recipe, sites, tmp_path / "run").run()
+    first, second = (one for one in read_journal(tmp_path / "run" / "journal.jsonl") if one.get("phase") == "pretrain")
+    assert ("missing" in first, [one["site"] for one in second["missing"]]) == (False, [secured.gone])
+    exact, rounded = sites.aurocs(), sites.aurocs(bins)
+
+    ours = checkpoint.load(secured.left / "model.safetensors")
+    for site in sites.sites:
+        sites.asked(site, Request(phase="evaluate", findings=findings, tensors=ours))
+    rows = json.loads((secured.left / "metrics.json").read_text())["results"]
+    reported = {row["finding"]: row["auroc"] for row in rows if row["auroc"] is not None}
+    for found, expected in ((sites.aurocs(), exact), (reported, rounded)):
+        assert found.keys() == expected.keys() == set(findings) - RARE
+        assert np.mean([abs(found[name] - expected[name]) for name in expected]) <= AUROC
+    assert any(not ours[name].equal(plain.tensors[name]) for name in ours)  # or it would be no comparison
 
 
 def test_no_site_has_a_figure_of_its_own(secured: Hospitals) -> None:
