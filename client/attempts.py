@@ -30,6 +30,7 @@ from chexfound.journal import Journal, canonical, remove_unfinished, storage, wr
 from chexfound.phases import Reply
 from chexfound.secagg import messages, payload
 from chexfound.secagg.messages import STAGES, Attempt
+from client.sums import in_force
 
 log = logging.getLogger("chexfound.client")
 WEIGHTS = ("phase", "weights")  # of an entry: which weights it is about
@@ -227,7 +228,7 @@ class Attempts:
         """
         work = self._work(attempt, survivors, summed)
         before = None
-        for entry in self.journal.entries:
+        for entry in in_force(self.journal.entries):
             if {name: entry.get(name) for name in WEIGHTS} != {name: work[name] for name in WEIGHTS}:
                 continue
             if entry["event"] == "opened":

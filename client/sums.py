@@ -65,7 +65,29 @@ def read(name: str, home: Path) -> dict[str, Any]:
 
 def _entries(home: Path) -> list[Entry]:
     path = home / "secagg" / "journal.jsonl"
-    return read_journal(path) if path.exists() else []
+    return in_force(read_journal(path)) if path.exists() else []
+
+
+def in_force(entries: Sequence[Entry]) -> list[Entry]:
+    """A journal's entries without the releases that were taken back, and their withdrawals."""
+    kept: list[Entry] = []
+    for entry in entries:
+        if entry["event"] != "withdrawn":
+            kept.append(entry)
+        elif (place := _unused(kept)) is not None:
+            del kept[place]
+    return kept
+
+
+def _unused(entries: Sequence[Entry]) -> int | None:
+    """Where the last release stands since which no sum on its weights was opened."""
+    for place in reversed(range(len(entries))):
+        one = entries[place]
+        if one["event"] == "released" and not any(
+            later["event"] == "opened" and _same_weights(later, one) for later in entries[place + 1 :]
+        ):
+            return place
+    return None
 
 
 def _sum(entry: Entry, sites: Roster) -> Entry:
@@ -167,11 +189,28 @@ def release(home: Path, chosen: Entry) -> None:
 
     Raises: ConfigError while the site is answering a stage, and has the journal open.
     """
+    _note(home, "released", chosen)
+
+
+def _note(home: Path, event: str, chosen: Entry) -> None:
     path = home / "secagg" / "journal.jsonl"
     if held(path):
         raise ConfigError("the site is answering a stage; try again once chexfound-client status says that it waits")
     with Journal(path) as journal:
-        journal.append({"event": "released", **chosen})
+        journal.append({**chosen, "event": event})
+
+
+def withdraw(home: Path) -> Entry:
+    """Take back the last release by which no sum was opened yet; what it was of.
+
+    Raises: ConfigError if there is none, or while the site is answering a stage.
+    """
+    entries = _entries(home)
+    place = _unused(entries)
+    if place is None:
+        raise ConfigError("no release is left to be taken back: none was given, or its sum has been opened since")
+    _note(home, "withdrawn", entries[place])
+    return entries[place]
 
 
 def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:

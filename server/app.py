@@ -63,7 +63,7 @@ def log_event(event: Event) -> None:
         log.info("event=features seconds=%.1f up=%d down=%d", event["seconds"], up, down)
     elif event["event"] == "attempt":
         log.warning("event=attempt phase=%s round=%d failed=%r", event["phase"], event["round"] + 1, event["failed"])
-    elif event["event"] in ("lost", "back"):
+    elif event["event"] in ("lost", "back", "refused"):
         log.warning(
             "event=%s site=%s phase=%s round=%d%s",
             event["event"], event["site"], event["phase"], event["round"] + 1,

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from chexfound import signing, wire
-from chexfound.errors import ChexfoundError, CodeError, ProtocolError, RosterError, SiteError, VersionError
+from chexfound.errors import ChexfoundError, CodeError, ConfigError, ProtocolError, RosterError, SiteError, VersionError
 from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
@@ -53,7 +53,7 @@ class GridExchange:
     Args:
         sites: those of the federation, with the keys that replies are verified with; None: they have no keys.
         run_id: which the signatures are for.
-        on_event: told "wait", "asked", "replied", "lost" and "back".
+        on_event: told "wait", "asked", "replied", "refused", "lost" and "back".
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class GridExchange:
             checked_roster([reply], [f"node {node.node_id}"], counted=self._counted)
         except ChexfoundError as error:
             name = self._name_of(node)
-            self._tell({"event": "lost", "phase": "enrol", "round": 0, "site": name, "reason": error.code})
+            self._tell({"event": "refused", "phase": "enrol", "round": 0, "site": name, "reason": error.code})
             return Missing(reason=error.code, error=error)
         return reply
 
@@ -279,8 +279,11 @@ class GridExchange:
                 self._lose(one, "gone")
                 return None
             text = f"{where}: {wire.explain_error(message)}; that site's own log says why"
+            code = wire.error_code(message)
+            if code == "secagg.plain":  # resumed, the run would fail again
+                return self._missing(one, code, ConfigError(f"{text}. Begin another, with --set aggregation=secagg"))
             refused = issubclass(kind, CodeError | RosterError | VersionError)
-            return self._missing(one, wire.error_code(message), (kind if refused else SiteError)(text))
+            return self._missing(one, code, (kind if refused else SiteError)(text))
         try:
             if not message.has_content():
                 raise ProtocolError("a reply without content")
@@ -301,7 +304,10 @@ class GridExchange:
             raise ProtocolError("says another name than that of its keys")
 
     def _missing(self, one: _Asked, reason: str, error: ChexfoundError) -> Missing:
-        self._lose(one, reason)
+        if reason == "late":
+            self._lose(one, reason)
+        else:  # it has answered: that it does not do it, or what does not count
+            self._tell({"event": "refused", **_where(one.request), "site": self._names[one.index], "reason": reason})
         return Missing(reason=reason, error=error)
 
     def _where(self, one: _Asked) -> str:

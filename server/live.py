@@ -43,6 +43,8 @@ class Live:
         elif kind == "replied":
             self.values["waiting_for"] = [name for name in self.values["waiting_for"] if name != event["site"]]
             self.values["replied"] = [*self.values["replied"], event["site"]]
+        elif kind == "refused":
+            self.values["waiting_for"] = [name for name in self.values["waiting_for"] if name != event["site"]]
         elif kind == "done":
             self.values |= {"state": "done", "since": _now(), "waiting_for": []}
         else:

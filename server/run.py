@@ -119,8 +119,8 @@ class Run:
         return self.journal.entries[0][key] if self.journal.entries else default
 
     def heard(self, event: Event) -> None:
-        """Told by the exchange; who was lost and came back is kept."""
-        if event["event"] in ("lost", "back") and self.journal.entries:
+        """Told by the exchange; who was lost, came back or refused is kept."""
+        if event["event"] in ("lost", "back", "refused") and self.journal.entries:
             self.journal.append(event)
         if self.on_event is not None:
             self.on_event(event)

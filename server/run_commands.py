@@ -18,6 +18,7 @@ from server.federation import Federation
 from server.runs import RunFolder
 
 SCHEMA = 1  # of what --json prints
+ERROR_MAX = 2000  # characters of a run's error that are shown of a line
 
 
 def run(given: argparse.Namespace) -> int:
@@ -226,7 +227,8 @@ def _run_lines(held: Federation, one: dict[str, Any]) -> list[str]:
         said.append("  " + ", ".join(figures))
     if now.error:
         first, *more = now.error["text"].split("\n")
-        said += [shown(f"  error {now.error['code']}: {first}"), *(shown(f"    {line}") for line in more)]
+        lines = [f"  error {now.error['code']}: {first}", *(f"    {line}" for line in more)]
+        said += [shown(line, ERROR_MAX) for line in lines]
     if now.state in standing.ENDED and now.state != "done":
         said.append(f"  {standing.next_step(RunFolder(held, now.run), now)}")
     return said

@@ -424,7 +424,7 @@ class _Try:
                     take(name, outcome)
                 except (ProtocolError, RefusedError) as error:
                     self.reasons[name] = error.code
-                    self.run_.tell({"event": "lost", **_place(self.request), "site": name, "reason": error.code})
+                    self.run_.tell({"event": "refused", **_place(self.request), "site": name, "reason": error.code})
 
     def _enough(self, came: dict[str, _T], did: str) -> dict[str, _T]:
         if len(came) < self.parameters.t:

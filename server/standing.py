@@ -128,7 +128,7 @@ def lost(events: Sequence[Event]) -> list[str]:
     for event in events:
         if event["event"] == "lost":
             away[event["site"]] = None
-        elif event["event"] == "back":
+        elif event["event"] in ("back", "refused"):
             away.pop(event["site"], None)
         elif event["event"] == "round":
             for site in cohort(event):
@@ -240,8 +240,8 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_symptoms(event)}"
     if kind == "features":
         return f"features  {', '.join(_cost(event))}{_without(event)}"
-    if kind == "lost":
-        return shown(f"lost      {event['site']} in {_where(event)}: {event.get('reason', '')}")
+    if kind in ("lost", "refused"):
+        return shown(f"{kind:<9} {event['site']} in {_where(event)}: {event.get('reason', '')}")
     if kind == "back":
         return shown(f"back      {event['site']} in {_where(event)}")
     if kind == "attempt":

@@ -21,7 +21,7 @@ class Rule:
         key: of the recipe.
         excluded: whether a recipe, for so many sites, makes that choice.
         why: it cannot be.
-        remedy: what to choose instead.
+        remedy: what to choose instead, as the commands take it.
     """
 
     key: str
@@ -50,37 +50,37 @@ SECAGG = (
         key="train.optimizer_state",
         excluded=lambda recipe, n: "pretrain" in recipe.phases and recipe.train.optimizer_state == "average",
         why="Adam's squares span more orders of magnitude than fixed point holds",
-        remedy="train.optimizer_state: local",
+        remedy="--set train.optimizer_state=local",
     ),
     Rule(
         key="adapt.optimizer_state",
         excluded=lambda recipe, n: "adapt" in recipe.phases and recipe.adapt.optimizer_state == "average",
         why="Adam's squares span more orders of magnitude than fixed point holds",
-        remedy="adapt.optimizer_state: local",
+        remedy="--set adapt.optimizer_state=local",
     ),
     Rule(
         key="train.local_steps",
         excluded=_pretrain_stands_still,
         why=STILL,
-        remedy="train.local_steps: 2, or optim.warmup_epochs: 0",
+        remedy="--set train.local_steps=2, or --set optim.warmup_epochs=0",
     ),
     Rule(
         key="adapt.local_steps",
         excluded=_adapt_stands_still,
         why=STILL,
-        remedy="adapt.local_steps: 2, or adapt.warmup_steps: 0",
+        remedy="--set adapt.local_steps=2, or --set adapt.warmup_steps=0",
     ),
     Rule(
         key="codec",
         excluded=lambda recipe, n: recipe.codec != "none",
         why="what is masked has no zeros left to leave out, nor a scale of its own",
-        remedy="codec: none",
+        remedy="--set codec=none",
     ),
     Rule(
         key="secagg.ring",
         excluded=lambda recipe, n: levels(recipe.secagg.ring, n) < LEVELS_MIN,
         why=f"so many sites' sum leaves each fewer than {LEVELS_MIN} levels of a value",
-        remedy="secagg.ring: 32, or fewer sites",
+        remedy="--set secagg.ring=32, or fewer sites",
     ),
 )
 # Reductions that need each site's update by itself have no key of the recipe yet; when they do, their rule goes here:
@@ -98,7 +98,7 @@ def check(recipe: Recipe, n_sites: int | None) -> None:
     """
     if recipe.aggregation != "secagg":
         if recipe.secagg != SecAgg():
-            raise ConfigError("recipe: secagg has values, and the run is in the clear; choose aggregation: secagg")
+            raise ConfigError("recipe: secagg has values, and the run is in the clear; choose --set aggregation=secagg")
         return
     problems = Problems(ConfigError, "recipe: aggregation: secagg")
     if n_sites is not None:

@@ -253,7 +253,7 @@ def _compared(run: Run, finding: str) -> str:
         why = (
             "no site has enough held-out patients to judge a difference"
             if rivals
-            else "this run has nothing to compare it with"
+            else "this run trained no site’s own model and no pooled one"
         )
         return (
             f"{shown(finding)}: the federated model reaches an AUROC of {figures}; "

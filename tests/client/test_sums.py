@@ -287,6 +287,32 @@ def test_what_cannot_be_released(
     assert read_journal(home / "secagg" / "journal.jsonl") == before
 
 
+def test_a_word_can_be_taken_back(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last that is left: by one that a sum was opened by, all is said."""
+    open_sum(desk, NAMES)
+    refuse_sum(desk, NAMES[:3])
+    desk.close()
+    assert do("withdraw") == 2
+    assert "no release is left to be taken back" in capsys.readouterr().err
+    for _ in range(2):
+        assert do("release", "--last", "--yes") == 0
+        assert do("withdraw") == 0
+    assert f"withdrawn: pretrain on weights {WEIGHTS[:12]}…" in capsys.readouterr().out
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert ("WAITING" in out, "RELEASED" in out) == (True, False)
+    again = Desk(home, "NORTH", *_held(home))
+    refuse_sum(again, NAMES[:3])
+    again.close()
+    assert do("release", "--last", "--yes") == 0
+    last = Desk(home, "NORTH", *_held(home))
+    open_sum(last, NAMES[:3])
+    last.close()
+    assert do("withdraw") == 2
+    assert do("show") == 0
+    assert "RELEASED" in capsys.readouterr().out
+
+
 def test_nothing_is_released_without_a_yes(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

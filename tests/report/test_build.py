@@ -214,7 +214,7 @@ def test_a_deployed_run_has_the_federated_arm_and_metrics_alone(make_run):
         if path.name != "metrics.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = build(out).read_text()
-    assert "this run has nothing to compare it with" in Outline(page).titles(1)[0]
+    assert "this run trained no site’s own model and no pooled one" in Outline(page).titles(1)[0]
     assert "Not in this run: the pooled, local, random-weights and floor arms." in page
     for name in (
         "history.json",

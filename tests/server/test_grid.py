@@ -16,7 +16,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable import inflatable_utils
 
 from chexfound import signing, wire
-from chexfound.errors import ConfigError, DataError, ProtocolError, SiteError
+from chexfound.errors import ConfigError, DataError, ProtocolError, RefusedError, SiteError
 from chexfound.phases import Reply, Request
 from chexfound.roster import Keys, Roster
 from server import grid as grid_module
@@ -216,7 +216,7 @@ def test_with_a_quorum_a_bad_enrolment_is_one_that_did_not_come(quick: Any) -> N
     exchange = GridExchange(Scripted(nodes), on_event=told.append)
     members = exchange.enrol(set_federation(quick, min_sites=2, quorum_sites=2))
     assert [member.name for member in members] == ["A", "B"]
-    assert [(one["site"], one["reason"]) for one in told if one["event"] == "lost"] == [("node 3", "protocol")]
+    assert [(one["site"], one["reason"]) for one in told if one["event"] == "refused"] == [("node 3", "protocol")]
 
 
 # -- replies that do not come
@@ -233,17 +233,30 @@ def second_of(recipe: Any, later: Answer, told: list[Any] | None = None) -> Miss
 
 @pytest.mark.parametrize("kind", [DataError, SiteError, ConfigError])
 def test_an_error_names_the_site_and_its_code(quick: Any, kind: Any) -> None:
-    missing = second_of(quick, lambda message: wire.pack_error(kind("Jane Doe"), message))
+    told: list[dict[str, Any]] = [{}]
+    missing = second_of(quick, lambda message: wire.pack_error(kind("Jane Doe"), message), told)
     assert missing.reason == kind.code
+    assert told[-1] == {"event": "refused", "phase": "pretrain", "round": 2, "site": "B", "reason": kind.code}
+    assert type(missing.error) is SiteError
     assert f"site 'B' in pretrain, round 3: replied with error '{kind.code}' (exit code {kind.exit_code})" in str(
         missing.error
     )
     assert "Jane" not in str(missing.error)
 
 
+def test_a_site_that_gives_sums_alone_needs_another_run(quick: Any) -> None:
+    """Resumed, a run in the clear would be refused again."""
+    missing = second_of(quick, lambda message: wire.pack_error(RefusedError("secagg.plain"), message))
+    assert missing.reason == "secagg.plain"
+    assert type(missing.error) is ConfigError
+    assert str(missing.error).endswith("Begin another, with --set aggregation=secagg")
+
+
 def test_a_site_that_does_not_answer_is_late(quick: Any) -> None:
-    missing = second_of(quick, lambda message: None)
+    told: list[dict[str, Any]] = [{}]
+    missing = second_of(quick, lambda message: None, told)
     assert missing.reason == "late"
+    assert told[-1] == {"event": "lost", "phase": "pretrain", "round": 2, "site": "B", "reason": "late"}
     assert str(missing.error) == "site 'B' in pretrain, round 3: no reply within 0.3 s"
 
 

@@ -172,9 +172,9 @@ def test_status_as_text(thorax, submitted, flwr, recipe, live, happened, capsys,
     monkeypatch.setattr(up, "processes", lambda held: {"superlink": "up", "superexec": "up", "guard": "down"})
     happened(submitted, "start", 0)
     live(submitted, "failed", error={"code": "site", "text": "SOUTH is gone"})
-    bad = runs.create(thorax, recipe, "bad", None)
+    bad, long = runs.create(thorax, recipe, "bad", None), "one " * 100 + "and its end"
     flwr.statuses[runs.submit(bad)] = "finished:failed"
-    live(bad, "failed", error={"code": "config", "text": "recipe: 2 problems:\n  - one\n  - \x1b"})
+    live(bad, "failed", error={"code": "config", "text": f"recipe: 2 problems:\n  - {long}\n  - \x1b"})
     (thorax.path("runs") / "old").mkdir()
     (thorax.path("runs") / "old" / "journal.jsonl").write_text("{}\n")
     assert do(thorax, "status") == 0
@@ -187,7 +187,7 @@ def test_status_as_text(thorax, submitted, flwr, recipe, live, happened, capsys,
         "    error site: SOUTH is gone",
         f"    go on with: chexfound-server resume {thorax.folder} first",
         "    error config: recipe: 2 problems:",
-        "        - one",
+        f"        - {long}",
         "        - \\x1b",
         f"    start a new run with other values: chexfound-server run {thorax.folder} RECIPE --set KEY=VALUE",
     ):

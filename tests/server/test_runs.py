@@ -214,6 +214,13 @@ def test_a_second_serverapp_leaves_the_first_ones_word(submitted, live, monkeypa
     assert (submitted.path / "live.json").read_bytes() == before
 
 
+def test_who_refused_is_waited_for_no_more(submitted: RunFolder) -> None:
+    told = Live(submitted.path, "100")
+    told({"event": "asked", "phase": "enrol", "round": 0, "sites": ["NORTH", "SOUTH"]})
+    told({"event": "refused", "phase": "enrol", "round": 0, "site": "SOUTH", "reason": "code"})
+    assert (told.values["waiting_for"], told.values["replied"]) == (["NORTH"], [])
+
+
 def test_a_full_disk_costs_what_is_shown_alone(submitted: RunFolder) -> None:
     """And never the error's text, which is logged after it was shown."""
     (submitted.path / ".live.json.tmp").mkdir()

@@ -76,6 +76,9 @@ def test_figures(submitted, flwr, live, happened) -> None:
     assert standing.sentence(now) == "pretrain, round 3 of 3, waiting for SOUTH; lost: SOUTH"
     happened(submitted, {"event": "back", "site": "SOUTH", "phase": "pretrain", "round": 2})
     assert look(submitted, flwr).lost == []
+    lost, refused = ({"event": kind, "site": "SOUTH", "phase": "pretrain", "round": 2} for kind in ("lost", "refused"))
+    happened(submitted, lost, refused)
+    assert look(submitted, flwr).lost == []
 
 
 def test_who_took_part_again_is_not_lost(submitted, happened) -> None:
@@ -115,6 +118,8 @@ def test_lines(submitted, happened) -> None:
         ({"event": "lost", "site": "a\x1b", "phase": "adapt", "round": 0, "reason": "gone"},
          r"lost      a\x1b in adapt, round 1: gone"),
         ({"event": "back", "site": "a", "phase": "enrol", "round": 0}, "back      a in enrol"),
+        ({"event": "refused", "site": "a", "phase": "counts", "round": 0, "reason": "secagg.parameters"},
+         "refused   a in counts: secagg.parameters"),
         ({"event": "done", "model_sha256": "ab", "results": []}, "done      model ab"),
         ({"event": "new", "what": "\x1b"}, r"new       what=\x1b"),
     ]  # fmt: skip

@@ -119,7 +119,7 @@ def test_all_that_does_not_fit_is_said_at_once_and_nothing_is_left(simulate: Any
     ran = simulate("--by", "iid:2", "--set", "aggregation=secagg", data=four)
     assert ran.code == 2
     said = " ".join(ran.stderr.split())
-    for part in ("3 problems", "is for 3 to 128 sites", "choose train.optimizer_state", "choose adapt.optimizer_state"):
+    for part in ("3 problems", "is for 3 to 128 sites", *LOCAL):
         assert part in said
     assert not ran.out.exists()
 
