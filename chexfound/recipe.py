@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from chexfound import strict_yaml
+from chexfound import strict_json, strict_yaml
 from chexfound.errors import ConfigError, Problems, VersionError
 from chexfound.names import utf8, written
 from chexfound.schema import ARCHS, Adapt, Recipe, Stage, Train
@@ -266,7 +266,7 @@ def from_json(text: str) -> Recipe:
     Raises: ConfigError; VersionError for a recipe of another version, whose keys may mean something else.
     """
     try:
-        values = json.loads(text)
+        values = strict_json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError("run-config 'recipe': not valid JSON") from error
     if not isinstance(values, dict):

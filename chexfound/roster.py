@@ -7,7 +7,6 @@ which it signs what it says.  Both are told as OpenSSH writes public keys.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -18,7 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from chexfound import signing
+from chexfound import signing, strict_json
 from chexfound.errors import ConfigError, ProtocolError
 from chexfound.journal import canonical
 
@@ -182,7 +181,7 @@ def read_json(path: Path, expected: str | None = None) -> Any:
             text = file.read(SIZE_MAX + 1)
         if len(text) > SIZE_MAX:
             raise ValueError(f"larger than {SIZE_MAX} bytes")
-        return json.loads(text)
+        return strict_json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         if expected is not None and not isinstance(error, OSError):
             raise ConfigError(f"{path}: is not {expected}") from error

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import chexfound
 from chexfound import roster as rosters
-from chexfound import signing
+from chexfound import signing, strict_json
 from chexfound.errors import (
     CODES,
     REFUSALS,
@@ -208,7 +208,7 @@ def _table(content: RecordDict, key: str) -> list[tuple[str, str, list[int]]]:
 def _json(content: RecordDict, key: str, part: str = "json") -> dict[str, Any]:
     try:
         text = content.config_records[key][part]
-        values = json.loads(text, parse_constant=_number, parse_float=_number)  # type: ignore[arg-type]
+        values = strict_json.loads(text, parse_constant=_number, parse_float=_number)  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"the message holds no readable {(key if part == 'json' else part)!r}") from error
     if not isinstance(values, dict):

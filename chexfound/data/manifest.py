@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from chexfound import strict_json
 from chexfound.data.store import Image
 from chexfound.errors import DataError, Problems
 from chexfound.names import RULE, word
@@ -94,7 +95,7 @@ def read_labelled(path: Path) -> dict[str, list[str]]:
         return {}
     _check_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = strict_json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

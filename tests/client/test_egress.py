@@ -27,7 +27,7 @@ def text_of(message: Any) -> str:
     return "\n".join(parts)
 
 
-OURS = [kind(f"{kind.code}: {SECRET}") for kind in {*CODES.values()}]
+OURS = [kind(f"{kind.code}: {SECRET}") for kind in CODES.values()]
 FOREIGN = [
     OSError(28, f"No space left on device: {SECRET}"),
     FileNotFoundError(SECRET),
@@ -118,7 +118,9 @@ def test_no_tensor_or_number_that_is_not_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [np.float32(1), np.int64(1), (1, math.nan), {1}, b"x", object(), torch.ones(1)], ids=repr
+    "value",
+    [np.float32(1), np.int64(1), (1, math.nan), {1}, b"x", object(), torch.ones(1)],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_plain_value_does_not_raise(value: Any, make_message: Any) -> None:
     with pytest.raises(PolicyError, match="not a plain value"):
