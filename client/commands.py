@@ -125,14 +125,8 @@ def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser
     release.add_argument("--last", action="store_true", help="the one that was refused last")
     release.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     release.add_argument("--yes", action="store_true", help="do not ask")
+    release.add_argument("--withdraw", action="store_true", help="take the last one back that no sum was opened by yet")
     release.set_defaults(run=_secagg_release)
-    withdraw = of_secagg.add_parser(
-        "withdraw",
-        help="take the last release back, while its sum was not opened",
-        description="Take the last release back. Once the sum that it allowed was opened, nothing can be taken back.",
-    )
-    withdraw.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
-    withdraw.set_defaults(run=_secagg_withdraw)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -288,26 +282,20 @@ def _secagg_release(given: argparse.Namespace) -> int:
 
     name = given.name or sole_site()
     check_name(name, "site name")
-    if given.last and given.phase is not None:
-        raise ConfigError("give --last, or PHASE and WEIGHTS; not both")
+    if given.last + given.withdraw + (given.phase is not None) > 1:
+        raise ConfigError("give --last, PHASE and WEIGHTS, or --withdraw; one of them")
     home = site_home(name)
+    if given.withdraw:
+        found = sums.withdraw(home)
+        print(f"withdrawn: {found['phase']} on weights {found['weights'][:12]}…; a second sum on them is refused again")
+        return 0
     chosen = sums.choose(home, last=given.last, phase=given.phase, weights=given.weights)
     print("\n".join(sums.question(sums.read(name, home), chosen)))
     if not given.yes and not _confirmed("Release it?"):
         raise PolicyError("not released; nothing was changed")
     sums.release(home, chosen)
     print("released: one more sum on these weights may be opened; the coordinator can resume the run")
-    print(f"until then it can be taken back: chexfound-client secagg withdraw{named(name)}")
-    return 0
-
-
-def _secagg_withdraw(given: argparse.Namespace) -> int:
-    from client import sums
-
-    name = given.name or sole_site()
-    check_name(name, "site name")
-    found = sums.withdraw(site_home(name))
-    print(f"withdrawn: {found['phase']} on weights {found['weights'][:12]}…; a second sum on them is refused again")
+    print(f"until then it can be taken back: chexfound-client secagg release --withdraw{named(name)}")
     return 0
 
 

@@ -269,7 +269,8 @@ def test_a_refusal_that_does_not_say_which(home: Path, capsys: pytest.CaptureFix
     [
         (["release"], "say which sum"),
         (["release", "pretrain"], "say which sum"),
-        (["release", "--last", "pretrain", "ab"], "not both"),
+        (["release", "--last", "pretrain", "ab"], "one of them"),
+        (["release", "--last", "--withdraw"], "one of them"),
         (["release", "pretrain", "a"], "of 2 sums"),
         (["release", "pretrain", "ff"], "of 0 sums"),
         (["release", "adapt", "ab"], "of 0 sums"),
@@ -292,11 +293,11 @@ def test_a_word_can_be_taken_back(home: Path, desk: Desk, capsys: pytest.Capture
     open_sum(desk, NAMES)
     refuse_sum(desk, NAMES[:3])
     desk.close()
-    assert do("withdraw") == 2
+    assert do("release", "--withdraw") == 2
     assert "no release is left to be taken back" in capsys.readouterr().err
     for _ in range(2):
         assert do("release", "--last", "--yes") == 0
-        assert do("withdraw") == 0
+        assert do("release", "--withdraw") == 0
     assert f"withdrawn: pretrain on weights {WEIGHTS[:12]}…" in capsys.readouterr().out
     assert do("show") == 0
     out = capsys.readouterr().out
@@ -308,7 +309,7 @@ def test_a_word_can_be_taken_back(home: Path, desk: Desk, capsys: pytest.Capture
     last = Desk(home, "NORTH", *_held(home))
     open_sum(last, NAMES[:3])
     last.close()
-    assert do("withdraw") == 2
+    assert do("release", "--withdraw") == 2
     assert do("show") == 0
     assert "RELEASED" in capsys.readouterr().out
 
