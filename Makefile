@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEMO   ?= out/demo
 DATA   ?= ../shared/data/cxr
+# Files of tests that run at a time.  Those that start a federation come first, and wait a lot.
+JOBS   ?= 2
 
 .PHONY: setup demo test lint bench clean
 .DEFAULT_GOAL := help
@@ -35,7 +37,7 @@ demo: setup  ## draw DICOM phantoms of four hospitals, federate them, report (ab
 	$(BIN)/chexfound-sim --data $(DEMO)-phantoms --recipe demo --out $(DEMO)
 
 test: setup  ## all tests, the deployed federation included
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -91,7 +91,6 @@ class Site:
     shuffle_labels: bool = False
     progress: Progress | None = None
     gpus: str = ""
-    _warm: dict[str, Any] = field(default_factory=dict)  # what the disk holds too, kept in memory between rounds
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -202,24 +201,23 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     began = trainer.global_tensors(teacher=True) if recipe.teacher.policy == "rederive" else {}
     progress = site.report("pretrain", request.step, recipe.pretrain_steps)
     under_way = _saves(site, recipe, request, kept) if recipe.train.saveckp_freq else None
+    state = "travels" if travels else "kept" if kept else "fresh"
+    kept.clear()  # it is in the trainer
     try:
         probe = _probe(site, recipe, request)
         rows = saves.run(trainer, request.step, request.steps, request.batch_size, progress, under_way, probe)
     except DivergedError as error:
         raise saves.diverged(site.home, store, ids, trainer, error) from error
     if not travels:
-        _carry(site, recipe, request, trainer.state() | checkpoint.add_prefix(began, "model."))
+        _carry(site, recipe, request, trainer.state(copy=False) | checkpoint.add_prefix(began, "model."))
     if ranks.first():
         _warn(site, recipe, request, rows)
-    tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average")
+    tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average", copy=False)
     if recipe.train.optimizer_state == "average":
-        tensors |= trainer.moments()
+        tensors |= trainer.moments(copy=False)
     if under_way is not None:
         under_way.clear()
-    return Reply(
-        tensors=tensors,
-        values={"images": len(ids), "state": "travels" if travels else "kept" if kept else "fresh", "history": rows},
-    )
+    return Reply(tensors=tensors, values={"images": len(ids), "state": state, "history": rows})
 
 
 def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> None:
@@ -443,9 +441,6 @@ def _carried(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
             shutil.rmtree(state_folder(site, recipe, request.phase), ignore_errors=True)
         return {}
     path = state_folder(site, recipe, request.phase) / f"{request.step:08d}.safetensors"
-    if site._warm.get("path") == path:
-        state: dict[str, Tensor] = site._warm["state"]
-        return state
     return checkpoint.load(path) if path.exists() else {}
 
 
@@ -463,4 +458,3 @@ def _carry(site: Site, recipe: Recipe, request: Request, state: dict[str, Tensor
     for old in folder.glob("*.safetensors"):
         if int(old.stem) not in (request.step, after):
             old.unlink()
-    site._warm = {"path": path, "state": state}  # the path names recipe, phase and step

@@ -182,7 +182,7 @@ def _tensors(content: RecordDict, key: str) -> dict[str, Tensor]:
         if name in result or dtype not in left or size > left[dtype].size:
             raise ProtocolError(f"tensor {name!r}: listed twice, or not in the arrays that came with it")
         try:
-            result[name] = torch.from_numpy(left[dtype][:size].reshape(shape).copy())
+            result[name] = torch.from_numpy(left[dtype][:size].reshape(shape))
         except (ValueError, OverflowError) as error:  # empty, with other sides beyond what an array can have
             raise ProtocolError(f"tensor {name!r}: its shape cannot be") from error
         left[dtype] = left[dtype][size:]

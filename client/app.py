@@ -21,8 +21,14 @@ PHASES = {message_type: phase for phase, message_type in wire.MESSAGE_TYPES.item
 app = ClientApp()
 
 
-def handle(message: Message, context: Context) -> Message:
-    """Answer one message; whatever goes wrong, the answer is a code."""
+def handle(message: Message, context: Context, *, spend: bool = False) -> Message:
+    """Answer one message; whatever goes wrong, the answer is a code.
+
+    Args:
+        message: from outside.
+        context: of the node, as Flower has it.
+        spend: let go of the message's arrays once they are read, so that they are there once while the site works.
+    """
     phase = PHASES.get(message.metadata.message_type, "unknown")
     outcome: Reply | BaseException
     sign = None
@@ -31,6 +37,8 @@ def handle(message: Message, context: Context) -> Message:
             logs.show()
             site.on_progress = site.on_progress or logs.Steps(log)
         request = _admitted(message, context, phase)
+        if spend:
+            message.content.clear()
         sign = _signer(message, context, request)
         outcome = _answer(context, request, message.metadata.run_id)
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)

@@ -217,7 +217,7 @@ class Desk(Attempts):
         lineage.record(site, recipe, work, shared["base"])
         if request.phase == "features":
             lineage.record_features(site, recipe, work)
-        values, weight = plan.values(reply, zeroed)
+        values, weight = plan.values(reply, zeroed, spend=True)
         arrays = self._arrays(plan.layout.sizes)
         mask.masked(plan.layout, values, weight, side.masks(sharers), arrays)
         for array in arrays.values():

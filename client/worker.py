@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from chexfound import logs
 from chexfound.errors import ChexfoundError
-from chexfound.processes import die_with_parent
+from chexfound.processes import die_with_parent, trim
 from client import node, secure, site
 from client.app import handle
 from client.flwr_private import Tasks
@@ -77,9 +78,10 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
         with contextlib.suppress(OSError):
             (home / "work.json").unlink(missing_ok=True)
         try:
-            tasks.answer(token, handle)
+            tasks.answer(token, functools.partial(handle, spend=True))
         except Exception as error:  # noqa: BLE001 (a message that Flower cannot read raises anything; the next may do)
             log.warning("event=undelivered reason=%r", type(error).__name__)
+        trim()
         held, last = True, time.monotonic()
 
 

@@ -13,10 +13,11 @@ from flwr.serverapp import Grid, ServerApp
 from chexfound import logs, roster
 from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.flwr_private import inflate_once, retry_soon
 from chexfound.journal import held
 from chexfound.roster import Roster
 from server import health
-from server.flwr_private import LocalGrid, keep_asking, retry_soon
+from server.flwr_private import LocalGrid, keep_asking
 from server.grid import GridExchange
 from server.live import Live
 from server.result import write_metrics
@@ -104,6 +105,7 @@ def main(grid: Grid, context: Context) -> None:
         log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
         raise error
     retry_soon()
+    inflate_once()
     keep_asking(grid)
     live = Live(folder, str(context.run_id))
     observers.append(live)

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from chexfound import signing, wire
 from chexfound.errors import ChexfoundError, CodeError, ConfigError, ProtocolError, RosterError, SiteError, VersionError
 from chexfound.phases import Reply, Request
+from chexfound.processes import trim
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
 from server.exchange import Member, Missing, checked_roster
@@ -182,6 +183,7 @@ class GridExchange:
                 self._away.discard(self._names[asked[0].index])
             del asked[0]
             yield outcome
+            del outcome  # before the next one comes: of updates one is held
 
     def _push(self, asked: Sequence[_Asked], nodes: dict[int, NodeInfo], deadline: float) -> None:
         there = [one for one in asked if self._nodes[one.index]]
@@ -196,6 +198,9 @@ class GridExchange:
             for one, content in zip(there, wire.pack_requests([o.request for o in there], self.sites), strict=True)
         ]
         ids = list(self.grid.push_messages(messages))
+        if any(one.request.tensors for one in there):
+            messages.clear()
+            trim()
         for one, message_id in zip(there, ids + [""] * (len(there) - len(ids)), strict=True):
             node = nodes.get(self._nodes[one.index])
             one.activated = node.last_activated_at if node else ""
@@ -235,6 +240,8 @@ class GridExchange:
         except UNREADABLE as error:
             text = f"{self._where(one)}: a reply that cannot be read ({type(error).__name__})"
             return self._missing(one, ProtocolError.code, ProtocolError(text))
+        if messages:
+            trim()  # what its parts came in, before it is unpacked
         for message in messages:
             if (outcome := self._judged(one, message_id, message)) is not None:
                 return outcome

@@ -425,6 +425,7 @@ class _Try:
                 except (ProtocolError, RefusedError) as error:
                     self.reasons[name] = error.code
                     self.run_.tell({"event": "refused", **_place(self.request), "site": name, "reason": error.code})
+            del outcome  # before the next one comes
 
     def _enough(self, came: dict[str, _T], did: str) -> dict[str, _T]:
         if len(came) < self.parameters.t:

@@ -25,6 +25,11 @@ settings.load_profile("chexfound")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that start real processes first: with several workers the others run while these wait."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 # Programs that some tests need, by the names under which they may be found.
 PROGRAMS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),

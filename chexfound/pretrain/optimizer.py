@@ -60,14 +60,15 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: Schedule) -> None:
         group["weight_decay"] = values.weight_decay * group["wd_mult"]
 
 
-def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+def moments(optimizer: torch.optim.Optimizer, module: nn.Module, *, copy: bool = True) -> dict[str, Tensor]:
     """Copies of the optimizer's state, by parameter: `optimizer.<parameter>.<key>`; on the first rank."""
-    return ranks.collected(
+    found = (
         (f"{PREFIX}{name}.{key}", torch.as_tensor(value))
         for name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     )
+    return ranks.collected(found, copy=copy)
 
 
 def clip(module: nn.Module, most: float) -> Tensor:

@@ -247,11 +247,14 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def collected(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies, whole and in the CPU's memory, of tensors by name: on the first rank, nothing on the others."""
+def collected(tensors: Iterable[tuple[str, Tensor]], *, copy: bool = True) -> dict[str, Tensor]:
+    """Copies, whole and in the CPU's memory, of tensors by name: on the first rank, nothing on the others.
+
+    Without `copy`, what is whole and there already is given as it is.
+    """
     result = {}
     for name, tensor in tensors:
         tensor = whole(tensor.detach())
         if first():
-            result[name] = tensor.to("cpu", copy=True)
+            result[name] = tensor.to("cpu", copy=copy)
     return result

@@ -137,28 +137,34 @@ class Pretrainer:
         prefixes = ("student.", "teacher.") if teacher else ("student.",)
         return [name for name in self.model.state_dict() if name.startswith(prefixes)]
 
-    def global_tensors(self, *, teacher: bool) -> dict[str, Tensor]:
-        """Copies of the tensors that travel; on the first rank, nothing on the others."""
+    def global_tensors(self, *, teacher: bool, copy: bool = True) -> dict[str, Tensor]:
+        """Copies of the tensors that travel; on the first rank, nothing on the others.
+
+        Args:
+            teacher: whether it does.
+            copy: or, of what is to train no more, the tensors themselves.
+        """
         state = self._state_dict()
-        return ranks.collected((name, state[name]) for name in self.global_names(teacher=teacher))
+        return ranks.collected(((name, state[name]) for name in self.global_names(teacher=teacher)), copy=copy)
 
     def _state_dict(self) -> dict[str, Tensor]:
         ranks.gathered_no_more(self.model)
         state: dict[str, Tensor] = self.model.state_dict()
         return state
 
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizer's moments, where they travel; on the first rank, nothing on the others."""
-        return optimizer.moments(self.optimizer, self.model.student)
+    def moments(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """The optimizer's moments, where they travel; `copy` as of `global_tensors`."""
+        return optimizer.moments(self.optimizer, self.model.student, copy=copy)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, *, copy: bool = True) -> dict[str, Tensor]:
         """Everything that the next round stands on: model, teacher, centres, queue, optimizer moments, loss scale.
 
-        The same whatever the number of ranks.  All ranks take part; the first gets it, the others nothing.
+        The same whatever the number of ranks.  All ranks take part; the first gets it, the others nothing.  `copy` as
+        of `global_tensors`.
         """
-        tensors = ranks.collected((f"model.{name}", tensor) for name, tensor in self._state_dict().items())
-        queue = {QUEUE: self.model.queue.to("cpu", copy=True)} if len(self.model.queue) else {}
-        return tensors | queue | self.moments() | self._scale()
+        named = ((f"model.{name}", tensor) for name, tensor in self._state_dict().items())
+        queue = {QUEUE: self.model.queue.to("cpu", copy=copy)} if len(self.model.queue) else {}
+        return ranks.collected(named, copy=copy) | queue | self.moments(copy=copy) | self._scale()
 
     def _scale(self) -> dict[str, Tensor]:
         """The loss scale of fp16 and the steps since it last changed; nothing without a scaler."""

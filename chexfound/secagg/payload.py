@@ -158,12 +158,15 @@ class Plan:
 
     # -- at a site
 
-    def values(self, reply: Reply, zeroed: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def values(
+        self, reply: Reply, zeroed: Sequence[str], *, spend: bool = False
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """A site's arrays by section, and the weight of each that has one (a number, or one a row).
 
         Args:
             reply: of the phase, in clear.
             zeroed: findings that are left out.
+            spend: the reply's tensors may be overwritten, so that their memory is there once.
 
         Raises: ProtocolError if a tensor is to be summed that is not trained.
         """
@@ -180,7 +183,7 @@ class Plan:
             return {"histograms": np.asarray(reply.values["histograms"]) * keep[:, None, None]}, {}
         if phase == "features":
             return self._moments(reply)
-        return self._update(reply, keep)
+        return self._update(reply, keep, spend)
 
     def _moments(self, reply: Reply) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Mean and mean square of each channel times the weight, raised by the range so that none is negative."""
@@ -196,7 +199,7 @@ class Plan:
             values[name] = np.rint(raised / MOMENT_STEP).astype(np.uint64)
         return values, {}
 
-    def _update(self, reply: Reply, keep: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _update(self, reply: Reply, keep: np.ndarray, spend: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         sent, adapt = self.request.tensors, self.request.phase == "adapt"
         images = min(int(reply.values["images"]), self.settings.images)
         weight: Any = images / self.settings.images
@@ -212,7 +215,10 @@ class Plan:
             section = f"tensor/{name}"
             # Of a site that trains nothing: what was sent, with no weight.
             new = reply.tensors.get(name)
-            values[section] = np.zeros(shape, np.float32) if new is None else (new - sent[name]).float().numpy()
+            if new is None:
+                values[section] = np.zeros(shape, np.float32)
+            else:
+                values[section] = (new.sub_(sent[name]) if spend else new - sent[name]).float().numpy()
             weights[section] = by_row if name in self.rows else weight
         values["images"] = np.array(images)
         rows = {int(row["step"]) - self.request.step: row for row in reply.values["history"]}
