@@ -5,10 +5,10 @@
 Three hospitals on this machine as `round_latency.py` starts them, and two rounds of pretraining of two steps, with a
 small and with a large model, under both aggregations; a federation anew for each.  The anonymous memory (RssAnon: no
 files) of each process is looked at ten times a second.  `ours` (secagg) and `rival` (fedavg) are how much the largest
-figure grows from the small to the large model, over how much the payload does (the bytes of student and heads, which a
-site sends): so the interpreter and the libraries are not in it, and what grows with the model is.  At a site that is
-the training state (student, teacher, gradients and Adam's two moments: five payloads), and all copies of messages,
-Flower's own included.  A line for each kind of process, of the sites' the largest.
+figure grows from the small to the large model, over how much the payload does (the bytes of student and teacher, which
+a site sends): so the interpreter and the libraries are not in it, and what grows with the model is.  At a site that is
+the training state (student, teacher, gradients and Adam's two moments: two and a half payloads), and all copies of
+messages, Flower's own included.  A line for each kind of process, of the sites' the largest.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         type=float,
         default=60.0,
-        help="after the last message, how long models and state stay in memory, the GPU's too (default: %(default)g); "
-        "what is given back is read from the disk when it is needed",
+        help="after the last message, how long what was opened stays so, and the GPU's memory reserved (default: "
+        "%(default)g); what is given back is read from the disk when it is needed",
     )
     result.add_argument(
         "--image-px",

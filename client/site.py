@@ -18,7 +18,7 @@ from client.home import site_home, store_path
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
 )
-_open: dict[tuple[tuple[str, Any], ...], Site] = {}  # sites of this process, so that state stays warm between messages
+_open: dict[tuple[tuple[str, Any], ...], Site] = {}  # sites of this process, opened once
 
 
 def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -> Site:

@@ -1,4 +1,4 @@
-"""The site's worker: one process that answers all messages, so that models and state stay in memory between them.
+"""The site's worker: one process that answers all messages, so that what was imported and opened stays.
 
 `python -m client.worker SITE_HOME HOST:PORT SECRET_FILE KEEP_WARM_S`; no code of the coordinator is ever loaded.
 """
