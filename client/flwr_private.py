@@ -58,12 +58,12 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from chexfound import bundle
 from chexfound.bundle import Bundle
-from chexfound.flwr_private import inflate_once, retry_soon
 from chexfound.names import shown
 
 log = logging.getLogger("chexfound.client")
 RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may have, all texts
 POLL_S = (0.2, 3.0)  # between two questions for messages: a twentieth of the time without one, in these bounds
+RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 REPLY_POLL_S = 0.05  # between two looks for the worker's reply
 SEND_AGAIN_S = 5.0  # before a reply that was not taken is sent again
 
@@ -71,6 +71,19 @@ SEND_AGAIN_S = 5.0  # before a reply that was not taken is sent again
 def release_bundle() -> Bundle:
     """The bundle that the installed release ships, built as `flwr run` builds it."""
     return bundle.read(build_fab_from_files(bundle.release_files())[0])
+
+
+def retry_soon() -> None:
+    """Ask again soon for an object that is not there yet: Flower waits 1 s, 2 s, 4 s … for what takes milliseconds.
+
+    Without Flower's limit of tries, which would come too soon; that of two hours stays.
+    """
+    sooner = {"initial_backoff": RETRY_S[0], "backoff_cap": RETRY_S[1], "max_tries_per_object": None}
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        defaults = pull.__kwdefaults__
+        assert defaults is not None
+        assert defaults.keys() >= sooner.keys()
+        defaults.update(sooner)
 
 
 # -- the SuperNode
@@ -352,7 +365,6 @@ class Tasks:
 
     def __init__(self, address: str, secret: Path) -> None:
         retry_soon()
-        inflate_once()
         self.address = address
         shared = load_superexec_auth_secret(secret_file=str(secret)) or b""
         auth = SuperExecAuthHttpInterceptor(

@@ -16,6 +16,7 @@ from pathlib import Path
 from chexfound import logs
 from chexfound.errors import ChexfoundError
 from chexfound.processes import die_with_parent, trim
+from chexfound.wire import inflate_once
 from client import node, secure, site
 from client.app import handle
 from client.flwr_private import Tasks
@@ -89,6 +90,7 @@ def main() -> None:
     """Run until told to stop."""
     die_with_parent()
     logs.show()
+    inflate_once()
     home, address, secret, keep_warm_s = sys.argv[1:]
     work(Path(home), Tasks(address, Path(secret)), float(keep_warm_s))
 

@@ -13,11 +13,11 @@ from flwr.serverapp import Grid, ServerApp
 from chexfound import logs, roster
 from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.flwr_private import inflate_once, retry_soon
 from chexfound.journal import held
 from chexfound.roster import Roster
+from chexfound.wire import inflate_once
 from server import health
-from server.flwr_private import LocalGrid, keep_asking
+from server.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.grid import GridExchange
 from server.live import Live
 from server.result import write_metrics

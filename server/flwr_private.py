@@ -38,6 +38,7 @@ from sqlalchemy.orm import Session
 
 from chexfound.roster import Roster
 
+RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
 
 
@@ -120,6 +121,19 @@ class LinkState(SqlLinkState):
         """Whether an object is here now."""
         stored = super().store_object(run_id, session_id, object_id, object_content)
         return stored or bool(self.object_store.get(object_id))
+
+
+def retry_soon() -> None:
+    """Ask again soon for an object that is not there yet: Flower waits 1 s, 2 s, 4 s … for what takes milliseconds.
+
+    Without Flower's limit of tries, which would come too soon; that of two hours stays.
+    """
+    sooner = {"initial_backoff": RETRY_S[0], "backoff_cap": RETRY_S[1], "max_tries_per_object": None}
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        defaults = pull.__kwdefaults__
+        assert defaults is not None
+        assert defaults.keys() >= sooner.keys()
+        defaults.update(sooner)
 
 
 def keep_asking(grid: Grid) -> None:

@@ -9,12 +9,14 @@ import sys
 import threading
 import tomllib
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import flwr
 import httpx
 import pytest
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.superexec import run_superexec
 from flwr.superlink import cli as superlink_cli
 from flwr.superlink.grid import HttpGrid
@@ -22,6 +24,7 @@ from sqlalchemy import create_engine, insert, select
 from sqlalchemy.orm import Session
 
 from chexfound import bundle
+from client import flwr_private as of_client
 from client.flwr_private import release_bundle
 from server import flwr_private
 
@@ -110,6 +113,33 @@ def test_runs_outlive_the_superlinks_absence(tmp_path: Path) -> None:
     assert tasks[1] > now + datetime.timedelta(seconds=50)
     assert nodes[NodeStatus.ONLINE] > now.timestamp() + 50
     assert nodes[NodeStatus.OFFLINE] == nodes[NodeStatus.UNREGISTERED] == then.timestamp()
+
+
+@pytest.mark.parametrize("end", [flwr_private, of_client])
+def test_an_object_that_is_not_there_yet_is_asked_for_again_soon(
+    end: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's own pull, with what its waits are told instead of waited."""
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        monkeypatch.setattr(pull, "__kwdefaults__", dict(pull.__kwdefaults__))
+    waits: list[float] = []
+    missing = iter(range(600))  # more than Flower's 500 tries
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return False
+
+    def pull_object(object_id: str) -> bytes:
+        if next(missing, None) is not None:
+            raise inflatable_utils.ObjectUnavailableError(object_id)
+        return b"here"
+
+    monkeypatch.setattr(inflatable_utils, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
+    end.retry_soon()
+    assert inflatable_utils.pull_objects(["a"], pull_object) == {"a": b"here"}
+    assert waits[0] == pytest.approx(0.05, rel=0.21)
+    assert max(waits) == pytest.approx(0.5, rel=0.21)
 
 
 def test_a_run_outlives_a_superlink_that_is_killed_in_a_handshake() -> None:

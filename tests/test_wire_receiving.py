@@ -1,10 +1,8 @@
-"""What both ends change of Flower's private API."""
+"""An array that arrives is put together once."""
 
 from __future__ import annotations
 
-import threading
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,32 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chexfound import flwr_private
-from chexfound.flwr_private import inflate_once, retry_soon
-
-
-def test_an_object_that_is_not_there_yet_is_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower's own pull, with what its waits are told instead of waited."""
-    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
-        monkeypatch.setattr(pull, "__kwdefaults__", dict(pull.__kwdefaults__))
-    waits: list[float] = []
-    missing = iter(range(600))  # more than Flower's 500 tries
-
-    class Event(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            waits.append(timeout or 0.0)
-            return False
-
-    def pull_object(object_id: str) -> bytes:
-        if next(missing, None) is not None:
-            raise inflatable_utils.ObjectUnavailableError(object_id)
-        return b"here"
-
-    monkeypatch.setattr(inflatable_utils, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
-    retry_soon()
-    assert inflatable_utils.pull_objects(["a"], pull_object) == {"a": b"here"}
-    assert waits[0] == pytest.approx(0.05, rel=0.21)
-    assert max(waits) == pytest.approx(0.5, rel=0.21)
+from chexfound import wire
+from chexfound.wire import inflate_once
 
 
 @pytest.fixture
@@ -84,7 +58,7 @@ def test_an_array_is_put_together_in_one_copy() -> None:
     array.data = bytes(8_000_000)
     chunks = dict(array.children)
     content = array.deflate()
-    assert flwr_private._inflate.__name__ in repr(Array.inflate)
+    assert wire._inflate.__name__ in repr(Array.inflate)
     tracemalloc.start()
     try:
         found = Array.inflate(content, chunks)
