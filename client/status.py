@@ -12,6 +12,7 @@ from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.names import shown
 from chexfound.roster import read_json
+from chexfound.spans import span
 from client import approval, membership
 from client.home import named
 from client.policy import Policy
@@ -168,12 +169,12 @@ def _doing(node: dict[str, Any] | None, option: str) -> str:
         return f"stopped {_ago(node['since'])}" if node["since"] else "stopped"
     if not node["running"]:
         return (
-            f"NOT RUNNING (process {node['pid']} is gone); {_span(node['age_s'])} ago it was {doing}. "
+            f"NOT RUNNING (process {node['pid']} is gone); {span(node['age_s'])} ago it was {doing}. "
             f"Start it again: chexfound-client --data DIR{option}"
         )
     if node["stale"]:
         return (
-            f"process {node['pid']} has told nothing for {_span(node['age_s'])}, and was {doing} then: it hangs, or "
+            f"process {node['pid']} has told nothing for {span(node['age_s'])}, and was {doing} then: it hangs, or "
             "another program has that number now"
         )
     return f"{doing}{since} (process {node['pid']})"
@@ -186,14 +187,7 @@ def _ago(moment: str) -> str:
     except ValueError:
         return moment
     when = when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
-    return f"{when.astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC ({_span((_now() - when).total_seconds())} ago)"
-
-
-def _span(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s"
+    return f"{when.astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC ({span((_now() - when).total_seconds())} ago)"
 
 
 def _now() -> datetime.datetime:

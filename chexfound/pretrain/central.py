@@ -36,6 +36,7 @@ from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.saves import Saves
 from chexfound.pretrain.train import DTYPES, Pretrainer, check_gpus
 from chexfound.schema import Recipe
+from chexfound.spans import span
 
 FORMAT = 1
 ABOUT = "pretraining.json"
@@ -252,7 +253,7 @@ class Pretraining:
             self.paced += 1
             if self.paced == 2:  # the first is slower: memory is taken, kernels are chosen
                 seconds = time.monotonic() - step_began
-                left = display.duration((self.recipe.pretrain_steps - until) * seconds)
+                left = span((self.recipe.pretrain_steps - until) * seconds)
                 shown.say(f"a step takes {seconds:.1f} s; at that pace {left} are left")
             step += len(rows)
             untold += rows

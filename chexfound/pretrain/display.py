@@ -24,14 +24,6 @@ def line(rows: list[dict[str, Any]], total: int, batch: int, seconds: float) -> 
     return f"step={rows[-1]['step'] + 1} of={total} {means} images_per_s={len(rows) * batch / seconds:.1f}"
 
 
-def duration(seconds: float) -> str:
-    """A time to wait, in two digits or so."""
-    for size, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {name}"
-    return f"{seconds:.0f} seconds"
-
-
 class Display:
     """A bar while it runs, on a terminal, and lines above it."""
 

@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from chexfound import __version__
 from chexfound.roster import Address
+from chexfound.spans import span
 from client import link, membership
 from client.home import named
 from client.preflight.checks import Finding, Subject, failed, ok, warning
@@ -126,7 +127,7 @@ def clock(subject: Subject) -> Finding:
     subject.clock_offset = theirs.replace(tzinfo=datetime.UTC) + DATE_S - contact.when
     behind = subject.clock_offset.total_seconds()
     late, early = flwr_private.clock_tolerance()
-    text = f"{_span(abs(behind))} {'behind' if behind > 0 else 'ahead of'} the coordinator's (to about a second)"
+    text = f"{span(abs(behind), 1)} {'behind' if behind > 0 else 'ahead of'} the coordinator's (to about a second)"
     text += f"; {late:.0f} s behind and {early:.0f} s ahead are borne"
     remedy = "set this machine's clock by NTP (timedatectl set-ntp true); if it is right, tell the coordinator"
     if not -early <= behind <= late:
@@ -269,13 +270,6 @@ def _target(subject: Subject) -> tuple[Address, Address | None]:
     """
     proxy = subject.contact.proxy
     return proxy or subject.server, proxy
-
-
-def _span(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} s"
 
 
 def _names(certificate: x509.Certificate) -> list[str]:
