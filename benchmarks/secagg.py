@@ -56,7 +56,6 @@ from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
 from chexfound import recipe as recipes
-from chexfound import wire
 from chexfound.data.phantom import generate
 from chexfound.data.sources import ingest
 from chexfound.data.store import Store
@@ -68,6 +67,7 @@ from chexfound.schema import Recipe
 from chexfound.secagg import shamir
 from chexfound.secagg.fixed import Layout, Section
 from chexfound.secagg.mask import Mask, add_masks, masked
+from chexfound.secagg.messages import STAGES
 from server.exchange import Missing
 from server.grid import GridExchange
 from server.run import Run
@@ -319,8 +319,7 @@ def whole_round(recipe: Recipe, rounds: int) -> dict[str, Any]:
     ours, rival = (statistics.median(one.seconds for one in took[kind]) for kind in sides)
     busy, plain = (statistics.median(one.processor for one in took[kind]) for kind in sides)
     stages = {
-        stage: round(statistics.median(one.stages[stage] for one in took["secagg"]), 3)
-        for stage in (*wire.STAGES, "rest")
+        stage: round(statistics.median(one.stages[stage] for one in took["secagg"]), 3) for stage in (*STAGES, "rest")
     }
     return {
         "ours": round(ours, 3), "rival": round(rival, 3), "unit": "s a round", "ratio": round(rival / ours, 2),

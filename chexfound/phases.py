@@ -32,6 +32,7 @@ from chexfound.evaluate.metrics import Scores, result_rows, save_scores
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
+from chexfound.parts import Apart
 from chexfound.pretrain import curriculum, health, ranks, saves, teacher, watch
 from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.train import DTYPES, Pretrainer
@@ -56,8 +57,12 @@ class Request:
     roster_index: int = 0
     findings: tuple[str, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    stage: str = ""  # of secure aggregation: advertise | share | masked | consistency | unmask; "": asked in the clear
+    apart: Apart | None = None  # the tensors, where they come apart from it
+    # Of secure aggregation: advertise | share | masked | consistency | unmask; of arrays apart: deliver | collect.
+    stage: str = ""
     told: dict[str, Any] = field(default_factory=dict)  # what the coordinator says in that stage, as JSON
+    chunk: np.ndarray | None = None  # uint8: what it delivers
+    part_bytes: int = 0  # of a reply's arrays, from which on they are to be kept apart from it; 0: never
     fresh: bool = False  # start without state of earlier rounds; a site's own decision, which no message carries
     left_out: tuple[str, ...] = ()  # of what `parted` names: the site has no part in it; its own decision too
 
@@ -74,6 +79,8 @@ class Reply:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     masked: dict[int, np.ndarray] = field(default_factory=dict)
+    apart: Apart | None = None  # the tensors or masked arrays, where they are still to be collected
+    chunk: np.ndarray | None = None  # uint8: what was collected of them
 
 
 @dataclass
@@ -135,11 +142,11 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
             f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks "
             f"for {recipe.image_px}; ingest again with --image-px {recipe.image_px}"
         )
-    if request.phase not in _PHASES:
+    if request.phase not in PHASES:
         raise ProtocolError(f"unknown phase {request.phase!r}")
     if request.phase in ("pretrain", "adapt") and not (request.steps > 0 and request.batch_size > 0):
         raise ProtocolError(f"phase {request.phase!r} asks for no step, or for no image a step")
-    return _PHASES[request.phase](site, recipe, request)
+    return PHASES[request.phase](site, recipe, request)
 
 
 def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
@@ -363,7 +370,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     return Reply(values={"results": rows})
 
 
-_PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
+PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
     "enrol": enrol,
     "counts": counts,
     "pretrain": pretrain,

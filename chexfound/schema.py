@@ -281,6 +281,7 @@ class Federation:
     round_timeout_s: Seconds = 3600.0  # for a round's replies: its deadline
     quorum_sites: Positive | None = None  # that close a round at its deadline without the others; none: all must answer
     quorum_weight: Fraction = 0.5  # of all sites' training images, that those of the quorum must have
+    part_mb: Annotated[float, Field(ge=0.001, le=1000)] = 32.0  # MB (10**6 bytes) of arrays in a message at most
 
 
 @_frozen

@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Sequence
-from typing import Annotated, Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,8 +31,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 import chexfound
+from chexfound import parts, signing, strict_json
 from chexfound import roster as rosters
-from chexfound import signing, strict_json
 from chexfound.errors import (
     CODES,
     REFUSALS,
@@ -44,9 +46,10 @@ from chexfound.errors import (
     VersionError,
 )
 from chexfound.names import word as word  # the rule for every name that arrives
+from chexfound.parts import Apart, Laid
 from chexfound.phases import Reply, Request
 from chexfound.roster import Roster
-from chexfound.secagg.messages import STAGES
+from chexfound.secagg import messages
 
 MESSAGE_TYPES = {
     "enrol": "query.enrol",
@@ -60,6 +63,9 @@ MESSAGE_TYPES = {
     "masked": "train.masked",
     "consistency": "query.consistency",
     "unmask": "query.unmask",
+    # Arrays apart from their message, whatever the phase.
+    "deliver": "query.deliver",
+    "collect": "query.collect",
 }
 RINGS = (16, 32, 64)  # bits of the unsigned integers that masked arrays are of
 LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
@@ -84,6 +90,9 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
 }
 INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+STAGES = (*messages.STAGES, *parts.STAGES)
+Keep = Callable[[Laid], str | None]  # keeps arrays apart, for who asks, by SHA-256; or does not
+_Message = TypeVar("_Message", Request, Reply)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=False))
@@ -96,11 +105,32 @@ class _RequestFields:
     roster_index: int
     findings: tuple[str, ...]
     stage: str = ""
+    part_bytes: Annotated[int, Field(ge=0, le=parts.PART_MAX)] = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=messages.STRICT)
+class _ApartFields:
+    sha256: messages.Digest
+    arrays: dict[str, Annotated[int, Field(gt=0, le=parts.WHOLE_MAX)]]
 
 
 _request_adapter = TypeAdapter(_RequestFields)
 _Side = Annotated[int, Field(ge=0, strict=True)]
-_table_adapter = TypeAdapter(list[tuple[str, str, Annotated[list[_Side], Field(max_length=16)]]])
+Table = list[tuple[str, str, Annotated[list[_Side], Field(max_length=16)]]]  # name, dtype, shape
+_table_adapter = TypeAdapter(Table)
+
+
+def lay(tensors: Mapping[str, Tensor]) -> tuple[dict[str, list[np.ndarray]], Table]:
+    """The values of tensors by dtype, where they are; and the table by which they are cut out again."""
+    flat: dict[str, list[np.ndarray]] = {}
+    table: Table = []
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().numpy()
+        if data.dtype.name not in DTYPES:
+            raise ProtocolError(f"tensor {name!r}: dtype {data.dtype.name} does not travel")
+        flat.setdefault(data.dtype.name, []).append(data.reshape(-1))
+        table.append((name, data.dtype.name, list(data.shape)))
+    return flat, table
 
 
 def _pack_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, str | bytes], dict[str, ArrayRecord]]:
@@ -114,21 +144,70 @@ def _pack_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, str | bytes], d
     """
     if not tensors:
         return {}, {}
-    parts: dict[str, list[np.ndarray]] = {}
-    table = []
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().numpy()
-        if data.dtype.name not in DTYPES:
-            raise ProtocolError(f"tensor {name!r}: dtype {data.dtype.name} does not travel")
-        parts.setdefault(data.dtype.name, []).append(data.reshape(-1))
-        table.append([name, data.dtype.name, list(data.shape)])
+    flat, table = lay(tensors)
     own: dict[str, str | bytes] = {"tensors": json.dumps({"tensors": table})}
-    arrays = {dtype: np.concatenate(flat) for dtype, flat in parts.items()}
+    arrays = {dtype: np.concatenate(pieces) for dtype, pieces in flat.items()}
     if sum(array.nbytes for array in arrays.values()) <= INLINE_BYTES:
         return own | {
             dtype: array.astype(array.dtype.newbyteorder("<")).tobytes() for dtype, array in arrays.items()
         }, {}
     return own, {"arrays": ArrayRecord({dtype: Array(array) for dtype, array in arrays.items()})}
+
+
+def _pack_apart(apart: Apart) -> dict[str, str | bytes]:
+    own: dict[str, str | bytes] = {"apart": json.dumps({"sha256": apart.sha256, "arrays": dict(apart.arrays)})}
+    return own | ({"tensors": json.dumps({"tensors": apart.table})} if apart.table else {})
+
+
+def _pack_chunk(chunk: np.ndarray) -> tuple[dict[str, str | bytes], dict[str, ArrayRecord]]:
+    if chunk.nbytes <= INLINE_BYTES:
+        return {"chunk": chunk.tobytes()}, {}
+    return {}, {"chunk": ArrayRecord({"uint8": Array(chunk)})}
+
+
+def _chunk(content: RecordDict, key: str) -> np.ndarray | None:
+    if "chunk" in content.array_records:
+        arrays = content.array_records["chunk"]
+        if list(arrays) != ["uint8"]:
+            raise ProtocolError("the message's chunk is not one of bytes")
+        return _flat_array("uint8", arrays["uint8"], ("uint8",))
+    own = content.config_records[key]
+    return _inline("uint8", own["chunk"]) if "chunk" in own else None
+
+
+def _apart(content: RecordDict, key: str, names: Collection[str]) -> Apart | None:
+    """What is to be had apart from a message, in arrays of these dtypes."""
+    if "apart" not in content.config_records[key]:
+        return None
+    fields = messages.parse(_ApartFields, _json(content, key, "apart"), "what comes apart")
+    inline = {"chunk", *DTYPES, *(f"uint{ring}" for ring in RINGS)} & set(content.config_records[key])
+    if not fields.arrays or not set(fields.arrays) <= set(names) or inline or content.array_records:
+        raise ProtocolError("the message's arrays are to be apart from it, and are of no known kind or in it as well")
+    table = _table(content, key) if "tensors" in content.config_records[key] else []
+    apart = Apart(sha256=fields.sha256, arrays=fields.arrays, table=table)
+    if apart.size > parts.WHOLE_MAX or any(nbytes % np.dtype(name).itemsize for name, nbytes in apart.arrays.items()):
+        raise ProtocolError("the message's arrays, apart from it, are too large or not of whole numbers")
+    return apart
+
+
+def with_arrays(message: _Message, path: Path) -> _Message:
+    """A message with what came apart from it, read where it is: in that file, which has all of it and nothing else.
+
+    Raises: ProtocolError.
+    """
+    apart, start = message.apart, 0
+    assert apart is not None
+    arrays: dict[str, np.ndarray] = {}
+    for name, nbytes in sorted(apart.arrays.items()):
+        dtype = _little(name)
+        mapped = np.memmap(path, dtype, "c", offset=start, shape=(nbytes // dtype.itemsize,))
+        arrays[name] = mapped.astype(name, copy=False).view(np.ndarray)
+        start += nbytes
+    for empty in {kind for _, kind, _ in apart.table} & DTYPES.keys() - arrays.keys():
+        arrays[empty] = np.zeros(0, empty)  # of tensors without a value
+    rings = {int(name.removeprefix("uint")): arrays.pop(name) for name in list(arrays) if name.startswith("uint")}
+    given: dict[str, Any] = {"tensors": _cut(apart.table, arrays)} | ({"masked": rings} if rings else {})
+    return replace(message, apart=None, **given)
 
 
 def _flat_arrays(content: RecordDict, own: ConfigRecord) -> dict[str, np.ndarray]:
@@ -178,11 +257,16 @@ def _masked(content: RecordDict) -> dict[int, np.ndarray]:
 
 
 def _tensors(content: RecordDict, key: str) -> dict[str, Tensor]:
-    left = _flat_arrays(content, content.config_records[key])
-    if not left and "tensors" not in content.config_records[key]:
+    flat = _flat_arrays(content, content.config_records[key])
+    if not flat and "tensors" not in content.config_records[key]:
         return {}
-    result = {}
-    for name, dtype, shape in _table(content, key):
+    return _cut(_table(content, key), flat)
+
+
+def _cut(table: Sequence[tuple[str, str, Sequence[int]]], flat: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Tensors out of the flat array of their dtype, without a copy."""
+    left, result = dict(flat), {}
+    for name, dtype, shape in table:
         size = math.prod(shape)
         if name in result or dtype not in left or size > left[dtype].size:
             raise ProtocolError(f"tensor {name!r}: listed twice, or not in the arrays that came with it")
@@ -203,7 +287,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _table(content: RecordDict, key: str) -> list[tuple[str, str, list[int]]]:
+def _table(content: RecordDict, key: str) -> Table:
     try:
         return _table_adapter.validate_python(_json(content, key, "tensors").get("tensors"))
     except ValidationError as error:
@@ -232,10 +316,13 @@ def pack_requests(requests: Sequence[Request], sites: Roster | None = None) -> l
     packed: dict[int, tuple[dict[str, str | bytes], dict[str, ArrayRecord]]] = {}
     contents = []
     for request in requests:
-        if id(request.tensors) not in packed:
-            packed[id(request.tensors)] = _pack_tensors(request.tensors)
+        large = request.tensors if request.chunk is None else request.chunk
+        if id(large) not in packed:
+            packed[id(large)] = _pack_chunk(large) if isinstance(large, np.ndarray) else _pack_tensors(large)
         fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
-        own, others = packed[id(request.tensors)]
+        own, others = packed[id(large)]
+        if request.apart is not None:
+            own = own | _pack_apart(request.apart)
         if request.stage:
             own = own | {"told": json.dumps(request.told, allow_nan=False)}
         of_request = ConfigRecord({"terms": terms, "json": json.dumps(fields), **own})
@@ -283,17 +370,30 @@ def unpack_request(content: RecordDict) -> Request:
         or not all(0 < len(name) <= 200 and name.isprintable() for name in findings)
     ):
         raise ProtocolError("the request's findings are too many, named twice, or no names")
-    if fields.stage and fields.stage not in STAGES:
-        raise ProtocolError("the request is of a stage that there is not")
+    if not word(fields.phase) or (fields.stage and fields.stage not in STAGES):
+        raise ProtocolError("the request is of a phase or stage that there is not")
     values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
     told = _json(content, "request", "told") if fields.stage else {}
-    return Request(tensors=_tensors(content, "request"), told=told, **values)
+    if (apart := _apart(content, "request", DTYPES)) is not None:
+        return Request(apart=apart, told=told, **values)
+    return Request(tensors=_tensors(content, "request"), told=told, chunk=_chunk(content, "request"), **values)
 
 
-def pack_reply(reply: Reply) -> RecordDict:
-    """A reply as a message's content (what leaves must have passed `client.egress`)."""
+def pack_reply(reply: Reply, keep: Keep | None = None) -> RecordDict:
+    """A reply as a message's content (what leaves must have passed `client.egress`).
+
+    Args:
+        reply: to be packed.
+        keep: its arrays apart from it, if it will, and if there are any.
+    """
     text = json.dumps(reply.values, allow_nan=False)
-    own, others = _pack_tensors(reply.tensors)
+    if keep is not None and (reply.tensors or reply.masked):
+        flat, table = lay(reply.tensors)
+        laid = Laid(flat | {f"uint{ring}": [array] for ring, array in reply.masked.items()})
+        if (sha256 := keep(laid)) is not None:
+            apart = _pack_apart(Apart(sha256=sha256, arrays=laid.arrays, table=table))
+            return RecordDict({"reply": ConfigRecord({"json": text, **apart})})
+    own, others = _pack_tensors(reply.tensors) if reply.chunk is None else _pack_chunk(reply.chunk)
     masked = {f"uint{ring}": array for ring, array in sorted(reply.masked.items())}
     if masked and sum(array.nbytes for array in masked.values()) <= INLINE_BYTES:
         own = own | {name: array.astype(_little(name)).tobytes() for name, array in masked.items()}
@@ -308,7 +408,11 @@ def unpack_reply(content: RecordDict) -> Reply:
     Raises: ProtocolError.
     """
     values = _json(content, "reply")
-    return Reply(tensors=_tensors(content, "reply"), values=values, masked=_masked(content))
+    if (apart := _apart(content, "reply", (*DTYPES, *(f"uint{ring}" for ring in RINGS)))) is not None:
+        return Reply(apart=apart, values=values)
+    return Reply(
+        tensors=_tensors(content, "reply"), values=values, masked=_masked(content), chunk=_chunk(content, "reply")
+    )
 
 
 def payload_sha256(content: RecordDict) -> bytes:

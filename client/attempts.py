@@ -3,7 +3,7 @@
     HOME/secagg/journal.jsonl          which attempts were seen, which sums were opened; digests only
     HOME/secagg/attempt/secrets.json   the one attempt's secrets, 0600; gone with its answer, refusal or time
     HOME/secagg/attempt/STAGE.json     what was asked and answered in a stage, as it left
-    HOME/secagg/attempt/masked-32.bin  the masked arrays, as they left
+    HOME/secagg/attempt/masked-32.bin  the masked arrays, as they left; with them goes what client/parts.py kept of them
 
 Each answer is on the disk before its first byte leaves, and is given again, the same, to the same request; to another
 request for the same stage nothing is given.  No attempt counts twice, none after its time; and no second sum on the
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from chexfound.journal import Journal, canonical, remove_unfinished, storage, wr
 from chexfound.phases import Reply
 from chexfound.secagg import messages, payload
 from chexfound.secagg.messages import STAGES, Attempt
+from client.parts import Parts
 from client.sums import in_force
 
 log = logging.getLogger("chexfound.client")
@@ -54,7 +54,7 @@ class Attempts:
     """
 
     def __init__(self, home: Path, attempt_s: float) -> None:
-        self.attempt_s = attempt_s
+        self.attempt_s, self.home = attempt_s, home
         self.folder = home / "secagg" / "attempt"
         self.journal = Journal(home / "secagg" / "journal.jsonl")
 
@@ -114,6 +114,7 @@ class Attempts:
 
     def _begin(self, attempt: Attempt) -> None:
         """A new attempt, and the end of any other.  It is in the journal first: its secrets never serve twice."""
+        self._forget_parts()
         self.journal.append({"event": "begun", "of": _of(attempt), "attempt": attempt.attempt})
         with storage(self.folder):  # from here on nothing of the one before counts, however little of it goes
             if self.folder.exists():
@@ -155,6 +156,15 @@ class Attempts:
         for pattern in drop:
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
+        self._forget_parts()
+
+    def _forget_parts(self) -> None:
+        """What of the attempt's masked arrays was still to be collected is not given after its end."""
+        if (opened := self._opened()) is not None:
+            Parts(self.home, opened["attempt"]["run"]).forget()
+        elif (self.folder / "attempt.json").exists():  # damaged: of whichever run it was
+            for run in self.home.glob("parts/*"):
+                Parts(self.home, run.name).forget()
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / f"{name}.json"
@@ -207,15 +217,10 @@ class Attempts:
         return given.values
 
     def _arrays(self, sizes: Mapping[int, int]) -> dict[int, np.memmap[Any, Any]]:
-        arrays: dict[int, np.memmap[Any, Any]] = {}
-        for ring, size in sizes.items():
-            path = self.folder / f"masked-{ring}.bin"
-            with storage(path):
-                arrays[ring] = np.memmap(path, f"<u{ring // 8}", "w+", shape=(size,))
-                if hasattr(os, "posix_fallocate"):  # else a full disk ends the process at a page without room
-                    with open(path, "rb+") as file:
-                        os.posix_fallocate(file.fileno(), 0, size * ring // 8)
-        return arrays
+        return {
+            ring: payload.map_new(self.folder / f"masked-{ring}.bin", f"<u{ring // 8}", size)
+            for ring, size in sizes.items()
+        }
 
     # -- what spans attempts
 

@@ -41,6 +41,7 @@ whenever something does not work:
 
 where runs aggregate under masks (docs/secure-aggregation.md):
   chexfound-client secagg show                          the numbers that protect this site, sums opened, refusals
+  chexfound-client secagg release --last                one more sum, after a refusal; --withdraw takes that back
 
 What it does: the images of --data are taken into the site's own store, $CHEXFOUND_HOME/sites/NAME
 (default ~/.chexfound). Then Flower's SuperNode connects to the coordinator, outbound only, by TLS with the site's own

@@ -114,18 +114,21 @@ def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser
     show.set_defaults(run=_secagg_show)
     release = of_secagg.add_parser(
         "release",
-        help="allow one more sum on weights on which one was opened",
+        help="allow one more sum on weights on which one was opened, or take that back",
         description="Of the same weights a site helps to open one sum, or that over the same sites again: two over "
         "different sites would tell the coordinator their difference. Where a sum was opened and then lost (a "
         "coordinator that died, a site that left), and the run is refused with secagg.differencing, this allows one "
-        "more, over whichever sites. Each site that refuses has to do so; then the coordinator resumes the run.",
+        "more: with --last the one that was refused, and no other; given before any was refused, whichever comes next "
+        "on these weights. Each site that refuses has to do so; then the coordinator resumes the run.",
     )
     release.add_argument("phase", metavar="PHASE", nargs="?", help="of the sum: counts, pretrain, features, …")
     release.add_argument("weights", metavar="WEIGHTS", nargs="?", help="first digits of their digest, by secagg show")
     release.add_argument("--last", action="store_true", help="the one that was refused last")
     release.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     release.add_argument("--yes", action="store_true", help="do not ask")
-    release.add_argument("--withdraw", action="store_true", help="take the last one back that no sum was opened by yet")
+    release.add_argument(
+        "--withdraw", action="store_true", help="take back the latest release that no sum was opened with; asks nothing"
+    )
     release.set_defaults(run=_secagg_release)
 
 

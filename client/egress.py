@@ -34,6 +34,10 @@ VALUES: dict[str, frozenset[str]] = {
     "masked": frozenset({"context", "payload", "signature", "refused", "dealers"}),
     "consistency": frozenset({"signature"}),
     "unmask": frozenset({"shares", "refused", "dealers"}),
+    # Arrays apart from their message: how many bytes of the coordinator's are here; and of a reply that passed here, in
+    # its own phase, the bytes themselves.
+    "deliver": frozenset({"size"}),
+    "collect": frozenset(),
 }
 TENSORS: dict[str, tuple[str, ...]] = {
     "enrol": (),
@@ -46,6 +50,8 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "masked": (),
     "consistency": (),
     "unmask": (),
+    "deliver": (),
+    "collect": (),
 }
 
 ROWS: dict[str, frozenset[str]] = {  # of the history
@@ -69,6 +75,8 @@ def admit(phase: str, reply: Reply) -> Reply:
         raise PolicyError(f"{phase}: the reply holds {odd[:3]}, which may not leave")
     if reply.masked and phase != "masked":
         raise PolicyError(f"{phase}: the reply holds masked arrays, which leave in their stage only")
+    if reply.chunk is not None and phase != "collect":
+        raise PolicyError(f"{phase}: the reply holds a part of another, which leaves only when that is collected")
     for name, tensor in reply.tensors.items():
         if not any(name.startswith(prefix) for prefix in TENSORS[phase]):
             raise PolicyError(f"{phase}: the reply holds the tensor {name!r}, which may not leave")
@@ -105,16 +113,27 @@ def _check_numbers(phase: str, value: Any) -> None:
 
 
 def release(
-    request: Message, phase: str, reply: Reply | BaseException, sign: Callable[[RecordDict], None] | None = None
+    request: Message,
+    phase: str,
+    reply: Reply | BaseException,
+    sign: Callable[[RecordDict], None] | None = None,
+    keep: wire.Keep | None = None,
 ) -> Message:
-    """Turn a reply, or what went wrong, into the message that leaves; `sign` puts the site's signature into it.
+    """Turn a reply, or what went wrong, into the message that leaves.
 
     An error leaves as a code only; its text, which may name patients or paths, goes to the site's
     own log.
+
+    Args:
+        request: which is answered.
+        phase: that it is of.
+        reply: or what went wrong.
+        sign: puts the site's signature into the message.
+        keep: may put the reply's arrays where they are collected from.
     """
     if isinstance(reply, Reply):
         try:
-            content = wire.pack_reply(admit(phase, reply))
+            content = wire.pack_reply(admit(phase, reply), keep)
             if sign is not None:
                 sign(content)
             return Message(content, reply_to=request)

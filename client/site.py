@@ -44,6 +44,14 @@ def member_home(node_config: Mapping[str, Any]) -> Path | None:
     """The home of a site that takes part with its keys (`secured`); None for one that has none."""
     if node_config.get("secured") is not True:
         return None
+    return folder_of(node_config)
+
+
+def folder_of(node_config: Mapping[str, Any]) -> Path:
+    """Where a node's site keeps what is its own.
+
+    Raises: ConfigError for a name that none can have.
+    """
     if "home" in node_config:
         return Path(str(node_config["home"]))
     name = str(node_config.get("site", ""))
@@ -64,11 +72,7 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
             'start it with --node-config \'site="NAME" data="DIR"\''
         )
     name, data = str(node_config["site"]), Path(str(node_config["data"]))
-    if "home" in node_config:
-        folder = Path(str(node_config["home"]))
-    else:
-        check_name(name, "site name")
-        folder = site_home(name)
+    folder = folder_of(node_config)
     if (data / "index.sqlite").exists():
         store = Store.open(data)
     else:

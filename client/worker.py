@@ -17,7 +17,7 @@ from chexfound import logs
 from chexfound.errors import ChexfoundError
 from chexfound.processes import die_with_parent, trim
 from chexfound.wire import inflate_once
-from client import node, secure, site
+from client import node, parts, secure, site
 from client.app import handle
 from client.flwr_private import Tasks
 
@@ -52,9 +52,10 @@ def release() -> None:
 
 
 def sweep(home: Path) -> None:
-    """Drop the secrets of an attempt at a sum whose time is over, though nobody asks."""
+    """Drop the secrets of an attempt at a sum whose time is over, and old parts, though nobody asks."""
     try:
         secure.sweep(home)
+        parts.sweep(home)
     except ChexfoundError as error:  # its operator is releasing a sum, say
         log.warning("event=sweep error=%s %s", error.code, error)
 
@@ -66,11 +67,11 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
     sweep_at = last
     while True:
         token = tasks.take()
+        if time.monotonic() > sweep_at:
+            sweep(home)
+            sweep_at = time.monotonic() + SWEEP_S
         if token is None:
             idle = time.monotonic() - last
-            if time.monotonic() > sweep_at:
-                sweep(home)
-                sweep_at = time.monotonic() + SWEEP_S
             if held and idle > keep_warm_s:
                 release()
                 held = False

@@ -14,6 +14,7 @@ from chexfound import logs, roster
 from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.journal import held
+from chexfound.processes import map_large
 from chexfound.roster import Roster
 from chexfound.wire import inflate_once
 from server import health
@@ -106,6 +107,7 @@ def main(grid: Grid, context: Context) -> None:
         raise error
     retry_soon()
     inflate_once()
+    map_large()
     keep_asking(grid)
     live = Live(folder, str(context.run_id))
     observers.append(live)
@@ -134,7 +136,13 @@ def _run(grid: Grid, context: Context, sites: Roster | None = None) -> None:
     folder = run_folder(context)
     log.info("event=begin run=%s folder=%s recipe=%s", context.run_id, folder, recipe.name)
     backbone = context.run_config.get("backbone")
-    exchange = GridExchange(grid, sites=sites, run_id=context.run_id, on_event=lambda event: run.heard(event))
+    exchange = GridExchange(
+        grid,
+        sites=sites,
+        run_id=context.run_id,
+        spool=None if isinstance(grid, LocalGrid) else folder / "parts",
+        on_event=lambda event: run.heard(event),
+    )
     kind = SecureRun if recipe.aggregation == "secagg" else Run
     run = kind(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)
     outcome = run.run()

@@ -182,6 +182,7 @@ class LocalGrid(Grid):
     """The part of a Grid that needs no server: subclasses say how messages reach the nodes, and who they are."""
 
     sites: Roster | None = None  # of the federation, where the sites have keys
+    works_when_pulled = False  # a site's work is done in this process when its reply is pulled: one at a time, then
 
     def set_run(self, run: Run) -> None:
         """Not needed: a local grid has one run."""

@@ -8,9 +8,13 @@ the same way; only the round's deadline ends it.
 from __future__ import annotations
 
 import math
+import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
@@ -26,10 +30,14 @@ from chexfound.roster import Roster
 from chexfound.schema import Recipe
 from server.exchange import Member, Missing, checked_roster
 from server.flwr_private import node_key, pull_until
+from server.parts import Outgoing, Spool
 
 LOST = (3, 4, 5, 8)  # Flower's error codes after which it helps to ask again, see wire.FLOWER_ERRORS
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)  # of Flower, over what a site sent
+PULLS_MAX = 8  # replies that are pulled side by side, each of a part at most
+PAUSE_S = (0.02, 0.5)  # between two looks for replies: longer each time, in these bounds (of many sites, a longer one)
 LOOK_S = 2.0  # between two looks at who is connected
+GRACE_S = 60.0  # after the deadline that a reply which came in time is there, until those before it are dealt with
 AGAIN_MAX = 8  # times that a site is asked one thing again
 AWAY_S = 30.0  # that a site is waited for which the last request has lost, and which has not come back since
 Event = dict[str, Any]
@@ -37,23 +45,36 @@ Event = dict[str, Any]
 
 @dataclass
 class _Asked:
-    """A request that is under way to one site."""
+    """What is under way to one site: a request, or one of the messages that it takes in parts."""
 
     index: int
-    request: Request
+    talk: Generator[Request, Reply, Reply]
+    request: Request  # the present message
+    parted: bool  # its tensors go in parts, or its reply may come so
+    spool: Spool | None
+    outcome: Reply | Missing | None = None
     ids: list[str] = field(default_factory=list)  # of its messages, of which one may still be answered
     activated: str = ""  # of the node, when the last was sent
     lost: bool = False  # told to the run
     again: int = 0
     until: float = math.inf  # while it is lost (time.monotonic), if not to the deadline
+    pulls: dict[str, Future[list[Message]]] = field(default_factory=dict)  # of replies that may be on their way
+
+    def close(self) -> None:
+        """Drop what its reply came in."""
+        if self.spool is not None:
+            self.spool.close()
 
 
 class GridExchange:
     """Sites behind a Flower Grid.  Replies are pulled one at a time, in the order of the sites: one update is held.
 
+    Those that come in parts are pulled from all sites at the same time, and put together on the disk.
+
     Args:
         sites: those of the federation, with the keys that replies are verified with; None: they have no keys.
         run_id: which the signatures are for.
+        spool: folder where replies that come in parts are put together; None: each message is whole.
         on_event: told "wait", "asked", "replied", "refused", "lost" and "back".
     """
 
@@ -63,14 +84,16 @@ class GridExchange:
         *,
         sites: Roster | None = None,
         run_id: int = 0,
+        spool: Path | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self.grid, self.sites, self.run_id = grid, sites, run_id
+        self.grid, self.sites, self.run_id, self.spool = grid, sites, run_id, spool
         self._tell = on_event or (lambda event: None)
         self._names: list[str] = []
         self._nodes: list[int] = []  # 0: not connected yet
         self._recipe, self._counted = Recipe(), True
         self._timeout_s = self._recipe.federation.round_timeout_s
+        self._pulling = threading.BoundedSemaphore(PULLS_MAX)
         self._away: set[str] = set()  # sites that the last request to them has lost
 
     # -- who takes part
@@ -81,6 +104,8 @@ class GridExchange:
         Raises: SiteError if too few come in time, or one of them cannot take part and no quorum does without it.
         """
         self._recipe, self._counted = recipe, recipe.aggregation != "secagg"
+        if self.spool is not None:
+            shutil.rmtree(self.spool, ignore_errors=True)  # of a run that was killed
         names = [member.name for member in before]
         nodes = self._wait(names)
         self._names, self._nodes = [self._name_of(node) for node in nodes], [node.node_id for node in nodes]
@@ -164,7 +189,7 @@ class GridExchange:
         """
         self._timeout_s = timeout_s or self._recipe.federation.round_timeout_s
         deadline = time.monotonic() + self._timeout_s
-        asked = [_Asked(index, request) for index, request in enumerate(requests) if request is not None]
+        asked = self._talks(requests)
         if asked:
             names = [self._names[one.index] for one in asked]
             self._tell({"event": "asked", **_where(asked[0].request), "sites": names})
@@ -173,17 +198,41 @@ class GridExchange:
                 if self._names[one.index] in self._away and self._nodes[one.index] not in nodes:
                     one.until = time.monotonic() + AWAY_S
             self._push(asked, nodes, deadline)
-        for request in requests:
+        try:
+            for request in requests:
+                if request is None:
+                    yield None
+                    continue
+                outcome = self._await(asked[0], asked, deadline)
+                if isinstance(outcome, Reply):
+                    self._tell({"event": "replied", **_where(request), "site": self._names[asked[0].index]})
+                    self._away.discard(self._names[asked[0].index])
+                asked[0].outcome = None
+                yield outcome
+                del outcome  # before the next one comes: of updates one is held
+                asked.pop(0).close()
+        finally:
+            for one in asked:
+                one.close()
+
+    def _talks(self, requests: Sequence[Request | None]) -> list[_Asked]:
+        """To whom a request goes, and with which first message; tensors that several are sent are laid out once."""
+        part_bytes = int(self._recipe.federation.part_mb * 1e6)
+        sent: dict[int, Outgoing] = {}
+        asked = []
+        for index, request in enumerate(requests):
             if request is None:
-                yield None
                 continue
-            outcome = self._await(asked[0], asked, deadline)
-            if isinstance(outcome, Reply):
-                self._tell({"event": "replied", **_where(request), "site": self._names[asked[0].index]})
-                self._away.discard(self._names[asked[0].index])
-            del asked[0]
-            yield outcome
-            del outcome  # before the next one comes: of updates one is held
+            if self.spool is None:
+                talk, spool, parted = _single(request), None, False
+            else:
+                if id(request.tensors) not in sent:
+                    sent[id(request.tensors)] = Outgoing(request.tensors)
+                spool = Spool(path=self.spool / f"{index:03d}", part_bytes=part_bytes)
+                talk = spool.ask(request, sent[id(request.tensors)])
+                parted = sent[id(request.tensors)].size > part_bytes / 2  # a reply is a little larger than its request
+            asked.append(_Asked(index, talk, next(talk), parted, spool))
+        return asked
 
     def _push(self, asked: Sequence[_Asked], nodes: dict[int, NodeInfo], deadline: float) -> None:
         there = [one for one in asked if self._nodes[one.index]]
@@ -193,26 +242,30 @@ class GridExchange:
                 dst_node_id=self._nodes[one.index],
                 message_type=wire.MESSAGE_TYPES[one.request.stage or one.request.phase],
                 group_id=str(one.request.round + 1),  # only shown in the logs, where the first is 1
-                ttl=max(deadline - time.monotonic(), 0.001),
+                ttl=max(deadline - time.monotonic(), 0.0) + GRACE_S,
             )
             for one, content in zip(there, wire.pack_requests([o.request for o in there], self.sites), strict=True)
         ]
         ids = list(self.grid.push_messages(messages))
-        if any(one.request.tensors for one in there):
+        if any(one.request.tensors or one.request.chunk is not None for one in there):
             messages.clear()
             trim()
         for one, message_id in zip(there, ids + [""] * (len(there) - len(ids)), strict=True):
             node = nodes.get(self._nodes[one.index])
-            one.activated = node.last_activated_at if node else ""
+            one.activated = node.last_activated_at if node else one.activated
             if message_id:  # Flower puts none for a message that it could not hand on
                 one.ids.append(message_id)
 
     def _await(self, one: _Asked, pending: Sequence[_Asked], deadline: float) -> Reply | Missing:
-        pause, look_at = 0.02, time.monotonic() + LOOK_S
-        while time.monotonic() < (min(deadline, one.until) if one.lost else deadline):
-            for message_id in list(one.ids):
-                if (outcome := self._pulled(one, message_id, deadline)) is not None:
-                    return outcome
+        pause, look_at = PAUSE_S[0], time.monotonic() + LOOK_S
+        while one.outcome is None:
+            moved = [self._move(other, deadline) for other in pending if other is one or other.parted]
+            if one.outcome is not None:
+                break
+            if time.monotonic() >= (min(deadline, one.until) if one.lost else deadline):
+                return self._overdue(one)  # looked for once all the same: one before it may have used up the time
+            if any(moved):
+                pause = PAUSE_S[0]
             if not one.ids and not self.sites:
                 # A node without a key has another number when it comes back, and the run another site.
                 text = f"{self._where(one)}: is no longer connected; start it again and resume the run"
@@ -221,12 +274,40 @@ class GridExchange:
                 self._look(pending, deadline)
                 look_at = time.monotonic() + LOOK_S
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
+            looked = sum(other.parted for other in pending)
+            pause = min(pause * 1.5, PAUSE_S[1] * max(1.0, looked / PULLS_MAX))
+        return one.outcome
+
+    def _overdue(self, one: _Asked) -> Missing:
         if one.lost:
             self._away.add(self._names[one.index])
             return Missing(reason="gone", error=SiteError(f"{self._where(one)}: was lost, and has not come back"))
         text = f"{self._where(one)}: no reply within {self._timeout_s:g} s"
         return self._missing(one, "late", SiteError(text))
+
+    def _move(self, one: _Asked, deadline: float) -> bool:
+        """Take what has come from a site, and send it the next message if there is one."""
+        for message_id in list(one.ids):
+            if one.outcome is not None or (outcome := self._pulled(one, message_id, deadline)) is None:
+                continue
+            one.outcome = self._next(one, outcome, deadline) if isinstance(outcome, Reply) else outcome
+            return True
+        return False
+
+    def _next(self, one: _Asked, reply: Reply, deadline: float) -> Reply | Missing | None:
+        """What a reply leads to: the end, or another message."""
+        try:
+            one.request = one.talk.send(reply)
+        except StopIteration as ended:
+            whole: Reply = ended.value
+            return whole
+        except ProtocolError as error:
+            return self._missing(one, error.code, ProtocolError(f"{self._where(one)}: {error}"))
+        one.ids.clear()
+        one.again = 0
+        if time.monotonic() < deadline:  # else it is late, and would work for nothing
+            self._push([one], self._connected(), deadline)
+        return None
 
     def _pulled(self, one: _Asked, message_id: str, deadline: float) -> Reply | Missing | None:
         """What came of a request.
@@ -234,9 +315,8 @@ class GridExchange:
         Flower raises what it likes over a reply whose parts are not what they say, and that is its sender's fault; and
         it would wait for two hours for a part that does not come.
         """
-        pull_until(deadline)
         try:
-            messages = list(self.grid.pull_messages([message_id]))
+            messages = self._pull(one, message_id, deadline)
         except UNREADABLE as error:
             text = f"{self._where(one)}: a reply that cannot be read ({type(error).__name__})"
             return self._missing(one, ProtocolError.code, ProtocolError(text))
@@ -247,17 +327,47 @@ class GridExchange:
                 return outcome
         return None
 
+    def _pull(self, one: _Asked, message_id: str, deadline: float) -> list[Message]:
+        """The reply, once all of it is here: a pull waits for what is on its way, and other sites should not wait."""
+        pull_until(deadline)
+        if self.spool is None or getattr(self.grid, "works_when_pulled", False):
+            return list(self.grid.pull_messages([message_id]))
+        if message_id not in one.pulls:
+            one.pulls[message_id] = self._begin_pull(message_id)
+        pull = one.pulls[message_id]
+        wait([pull], PAUSE_S[0] if time.monotonic() < deadline else GRACE_S)  # it waits for no part any more then
+        if not pull.done():
+            return []
+        del one.pulls[message_id]
+        return pull.result()
+
+    def _begin_pull(self, message_id: str) -> Future[list[Message]]:
+        pull: Future[list[Message]] = Future()
+
+        def work() -> None:
+            with self._pulling:
+                try:
+                    pull.set_result(list(self.grid.pull_messages([message_id])))
+                except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+                    pull.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # one that still waits does not keep the process
+        return pull
+
     def _look(self, pending: Sequence[_Asked], deadline: float) -> None:
         """Ask again who lost its request and is there."""
         nodes = self._connected()
         by_name = {self._name_of(node): number for number, node in nodes.items()} if self.sites else {}
         for one in pending:
+            if one.outcome is not None:
+                continue
             self._nodes[one.index] = self._nodes[one.index] or by_name.get(self._names[one.index], 0)
             node = nodes.get(self._nodes[one.index])
             if node is None:
                 self._lose(one, "gone")
                 continue
-            if one.ids and node.last_activated_at == one.activated:
+            if one.ids and node.last_activated_at == (one.activated or node.last_activated_at):
+                one.activated = node.last_activated_at
                 self._find(one)  # its reply is still to come
                 continue
             one.again += 1
@@ -321,6 +431,11 @@ class GridExchange:
         name = self._names[one.index]
         where = f"{name if name.startswith('node ') else f'site {name!r}'} in {one.request.phase}"
         return where + (f", round {one.request.round + 1}" if one.request.steps else "")
+
+
+def _single(request: Request) -> Generator[Request, Reply, Reply]:
+    reply = yield request
+    return reply
 
 
 def _where(request: Request) -> Event:

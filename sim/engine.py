@@ -25,6 +25,8 @@ class InProcessGrid(LocalGrid):
         sites: their keys, by name, where they have some.
     """
 
+    works_when_pulled = True
+
     def __init__(
         self,
         pool: Pool,

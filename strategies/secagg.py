@@ -12,6 +12,7 @@ from chexfound.errors import ProtocolError
 from chexfound.journal import storage
 from chexfound.secagg import mask
 from chexfound.secagg.fixed import Layout, decode_section
+from chexfound.secagg.payload import map_new
 
 CHUNK = 2**20  # values that are added at a time
 
@@ -39,7 +40,7 @@ class Sums(Mapping[str, np.ndarray]):
 
 
 class MaskedSum:
-    """Of one attempt.  One input is in memory while it is spooled, and one sum afterwards.
+    """Of one attempt.  Inputs lie on the disk, and so does their sum, which is mapped.
 
     Args:
         layout: of the arrays.
@@ -51,6 +52,12 @@ class MaskedSum:
         shutil.rmtree(folder, ignore_errors=True)
         with storage(folder):
             folder.mkdir(parents=True)
+        # On the disk too: in memory it would be another model beside the one before and the one after.  And now: when
+        # its turn comes, sites have opened it.
+        self._sums = {
+            ring: map_new(folder / f"sum-{ring}.bin", f"<u{ring // 8}", size) if size else np.zeros(0, f"<u{ring // 8}")
+            for ring, size in layout.sizes.items()
+        }
         self._sites: list[str] = []
 
     def add(self, site: str, arrays: Mapping[int, np.ndarray]) -> None:
@@ -78,7 +85,7 @@ class MaskedSum:
         """
         if absent := sorted(set(survivors) - set(self._sites)):
             raise ProtocolError(f"a sum over sites whose arrays did not come: {absent[:3]}")
-        sums = {ring: np.zeros(size, f"<u{ring // 8}") for ring, size in self.layout.sizes.items()}
+        sums = self._sums
         for site in survivors:
             for ring, total in sums.items():
                 if not total.size:

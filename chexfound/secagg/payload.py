@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from chexfound import recipe as recipes
 from chexfound import schema
 from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
-from chexfound.journal import canonical
+from chexfound.journal import canonical, storage
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.pretrain.health import PROBED, STEP_FIGURES
@@ -233,7 +235,11 @@ class Plan:
     # -- at the coordinator
 
     def update(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """What was sent, moved by the mean of the sites' updates; a row that no site labels stays as it was."""
+        """What was sent, moved by the mean of the sites' updates; a row that no site labels stays as it was.
+
+        Args:
+            sums: by section, each looked at once, and its array spent.
+        """
         result = dict(self.request.tensors)
         weight = int(sums["images"]) / self.settings.images
         for name in self.shapes:
@@ -241,11 +247,12 @@ class Plan:
             if name in self.rows:
                 by_row = sums["labelled"] / np.array(self.settings.labelled, np.float64)
                 by_row = by_row.reshape(-1, *[1] * (total.ndim - 1))
-                mean = np.divide(total, by_row, out=np.zeros_like(total), where=by_row > 0)
+                total = np.divide(total, by_row, out=np.zeros_like(total), where=by_row > 0)
             else:
-                mean = total / weight if weight else np.zeros_like(total)
+                np.divide(total, weight or np.inf, out=total)
             before = self.request.tensors[name]
-            result[name] = (before.double() + _tensor(mean)).to(before.dtype)
+            result[name] = _tensor(total).add_(before).to(before.dtype)
+            del total  # before the next one comes: in float64 a tensor is twice as large
         return result
 
     def moments(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -316,6 +323,19 @@ def digest(arrays: Mapping[int, np.ndarray]) -> str:
         whole.update(ring.to_bytes(8, "big") + array.nbytes.to_bytes(8, "big"))
         whole.update(np.ascontiguousarray(array, f"<u{ring // 8}").view(np.uint8).data)
     return whole.hexdigest()
+
+
+def map_new(path: Path, dtype: str, size: int) -> np.memmap[Any, Any]:
+    """A new array of zeros, mapped from a file that has all its room: else a full disk ends the process at some page.
+
+    Raises: StorageError.
+    """
+    with storage(path):
+        array = np.memmap(path, dtype, "w+", shape=(size,))
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, array.nbytes)
+    return array
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -18,6 +18,7 @@ from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 GB, GIB = 10**9, 2**30
 MODELS_KEPT = 7  # a site's own: teacher and Adam's two moments, now and a round ago; and the run's backbone
+IN_PARTS = 4  # models more, of a run whose student and teacher travel in parts: what came last, and what left last
 DEMO_BYTES, VITL_BYTES = 14 * 10**6, 1_610 * 10**6  # with their heads, float32
 MEMORY_MIN = 2 * GIB  # the preset demo takes 1.1 in the worker (measured), Flower's node and the rest 0.4
 MEMORY_VITL = 16 * GIB  # 8 for weights, gradients, moments and teacher, the rest for messages and images
@@ -139,7 +140,8 @@ def disk(subject: Subject) -> Finding:
         images, px = (len(subject.store), subject.store.px) if subject.store else (0, recipe.image_px)
         tokens = (px // recipe.student.patch_size) ** 2 + 1
         width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
-        return images * (1 + recipe.adapt.views) * tokens * width * 4 + MODELS_KEPT * model_bytes
+        models = MODELS_KEPT + IN_PARTS * (2 * model_bytes > 1e6 * recipe.federation.part_mb)
+        return images * (1 + recipe.adapt.views) * tokens * width * 4 + models * model_bytes
 
     place = next(path for path in (subject.home, *subject.home.parents) if path.exists())
     free = shutil.disk_usage(place).free

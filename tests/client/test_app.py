@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chexfound import phases, recipe, signing, wire
 from chexfound.errors import ProtocolError
+from chexfound.parts import Apart, Laid
 from chexfound.phases import Request
 from chexfound.roster import Address, Keys, Roster
 from client import membership
@@ -254,3 +256,78 @@ def test_images_are_taken_in_at_enrolment_only(
     assert site_module.site_of(context.node_config, tiny_recipe.image_px, enrolling=False) is site
     assert len(site.view) == before
     assert count() == before + len(lines)
+
+
+# ---- arrays in parts
+
+
+@pytest.fixture
+def ask(make_message: Any, make_context: Any) -> Callable[..., Any]:
+    """`ask(request)`: the reply, or the code of an error."""
+
+    def ask(request: Request) -> Any:
+        kind = wire.MESSAGE_TYPES[request.stage or request.phase]
+        reply = app(make_message(wire.pack_request(request), kind), make_context())
+        return reply.error.reason if reply.has_error() else wire.unpack_reply(reply.content)
+
+    return ask
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site gives back twice what it was sent."""
+
+    def run(site: Any, recipe: Any, request: Request) -> phases.Reply:
+        return phases.Reply(tensors={name: 2 * tensor for name, tensor in request.tensors.items()})
+
+    monkeypatch.setattr(phases, "run", run)
+
+
+TENSORS = {"student.x": torch.arange(9.0)}
+LAID = Laid({"float32": [TENSORS["student.x"].numpy()]})
+APART = Apart(sha256=LAID.sha256(), arrays=LAID.arrays, table=[("student.x", "float32", [9])])
+
+
+def delivery(start: int, size: int) -> Request:
+    told = {"sha256": APART.sha256, "size": APART.size, "start": start}
+    return Request(phase="pretrain", stage="deliver", told=told, chunk=LAID.read(start, size))
+
+
+def test_arrays_are_delivered_and_collected_in_parts(ask: Any, doubled: None, tmp_path: Path) -> None:
+    request = Request(phase="pretrain", apart=APART, part_bytes=20)
+    assert ask(request) == "protocol"  # nothing was delivered
+    assert [ask(delivery(start, 20)).values["size"] for start in (0, 20)] == [20, 36]
+    reply = ask(request)
+    assert reply.apart.size == 36
+    told = {"sha256": reply.apart.sha256, "start": 0, "size": 36}
+    chunk = ask(Request(phase="pretrain", stage="collect", told=told)).chunk
+    (tmp_path / "reply").write_bytes(chunk.tobytes())
+    assert torch.equal(wire.with_arrays(reply, tmp_path / "reply").tensors["student.x"], 2 * TENSORS["student.x"])
+    assert ask(Request(phase="pretrain", stage="collect", told=told | {"sha256": APART.sha256})) == "protocol"
+
+
+@pytest.mark.parametrize("part_bytes", [0, 36])
+def test_arrays_that_make_one_part_are_in_the_reply(ask: Any, doubled: None, part_bytes: int) -> None:
+    reply = ask(Request(phase="pretrain", tensors=TENSORS, part_bytes=part_bytes))
+    assert torch.equal(reply.tensors["student.x"], 2 * TENSORS["student.x"])
+
+
+def test_nothing_is_kept_of_a_reply_that_may_not_leave(ask: Any, doubled: None, tmp_path: Path) -> None:
+    tensors = {"odd.x": torch.arange(9.0)}
+    assert ask(Request(phase="pretrain", tensors=tensors, part_bytes=20)) == "policy"
+    assert not list(tmp_path.rglob("out-*"))
+
+
+def test_a_disk_that_is_full_is_a_code(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    ask(delivery(0, 20))
+    monkeypatch.setattr("builtins.open", full)
+    assert ask(delivery(20, 20)) == "storage"
+
+
+def test_parts_of_a_run_whose_code_was_refused(make_message: Any, make_context: Any, tmp_path: Path) -> None:
+    message = make_message(wire.pack_request(delivery(0, 20)), "query.deliver")
+    assert app(message, make_context(run={"refused": "not approved"})).error.reason == "code"
+    assert not list(tmp_path.rglob("in-*"))

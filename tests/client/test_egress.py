@@ -146,6 +146,14 @@ def test_a_reply_that_cannot_be_packed_is_a_code(make_message: Any) -> None:
         assert "Jane" not in text_of(sent)
 
 
+def test_a_part_leaves_only_when_it_is_collected() -> None:
+    part = Reply(chunk=np.zeros(4, np.uint8))
+    assert egress.admit("collect", part) is part
+    for phase in egress.VALUES.keys() - {"collect"}:
+        with pytest.raises(PolicyError, match="a part of another"):
+            egress.admit(phase, part)
+
+
 def test_nothing_leaves_in_an_unknown_phase(make_message: Any) -> None:
     assert egress.release(make_message(RecordDict()), "unknown", Reply()).error.reason == "policy"
 

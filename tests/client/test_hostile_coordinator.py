@@ -21,7 +21,7 @@ from chexfound import phases, signing
 from chexfound.errors import REFUSALS
 from chexfound.journal import Journal
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply
+from chexfound.phases import Reply, Request
 from chexfound.pretrain import health
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
@@ -536,6 +536,50 @@ def test_a_site_that_requires_masks_takes_no_part_in_a_plain_run(fed: Federation
         "site", "versions", "findings",
     }  # fmt: skip
     assert fed.attempt().finish()["images"] == 96
+
+
+def test_a_site_that_requires_masks_takes_no_delivery_of_a_plain_run(fed: Federation) -> None:
+    (fed.homes[VICTIM] / "site.yaml").write_text("secagg:\n  required: true\n")
+    told = {"sha256": "0" * 64, "size": 4, "start": 0}
+    part = Request(phase="pretrain", stage="deliver", told=told, chunk=np.zeros(4, np.uint8))
+    assert fed.ask(VICTIM, part, recipe=replace(fed.recipe, aggregation="fedavg")) == "secagg.plain"
+    assert not list(fed.homes[VICTIM].glob("parts/*/*"))
+    assert fed.ask(VICTIM, part).values == {"size": 4}
+
+
+@pytest.mark.parametrize("end", ["refusal", "time", "answer", "next"])
+def test_masked_arrays_are_not_collected_after_their_attempt(
+    end: str, fed: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = pretraining(fed).until("masked")
+    for name in NAMES:
+        assert isinstance(one.ask("masked", name, part_bytes=1000), Reply)
+    apart = one.answers["masked"][VICTIM].apart  # type: ignore[union-attr]
+    collect = replace(one.request, tensors={}, stage="collect", told={"sha256": apart.sha256, "start": 0, "size": 1000})
+    assert fed.ask(VICTIM, collect).chunk.size == 1000
+    fed.kill()
+    assert fed.ask(VICTIM, collect).chunk.size == 1000  # as often as it is asked, while the attempt goes on
+    if end == "refusal":
+        assert one.ask("consistency", VICTIM, survivors=[VICTIM]) == "secagg.survivors"
+    elif end == "time":
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 10**6)
+    elif end == "answer":
+        assert [*one.stage("consistency"), *one.stage("unmask")] == [*NAMES, *NAMES]
+    else:
+        fed.attempt(number=7).until("share")
+    assert fed.ask(VICTIM, collect) == "protocol"
+    assert end == "next" or not fed.secrets(VICTIM).exists()
+
+
+def test_a_part_is_for_a_phase_that_there_is(fed: Federation) -> None:
+    """Else each word that is made up would be an entry in the journal of refusals, and a line in the log."""
+    (fed.homes[VICTIM] / "site.yaml").write_text("secagg:\n  required: true\n")
+    told = {"sha256": "0" * 64, "size": 4, "start": 0}
+    for phase in ("", "x", "x" * 100, "pretrain\n03:14:15 chexfound.client all is well"):
+        part = Request(phase=phase, stage="deliver", told=told, chunk=np.zeros(4, np.uint8))
+        assert fed.ask(VICTIM, part, recipe=replace(fed.recipe, aggregation="fedavg")) == "protocol"
+    assert fed.journal(VICTIM) == []
 
 
 def test_a_stage_under_a_plain_recipe_is_refused(fed: Federation) -> None:

@@ -235,7 +235,7 @@ def test_the_disk_that_a_run_takes_grows_with_the_images(prepare: Callable[..., 
             return 10**6
 
     one.store.__class__ = Many
-    assert f"{(10**6 * 2 * 4 * 1024 * 4 + 7 * 1.61e9) / 1e9:.1f} GB (ViT-L" in local.disk(one).text
+    assert f"{(10**6 * 2 * 4 * 1024 * 4 + 11 * 1.61e9) / 1e9:.1f} GB (ViT-L" in local.disk(one).text
 
 
 def test_too_little_memory(prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

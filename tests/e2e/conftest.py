@@ -221,6 +221,9 @@ RECIPE = recipes.validate(
 )
 
 
+PART_MB = 2.0  # for sites that our own client serves: student, teacher and moments, 13.5 MB, then go in seven
+
+
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
     return RECIPE

@@ -26,6 +26,7 @@ from chexfound.schema import Recipe
 from server import federation as federations
 from server import members
 from tests.e2e import hospitals
+from tests.e2e.conftest import PART_MB
 
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")
@@ -133,7 +134,11 @@ class Disturbed:
 @pytest.fixture(scope="module")
 def long_recipe(recipe: Recipe) -> Recipe:
     """Of four rounds, each long enough to be interrupted."""
-    return replace(recipe, train=replace(recipe.train, rounds=4, local_steps=25))
+    return replace(
+        recipe,
+        train=replace(recipe.train, rounds=4, local_steps=25),
+        federation=replace(recipe.federation, part_mb=PART_MB),
+    )
 
 
 @pytest.fixture(scope="module")

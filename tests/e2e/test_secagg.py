@@ -28,7 +28,7 @@ from chexfound.schema import Recipe
 from client.home import store_path
 from server.exchange import Member, Missing, checked_roster
 from server.run import Run
-from tests.e2e.conftest import PATIENCE_S
+from tests.e2e.conftest import PART_MB, PATIENCE_S
 from tests.e2e.hospitals import Hospitals, kill
 
 pytestmark = pytest.mark.e2e
@@ -45,7 +45,7 @@ def secret(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         aggregation="secagg",
-        federation=replace(recipe.federation, min_sites=SITES, round_timeout_s=ROUND_S),
+        federation=replace(recipe.federation, min_sites=SITES, round_timeout_s=ROUND_S, part_mb=PART_MB),
         secagg=replace(recipe.secagg, stage_timeout_s=STAGE_S),
         train=replace(recipe.train, local_steps=12, pooled_batch_size=64, optimizer_state="local"),
         adapt=replace(recipe.adapt, optimizer_state="local"),

@@ -88,11 +88,11 @@ class Federation:
             node = {"site": name, "data": str(store), "home": str(self.homes[name]), "patients": str(shard)}
             self.nodes[name] = {**node, "secured": True}
 
-    def exchange(self) -> GridExchange:
-        """As a run has it."""
+    def exchange(self, spool: Path | None = None) -> GridExchange:
+        """As a run has it; with a `spool`, arrays travel in parts."""
         config = {"recipe": recipes.to_json(self.recipe)}
         grid = InProcessGrid(Pool(1), [self.nodes[name] for name in NAMES], config, self.sites)
-        return GridExchange(grid, sites=self.sites, run_id=1)
+        return GridExchange(grid, sites=self.sites, run_id=1, spool=spool)
 
     def ask(
         self,

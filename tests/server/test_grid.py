@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -19,6 +22,7 @@ from chexfound import signing, wire
 from chexfound.errors import ConfigError, DataError, ProtocolError, RefusedError, SiteError
 from chexfound.phases import Reply, Request
 from chexfound.roster import Keys, Roster
+from client.parts import Parts
 from server import grid as grid_module
 from server.exchange import Member, Missing
 from server.flwr_private import LocalGrid, set_identity
@@ -152,7 +156,7 @@ def test_each_site_gets_its_own_request(quick: Any) -> None:
     assert {node: wire.unpack_request(message.content).roster_index for node, message in seen.items()} == {9: 0, 7: 1}
     assert {message.metadata.message_type for message in seen.values()} == {"train.adapt"}
     assert {message.metadata.group_id for message in seen.values()} == {"5"}  # shown in logs, where the first is 1
-    assert all(0 < message.metadata.ttl <= 0.3 for message in seen.values())
+    assert all(0 < message.metadata.ttl - grid_module.GRACE_S <= 0.3 for message in seen.values())
 
 
 def test_a_site_that_is_not_asked_gives_nothing(quick: Any) -> None:
@@ -488,3 +492,220 @@ def test_a_site_that_is_away_when_a_run_goes_on_may_come_later(patient: Any) -> 
     grid.looked = come
     assert all(isinstance(reply, Reply) for reply in exchange.ask(pretrain(2)))
     assert events(told)[-1] == ("back", "SOUTH")
+
+
+# -- several sites, of which one takes all the time; and arrays that come in parts
+
+
+def test_a_site_that_is_late_does_not_make_those_after_it_late(quick: Any) -> None:
+    """Their replies are there: they are only looked at when its turn is over."""
+    grid = Scripted({1: node("A", lambda message: None), 2: node("B"), 3: node("C")})
+    exchange = GridExchange(grid)
+    exchange.enrol(quick)
+    first, *others = exchange.ask(pretrain(3))
+    assert isinstance(first, Missing)
+    assert first.reason == "late"
+    assert all(isinstance(reply, Reply) for reply in others)
+
+
+class InParts:
+    """Sites with keys that take and give arrays in parts; `killed`: once that happens to it, it is started again."""
+
+    def __init__(self, folder: Path, killed: str = "", at: int = 0) -> None:
+        self.folder, self.killed, self.at = folder, killed, at
+        self.order: list[tuple[str, str]] = []
+        self.down = False
+        self.told: list[dict[str, Any]] = []
+        nodes: dict[int, Answer] = {1: lambda message: self.answer(NORTH, message), 2: self.south}
+        self.grid = Scripted(nodes, {1: NORTH.pem, 2: SOUTH.pem})
+        self.grid.looked = self.restart
+        self.exchange = GridExchange(
+            self.grid, sites=SITES, run_id=RUN, spool=folder / "spool", on_event=self.told.append
+        )
+
+    def south(self, message: Message) -> Message | None:
+        stage = message.metadata.message_type
+        if stage == self.killed and not self.down and self.stages("SOUTH").count(stage) == self.at:
+            self.down = True
+        return None if self.down else self.answer(SOUTH, message)
+
+    def restart(self) -> None:
+        if self.down:
+            self.grid.started[2], self.killed, self.down = "2", "", False
+
+    def stages(self, name: str) -> list[str]:
+        return [stage for site, stage in self.order if site == name]
+
+    def answer(self, hospital: Hospital, message: Message) -> Message:
+        self.order.append((hospital.name, message.metadata.message_type))
+        if message.metadata.message_type == "query.enrol":
+            return hospital.answer(message)
+        request = wire.unpack_request(message.content)
+        parts = Parts(self.folder / hospital.name, RUN)
+        keep = None
+        if request.stage:
+            reply = parts.answer(request)
+        else:
+            if request.apart is not None:
+                request = wire.with_arrays(request, parts.received(request.apart))
+            reply, keep = Reply(tensors={"x": request.tensors["x"] + len(hospital.name)}), parts.keep
+        content = wire.pack_reply(reply, keep)
+        wire.sign_reply(content, hospital.identity, RUN, request.round, message.metadata.message_id)
+        return Message(content, reply_to=message)
+
+    def ask(self) -> list[Reply | Missing | None]:
+        tensors = {"x": torch.arange(1000.0)}
+        return list(self.exchange.ask([replace(request, tensors=tensors) for request in pretrain(2)]))
+
+
+@pytest.fixture
+def parted(patient: Any) -> Any:
+    return set_federation(patient, part_mb=0.001)
+
+
+PARTS = ["query.deliver"] * 4 + ["train.pretrain"] + ["query.collect"] * 4
+
+
+def test_sites_take_and_give_their_parts_side_by_side(parted: Any, tmp_path: Path) -> None:
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(parted)
+    sites.order.clear()
+    replies = sites.ask()
+    assert all(
+        isinstance(reply, Reply) and torch.equal(reply.tensors["x"], torch.arange(1000.0) + 5) for reply in replies
+    )
+    assert sites.stages("NORTH") == sites.stages("SOUTH") == PARTS
+    first = [name for name, _ in sites.order]
+    assert first.index("SOUTH") < 3  # not when all of the other is done
+    assert list((tmp_path / "spool").iterdir()) == []
+    assert [event["event"] for event in sites.told if event.get("phase") == "pretrain"] == [
+        "asked",
+        "replied",
+        "replied",
+    ]
+
+
+@pytest.mark.parametrize("killed", ["query.deliver", "train.pretrain", "query.collect"])
+def test_a_site_that_is_killed_between_parts_goes_on_with_the_next(parted: Any, tmp_path: Path, killed: str) -> None:
+    sites = InParts(tmp_path, killed, at=0 if killed == "train.pretrain" else 2)
+    sites.exchange.enrol(parted)
+    sites.order.clear()
+    assert all(isinstance(reply, Reply) for reply in sites.ask())
+    assert sites.stages("SOUTH") == PARTS
+    assert events(sites.told) == [("lost", "SOUTH"), ("back", "SOUTH")]
+
+
+def test_a_site_that_dies_between_parts_is_missing_and_the_others_are_not(parted: Any, tmp_path: Path) -> None:
+    sites = InParts(tmp_path, "query.collect", at=2)
+    sites.exchange.enrol(set_federation(parted, round_timeout_s=0.5))
+    sites.grid.looked = lambda: None
+    first, second = sites.ask()
+    assert isinstance(first, Reply)
+    assert isinstance(second, Missing)
+    assert second.reason == "late"
+
+
+def test_a_site_whose_arrays_are_not_what_it_signed_is_refused(parted: Any, tmp_path: Path) -> None:
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(parted)
+
+    def spoil(message: Message) -> Message | None:
+        if message.metadata.message_type == "query.collect":
+            (path,) = (tmp_path / "SOUTH" / "parts" / str(RUN)).glob("out-*")
+            path.write_bytes(bytes(path.stat().st_size))
+        return sites.answer(SOUTH, message)
+
+    sites.grid.answers[2] = spoil
+    first, second = sites.ask()
+    assert isinstance(first, Reply)
+    assert isinstance(second, Missing)
+    assert second.reason == "protocol"
+    assert "site 'SOUTH' in pretrain, round 3: sends other arrays than its reply says" in str(second.error)
+    assert [event["site"] for event in sites.told if event["event"] == "refused"] == ["SOUTH"]
+
+
+def test_a_reply_that_does_not_come_whole_holds_up_nobody_else(parted: Any, tmp_path: Path) -> None:
+    """Flower shows a reply before its objects are there, and waits for them as it pulls."""
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(set_federation(parted, round_timeout_s=2.0))
+    never, pull = threading.Event(), sites.grid.pull_messages
+
+    def slow(message_ids: Iterable[str]) -> Iterable[Message]:
+        names = list(message_ids)
+        if any(sites.grid.asked[name].metadata.dst_node_id == 1 for name in names):
+            never.wait(20)
+            return []
+        return list(pull(names))
+
+    sites.grid.pull_messages = slow  # type: ignore[method-assign]
+    first, second = sites.ask()
+    never.set()
+    assert isinstance(first, Missing)
+    assert first.reason == "late"
+    assert isinstance(second, Reply)
+
+
+def test_a_site_that_is_done_is_not_asked_again_when_it_starts_again(parted: Any, tmp_path: Path) -> None:
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(parted)
+    sites.order.clear()
+    looks = iter(range(10**9))
+
+    def north(message: Message) -> Message | None:
+        done = sites.stages("SOUTH") == PARTS
+        if done:
+            sites.grid.started[2] = "2"
+        return sites.answer(NORTH, message) if done and next(looks) > 3 else None
+
+    sites.grid.answers[1] = north
+    assert all(isinstance(reply, Reply) for reply in sites.ask())
+    assert sites.stages("SOUTH") == PARTS
+    assert events(sites.told) == []
+
+
+def test_a_site_that_is_not_listed_at_one_moment_is_asked_once(parted: Any, tmp_path: Path) -> None:
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(parted)
+    sites.order.clear()
+    looks = iter(range(10**9))
+    sites.grid.looked = lambda: (sites.grid.online.discard if next(looks) % 2 else sites.grid.online.add)(2)
+    assert all(isinstance(reply, Reply) for reply in sites.ask())
+    assert sites.stages("SOUTH") == PARTS
+
+
+def test_a_reply_that_is_larger_than_its_request_is_in_time_behind_one_that_is_late(
+    parted: Any, tmp_path: Path
+) -> None:
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(set_federation(parted, round_timeout_s=1.0, part_mb=0.0041))
+    sites.grid.answers[1] = lambda message: None
+    answer = sites.answer
+
+    def larger(hospital: Hospital, message: Message) -> Message:
+        request = wire.unpack_request(message.content)
+        if request.stage:
+            return answer(hospital, message)
+        content = wire.pack_reply(Reply(tensors={"x": torch.zeros(1100)}), Parts(tmp_path / "SOUTH", RUN).keep)
+        wire.sign_reply(content, hospital.identity, RUN, request.round, message.metadata.message_id)
+        return Message(content, reply_to=message)
+
+    sites.answer = larger  # type: ignore[method-assign]
+    first, second = sites.ask()
+    assert isinstance(first, Missing)
+    assert isinstance(second, Reply)
+    assert second.tensors["x"].shape == (1100,)
+
+
+def test_no_work_is_given_out_after_the_deadline(parted: Any, tmp_path: Path) -> None:
+    sites = InParts(tmp_path)
+    sites.exchange.enrol(set_federation(parted, round_timeout_s=0.3))
+    sites.order.clear()
+    answer = sites.answer
+
+    def slow(hospital: Hospital, message: Message) -> Message:
+        time.sleep(0.11)
+        return answer(hospital, message)
+
+    sites.answer = slow  # type: ignore[method-assign]
+    assert all(isinstance(outcome, Missing) and outcome.reason == "late" for outcome in sites.ask())
+    assert "train.pretrain" not in sites.stages("NORTH") + sites.stages("SOUTH")

@@ -90,6 +90,20 @@ def test_the_order_of_the_nodes_does_not_matter(
     assert again.model_sha256 == undisturbed.model_sha256
 
 
+def test_arrays_in_parts_give_the_same_model(
+    short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path
+) -> None:
+    recipe = replace(short, federation=replace(short.federation, part_mb=0.05))
+    exchange = make_exchange(recipe, SITES, tmp_path / "homes")
+    exchange.spool = tmp_path / "run" / "parts"
+    assert Run(recipe, exchange, tmp_path / "run").run().model_sha256 == undisturbed.model_sha256
+    for site in SITES:
+        assert [
+            path.name.partition("-")[0] for path in sorted((tmp_path / "homes" / site / "parts" / "1").iterdir())
+        ] == ["in", "out"]
+    assert not list((tmp_path / "run" / "parts").iterdir())
+
+
 def test_run_again_when_done_changes_nothing(
     short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path
 ) -> None:

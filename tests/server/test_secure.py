@@ -296,12 +296,13 @@ def test_replies_that_are_garbage_cost_their_site_the_attempt(stage: str, sums: 
 
 @pytest.fixture
 def whole(fed: Federation) -> Federation:
-    """With a recipe of one round a phase, and its findings named."""
+    """With a recipe of one round a phase, its findings named, and small parts."""
     recipe = fed.recipe
     fed.recipe = replace(
         recipe,
         train=replace(recipe.train, rounds=1),
         adapt=replace(recipe.adapt, rounds=1, findings=("Bar", "Blob")),
+        federation=replace(recipe.federation, part_mb=0.05),
     )
     return fed
 
@@ -329,7 +330,7 @@ def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averag
     killed: set[tuple[Any, ...]] = set()
     outcome = None
     while outcome is None:
-        exchange = whole.exchange()
+        exchange = whole.exchange(tmp_path / "killed" / "parts")
         true = exchange.ask
 
         def ask(requests: Sequence[Request | None], timeout_s: float | None = None, true: Any = true) -> Iterator[Any]:
@@ -353,6 +354,9 @@ def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averag
         assert len(begun) == len(set(begun)) == 5 * 6
         assert not [entry for entry in entries if entry["event"] == "refused"]
         assert not (home / "secagg" / "attempt" / "secrets.json").exists()
+        kept = {path.name.partition("-")[0]: path.stat().st_size for path in (home / "parts" / "1").iterdir()}
+        assert kept["in"] > 50_000  # all of this went in parts; the undisturbed run whole
+        assert "out" not in kept  # gone with its attempt
 
     whole.recipe = replace(secagg, aggregation="fedavg")
     for name in NAMES:

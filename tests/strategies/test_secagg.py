@@ -5,6 +5,8 @@ That sums are right for every dropout pattern is in tests/secagg/test_sums.py.
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +76,16 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises((ConfigError, StorageError), match="file"):
         MaskedSum(LAYOUT, tmp_path / "file" / "spool")
+
+
+def test_a_disk_without_room_for_the_sum_is_told_before_anything_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later, a page without room would end the process when the sites have opened the sum already."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="no space left"):
+        MaskedSum(LAYOUT, tmp_path / "spool")
