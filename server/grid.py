@@ -38,6 +38,7 @@ PULLS_MAX = 8  # replies that are pulled side by side, each of a part at most
 PAUSE_S = (0.02, 0.5)  # between two looks for replies: longer each time, in these bounds (of many sites, a longer one)
 LOOK_S = 2.0  # between two looks at who is connected
 GRACE_S = 60.0  # after the deadline that a reply which came in time is there, until those before it are dealt with
+LAST_S = 5.0  # after the deadline that a reply which came in time may take to be pulled
 AGAIN_MAX = 8  # times that a site is asked one thing again
 AWAY_S = 30.0  # that a site is waited for which the last request has lost, and which has not come back since
 Event = dict[str, Any]
@@ -335,7 +336,7 @@ class GridExchange:
         if message_id not in one.pulls:
             one.pulls[message_id] = self._begin_pull(message_id)
         pull = one.pulls[message_id]
-        wait([pull], PAUSE_S[0] if time.monotonic() < deadline else GRACE_S)  # it waits for no part any more then
+        wait([pull], PAUSE_S[0] if time.monotonic() < deadline else LAST_S)  # it waits for no part any more then
         if not pull.done():
             return []
         del one.pulls[message_id]
