@@ -11,7 +11,7 @@ ChexfoundError            1
 ├── PolicyError           6   what a site's policy forbids to leave (or to run)
 │   ├── CodeError         6   a run of code that the site's operator did not approve
 │   ├── RosterError       6   a run with sites that the site's operator did not approve
-│   └── RefusedError      6   a step of secure aggregation that would tell more than one sum; its code says which
+│   └── RefusedError      6   a request that a site does not take; its code says which rule it breaks
 ├── SiteError             7   a site, or the process that plays it, failed in a round
 └── StorageError          8   the disk is full or refuses to be written
 
@@ -101,21 +101,38 @@ class RosterError(PolicyError):
 
 
 class RefusedError(PolicyError):
-    """A step of secure aggregation that a site does not take; `code` names the attack that it would be part of.
+    """A request that a site does not take; `code` names the rule it breaks, or the attack that it would be part of.
 
     Args:
         code: one of REFUSALS.
         text: what was seen; stays at the site.
     """
 
-    code = "secagg"
+    code = "refused"
 
     def __init__(self, code: str, text: str = "") -> None:
         super().__init__(text or REFUSALS[code])
         self.code = code
 
 
-REFUSALS = {  # by the code that leaves the site: what the request would have done
+REFUSALS = {  # by the code that leaves the site: what the request was, or would have done
+    "weights.initial": "first weights that are neither the recipe's own nor a file that the site's operator approved",
+    "weights.file": "a file of weights that the site's operator has not approved",
+    "weights.box": "weights that the recipe's steps cannot lead to from those that this site last accepted",
+    "weights.frozen": "another value of a tensor that is not trained",
+    "weights.missed": "weights after more rounds without this site than its policy lets pass (max_missed_rounds)",
+    "weights.lost": "a later round, and what this site last accepted is not on its disk",
+    "weights.backbone": "another backbone than the one that this run gave the site",
+    "weights.change": "weights that moved further in a round than this site's own steps allow for",
+    "policy.phase": "a phase that the site's policy does not take part in",
+    "policy.model": "a model that the site's policy does not train",
+    "policy.rate": "learning rates beyond the site's policy",
+    "policy.work": "more or fewer rounds, steps or images than the site's policy allows",
+    "policy.runs": "one run more than the site's policy allows in a month",
+    "policy.patients": "work over fewer patients or images than the site's policy asks for, or over none",
+    "policy.machine": "more memory, disk or time than the site's policy allows",
+    "request.beyond": "more, or other work, than its own recipe has",
+    "request.tensors": "other tensors than its recipe's model has",
     "secagg.plain": "asked for its own update, which this site gives only in a masked sum",
     "secagg.parameters": "told other numbers of sites, colluders or shares than this site's own",
     "secagg.attempt": "an attempt that is past, or was seen before: its secrets would serve twice",

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
-from chexfound.data.split import View
+from chexfound.data.split import Part, View
 from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
 from chexfound.evaluate.histograms import histograms
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
@@ -91,6 +91,8 @@ class Site:
         shuffle_labels: permute the training labels by patient (the floor that tells how much of a
             score comes from no anatomy at all); only the simulation sets it.
         gpus: how many of the machine's GPUs it pretrains on, or "all"; empty: as $CHEXFOUND_GPUS says.
+        cells: patients below which a count, a figure or a row does not leave; 0 (a simulation): all leave.
+        words: names of findings that may leave; None (a simulation): all.
     """
 
     view: View
@@ -98,6 +100,8 @@ class Site:
     shuffle_labels: bool = False
     progress: Progress | None = None
     gpus: str = ""
+    cells: int = 0
+    words: frozenset[str] | None = None
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -105,9 +109,13 @@ class Site:
         """The site's name."""
         return self.view.name
 
+    def split(self, recipe: Recipe, which: Part) -> np.ndarray:
+        """Ids of the images of a part, in canonical order."""
+        return self.view.split(recipe.seed, recipe.split, which)
+
     def training_ids(self, recipe: Recipe) -> np.ndarray:
         """Ids of the training images, in canonical order."""
-        return self.view.split(recipe.seed, recipe.split, "train")
+        return self.split(recipe, "train")
 
     def patients(self, ids: np.ndarray) -> list[str]:
         """Key of the patient of each image."""
@@ -172,7 +180,7 @@ def counts(site: Site, recipe: Recipe, request: Request) -> Reply:
         }
         for column, name in enumerate(store.findings)
     }
-    splits = {which: len(site.view.split(recipe.seed, recipe.split, which)) for which in ("train", "val", "test")}
+    splits = {which: len(site.split(recipe, which)) for which in get_args(Part)}
     values = {
         "images": len(site.view.ids),
         "patients": len(set(site.patients(site.view.ids))),
@@ -346,7 +354,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     backbone = _backbone(recipe, backbone_tensors or checkpoint.load(site.home / "backbone.safetensors"))
     head = build_head(recipe, len(request.findings))
     load_tensors(head, checkpoint.with_prefix(request.tensors, "head."), list(head.state_dict()))
-    ids = site.view.split(recipe.seed, recipe.split, "test")
+    ids = site.split(recipe, "test")
     labels = site.view.store.labels(ids, request.findings)
     probabilities = predict(backbone, head, site.view.store.pixels(ids), recipe.adapt.n_last_blocks)
     scores = Scores(
@@ -399,7 +407,7 @@ def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
         probe = _probe(site, recipe, request)
         return probe.figures() if probe is not None else []
     if request.phase == "evaluate":
-        labels = site.view.store.labels(site.view.split(recipe.seed, recipe.split, "test"), request.findings)
+        labels = site.view.store.labels(site.split(recipe, "test"), request.findings)
     else:
         labels = site.training_labels(recipe, request.findings)
     if not len(labels):

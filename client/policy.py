@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,21 +18,96 @@ SIZE_MAX = 2**20
 _strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Amount = Annotated[float, Field(gt=0)]
+
+
 @_strict
 class SecAgg:
     """Of secure aggregation."""
 
-    required: bool = False  # refuse every run that does not aggregate under masks
+    required: bool | None = None  # refuse runs in the clear; none: where the roster has three sites or more
     colluders: Annotated[int, Field(ge=0)] | None = None  # sites that may collude with the coordinator; none: a quarter
     minimum: Annotated[int, Field(ge=MINIMUM)] = MINIMUM  # sites that a sum must be over
     attempt_s: Annotated[float, Field(gt=0)] = 86_400.0  # after which an attempt's secrets are dropped
 
 
 @_strict
-class Policy:
-    """All sections."""
+class Model:
+    """What a recipe's model may be: a wide patch, or a LayerScale of 1, makes of it a camera (docs/threat-model.md)."""
 
+    min_patch_px: Positive = 14
+    max_patch_px: Positive = 16
+    min_tokens: Positive = 49  # of an image, at each resolution that it is seen at
+    max_layerscale: Amount = 0.1
+    max_registers: Count = 8
+    min_image_px: Positive = 64
+    max_image_px: Positive = 1024
+    normalizations: tuple[str, ...] = ("zscore", "mean_std")
+    max_lr: Amount = 2e-3  # of pretraining, multipliers included
+    max_adapt_lr: Amount = 4e-3
+
+
+@_strict
+class Cells:
+    """What is told of few patients: nothing."""
+
+    patients: Count = 10  # below which a count, a figure or a row is `suppressed`
+
+
+@_strict
+class Weights:
+    """What is said, or done, when the coordinator's weights move further than this site's own steps (lineage.md)."""
+
+    max_change: Amount = 1.1  # of a round, over this site's own
+    max_tensor_change: Amount = 3.0  # likewise, in one tensor
+    refuse_change: bool = False  # refuse what is beyond, instead of warning in `status`
+
+
+@_strict
+class Machine:
+    """What a run may take of the machine; none: whatever there is."""
+
+    hours: Amount | None = None  # of work on one run
+    disk_gb: Amount | None = None
+    memory_gb: Amount | None = None
+
+
+@_strict
+class Fractions:
+    """Of the site's patients; the rest is for the test.  A recipe has no say in it."""
+
+    train: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.15
+
+
+@_strict
+class Policy:
+    """All of site.yaml.  A coordinator may ask for less than it grants, never for more."""
+
+    phases: tuple[Literal["pretrain", "adapt", "evaluate"], ...] = ("pretrain", "adapt", "evaluate")
+    tensors: tuple[Literal["student", "teacher", "head", "optimizer"], ...] = (
+        "student",
+        "teacher",
+        "head",
+        "optimizer",
+    )
+    model: Model = Model()
+    min_patients: Count = 20  # with a training image, in each phase
+    min_images: Count = 20  # for training
+    min_steps: Positive = 2  # of a round
+    max_steps: Positive = 10_000  # of a round
+    max_rounds: Positive = 10_000  # of a phase
+    max_runs: Positive = 5  # begun in 30 days
+    max_missed_rounds: Count = 3  # that may pass without this site
+    machine: Machine = Machine()
+    cells: Cells = Cells()
+    split: Fractions = Fractions()
+    findings: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()  # beside the released vocabulary
+    weights: Weights = Weights()
     secagg: SecAgg = SecAgg()
+    plain: Literal["accepted"] | None = None  # runs in the clear, where the roster has three sites or more
 
     @staticmethod
     def load(home: Path) -> Policy:
@@ -61,6 +136,12 @@ class Policy:
             raise ConfigError(f"{path}: {what}") from error
         except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a site's policy: {error}") from error
+
+    def masked(self, n: int) -> bool:
+        """Whether a run in the clear is refused, in a federation of n sites."""
+        if self.secagg.required is not None:
+            return self.secagg.required
+        return n >= MINIMUM and self.plain != "accepted"
 
     def parameters(self, n: int) -> Parameters:
         """Of secure aggregation in a federation of n sites.

@@ -32,8 +32,11 @@ def rows(start: str) -> list[list[str]]:
     return table[2:]  # without its head
 
 
+OF_MASKS = {code: text for code, text in REFUSALS.items() if code.startswith("secagg.")}
+
+
 def test_every_refusal_is_explained_in_the_code_s_words() -> None:
-    assert {row[0].strip("`"): row[1] for row in rows("\n## Refusals")} == REFUSALS
+    assert {row[0].strip("`"): row[1] for row in rows("\n## Refusals")} == OF_MASKS
     assert all(row[2] for row in rows("\n## Refusals"))
 
 
@@ -41,7 +44,7 @@ def test_every_refusal_has_its_check() -> None:
     named = set(
         re.findall(r"`(secagg\.[a-z-]+)`", PAGE[PAGE.index("### Every check") : PAGE.index("## The guarantee")])
     )
-    assert named == set(REFUSALS)
+    assert named == set(OF_MASKS)
 
 
 def test_every_rule_of_what_composes_is_in_the_table() -> None:
