@@ -15,7 +15,7 @@ import torch
 
 from chexfound import phases
 from chexfound.data.sources import ingest
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, DataError, ProtocolError
 from chexfound.model import checkpoint
@@ -340,7 +340,7 @@ def test_evaluate_without_a_test_image(make_site: Callable[..., Site], tiny_reci
     recipe = replace(tiny_recipe, split=replace(tiny_recipe.split, train=0.9, val=0.09999))
     site = make_site("beta")
     head = checkpoint.add_prefix(prepared(site, recipe), "head.")
-    assert len(site.view.split(recipe.seed, recipe.split, "test")) == 0
+    assert len(site.view.split(Membership.of(recipe), "test")) == 0
     rows = phases.run(site, recipe, Request(phase="evaluate", findings=FINDINGS, tensors=head)).values["results"]
     assert [(row["n"], row["auroc"], bool(row["reason"])) for row in rows] == [(0, None, True)] * 2
 
