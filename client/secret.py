@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chexfound.data.naming import Naming
-from chexfound.data.store import key_id
+from chexfound.data.store import INDEX, key_id
 from chexfound.errors import DataError
 from chexfound.journal import replace_file
 
@@ -65,35 +65,38 @@ def path_of(home: Path) -> Path:
 def of_site(home: Path) -> Secret:
     """The site's secret, made if there is none yet.
 
+    Raises: as `present`; StorageError.
+    """
+    if (secret := present(home)) is not None:
+        return secret
+    with replace_file(path_of(home), 0o600) as temporary:
+        temporary.write_bytes(os.urandom(BYTES))
+    return Secret.of(path_of(home).read_bytes())
+
+
+def present(home: Path) -> Secret | None:
+    """The site's secret; None if none was made yet.
+
     Raises: DataError if it is gone, damaged, or another one than the site's stores were made with.
     """
-    made_with = {store: found for store in own_stores(home) if (found := key_id(store))}
-    if not path_of(home).exists():
+    path, made_with = path_of(home), {store: found for store in own_stores(home) if (found := key_id(store))}
+    anew = ANEW.format(stores=" and ".join(map(str, made_with)) or "its stores", path=path)
+    try:
+        read = path.read_bytes()
+    except FileNotFoundError:
         if made_with:
-            raise DataError(f"{path_of(home)}: the site's secret is not there; {_anew(home, made_with)}")
-        with replace_file(path_of(home), 0o600) as temporary:
-            temporary.write_bytes(os.urandom(BYTES))
-    secret = Secret.of(_read(home, made_with))
+            raise DataError(f"{path}: the site's secret is not there; {anew}") from None
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: the site's secret cannot be read ({error}); check its owner and mode") from error
+    if len(read) != BYTES:
+        raise DataError(f"{path}: holds {len(read)} bytes, not {BYTES}; {anew}")
+    secret = Secret.of(read)
     if others := [store for store, found in made_with.items() if found != secret.naming.key_id]:
-        raise DataError(f"{path_of(home)}: {others[0]} was made with another secret; {_anew(home, others)}")
+        raise DataError(f"{path}: {others[0]} was made with another secret; {anew}")
     return secret
 
 
 def own_stores(home: Path) -> list[Path]:
     """The stores that the site made of its images."""
-    return sorted(path.parent for path in home.glob("store-*/index.sqlite"))
-
-
-def _read(home: Path, made_with: dict[Path, str]) -> bytes:
-    path = path_of(home)
-    try:
-        secret = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: the site's secret cannot be read ({error}); check its owner and mode") from error
-    if len(secret) != BYTES:
-        raise DataError(f"{path}: holds {len(secret)} bytes, not {BYTES}; {_anew(home, made_with)}")
-    return secret
-
-
-def _anew(home: Path, stores: list[Path] | dict[Path, str]) -> str:
-    return ANEW.format(stores=", ".join(map(str, stores)) or "nothing else", path=path_of(home))
+    return sorted(path.parent for path in home.glob(f"store-*/{INDEX}"))

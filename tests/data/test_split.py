@@ -74,7 +74,9 @@ def test_a_hospital_s_key_and_fractions_leave_a_recipe_no_say(seed, other):
 def test_patients_who_come_later_move_nobody(store, tmp_path, make_manifest):
     before = {part: {store.keys[i] for i in View.of(store, "x").split(simulated(0), part)} for part in PARTS}
     ingest(
-        make_manifest(tmp_path / "more", [{"file": f"n{n}.png", "patient_id": f"n{n}"} for n in range(9)]),
+        make_manifest(
+            tmp_path / "more", [{"file": f"n{n}.png", "source": "c", "patient_id": f"n{n}"} for n in range(9)]
+        ),
         tmp_path / "store",
         16,
     )
