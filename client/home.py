@@ -26,7 +26,7 @@ def site_home(name: str) -> Path:
 
 
 def close(folder: Path) -> None:
-    """Make a site's folder, or mend it: all of it is for this account only, and so is the folder of all sites.
+    """Make a site's folder, or mend it: all of it is for this account only, and so is the folder that holds it.
 
     Raises: StorageError if a mode cannot be changed.
     """
