@@ -86,7 +86,9 @@ def measure(out: Path, finding: str) -> Any:
 
 def not_tested(view: Any, recipe: Any, finding: str) -> tuple[str, np.ndarray]:
     """A site's name, and its images that have a label and are not of test patients."""
-    test = set(view.split(recipe.seed, recipe.split, "test").tolist())
+    from chexfound.data.split import Membership
+
+    test = set(view.split(Membership.of(recipe), "test").tolist())
     ids = np.array([place for place in view.ids.tolist() if place not in test], np.int64)
     return view.name, ids[view.store.labels(ids, [finding])[:, 0] >= 0]
 

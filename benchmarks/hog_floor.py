@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from chexfound import recipe as recipes
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.evaluate.floors import fit_scores
@@ -198,7 +198,10 @@ def _measure_seed(
     store: Store, finding: str, seed: int, views: Sequence[View], features: dict[int, np.ndarray], split: Split
 ) -> list[dict[str, Any]]:
     parts = {
-        which: [_part(store, finding, view, view.split(seed, split, which), features) for view in views]
+        which: [
+            _part(store, finding, view, view.split(Membership.simulated(seed, split), which), features)
+            for view in views
+        ]
         for which in ("train", "val", "test")
     }
     train = _stacked(parts["train"], features)

@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITES = ("CENTRE", "NORTH", "SOUTH")
 PATIENCE_S = 300.0  # for anything that is not a block
 BLOCK_S = 900.0
-PX, IMAGES = 32, 24
+PX, IMAGES = 32, 60  # enough for each site to train on as many patients as its policy asks for
 PACKAGES = ("federated-chexfound", "flwr", "torch", "httpx", "uvicorn")
 PYPROJECT = """\
 [project]

@@ -107,7 +107,7 @@ def _judged(recipe: Any, store: Any, finding: str) -> dict[tuple[str, str], Judg
     """By (pooling, arm), each source's test patients with their scores."""
     import torch
 
-    from chexfound.data.split import View
+    from chexfound.data.split import Membership, View
     from chexfound.model import checkpoint
     from chexfound.pretrain.train import initial_weights
     from sim.partition import partition
@@ -120,7 +120,7 @@ def _judged(recipe: Any, store: Any, finding: str) -> dict[tuple[str, str], Judg
     }
     fit, test = [], {}
     for view in views:
-        parts = {part: view.split(recipe.seed, recipe.split, part) for part in ("train", "val", "test")}
+        parts = {part: view.split(Membership.of(recipe), part) for part in ("train", "val", "test")}
         known = {part: ids[store.labels(ids, [finding])[:, 0] >= 0] for part, ids in parts.items()}
         if all(len(np.unique(store.labels(ids, [finding]))) == 2 for ids in (known["train"], known["test"])):
             fit.append(np.concatenate([known["train"], known["val"]]))
@@ -147,11 +147,11 @@ def _judged(recipe: Any, store: Any, finding: str) -> dict[tuple[str, str], Judg
 
 def _pretrained(recipe: Any, store: Any) -> dict[str, Any]:
     """The teacher's backbone after all steps on the pooled training images, in one go."""
-    from chexfound.data.split import View
+    from chexfound.data.split import Membership, View
     from chexfound.model import checkpoint
     from chexfound.pretrain.train import Pretrainer
 
-    ids = View(store, store.ids, "all").split(recipe.seed, recipe.split, "train")
+    ids = View(store, store.ids, "all").split(Membership.of(recipe), "train")
     trainer = Pretrainer(recipe, lambda places: store.pixels(ids[places]), len(ids), 0)
     trainer.run(0, recipe.pretrain_steps, recipe.train.pooled_batch_size)
     return checkpoint.with_prefix(trainer.global_tensors(teacher=True), "teacher.backbone.")

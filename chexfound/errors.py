@@ -3,7 +3,8 @@
 ChexfoundError            1
 ├── ConfigError           2   a recipe, an option or a folder was given wrongly
 ├── DataError             3   images, manifests or stores that cannot be used
-│   └── DivergedError     3   a training step whose loss or gradient is not finite
+│   ├── DivergedError     3   a training step whose loss or gradient is not finite
+│   └── EmptyError        3   a folder without an image that can be used
 ├── CheckpointError       4   weights or saved state that do not fit or are damaged
 │   └── StateError        4   a site without the state that its next round stands on
 ├── ProtocolError         5   a message that is not what the two ends agreed on
@@ -53,6 +54,10 @@ class DivergedError(DataError):
     step: int = -1
     places: list[int] = []
     when: str = "before"
+
+
+class EmptyError(DataError):
+    """A folder without an image that can be used."""
 
 
 class CheckpointError(ChexfoundError):

@@ -134,7 +134,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # for this moment, in which another thread may write
     os.umask(mask)
     return mask
 

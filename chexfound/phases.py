@@ -8,6 +8,7 @@ everything that a later request stands on is written, atomically, before the rep
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
 import platform
 import shutil
@@ -25,7 +26,7 @@ from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
-from chexfound.data.split import Part, View
+from chexfound.data.split import SIMULATED, Membership, Part, View
 from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
 from chexfound.evaluate.histograms import histograms
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
@@ -36,7 +37,7 @@ from chexfound.parts import Apart
 from chexfound.pretrain import curriculum, health, ranks, saves, teacher, watch
 from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.train import DTYPES, Pretrainer
-from chexfound.schema import Recipe
+from chexfound.schema import Recipe, Split
 
 log = logging.getLogger("chexfound.site")
 log.addHandler(logging.NullHandler())  # whoever runs the site shows its log; a simulation has its own display
@@ -93,6 +94,9 @@ class Site:
         gpus: how many of the machine's GPUs it pretrains on, or "all"; empty: as $CHEXFOUND_GPUS says.
         cells: patients below which a count, a figure or a row does not leave; 0 (a simulation): all leave.
         words: names of findings that may leave; None (a simulation): all.
+        split_key: by which its patients fall into parts; None (a simulation): by the recipe's seed.
+        fractions: of its patients; None (a simulation): the recipe's.
+        digest_key: under which the digest of its store leaves.
     """
 
     view: View
@@ -102,6 +106,9 @@ class Site:
     gpus: str = ""
     cells: int = 0
     words: frozenset[str] | None = None
+    split_key: bytes | None = field(default=None, repr=False)
+    fractions: Split | None = None
+    digest_key: bytes = field(default=SIMULATED, repr=False)
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -111,7 +118,7 @@ class Site:
 
     def split(self, recipe: Recipe, which: Part) -> np.ndarray:
         """Ids of the images of a part, in canonical order."""
-        return self.view.split(recipe.seed, recipe.split, which)
+        return self.view.split(Membership.of(recipe, self.split_key, self.fractions), which)
 
     def training_ids(self, recipe: Recipe) -> np.ndarray:
         """Ids of the training images, in canonical order."""
@@ -165,8 +172,8 @@ def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
         if not numbers["train"]:  # which the coordinator cannot see
             raise DataError(f"site {site.name!r} has no training image; give it images, or leave it out")
         return Reply(values={"site": site.name, "versions": versions, "findings": sorted(numbers["findings"])})
-    store_sha256 = site.view.store.digest()
-    return Reply(values={"site": site.name, **numbers, "versions": versions, "store_sha256": store_sha256})
+    store_hmac = hmac.new(site.digest_key, site.view.store.digest().encode(), "sha256").hexdigest()
+    return Reply(values={"site": site.name, **numbers, "versions": versions, "store_hmac": store_hmac})
 
 
 def counts(site: Site, recipe: Recipe, request: Request) -> Reply:

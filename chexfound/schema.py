@@ -229,7 +229,7 @@ class Evaluate:
 
 @_frozen
 class Split:
-    """Fractions of the patients; the rest is for the test."""
+    """Fractions of the patients of a simulation; the rest is for the test.  A hospital has its own (site.yaml)."""
 
     train: Annotated[float, Field(gt=0, lt=1)] = 0.6
     val: Annotated[float, Field(ge=0, lt=1)] = 0.15

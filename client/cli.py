@@ -22,6 +22,7 @@ from chexfound import __version__
 from chexfound.errors import ChexfoundError, ConfigError
 
 if TYPE_CHECKING:
+    from chexfound.data.naming import Naming
     from chexfound.roster import Address
     from client.supernode import Credentials
 
@@ -118,7 +119,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    from client.home import UMASK
+
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.umask(UMASK)  # the node's and the worker's too
     try:
         if words and words[0] in ("enrol", "roster", "approve", "check", "status", "secagg", "unit"):
             from client import commands
@@ -140,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(given: argparse.Namespace) -> int:
     from chexfound.roster import check_name
-    from client import approval, link, node, supernode
-    from client.home import named, site_home, sole_site
+    from client import approval, link, node, secret, supernode
+    from client.home import close, named, site_home, sole_site
     from client.policy import Policy
 
     name = given.name or sole_site()
@@ -156,7 +160,8 @@ def _serve(given: argparse.Namespace) -> int:
     values |= {"secured": True} if credentials else {}
     config = supernode.node_config(values)
     with _alone(home, name):
-        _take_in(name, data, home, given.image_px)
+        close(home)
+        _take_in(name, data, home, given.image_px, secret.of_site(home).naming)
         how = "with TLS" if credentials else "without TLS"
         if link.answers(address, "https" if credentials else "http"):
             _say(name, f"connecting to {address}, {how}; Ctrl-C ends it")
@@ -245,7 +250,7 @@ def _alone(home: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _take_in(name: str, data: Path, home: Path, image_px: int) -> None:
+def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -> None:
     """Bring the site's store up to date, and say what was refused and what is in it now."""
     from chexfound.data.sources import ingest
     from chexfound.data.store import INDEX, Store
@@ -257,7 +262,7 @@ def _take_in(name: str, data: Path, home: Path, image_px: int) -> None:
         path = store_path(home, image_px)
         _say(name, f"taking in the images of {data}")
         with _bar() as progress:
-            summary = ingest(data, path, image_px, progress=progress)
+            summary = ingest(data, path, image_px, progress=progress, naming=naming)
         _say(
             name,
             f"{summary.images} new images of {summary.patients} patients, "

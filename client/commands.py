@@ -15,9 +15,9 @@ from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
-from client import approval, membership
+from client import approval, membership, secret
+from client.home import close, named, site_home, sole_site
 from client.home import home as chexfound_home
-from client.home import named, site_home, sole_site
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,11 +145,14 @@ def main(arguments: Sequence[str]) -> int:
 def _enrol(given: argparse.Namespace) -> int:
     check_name(given.name, "site name")
     home, out = site_home(given.name), given.out or Path(f"{given.name}.pub")
+    close(home)
     keys, made = membership.make_keys(home)
+    secret.of_site(home)
     write_text(out, public_file(given.name, keys))
     print(
         f"site {given.name}: {'made its keys' if made else 'has its keys already'} in {home / 'keys'}; they never leave"
     )
+    print(f"  its secret, by which its patients are named and split: {secret.path_of(home)}; back up both, together")
     print(f"  node     {fingerprint(keys.node)}\n    {keys.node}")
     print(f"  identity {fingerprint(keys.identity)}\n    {keys.identity}")
     print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from chexfound.errors import ConfigError
+from chexfound.journal import storage
+
+UMASK = 0o077  # of all of a site's processes: what they write is for this account only
 
 
 def home() -> Path:
@@ -17,6 +23,28 @@ def home() -> Path:
 def site_home(name: str) -> Path:
     """The folder of a site: its store, its state between rounds, its Flower apps."""
     return home() / "sites" / name
+
+
+def close(folder: Path) -> None:
+    """Make a site's folder, or mend it: all of it is for this account only, and so is the folder that holds it.
+
+    Raises: StorageError if a mode cannot be changed.
+    """
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder.parent, *exposed(folder)):
+            with contextlib.suppress(FileNotFoundError):  # a file on its way to its place
+                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~UMASK)
+
+
+def exposed(folder: Path) -> Iterator[Path]:
+    """What of a site's folder other accounts have any right to, itself included; a link to a store is followed."""
+    for top in [folder, *(path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_dir())]:
+        for here, _, files in os.walk(top):
+            for path in (Path(here), *(Path(here, name) for name in sorted(files))):
+                with contextlib.suppress(FileNotFoundError):
+                    if not path.is_symlink() and path.stat().st_mode & UMASK:
+                        yield path
 
 
 def store_path(folder: Path, image_px: int) -> Path:

@@ -81,6 +81,10 @@ class Fractions:
     train: Annotated[float, Field(gt=0, lt=1)] = 0.6
     val: Annotated[float, Field(ge=0, lt=1)] = 0.15
 
+    def __post_init__(self) -> None:
+        if self.train + self.val >= 1:
+            raise ValueError("train + val must leave patients for the test (their sum must be below 1)")
+
 
 @_strict
 class Policy:

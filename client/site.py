@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chexfound.data.naming import Naming
 from chexfound.data.sources import ingest
-from chexfound.data.split import View
-from chexfound.data.store import Store
-from chexfound.errors import ConfigError, DataError
+from chexfound.data.split import Membership, View
+from chexfound.data.store import INDEX, Store, key_id
+from chexfound.errors import ConfigError, DataError, EmptyError, RefusedError
 from chexfound.phases import Site
+from chexfound.recipe import changed
 from chexfound.roster import check_name
-from client.home import site_home, store_path
+from chexfound.schema import Split
+from client import secret
+from client.home import close, site_home, store_path
+from client.policy import Policy
 
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
@@ -26,10 +31,11 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
     Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
     the site's home), `gpus` (how many to pretrain on, or "all"), `secured` (true: it has keys, and signs); and
-    for the simulation `home` (of its keys too), `patients` (a JSON file with the shard's patients) and
-    `shuffle-labels`.  New images are taken in at enrolment only: a run's images must not change between its rounds.
+    for the simulation `home` (of its keys too), `patients` (a JSON file with the shard's patients), `split-key` (in
+    the place of the seed's, hex) and `shuffle-labels`.  New images are taken in at enrolment only: a run's images must
+    not change between its rounds.
 
-    Raises: ConfigError if `site` or `data` is missing; DataError.
+    Raises: ConfigError if `site` or `data` is missing; DataError; RefusedError, see `_hospital`.
     """
     key = (*sorted(node_config.items()), ("image_px", image_px))
     if enrolling or key not in _open:
@@ -71,24 +77,54 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
             f"the node's configuration lacks {' and '.join(missing)}; "
             'start it with --node-config \'site="NAME" data="DIR"\''
         )
-    name, data = str(node_config["site"]), Path(str(node_config["data"]))
-    folder = folder_of(node_config)
-    if (data / "index.sqlite").exists():
-        store = Store.open(data)
-    else:
-        path = store_path(folder, image_px)
-        if enrolling or not path.exists():
-            ingest(data, path, image_px)
-        store = Store.open(path)
+    name, data, folder = str(node_config["site"]), Path(str(node_config["data"])), folder_of(node_config)
+    gpus = str(node_config.get("gpus", ""))
+    if "home" not in node_config:
+        return _hospital(name, data, folder, image_px, enrolling, gpus)
     patients = None
     if "patients" in node_config:
         patients = json.loads(Path(str(node_config["patients"])).read_text())
-    view = View.of(store, name, patients)
+    view = View.of(_store(data, folder, image_px, enrolling), name, patients)
     if not len(view.ids):
         raise DataError(f"site {name!r}: no image of its patients is in {data}")
     return Site(
         view=view,
         home=folder,
         shuffle_labels=bool(node_config.get("shuffle-labels", False)),
-        gpus=str(node_config.get("gpus", "")),
+        gpus=gpus,
+        split_key=bytes.fromhex(str(node_config["split-key"])) if "split-key" in node_config else None,
     )
+
+
+def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: bool, gpus: str) -> Site:
+    """A site that is no simulation's: what tells of its patients hangs on its own secret and its own policy.
+
+    Raises: RefusedError where it has too few to take part, or none: which of both, nobody is told.
+    """
+    close(folder)
+    own, policy = secret.of_site(folder), Policy.load(folder)
+    try:
+        store = _store(data, folder, image_px, enrolling, own.naming)
+    except EmptyError as error:
+        raise RefusedError("policy.patients", str(error)) from error
+    fractions = changed(Split(), train=policy.split.train, val=policy.split.val)
+    view = View.of(store, name)
+    ids = view.split(Membership(key=own.split, fractions=fractions), "train")
+    images, patients = len(ids), len({store.keys[place] for place in ids})
+    if images < policy.min_images or patients < policy.min_patients:
+        raise RefusedError(
+            "policy.patients",
+            f"site {name!r}: {images} images of {patients} patients to train on; {folder / 'site.yaml'} asks for "
+            f"{policy.min_images} of {policy.min_patients} (min_images, min_patients)",
+        )
+    return Site(view=view, home=folder, gpus=gpus, split_key=own.split, fractions=fractions, digest_key=own.digest)
+
+
+def _store(data: Path, folder: Path, image_px: int, enrolling: bool, naming: Naming | None = None) -> Store:
+    """The store that `data` is, as it is; or the site's own, that its images are taken into."""
+    if (data / INDEX).exists():
+        return Store.open(data)
+    path = store_path(folder, image_px)
+    if enrolling or not path.exists() or (naming is not None and not key_id(path)):
+        ingest(data, path, image_px, naming=naming)
+    return Store.open(path)

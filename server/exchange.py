@@ -13,7 +13,7 @@ from chexfound.errors import ChexfoundError, ConfigError, ProtocolError, Version
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import Recipe
 
-ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_sha256"}
+ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_hmac"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def _checked_member(values: dict[str, Any], sender: str) -> Member:
     ):
         raise ProtocolError(f"site {name!r} enrolled without usable counts of its findings")
     _check_versions(name, built)
-    if not isinstance(values["store_sha256"], str) or not re.fullmatch("[0-9a-f]{64}", values["store_sha256"]):
+    if not isinstance(values["store_hmac"], str) or not re.fullmatch("[0-9a-f]{64}", values["store_hmac"]):
         raise ProtocolError(f"site {name!r} enrolled without its store's hash")
     return Member(name=name, values=values)
 

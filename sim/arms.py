@@ -19,7 +19,7 @@ from typing import Any
 
 from chexfound import phases
 from chexfound import recipe as recipes
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError
 from chexfound.evaluate.metrics import Scores, load_scores
@@ -43,6 +43,12 @@ class Plan:
     store: Path
     sites: dict[str, list[str]]  # site -> its patients, sorted by site
     folder: Path
+    split_key: bytes | None = None  # in the place of the seed's; none: `chexfound-sim`'s own
+
+    @property
+    def membership(self) -> Membership:
+        """Which patients train, validate and test."""
+        return Membership.of(self.recipe, self.split_key)
 
     def arm_folder(self, arm: str) -> Path:
         """Where an arm is kept; a site by its place in the roster, since two names may be read as one."""
@@ -175,13 +181,14 @@ def _warner(plan: Plan, arm: str, listener: OnWarnings | None) -> Callable[[dict
 
 def node_config(plan: Plan, arm: str, site: str) -> dict[str, Any]:
     """What the ClientApp of a simulated site is told."""
-    return {
+    config: dict[str, Any] = {
         "site": site,
         "data": str(plan.store),
         "home": str(plan.site_home(arm, site)),
         "patients": str(plan.patients_file(site)),
         "shuffle-labels": arm == "shuffled",
     }
+    return config | ({"split-key": plan.split_key.hex()} if plan.split_key else {})
 
 
 def _backbone_file(plan: Plan) -> Path:
@@ -212,12 +219,13 @@ def run_alone(plan: Plan, arm: str) -> float:
 
     patients = None if arm == "centralized" else plan.sites[arm.removeprefix("local:")]
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
-    own = Site(view=View.of(store, trained_on(arm), patients), home=folder / "own", progress=progress)
+    view, key = View.of(store, trained_on(arm), patients), plan.split_key
+    own = Site(view=view, home=folder / "own", progress=progress, split_key=key)
     batches = Batches.pooled(recipe, n_sites)
     warn = _warner(plan, arm, listeners.on_warnings)
     outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches, on_event=warn).run()
     for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
-        tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name))
+        tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name), split_key=key)
         request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)
         phases.run(tested, recipe, request)
     return time.monotonic() - began
@@ -243,7 +251,7 @@ def trainable(plan: Plan, site: str) -> bool:
     from chexfound.adapt.train import trainable_findings
 
     view = View.of(Store.open(plan.store), site, plan.sites[site])
-    ids = view.split(plan.recipe.seed, plan.recipe.split, "train")
+    ids = view.split(plan.membership, "train")
     return bool(trainable_findings(view.store.labels(ids, list(plan.recipe.adapt.findings or ()))).any())
 
 

@@ -22,8 +22,8 @@ def fitted_floors(plan: Plan, arms: Sequence[str]) -> BothScores:
     recipe, store = plan.recipe, Store.open(plan.store)
     findings = list(recipe.adapt.findings or ())
     views = {site: View.of(store, site, patients) for site, patients in plan.sites.items()}
-    train = {site: view.split(recipe.seed, recipe.split, "train") for site, view in views.items()}
-    test = {site: view.split(recipe.seed, recipe.split, "test") for site, view in views.items()}
+    train = {site: view.split(plan.membership, "train") for site, view in views.items()}
+    test = {site: view.split(plan.membership, "test") for site, view in views.items()}
     train_ids, test_ids = np.concatenate(list(train.values())), np.concatenate(list(test.values()))
     labels = store.labels(train_ids, findings)
 

@@ -126,16 +126,14 @@ def plan_index(plan: Plan, site: str) -> int:
 def _write_sites(out: Path, plan: Plan) -> None:
     recipe, store = plan.recipe, Store.open(plan.store)
     n_sites = len(plan.sites)
-    total_train = sum(
-        len(View.of(store, name, p).split(recipe.seed, recipe.split, "train")) for name, p in plan.sites.items()
-    )
+    total_train = sum(len(View.of(store, name, p).split(plan.membership, "train")) for name, p in plan.sites.items())
     shared = Batches.of(recipe, n_sites).pretrain_images(recipe)
     pooled = Batches.pooled(recipe, n_sites).pretrain_images(recipe)
     refused = Counter(Path(file).parts[0] for file, _ in store.refused)
     rows = []
     for name, patients in plan.sites.items():
         view = View.of(store, name, patients)
-        parts = {which: view.split(recipe.seed, recipe.split, which) for which in ("train", "val", "test")}
+        parts = {which: view.split(plan.membership, which) for which in ("train", "val", "test")}
         labels = store.labels(view.ids, store.findings)
         shown = [store.views[place] or "unknown" for place in view.ids]
         rows.append(
@@ -192,7 +190,7 @@ def _write_attention(out: Path, plan: Plan) -> None:
     chosen: list[int] = []
     sites: list[str] = []
     for name, patients in plan.sites.items():
-        ids = View.of(store, name, patients).split(recipe.seed, recipe.split, "test")
+        ids = View.of(store, name, patients).split(plan.membership, "test")
         labels = store.labels(ids, list(findings))
         column = int(np.argmax(np.minimum((labels == 1).sum(0), (labels == 0).sum(0)))) if len(ids) else 0
         for value in (1, 0):

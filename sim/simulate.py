@@ -19,7 +19,7 @@ from rich.markup import escape
 from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
 from chexfound.journal import Journal, canonical, write_json
@@ -259,11 +259,11 @@ class Simulation:
         for name, patients in sites.items():
             view = View.of(store, name, patients)
             counts = {
-                which: len(view.split(self.options.seeds[0], self.recipe.split, which))
+                which: len(view.split(Membership.simulated(self.options.seeds[0], self.recipe.split), which))
                 for which in ("train", "val", "test")
             }
             for seed in self.options.seeds:
-                if not len(view.split(seed, self.recipe.split, "train")):
+                if not len(view.split(Membership.simulated(seed, self.recipe.split), "train")):
                     raise DataError(
                         f"site {name!r} has no training image with seed {seed} "
                         f"(its {len(view)} images fell to validation and test); give it more patients"
@@ -393,7 +393,7 @@ def label_counts(store_path: Path, sites: dict[str, list[str]], recipe: Recipe) 
     store = Store.open(store_path)
     counts = []
     for name, patients in sites.items():
-        labels = store.labels(View.of(store, name, patients).split(recipe.seed, recipe.split, "train"), store.findings)
+        labels = store.labels(View.of(store, name, patients).split(Membership.of(recipe), "train"), store.findings)
         counts.append(
             {
                 finding: {

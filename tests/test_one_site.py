@@ -13,7 +13,7 @@ import torch
 
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, trainable_findings
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
@@ -60,7 +60,7 @@ def test_one_site_federated_is_centralized(
     assert outcome.findings == ("Bar", "Blob")
 
     torch.set_num_threads(recipe.threads)
-    ids = View(store, store.ids, "all").split(recipe.seed, recipe.split, "train")
+    ids = View(store, store.ids, "all").split(Membership.of(recipe), "train")
     plain = centralized(recipe, store, ids, outcome.findings, tmp_path / "plain")
 
     assert set(outcome.tensors) == set(plain)

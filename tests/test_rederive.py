@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chexfound import journal, phases
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import ProtocolError, SiteError
 from chexfound.model import checkpoint
@@ -131,7 +131,7 @@ def test_one_site_is_close_to_centralized(
     )
     Run(plain, make_exchange(plain, ["all"]), tmp_path / "run").run()
     store = Store.open(tiny_store_path)
-    ids = View(store, store.ids, "all").split(plain.seed, plain.split, "train")
+    ids = View(store, store.ids, "all").split(Membership.of(plain), "train")
     torch.set_num_threads(plain.threads)
     trainer = Pretrainer(plain, lambda places: store.pixels(ids[places]), len(ids), 0)
     trainer.run(0, plain.pretrain_steps, plain.train.pooled_batch_size)

@@ -14,7 +14,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -62,10 +62,10 @@ class Header:
 
 
 def pseudonym(patient_id: str) -> str:
-    """The default name of a patient in a store: 16 hex digits of the SHA-256 of PatientID.
+    """The name of a patient in a store without a key: 16 hex digits of the SHA-256 of PatientID.
 
-    Hides the number from a reader, not from one who can try all numbers: a keyed function may be
-    given in its place wherever a `namer` is asked for.
+    Hides the number from a reader, not from one who can try all numbers: a hospital's own store has names by its
+    key in the place of these (`naming.Naming`).
     """
     return hashlib.sha256(patient_id.encode()).hexdigest()[:16]
 
@@ -79,7 +79,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def read(path: Path, namer: Callable[[str], str] = pseudonym) -> tuple[np.ndarray, Header]:
+def read(path: Path) -> tuple[np.ndarray, Header]:
     """Decode a frontal chest radiograph to uint8 (height, width), white = dense, and its header.
 
     Raises: DataError "PATH: REASON" for anything else; no reason holds what could tell who it is.
@@ -94,7 +94,7 @@ def read(path: Path, namer: Callable[[str], str] = pseudonym) -> tuple[np.ndarra
             dataset = pydicom.dcmread(path)
             reason = _refusal(dataset)
         if reason is None:
-            header, grey = _header(dataset, namer), _grey(dataset)
+            header, grey = _header(dataset), _grey(dataset)
             reason = None if grey is not None else "constant pixels"
     except InvalidDicomError as error:
         raise DataError(f"{path}: not a DICOM file (no DICM preamble)") from error
@@ -211,11 +211,11 @@ def _code_meanings(dataset: Any) -> str:
     return " ".join(str(code.get("CodeMeaning", "")) for code in codes).upper()
 
 
-def _header(dataset: Any, namer: Callable[[str], str]) -> Header:
+def _header(dataset: Any) -> Header:
     patient_id = str(dataset.get("PatientID", "") or "").strip()
     sex = _text(dataset, "PatientSex")
     return Header(
-        patient=namer(patient_id) if patient_id else "",
+        patient=pseudonym(patient_id) if patient_id else "",
         view=_view(dataset),
         sex=sex if sex in ("M", "F", "O") else "",
         age=_age(dataset),

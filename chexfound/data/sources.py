@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest, unreadable_file
+from chexfound.data.naming import Naming
 from chexfound.data.store import Image, Writer, writing
-from chexfound.errors import ConfigError, DataError
+from chexfound.errors import ConfigError, DataError, EmptyError
 from chexfound.names import RULE, utf8, word, written
 from chexfound.schema import LARGEST_IMAGE_PX
 
@@ -54,7 +55,7 @@ def ingest(
     image_px: int,
     *,
     progress: Callable[[int, int], None] | None = None,
-    namer: Callable[[str], str] | None = None,
+    naming: Naming | None = None,
 ) -> Summary:
     """Add the images under `source` to the store at `store`, which is made if it is absent.
 
@@ -66,12 +67,13 @@ def ingest(
         store: a store, or a folder to be.
         image_px: side of the stored images, pixels.
         progress: called with (files done, files in all).
-        namer: PatientID -> the name kept in the store, for DICOM files without a manifest
-            (default: `chexfound.data.dicom.pseudonym`).
+        naming: by which key the store names its patients (default: none; a manifest's names are kept, and of a
+            PatientID `chexfound.data.dicom.pseudonym`).
 
     Raises:
         ConfigError: image_px is out of range, or a path is not UTF-8 or cannot be.
-        DataError: no such folder, a manifest at fault, no usable image, or a store that does not fit.
+        DataError: no such folder, a manifest at fault, or a store that does not fit.
+        EmptyError: no usable image.
         StorageError: the disk is full or refuses.  Whatever is raised, the store is as it was.
     """
     source, store = Path(source), Path(store)
@@ -85,9 +87,9 @@ def ingest(
     found = find(source, leave=store)
     if not found.entries:
         hint = f"; {found.loose} PNG or JPEG files lie there, and need a {MANIFEST} beside them" if found.loose else ""
-        raise DataError(f"{source}: no images: neither DICOM files nor a {MANIFEST}{hint}")
-    with writing(store, image_px) as writer:
-        return _fill(writer, source, found.entries, progress, namer)
+        raise EmptyError(f"{source}: no images: neither DICOM files nor a {MANIFEST}{hint}")
+    with writing(store, image_px, naming) as writer:
+        return _fill(writer, source, found.entries, progress)
 
 
 def find(root: Path, leave: Path | None = None) -> _Found:
@@ -182,11 +184,10 @@ def _fill(
     root: Path,
     entries: list[Entry],
     progress: Callable[[int, int], None] | None,
-    namer: Callable[[str], str] | None,
 ) -> Summary:
     known = writer.known(str(root.resolve()))
     fates: dict[str, _Fate] = {}
-    for done, (entry, result) in enumerate(_decoded(entries, known, writer.px, namer), start=1):
+    for done, (entry, result) in enumerate(_decoded(entries, known, writer.px), start=1):
         file = entry.image.file
         if result is None:
             if entry.listed:
@@ -198,7 +199,7 @@ def _fill(
             progress(done, len(entries))
     # A duplicate stands in for its twin if that was refused or changed, now or since.
     bereft = writer.bereft(str(root.resolve()))
-    for entry, result in _decoded((entry for entry in entries if entry.image.file in bereft), {}, writer.px, namer):
+    for entry, result in _decoded((entry for entry in entries if entry.image.file in bereft), {}, writer.px):
         assert result is not None  # nothing is known to it
         fates[entry.image.file] = _store(writer, entry, result)
     return _summary(writer, root, fates)
@@ -220,7 +221,7 @@ def _summary(writer: Writer, root: Path, fates: dict[str, _Fate]) -> Summary:
     if all(fate.refused for fate in fates.values()):
         reasons = "".join(f"\n  - {file}: {reason}" for file, reason in refused[:10])
         more = f"\n  - and {len(refused) - 10} more" if len(refused) > 10 else ""
-        raise DataError(
+        raise EmptyError(
             f"{root}: no usable image among {len(fates)} files"
             f"{':' if refused else ', all refused before'}{reasons}{more}"
         )
@@ -261,10 +262,9 @@ def _decoded(
     entries: Iterable[Entry],
     known: dict[str, tuple[str, int, int, bool]],
     px: int,
-    namer: Callable[[str], str] | None,
 ) -> Iterator[tuple[Entry, _Decoded | None]]:
     """Each entry with its decoded image, in order; None for a file that is in the store, unchanged."""
-    from chexfound.data.dicom import pseudonym, quiet
+    from chexfound.data.dicom import quiet
 
     pending: deque[tuple[Entry, Future[_Decoded] | None]] = deque()
     with quiet(), ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
@@ -272,7 +272,7 @@ def _decoded(
             for entry in entries:
                 entry, future = _stated(entry), None
                 if not _unchanged(entry, known):
-                    future = pool.submit(_decode, entry, px, namer or pseudonym)
+                    future = pool.submit(_decode, entry, px)
                 pending.append((entry, future))
                 if len(pending) > _AHEAD:
                     yield _next(pending)
@@ -306,7 +306,7 @@ def _next(pending: deque[tuple[Entry, Future[_Decoded] | None]]) -> tuple[Entry,
     return entry, None if future is None else future.result()
 
 
-def _decode(entry: Entry, px: int, namer: Callable[[str], str]) -> _Decoded:
+def _decode(entry: Entry, px: int) -> _Decoded:
     """Pixels of one file, squeezed to px x px, or the reason why it has none."""
     import cv2
 
@@ -317,7 +317,7 @@ def _decode(entry: Entry, px: int, namer: Callable[[str], str]) -> _Decoded:
         return _Decoded(image=image, reason=entry.refusal)
     try:
         if _is_dicom(entry.path):
-            grey, header = dicom.read(entry.path, namer)
+            grey, header = dicom.read(entry.path)
             image = _completed(image, header)
         else:
             grey = read_picture(entry.path)

@@ -3,6 +3,8 @@
 STORE/index.sqlite        who, where, which labels, where the pixels lie, and what was refused
 STORE/shard-00000.npy     uint8 (N, px, px), at most `SHARD_IMAGES` each
 
+Patients are named as they came in, or in a hospital's own store by its key (`Naming`); a store says by which.
+
 An image's **id** is its place in the canonical order (source, patient, hash of the pixels), so the
 same content has the same ids in whatever order it came in; adding images renumbers.
 
@@ -30,11 +32,13 @@ from urllib.parse import quote
 
 import numpy as np
 
+from chexfound.data.naming import Naming
 from chexfound.data.shards import Shards, map_shard, sync
 from chexfound.errors import DataError
 from chexfound.journal import canonical, storage
 
 SCHEMA = 1  # PRAGMA user_version
+KEYED = 2  # likewise, where patients are named by a key: the table `naming` says by which
 INDEX = "index.sqlite"
 UNKNOWN = -1
 
@@ -105,8 +109,10 @@ class Store:
         images: list[Image],
         labels: dict[str, np.ndarray],
         shards: list[np.ndarray],
+        key_id: str,
     ) -> None:
         self.path = path
+        self.key_id = key_id  # of the key that names its patients; empty: none does
         self.px = px
         self.images = images
         self.ids = np.arange(len(images), dtype=np.int64)
@@ -145,7 +151,8 @@ class Store:
             images = [Image(**dict(zip(names, row[1:], strict=True))) for row in rows]
             labels = _read_labels(index, {row[0]: place for place, row in enumerate(rows)})
             shards = [map_shard(path, number, count, px) for number, count in _read_shards(index)]
-        return Store(path, px, images, labels, shards)
+            key_id = _key_id(index)
+        return Store(path, px, images, labels, shards, key_id)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -227,8 +234,25 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 def _check_schema(path: Path, index: sqlite3.Connection) -> None:
     found = index.execute("PRAGMA user_version").fetchone()[0]
-    if found != SCHEMA:
-        raise DataError(f"{path}: a store of schema {found!r}, not {SCHEMA}; remove it and ingest again")
+    if found not in (SCHEMA, KEYED):
+        raise DataError(f"{path}: a store of schema {found!r}, not {SCHEMA} or {KEYED}; remove it and ingest again")
+
+
+def _key_id(index: sqlite3.Connection) -> str:
+    keyed = index.execute("PRAGMA user_version").fetchone()[0] == KEYED
+    return str(index.execute("SELECT key FROM naming").fetchone()[0]) if keyed else ""
+
+
+def key_id(path: Path) -> str:
+    """Which key names the patients of a store; empty if none does.
+
+    Raises: DataError if it is absent, damaged, or written with another schema.
+    """
+    if not (path / INDEX).is_file():
+        raise DataError(f"{path}: no store here (no {INDEX}); remove it")
+    with _damage_told(path), contextlib.closing(_connect(path)) as index:
+        _check_schema(path, index)
+        return _key_id(index)
 
 
 def _connect(path: Path, mode: str = "ro") -> sqlite3.Connection:
@@ -250,14 +274,33 @@ def _connect(path: Path, mode: str = "ro") -> sqlite3.Connection:
 class Writer:
     """Adds to a store; made by `writing`, and seen by others only when that block ends well."""
 
-    def __init__(self, folder: Path, px: int, index: sqlite3.Connection) -> None:
+    def __init__(self, folder: Path, px: int, index: sqlite3.Connection, naming: Naming | None) -> None:
         self.px = px
         self._index = index
+        self._naming = naming
         # Pages stay in memory until the commit, so readers are not locked out while images are decoded.
-        index.executescript("PRAGMA cache_spill = OFF; PRAGMA synchronous = EXTRA; BEGIN IMMEDIATE;")
+        # What is overwritten is zeroed: the names of before must not be read from the file.
+        index.executescript(
+            "PRAGMA cache_spill = OFF; PRAGMA synchronous = EXTRA; PRAGMA secure_delete = ON; BEGIN IMMEDIATE;"
+        )
         index.execute(_DUPLICATES)
+        if naming is not None:
+            self._name_all(naming)
         self.shards = Shards(folder, px, _read_shards(index))
         self._findings: dict[str, int] = dict(index.execute("SELECT name, id FROM findings").fetchall())
+
+    def _name_all(self, naming: Naming) -> None:
+        """Name by the key who is in the store without one; a store that has it already is left as it is."""
+        if _key_id(self._index):
+            return
+        self._index.create_function("named", 1, naming.name, deterministic=True)
+        self._index.execute("UPDATE images SET patient = named(patient)")
+        self._index.execute("CREATE TABLE naming (key TEXT NOT NULL)")
+        self._index.execute("INSERT INTO naming VALUES (?)", (naming.key_id,))
+        self._index.execute(f"PRAGMA user_version = {KEYED}")
+
+    def _name(self, patient: str) -> str:
+        return patient if self._naming is None else self._naming.name(patient)
 
     def known(self, root: str) -> dict[str, tuple[str, int, int, bool]]:
         """File -> (source, size, mtime_ns, whether it was refused) of all ever ingested from `root`."""
@@ -282,7 +325,7 @@ class Writer:
         """Add an image, in place of an earlier one of the same file.
 
         Args:
-            image: its row; hash and place are filled in here.
+            image: its row; hash and place are filled in here, and a key's name for its patient.
             pixels: uint8 (px, px).
             labels: finding -> 1 or 0; what is not named is unknown.
 
@@ -310,7 +353,7 @@ class Writer:
         )
         cursor = self._index.execute(
             f"INSERT INTO images ({_COLUMNS}) VALUES ({_MARKS})",  # noqa: S608 (names of our own fields)
-            astuple(replace(image, sha256=sha256, shard=shard, row=row)),
+            astuple(replace(image, patient=self._name(image.patient), sha256=sha256, shard=shard, row=row)),
         )
         assert cursor.lastrowid is not None
         self._label(cursor.lastrowid, labels)
@@ -324,7 +367,7 @@ class Writer:
         self._index.execute(
             "UPDATE images SET patient = ?, site = ?, split = ?, age = coalesce(?, age),"
             " view = coalesce(nullif(?, ''), view), sex = coalesce(nullif(?, ''), sex) WHERE id = ?",
-            (image.patient, image.site, image.split, image.age, image.view, image.sex, number),
+            (self._name(image.patient), image.site, image.split, image.age, image.view, image.sex, number),
         )
         self._index.execute("DELETE FROM labels WHERE image = ?", (number,))
         self._label(number, labels)
@@ -377,30 +420,37 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(path: Path, px: int) -> Iterator[Writer]:
+def writing(path: Path, px: int, naming: Naming | None = None) -> Iterator[Writer]:
     """Open a store for adding, or make it; commits when the block ends well, else leaves all as it was.
 
-    Raises: DataError if the store is damaged, holds images of another size, is being written by
-    another process, or if `path` is something else; StorageError if the disk is full or refuses;
+    `naming`: by which key patients are named; who is in the store without one is named anew, in the same transaction.
+
+    Raises: DataError if the store is damaged, holds images of another size or names by another key, is being
+    written by another process, or if `path` is something else; StorageError if the disk is full or refuses;
     ConfigError if there can be no such path.
     """
     path = Path(path).absolute()
     with storage(path), _disk_told():
         if (path / INDEX).is_file():
             with _locked(path):
-                found = Store.open(path).px
-                if found != px:
+                found = Store.open(path)
+                if found.px != px:
                     raise DataError(
-                        f"{path}: holds images of {found} px, not {px!r}; give another folder, or {found} px"
+                        f"{path}: holds images of {found.px} px, not {px!r}; give another folder, or {found.px} px"
                     )
-                with _transaction(path, px) as writer:
+                if found.key_id and found.key_id != (naming.key_id if naming else ""):
+                    raise DataError(
+                        f"{path}: names its patients by {'another' if naming else 'a'} key of the site that made it, "
+                        "so new images cannot be added to theirs; give another folder"
+                    )
+                with _transaction(path, px, naming) as writer:
                     yield writer
             return
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise DataError(f"{path}: exists and is not a store; give a folder that is new or empty")
         with _building(path) as folder:
             _create(folder, px)
-            with _transaction(folder, px) as writer:
+            with _transaction(folder, px, naming) as writer:
                 yield writer
             os.rename(folder, path)
             sync(path.parent)
@@ -466,9 +516,9 @@ def _create(folder: Path, px: int) -> None:
 
 
 @contextlib.contextmanager
-def _transaction(folder: Path, px: int) -> Iterator[Writer]:
+def _transaction(folder: Path, px: int, naming: Naming | None) -> Iterator[Writer]:
     with contextlib.closing(_connect(folder, "rw")) as index:
-        writer = Writer(folder, px, index)
+        writer = Writer(folder, px, index, naming)
         try:
             yield writer
             writer.commit()

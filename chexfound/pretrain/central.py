@@ -26,7 +26,7 @@ import torch
 
 from chexfound import machine
 from chexfound import recipe as recipes
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.journal import remove_unfinished, replace_file, storage, write_json
@@ -169,7 +169,7 @@ class Pretraining:
         check_gpus(self.recipe, gpus)
         for _, batch in self._stages():
             ranks.share(batch, gpus)
-        self.ids = View.of(self.store, "all", None).split(self.recipe.seed, self.recipe.split, "train")
+        self.ids = View.of(self.store, "all", None).split(Membership.of(self.recipe), "train")
         if not len(self.ids):
             raise DataError(f"{self.store.path}: no training image; the split gives all to val and test")
 

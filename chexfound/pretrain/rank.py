@@ -28,7 +28,7 @@ from chexfound.phases import Reply, Request, Site
 from chexfound.pretrain import ranks
 from chexfound.pretrain.environment import GRACE_S, end, named
 from chexfound.pretrain.launch import Ranks, died
-from chexfound.schema import Recipe
+from chexfound.schema import Recipe, Split
 
 log = logging.getLogger("chexfound.pretrain")
 
@@ -61,6 +61,8 @@ def _write(folder: Path, site: Site, recipe: Recipe, request: Request) -> None:
         "home": str(site.home),
         "store": str(site.view.store.path),
         "shuffle_labels": site.shuffle_labels,
+        "split_key": site.split_key.hex() if site.split_key else None,
+        "fractions": vars(site.fractions) if site.fractions else None,
     }
     write_json(folder / "job.json", {"recipe": recipes.to_dict(recipe), "request": asked, "site": here})
 
@@ -70,7 +72,13 @@ def _read(folder: Path) -> tuple[Site, Recipe, Request]:
     here, asked = job["site"], job["request"]
     ids = np.load(folder / "images.npy", allow_pickle=False)
     view = View(Store.open(Path(here["store"])), ids, here["name"])
-    site = Site(view=view, home=Path(here["home"]), shuffle_labels=here["shuffle_labels"])
+    site = Site(
+        view=view,
+        home=Path(here["home"]),
+        shuffle_labels=here["shuffle_labels"],
+        split_key=bytes.fromhex(here["split_key"]) if here["split_key"] else None,
+        fractions=recipes.changed(Split(), **here["fractions"]) if here["fractions"] else None,
+    )
     tensors = checkpoint.load(folder / "request.safetensors")
     request = Request(**{**asked, "findings": tuple(asked["findings"])}, tensors=tensors)
     return site, recipes.validate(job["recipe"], "recipe"), request

@@ -11,8 +11,8 @@ from pathlib import Path
 from chexfound import signing
 from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError, ConfigError
-from client import approval, membership
-from client.home import named
+from client import approval, membership, secret
+from client.home import UMASK, exposed, named
 from client.policy import Policy
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
@@ -20,6 +20,7 @@ GB, GIB = 10**9, 2**30
 MODELS_KEPT = 7  # a site's own: teacher and Adam's two moments, now and a round ago; and the run's backbone
 IN_PARTS = 4  # models more, of a run whose student and teacher travel in parts: what came last, and what left last
 DEMO_BYTES, VITL_BYTES = 14 * 10**6, 1_610 * 10**6  # with their heads, float32
+OF_NO_PATIENT = ("site.yaml", "federation.json", "ca.crt")  # which an operator may have written with his own umask
 MEMORY_MIN = 2 * GIB  # the preset demo takes 1.1 in the worker (measured), Flower's node and the rest 0.4
 MEMORY_VITL = 16 * GIB  # 8 for weights, gradients, moments and teacher, the rest for messages and images
 
@@ -129,6 +130,37 @@ def store(subject: Subject) -> Finding:
         why = f"see why: chexfound-client --data DIR{named(subject.name)} says what was refused"
         return failed(f"{paths[-1]} holds no image", why)
     return ok("; ".join(said))
+
+
+def secret_key(subject: Subject) -> Finding:
+    """The site's secret is there, and is that which its stores were made with."""
+    found = secret.present(subject.home)
+    if found is None:
+        return ok("none yet: it is made when the site is served first, and belongs in the backup, with keys/")
+    return ok(f"key {found.naming.key_id} names and splits the patients; it belongs in the backup, with keys/")
+
+
+def private(subject: Subject) -> Finding:
+    """No other account of this machine has any right to what is the site's: pixels, labels, secrets, its updates."""
+    folder = subject.home.parent
+    if folder.is_dir() and folder.stat().st_mode & UMASK:
+        return failed(f"{folder} is open to other accounts of this machine", f"chmod go= {shlex.quote(str(folder))}")
+    plain = [subject.home / name for name in OF_NO_PATIENT]
+    if found := [path for path in exposed(subject.home) if path not in plain]:
+        first, more = found[0], f" and {len(found) - 1} more" if len(found) > 1 else ""
+        place = subject.home if first.is_relative_to(subject.home) else first
+        mode = stat.S_IMODE(first.stat().st_mode)
+        return failed(
+            f"{first} is open to other accounts of this machine (mode {mode:04o}){more}",
+            f"chmod -R go= {shlex.quote(str(place))}",
+        )
+    data = subject.data
+    if data is not None and (data / INDEX).exists() and any(exposed(data)):
+        return warning(
+            f"--data {data}: other accounts of this machine can read the store",
+            f"chmod -R go= {shlex.quote(str(data))}",
+        )
+    return ok("nothing of the site's is open to other accounts of this machine")
 
 
 def disk(subject: Subject) -> Finding:

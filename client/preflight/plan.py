@@ -11,6 +11,8 @@ CHECKS = (
     Check("code", local.code),
     Check("policy", local.policy, ("roster",)),
     Check("store", local.store),
+    Check("secret", local.secret_key, ("store",)),
+    Check("private", local.private, ("keys",)),
     Check("disk", local.disk),
     Check("memory", local.memory),
     Check("gpu", local.gpu),

@@ -73,6 +73,7 @@ HOSTILE = [
     ("0", "all of it"),
     ("''", "all of it"),
     ("secagg: {", "not a site's policy"),
+    ("split: {train: 0.9, val: 0.1}", "must leave patients for the test"),
     ("[" * 2000, "not a site's policy"),
     (b"\xff\xfesecagg", "not a site's policy"),
     (b"\0", "not a site's policy"),

@@ -20,8 +20,8 @@ import pytest
 from chexfound.bundle import Bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, flwr_private, link, membership
-from client.home import store_path
+from client import approval, cli, flwr_private, link, membership, secret
+from client.home import close, store_path
 from client.preflight import checks, local, remote
 from client.preflight.plan import CHECKS
 from server import guard, pki
@@ -58,7 +58,9 @@ def prepare(authority: Path, open_door: Callable[..., int], enrolled: Callable[.
         home = enrolled(authority, server or Address("localhost", open_door(shown)))
         if approve:
             approval.approve(home, RELEASE.digest())
-        ingest(images, store_path(home, 16), 16)
+        close(home)
+        ingest(images, store_path(home, 16), 16, naming=secret.of_site(home).naming)
+        close(home)  # as if the umask had been a site's
         return home
 
     return make

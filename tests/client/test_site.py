@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from chexfound.errors import ConfigError, DataError
+from client import secret
 from client import site as site_module
 from client.site import site_of
 
@@ -39,15 +40,18 @@ def test_a_store_is_taken_as_it_is(tiny_store_path: Path, tmp_path: Path, monkey
     assert (site.name, len(site.view), site.view.store.path) == ("A", 77, tiny_store_path)
     assert site.home == tmp_path / "sites" / "A"
     assert not site.shuffle_labels
+    assert site.view.store.key_id == ""  # whoever made it has named its patients; the split is the site's all the same
+    assert site.split_key == secret.of_site(site.home).split
 
 
 def test_a_folder_is_taken_in(make_images: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
-    images = make_images(tmp_path / "images", {"alpha": 8})
+    images = make_images(tmp_path / "images", {"alpha": 50})
     before = sorted(images.rglob("*"))
     site = site_of({"site": "A", "data": str(images)}, 64, enrolling=False)
     assert site.view.store.path.is_relative_to(tmp_path / "home" / "sites" / "A")
-    assert len(site.view) == 10
+    assert len(site.view) == 60
+    assert site.view.store.key_id == secret.of_site(site.home).naming.key_id
     assert sorted(images.rglob("*")) == before  # nothing is written among the hospital's images
 
 

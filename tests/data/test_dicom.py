@@ -157,9 +157,6 @@ class TestHeader:
         assert "1234567" not in repr(header)
         assert "Doe" not in repr(header)
 
-    def test_namer(self, tmp_path, make_dicom):
-        assert read(make_dicom(tmp_path / "a.dcm", RAMP), lambda number: f"n{number}")[1].patient == "n1234567"
-
     def test_without_patient(self, tmp_path, make_dicom):
         assert read(make_dicom(tmp_path / "a.dcm", RAMP, PatientID=""))[1].patient == ""
 

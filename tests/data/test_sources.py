@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from chexfound.data import shards, sources
+from chexfound.data.naming import Naming
 from chexfound.data.sources import ingest, read_picture
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError, StorageError
@@ -513,10 +514,11 @@ class TestLooseDicom:
         assert b"1234567" not in stored
         assert b"Doe" not in stored
 
-    def test_namer(self, tmp_path, make_dicom, make_picture):
+    def test_a_key_names_who_was_named_by_the_number(self, tmp_path, make_dicom, make_picture):
         make_dicom(tmp_path / "in" / "1.dcm", make_picture(0))
-        ingest(tmp_path / "in", tmp_path / "s", PX, namer=lambda number: number[::-1])
-        assert Store.open(tmp_path / "s").patients == ["7654321"]
+        naming = Naming(key_id="k", key=bytes(32))
+        ingest(tmp_path / "in", tmp_path / "s", PX, naming=naming)
+        assert Store.open(tmp_path / "s").patients == [naming.name("8bb0cf6eb9b17d0f")]
 
     def test_reasons(self, tmp_path, make_dicom, make_picture):
         root = tmp_path / "in"

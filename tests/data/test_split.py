@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from chexfound.data.sources import ingest
-from chexfound.data.split import View, split_of
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import ConfigError, DataError
-from chexfound.schema import Split
+from chexfound.schema import Recipe, Split
 
 HALF = Split(train=0.5, val=0.25)
+USUAL = Split(train=0.6, val=0.15)
 PARTS = ("train", "val", "test")
 
 
@@ -24,33 +26,78 @@ def store(tmp_path: Path, make_manifest) -> Store:
     return Store.open(tmp_path / "store")
 
 
-@given(st.integers(0, 99), st.text(max_size=8))
-def test_split_of_is_a_function_of_seed_and_patient(seed, patient):
-    assert split_of(seed, patient, HALF) == split_of(seed, patient, HALF) in PARTS
+KEYS = st.binary(min_size=32, max_size=32)
 
 
-def test_split_of_known_values():
-    # Golden: another value here moves every patient of every published split.
-    found = [split_of(0, f"patient-{n}", Split(train=0.6, val=0.15)) for n in range(8)]
-    assert " ".join(found) == "val train train test test train train train"
+def simulated(seed: int, fractions: Split = HALF) -> Membership:
+    return Membership.simulated(seed, fractions)
 
 
-def test_fractions():
-    parts = [split_of(3, f"p{n}", Split(train=0.6, val=0.15)) for n in range(20_000)]
-    assert [parts.count(part) / len(parts) for part in PARTS] == pytest.approx([0.6, 0.15, 0.25], abs=0.012)
+@given(KEYS, st.text(max_size=8))
+def test_a_part_is_a_function_of_key_and_patient(key, patient):
+    assert Membership(key=key, fractions=HALF).part(patient) == Membership(key=key, fractions=HALF).part(patient)
+    assert Membership(key=key, fractions=HALF).part(patient) in PARTS
+
+
+def test_known_values_of_a_simulation():
+    # Golden: another value here moves every patient of every simulation's split.
+    found = [simulated(0, USUAL).part(f"patient-{n}") for n in range(12)]
+    assert " ".join(found) == "train train train train train train train test train train val val"
+
+
+@given(KEYS)
+@settings(max_examples=20)
+def test_the_fractions_are_hit(key):
+    parts = [Membership(key=key, fractions=USUAL).part(f"p{n}") for n in range(10_000)]
+    # Five standard deviations of a fraction of a half, the widest.
+    assert [parts.count(part) / len(parts) for part in PARTS] == pytest.approx([0.6, 0.15, 0.25], abs=0.025)
+
+
+@given(KEYS, KEYS)
+@settings(max_examples=20)
+def test_who_knows_one_key_s_parts_knows_nothing_of_another_s(key, other):
+    """Of those that train by the one, the other's fractions train, validate and test."""
+    assume(key != other)
+    one, second = (Membership(key=k, fractions=USUAL) for k in (key, other))
+    parts = [second.part(name) for name in (f"p{n}" for n in range(10_000)) if one.part(name) == "train"]
+    assert [parts.count(part) / len(parts) for part in PARTS] == pytest.approx([0.6, 0.15, 0.25], abs=0.035)
+
+
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_a_hospital_s_key_and_fractions_leave_a_recipe_no_say(seed, other):
+    recipes = [replace(Recipe(), seed=n, split=Split(train=0.1 + n / 200, val=0.1)) for n in (seed, other)]
+    first, second = (Membership.of(recipe, bytes(32), USUAL) for recipe in recipes)
+    assert first == second
+    assert (Membership.of(recipes[0]) == Membership.of(recipes[1])) == (seed == other)
+
+
+def test_patients_who_come_later_move_nobody(store, tmp_path, make_manifest):
+    before = {part: {store.keys[i] for i in View.of(store, "x").split(simulated(0), part)} for part in PARTS}
+    ingest(
+        make_manifest(
+            tmp_path / "more", [{"file": f"n{n}.png", "source": "c", "patient_id": f"n{n}"} for n in range(9)]
+        ),
+        tmp_path / "store",
+        16,
+    )
+    after = Store.open(tmp_path / "store")
+    assert len(after) > len(store)
+    for part in PARTS:
+        now = {after.keys[i] for i in View.of(after, "x").split(simulated(0), part)}
+        assert {key for key in now if key in set(store.keys)} == before[part]
 
 
 def test_more_training_only_moves_patients_into_training():
-    small, large = Split(train=0.3, val=0.2), Split(train=0.5, val=0.2)
+    small, large = (simulated(0, Split(train=train, val=0.2)) for train in (0.3, 0.5))
     names = [f"p{n}" for n in range(500)]
-    moved = {(split_of(0, name, small), split_of(0, name, large)) for name in names}
+    moved = {(small.part(name), large.part(name)) for name in names}
     assert ("train", "val") not in moved
     assert ("train", "test") not in moved
 
 
 def test_parts_are_disjoint_complete_and_by_patient(store):
     view = View.of(store, "all")
-    parts = [view.split(1, HALF, part) for part in PARTS]
+    parts = [view.split(simulated(1), part) for part in PARTS]
     assert np.array_equal(np.sort(np.concatenate(parts)), store.ids)
     patients = [{store.keys[image] for image in ids} for ids in parts]
     assert sum(map(len, patients)) == len(set().union(*patients))
@@ -58,7 +105,7 @@ def test_parts_are_disjoint_complete_and_by_patient(store):
 
 
 def test_a_patient_falls_alike_at_both_sources(store):
-    train = View.of(store, "all").split(1, HALF, "train")
+    train = View.of(store, "all").split(simulated(1), "train")
     of = {source: {store.patients[i] for i in train if store.sources[i] == source} for source in "ab"}
     assert of["a"] == of["b"] != set()
 
@@ -70,7 +117,7 @@ def test_view_of_patients(store):
     assert not view.ids.flags.writeable
     whole = View.of(store, "all")
     for part in PARTS:  # a site's split does not depend on who else is there
-        assert set(view.split(0, HALF, part)) <= set(whole.split(0, HALF, part))
+        assert set(view.split(simulated(0), part)) <= set(whole.split(simulated(0), part))
 
 
 def test_view_of_unknown_patients(store):
@@ -82,7 +129,7 @@ def test_view_of_unknown_patients(store):
 
 def test_unknown_part(store):
     with pytest.raises(ConfigError, match="split 'dev': must be one of train, val, test"):
-        View.of(store, "x").split(0, HALF, "dev")
+        View.of(store, "x").split(simulated(0), "dev")
 
 
 @pytest.fixture
@@ -104,11 +151,13 @@ def mixed(tmp_path: Path, make_manifest) -> Store:
 
 
 def test_a_given_split_is_kept_patient_by_patient(mixed):
-    parts = {key: part for part in PARTS for key in (mixed.keys[i] for i in View.of(mixed, "x").split(0, HALF, part))}
+    parts = {
+        key: part for part in PARTS for key in (mixed.keys[i] for i in View.of(mixed, "x").split(simulated(0), part))
+    }
     for n in range(12):
         assert parts[f"a/a{n}"] == ("train" if n < 6 else "test")
-        assert parts[f"b/b{n}"] == split_of(0, f"b{n}", HALF)
-        assert parts[f"c/c{n}"] == ("test" if n % 3 == 0 else split_of(0, f"c{n}", HALF))
+        assert parts[f"b/b{n}"] == simulated(0).part(f"b{n}")
+        assert parts[f"c/c{n}"] == ("test" if n % 3 == 0 else simulated(0).part(f"c{n}"))
 
 
 @given(st.integers(0, 99), st.integers(1, 5))
@@ -119,12 +168,12 @@ def test_pooled_parts_are_the_sites_together_however_dealt(mixed, seed, sites):
     dealt = np.array_split(np.array(keys, object), sites)  # with 3: by source
     views = [View.of(mixed, "site", patients) for patients in dealt]
     for part in PARTS:
-        of_sites = np.sort(np.concatenate([view.split(seed, HALF, part) for view in views]))
-        assert View.of(mixed, "all").split(seed, HALF, part).tolist() == of_sites.tolist()
+        of_sites = np.sort(np.concatenate([view.split(simulated(seed), part) for view in views]))
+        assert View.of(mixed, "all").split(simulated(seed), part).tolist() == of_sites.tolist()
 
 
 def test_a_manifest_s_own_split_wins(tmp_path, make_manifest):
     rows = [{"file": f"{n}.png", "patient_id": f"p{n}", "split": PARTS[n % 3]} for n in range(9)]
     ingest(make_manifest(tmp_path / "in", rows), tmp_path / "store", 16)
     view = View.of(Store.open(tmp_path / "store"), "all")
-    assert [view.split(0, HALF, part).tolist() for part in PARTS] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert [view.split(simulated(0), part).tolist() for part in PARTS] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]

@@ -23,10 +23,13 @@ from chexfound.data.sources import ingest
 from chexfound.data.store import Store
 from chexfound.rng import numpy_generator
 from chexfound.schema import Recipe
+from client.home import close
+from client.secret import Secret, path_of
 from sim.arms import Plan, run_federated
 from sim.partition import partition
 from sim.pool import Pool
 
+SECRET = bytes(range(32))  # of all sites, and of the simulations that a run's model is held against
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 240.0  # how long a machine may take that does much else; on an idle one a test takes a tenth of it
 
@@ -44,6 +47,13 @@ def free_ports() -> Callable[[int], tuple[int, ...]]:
 
 def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
+
+
+def give_secret(home: Path, site: str) -> None:
+    """Have a site that was never served name and split its patients as the simulation does (`in_process`)."""
+    folder = home / "sites" / site
+    close(folder)
+    path_of(folder).write_bytes(SECRET)
 
 
 class Process:
@@ -141,6 +151,7 @@ class Federation:
     def client(self, site: str, data: Path, home: Path, px: int) -> Process:
         approve = [sys.executable, "-m", "client.cli", "approve", "--name", site]
         env = self.env | {"CHEXFOUND_HOME": str(home)}
+        give_secret(home, site)
         subprocess.run(approve, env=env, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
         command = [sys.executable, "-m", "client.cli", "--data", str(data), "--name", site, "--superlink", self.address]
         return self.start(f"client-{site}", [*command, "--insecure", "--image-px", str(px)], CHEXFOUND_HOME=str(home))
@@ -150,6 +161,7 @@ class Federation:
         command = [program("flower-supernode"), "--insecure", "--superlink", self.address, "--port", str(free_port())]
         config = ["--node-config", f'site="{site}" data="{data}"']
         flower = self.folder / f"flower-{site}"
+        give_secret(home, site)
         return self.start(f"supernode-{site}", [*command, *config], CHEXFOUND_HOME=str(home), FLWR_HOME=str(flower))
 
     def run(self, name: str, run_config: Path) -> Process:
@@ -230,9 +242,10 @@ def recipe() -> Recipe:
 
 
 def in_process(images: Path, folder: Path, workers: int, recipe: Recipe = RECIPE) -> str:
-    ingest(images, folder / "store", PX)
-    sites = partition(Store.open(folder / "store"), "source", recipe.seed).sites
-    plan = Plan(recipe=recipe, store=folder / "store", sites=sites, folder=folder / "plan")
+    own, store = Secret.of(SECRET), folder / "store"
+    ingest(images, store, PX, naming=own.naming)
+    sites = partition(Store.open(store), "source", recipe.seed).sites
+    plan = Plan(recipe=recipe, store=store, sites=sites, folder=folder / "plan", split_key=own.split)
     plan.write_shards()
     with Pool(workers) as pool:
         run_federated(plan, "federated", pool)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.conftest import give_secret
 from tests.server.doors import free_port
 
 
@@ -23,7 +24,7 @@ class Hospitals:
         sites: how many hospitals, each of `patients`.
     """
 
-    def __init__(self, federation: Any, images: Path, sites: int, patients: int = 24) -> None:
+    def __init__(self, federation: Any, images: Path, sites: int, patients: int = 40) -> None:
         self.processes, self.folder, self.images = federation, federation.folder / "thorax", images
         self.port, superlink = free_port(), free_port()
         self.address = f"localhost:{self.port}"
@@ -51,6 +52,7 @@ class Hospitals:
         return done.stdout + done.stderr
 
     def enrol(self, name: str) -> None:
+        give_secret(self.home(name), name)
         self.client(name, "enrol", "--name", name)
         self.server("add-site", name, self.folder.parent / f"{name}.pub")
 

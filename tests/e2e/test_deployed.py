@@ -47,7 +47,7 @@ def deployed(
     """One federation for all tests: each round costs Flower's polls and a process a message."""
     images, result = tmp_path_factory.mktemp("images"), Deployed()
     a = make_site(images / "a", "A", 40, 80)
-    b = make_site(images / SECRET, "B", 36, 80)
+    b = make_site(images / SECRET, "B", 44, 80)  # of whom 20 train, as the policy asks for
     run_config = federation.folder / "recipe.toml"
     run_config.write_text(recipes.to_run_config(recipe))
     superlink = federation.superlink()

@@ -26,7 +26,7 @@ from chexfound.schema import Recipe
 from server import federation as federations
 from server import members
 from tests.e2e import hospitals
-from tests.e2e.conftest import PART_MB
+from tests.e2e.conftest import PART_MB, give_secret
 
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")
@@ -45,6 +45,7 @@ class Disturbed:
         self.held = federations.create(self.folder, "thorax", Address("localhost", public.port), public, superlink)
         self.env = self.held.environment() | {"PYTHONPATH": processes.env["PYTHONPATH"]}
         for name in NAMES:
+            give_secret(processes.folder / name, name)
             self.client(name, "enrol", "--name", name)
             self.do("server.cli", self.folder.parent, "add-site", str(self.folder), name, f"{name}.pub")
         for name in NAMES:

@@ -26,9 +26,10 @@ from chexfound.names import ALL_SITES
 from chexfound.phases import Reply, Request, Site
 from chexfound.schema import Recipe
 from client.home import store_path
+from client.secret import Secret
 from server.exchange import Member, Missing, checked_roster
 from server.run import Run
-from tests.e2e.conftest import PART_MB, PATIENCE_S
+from tests.e2e.conftest import PART_MB, PATIENCE_S, SECRET
 from tests.e2e.hospitals import Hospitals, kill
 
 pytestmark = pytest.mark.e2e
@@ -129,7 +130,10 @@ class InTheClear:
     def __init__(self, made: Hospitals, folder: Path, px: int) -> None:
         self.gone = made.gone
         stores = {name: Store.open(store_path(made.home(name) / "sites" / name, px)) for name in made.names}
-        self.sites = [Site(view=View.of(store, name), home=folder / name) for name, store in stores.items()]
+        key = Secret.of(SECRET).split
+        self.sites = [
+            Site(view=View.of(store, name), home=folder / name, split_key=key) for name, store in stores.items()
+        ]
 
     def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
         self.recipe = recipe

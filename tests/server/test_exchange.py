@@ -19,7 +19,7 @@ ENROLMENT: dict[str, Any] = {
     "test": 3,
     "findings": {"Blob": {"positives": 2, "negatives": 3}},
     "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"},
-    "store_sha256": "0" * 64,
+    "store_hmac": "0" * 64,
 }
 
 
@@ -56,7 +56,7 @@ HOSTILE = [
     *({"images": value} for value in (9, 11)),  # not the sum of train, val and test
     {"train": 7},
     {"patients": 11},
-    *({"store_sha256": value} for value in (None, 1, "", "x" * 65, "g" * 64, "0" * 63, "0" * 64 + "\n")),
+    *({"store_hmac": value} for value in (None, 1, "", "x" * 65, "g" * 64, "0" * 63, "0" * 64 + "\n")),
     {"patients_list": ["Jane"]},
 ]
 

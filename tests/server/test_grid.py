@@ -37,7 +37,7 @@ ENROLMENT: dict[str, Any] = {
     "test": 3,
     "findings": {"Blob": {"positives": 2, "negatives": 3}},
     "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"},
-    "store_sha256": "0" * 64,
+    "store_hmac": "0" * 64,
 }
 RUN = 1
 Answer = Callable[[Message], Message | None]
@@ -204,7 +204,7 @@ def test_others_that_came_meanwhile_are_not_of_the_run(quick: Any) -> None:
     [
         ({"site": "<\n>"}, "node 7 enrolled without a usable name"),
         ({"train": 2**39}, "site 'B' enrolled without counts that add up: 10 images of 8 patients"),
-        ({"store_sha256": "g" * 64}, "site 'B' enrolled without its store's hash"),
+        ({"store_hmac": "g" * 64}, "site 'B' enrolled without its store's hash"),
         ({"versions": ENROLMENT["versions"] | {"chexfound": "9"}}, "site 'B' runs federated CheXFound '9'"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_bad_enrolment_names_its_sender(quick: Any, change: dict[str, Any], me
 def test_with_a_quorum_a_bad_enrolment_is_one_that_did_not_come(quick: Any) -> None:
     """Else any one site ends every run, also one that could do without it."""
     told: list[dict[str, Any]] = []
-    nodes = {1: node("A"), 2: node("B"), 3: node("C", store_sha256="?")}
+    nodes = {1: node("A"), 2: node("B"), 3: node("C", store_hmac="?")}
     exchange = GridExchange(Scripted(nodes), on_event=told.append)
     members = exchange.enrol(set_federation(quick, min_sites=2, quorum_sites=2))
     assert [member.name for member in members] == ["A", "B"]

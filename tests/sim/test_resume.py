@@ -14,7 +14,7 @@ import pytest
 
 from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
-from chexfound.data.split import View
+from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.schema import Recipe
 from sim.arms import Plan, finished
@@ -215,7 +215,7 @@ def test_the_centralized_arm_trains_on_what_the_sites_train_on(simulate: Any, ma
     for part in ("train", "val", "test"):
         assert pooled[part] == sum(site[part] for site in roster("federated"))
     store = Store.open(ran.out / "store")
-    train = View.of(store, "all").split(0, recipes.load(ran.out / "recipe.yaml").split, "train")
+    train = View.of(store, "all").split(Membership.of(recipes.load(ran.out / "recipe.yaml")), "train")
     stated = np.array([split or "" for split in store.splits])
     assert not (stated[train] == "test").any()
     assert (stated == "test").any()
