@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chexfound.data import vocabulary
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
 from chexfound.data.store import Store
@@ -14,6 +15,7 @@ from chexfound.errors import ConfigError, DataError
 from chexfound.phases import Site
 from chexfound.roster import check_name
 from client.home import site_home, store_path
+from client.policy import Policy
 
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
@@ -86,9 +88,13 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
     view = View.of(store, name, patients)
     if not len(view.ids):
         raise DataError(f"site {name!r}: no image of its patients is in {data}")
-    return Site(
+    site = Site(
         view=view,
         home=folder,
         shuffle_labels=bool(node_config.get("shuffle-labels", False)),
         gpus=str(node_config.get("gpus", "")),
     )
+    if "home" not in node_config:  # no simulation
+        policy = Policy.load(folder)
+        site.cells, site.words = policy.cells.patients, vocabulary.permitted(policy.findings)
+    return site
