@@ -113,7 +113,7 @@ def _told(value: object) -> bool:
 def _check_about(name: str, values: dict[str, Any]) -> None:
     """Whether it withholds anything, below how many patients, and no more findings than a request can name."""
     if not isinstance(values["withheld"], bool) or not wire.count(values["cells"]):
-        raise ProtocolError(f"site {name!r} enrolled without saying what it withholds")
+        raise ProtocolError(f"site {name!r} enrolled without saying what it tells and what not")
     if isinstance(values["findings"], dict | list) and len(values["findings"]) > wire.FINDINGS_MAX:
         raise ProtocolError(
             f"site {name!r} enrolled with {len(values['findings'])} findings; {wire.FINDINGS_MAX} are the most"
@@ -125,7 +125,7 @@ def _check_counts(name: str, values: dict[str, Any]) -> None:
     images, patients, *parts = (values[key] for key in COUNTS)
     small = cells.SUPPRESSED in parts
     if (small and not values["cells"]) or any((total == cells.SUPPRESSED) != small for total in (images, patients)):
-        raise ProtocolError(f"site {name!r} enrolled with counts suppressed that may not be, or told that may not")
+        raise ProtocolError(f"site {name!r} enrolled without its totals suppressed exactly where one of their parts is")
     if not small and (sum(parts) != images or patients > images):
         train, val, test = parts
         raise ProtocolError(
