@@ -136,10 +136,7 @@ def findings(subject: Subject) -> Finding:
     """Which names of findings stay, and how those that leave are counted."""
     if subject.store is None:
         return ok("no store yet")
-    try:
-        demanded = Policy.load(subject.home)
-    except ConfigError as error:
-        return failed(str(error), f"mend {subject.home / 'site.yaml'}")
+    demanded = Policy.load(subject.home)  # `policy` has been well
     store, least = subject.store, demanded.cells.patients
     stays = vocabulary.withheld(store, store.ids, vocabulary.permitted(demanded.findings))
     few = f"; counts and figures of fewer than {least} patients are told as suppressed" if least else ""

@@ -11,7 +11,7 @@ CHECKS = (
     Check("code", local.code),
     Check("policy", local.policy, ("roster",)),
     Check("store", local.store),
-    Check("findings", local.findings, ("store",)),
+    Check("findings", local.findings, ("policy", "store")),
     Check("disk", local.disk),
     Check("memory", local.memory),
     Check("gpu", local.gpu),
