@@ -12,7 +12,7 @@ import hmac
 import logging
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 import chexfound
-from chexfound import machine
+from chexfound import cells, machine
 from chexfound import recipe as recipes
 from chexfound.adapt import features
 from chexfound.adapt.train import HeadTrainer, predict, trainable_findings
+from chexfound.cells import Told
 from chexfound.data.split import SIMULATED, Membership, Part, View
+from chexfound.data.store import UNKNOWN
 from chexfound.errors import DataError, DivergedError, ProtocolError, StateError
 from chexfound.evaluate.histograms import histograms
 from chexfound.evaluate.metrics import Scores, result_rows, save_scores
@@ -128,10 +130,31 @@ class Site:
         """Key of the patient of each image."""
         return [self.view.store.keys[place] for place in ids]
 
-    def training_labels(self, recipe: Recipe, findings: tuple[str, ...]) -> np.ndarray:
-        """Labels int8 (N, F) of the training images; a finding that the store does not know is −1."""
-        ids = self.training_ids(recipe)
+    def told(self, ids: np.ndarray) -> Told:
+        """How many images these are, if they are of enough patients."""
+        return cells.told(len(ids), len(set(self.patients(ids))), self.cells)
+
+    def findings(self) -> list[str]:
+        """Names that the store knows and that may leave, sorted."""
+        return [name for name in self.view.store.findings if self.words is None or name in self.words]
+
+    def labels(self, ids: np.ndarray, findings: Sequence[str]) -> np.ndarray:
+        """Labels int8 (N, F) of images, for work of which anything leaves.
+
+        −1 in all of a finding that the store does not know, whose name may not leave, or that too few of these
+        patients have or have not: of the three a coordinator cannot say which it is.
+        """
         labels = self.view.store.labels(ids, findings)
+        open_ = cells.large(labels, self.patients(ids), self.cells)
+        if self.words is not None:
+            open_ &= np.array([finding in self.words for finding in findings], bool)
+        labels[:, ~open_] = UNKNOWN
+        return labels
+
+    def training_labels(self, recipe: Recipe, findings: Sequence[str]) -> np.ndarray:
+        """Labels int8 (N, F) of the training images, as `labels` gives them."""
+        ids = self.training_ids(recipe)
+        labels = self.labels(ids, findings)
         if self.shuffle_labels:
             from chexfound.evaluate.floors import permute_by_patient
 
@@ -167,32 +190,63 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
 def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     """Counts, versions and hashes; no image, no patient.  Under secure aggregation no count: of findings the names."""
     versions = {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    numbers = counts(site, recipe, request).values
+    about = {"site": site.name, "versions": versions, "cells": site.cells, "withheld": _withholds(site)}
     if recipe.aggregation == "secagg":
+        numbers = counts(site, recipe, request).values
         if not numbers["train"]:  # which the coordinator cannot see
-            raise DataError(f"site {site.name!r} has no training image; give it images, or leave it out")
-        return Reply(values={"site": site.name, "versions": versions, "findings": sorted(numbers["findings"])})
+            raise DataError(f"site {site.name!r} has no training image, or of few patients; leave it out")
+        return Reply(values={**about, "findings": sorted(numbers["findings"])})
+    parts = {which: site.told(site.split(recipe, which)) for which in get_args(Part)}
+    values = {**about, **_totals(site, parts), **parts, "findings": _listed(site, recipe)}
     store_hmac = hmac.new(site.digest_key, site.view.store.digest().encode(), "sha256").hexdigest()
-    return Reply(values={"site": site.name, **numbers, "versions": versions, "store_hmac": store_hmac})
+    return Reply(values={**values, "store_hmac": store_hmac})
+
+
+def _withholds(site: Site) -> bool:
+    """Whether the site has findings of enough patients whose names may not leave."""
+    names = sorted(set(site.view.store.findings) - set(site.findings()))
+    labelled = (site.view.store.labels(site.view.ids, names) != UNKNOWN).any(1)
+    patients = len(set(site.patients(site.view.ids[labelled])))
+    return patients >= max(site.cells, 1)
+
+
+def _totals(site: Site, parts: Mapping[str, Told]) -> dict[str, Told]:
+    """Of all images, where none of the parts is small: else it would be what the others leave."""
+    if cells.SUPPRESSED in parts.values():
+        return {"images": cells.SUPPRESSED, "patients": cells.SUPPRESSED}
+    return {"images": len(site.view.ids), "patients": len(set(site.patients(site.view.ids)))}
+
+
+def _listed(site: Site, recipe: Recipe) -> dict[str, dict[str, Told]]:
+    """Training images with and without each finding that enough patients are labelled for; both, or neither."""
+    names = site.findings()
+    labels, patients = site.training_labels(recipe, names), site.patients(site.training_ids(recipe))
+    any_label = site.view.store.labels(site.training_ids(recipe), names) != UNKNOWN
+    listed = cells.patients_with(any_label, patients) >= max(site.cells, 1)
+    numbers = _by_finding(names, labels)
+    none: dict[str, Told] = {"positives": cells.SUPPRESSED, "negatives": cells.SUPPRESSED}
+    return {name: numbers.get(name, none) for name, one in zip(names, listed.tolist(), strict=True) if one}
+
+
+def _by_finding(names: Sequence[str], labels: np.ndarray) -> dict[str, dict[str, Told]]:
+    """Images with and without each finding that any image is labelled for."""
+    counted = zip(names, (labels == 1).sum(0).tolist(), (labels == 0).sum(0).tolist(), strict=True)
+    return {name: {"positives": ones, "negatives": zeros} for name, ones, zeros in counted if ones or zeros}
 
 
 def counts(site: Site, recipe: Recipe, request: Request) -> Reply:
-    """Images, patients and the split; and of the training images positives and negatives by finding."""
-    store = site.view.store
-    labels = site.training_labels(recipe, tuple(store.findings))
-    findings = {
-        name: {
-            "positives": int((labels[:, column] == 1).sum()),
-            "negatives": int((labels[:, column] == 0).sum()),
-        }
-        for column, name in enumerate(store.findings)
-    }
-    splits = {which: len(site.split(recipe, which)) for which in get_args(Part)}
+    """Images, patients and the split, and training images by finding, as numbers that are to be added up.
+
+    What is of few patients adds nothing.
+    """
+    parts = {which: cells.known(site.told(site.split(recipe, which))) for which in get_args(Part)}
+    patients = len(set(site.patients(site.view.ids)))
+    names = site.findings()
     values = {
-        "images": len(site.view.ids),
-        "patients": len(set(site.patients(site.view.ids))),
-        **splits,
-        "findings": {name: both for name, both in findings.items() if both["positives"] or both["negatives"]},
+        "images": sum(parts.values()),
+        "patients": cells.known(cells.told(patients, patients, site.cells)),
+        **parts,
+        "findings": _by_finding(names, site.training_labels(recipe, names)),
     }
     return Reply(values=values)
 
@@ -260,8 +314,8 @@ def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Requ
 
 
 def _probe(site: Site, recipe: Recipe, request: Request) -> Probe | None:
-    """What looks at the teacher while it trains: the run's findings, or all that the store knows."""
-    config, findings = recipe.health, request.findings or tuple(site.view.store.findings)
+    """What looks at the teacher while it trains: the run's findings, or all whose names may leave."""
+    config, findings = recipe.health, request.findings or tuple(site.findings())
     ids = site.training_ids(recipe)
     if not config.eval_period_iterations:
         return None
@@ -275,6 +329,7 @@ def _probe(site: Site, recipe: Recipe, request: Request) -> Probe | None:
         roster_index=request.roster_index,
         dtype=DTYPES[recipe.compute_precision.param_dtype],
         left_out=request.left_out,
+        fewest=max(site.cells, health.FEWEST_PATIENTS),
     )
 
 
@@ -306,7 +361,7 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     folder = site.home / "features"
     if not len(ids):
         shutil.rmtree(folder, ignore_errors=True)
-        return Reply(values={"images": 0})
+        return Reply(values={"images": _none(site, recipe)})
     kept = features.extract(
         recipe,
         backbone,
@@ -318,7 +373,7 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     )
     counted = np.flatnonzero(_labelled(request, labels[(labels >= 0).any(1)]))
     if not len(counted):
-        return Reply(values={"images": 0})
+        return Reply(values={"images": _none(site, recipe)})
     return Reply(tensors=features.moments(kept, counted if request.left_out else None), values={"images": len(counted)})
 
 
@@ -330,9 +385,10 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     trainable = trainable & ~np.isin(request.findings, request.left_out)
     labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
     counts = (labels >= 0).sum(0)
+    none = _none(site, recipe)
     values = {
-        "images": int((labels >= 0).any(1).sum()) if len(labels) else 0,
-        "labelled": [int(n) for n in counts],
+        "images": int((labels >= 0).any(1).sum()) or none,
+        "labelled": [int(n) or none for n in counts],
     }
     if not trainable.any():
         return Reply(values={**values, "history": []})
@@ -362,7 +418,7 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
     head = build_head(recipe, len(request.findings))
     load_tensors(head, checkpoint.with_prefix(request.tensors, "head."), list(head.state_dict()))
     ids = site.split(recipe, "test")
-    labels = site.view.store.labels(ids, request.findings)
+    labels = site.labels(ids, request.findings)
     probabilities = predict(backbone, head, site.view.store.pixels(ids), recipe.adapt.n_last_blocks)
     scores = Scores(
         patients=site.patients(ids),
@@ -382,6 +438,8 @@ def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
         recipe.evaluate.confidence,
         recipe.seed,
     )
+    if site.cells:
+        rows = [row if row["n"] else cells.row(row) for row in rows]
     return Reply(values={"results": rows})
 
 
@@ -393,6 +451,11 @@ PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
     "adapt": adapt,
     "evaluate": evaluate,
 }
+
+
+def _none(site: Site, recipe: Recipe) -> Told:
+    """What stands for no labelled image: what stands for few; 0 where masked numbers are added up."""
+    return 0 if recipe.aggregation == "secagg" else cells.told(0, 0, site.cells)
 
 
 def _labelled(request: Request, labels: np.ndarray) -> np.ndarray:
@@ -414,7 +477,7 @@ def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
         probe = _probe(site, recipe, request)
         return probe.figures() if probe is not None else []
     if request.phase == "evaluate":
-        labels = site.view.store.labels(site.split(recipe, "test"), request.findings)
+        labels = site.labels(site.split(recipe, "test"), request.findings)
     else:
         labels = site.training_labels(recipe, request.findings)
     if not len(labels):

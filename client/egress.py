@@ -23,7 +23,21 @@ log = logging.getLogger("chexfound.client")
 # Values that may leave, by phase.  Tensors: `pretrain` the student (teacher, Adam's moments), `features` the
 # moments of the tokens, `adapt` the head.
 VALUES: dict[str, frozenset[str]] = {
-    "enrol": frozenset({"site", "images", "patients", "train", "val", "test", "findings", "versions", "store_hmac"}),
+    "enrol": frozenset(
+        {
+            "site",
+            "images",
+            "patients",
+            "train",
+            "val",
+            "test",
+            "findings",
+            "versions",
+            "store_hmac",
+            "cells",
+            "withheld",
+        }
+    ),
     "pretrain": frozenset({"images", "state", "history"}),
     "features": frozenset({"images"}),
     "adapt": frozenset({"images", "labelled", "history"}),

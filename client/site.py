@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chexfound.data import vocabulary
 from chexfound.data.naming import Naming
 from chexfound.data.sources import ingest
 from chexfound.data.split import Membership, View
@@ -117,7 +118,16 @@ def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: boo
             f"site {name!r}: {images} images of {patients} patients to train on; {folder / 'site.yaml'} asks for "
             f"{policy.min_images} of {policy.min_patients} (min_images, min_patients)",
         )
-    return Site(view=view, home=folder, gpus=gpus, split_key=own.split, fractions=fractions, digest_key=own.digest)
+    return Site(
+        view=view,
+        home=folder,
+        gpus=gpus,
+        cells=policy.cells.patients,
+        words=vocabulary.permitted(policy.findings),
+        split_key=own.split,
+        fractions=fractions,
+        digest_key=own.digest,
+    )
 
 
 def _store(data: Path, folder: Path, image_px: int, enrolling: bool, naming: Naming | None = None) -> Store:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from chexfound.data import vocabulary
 from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.names import shown
@@ -56,7 +57,7 @@ def read(name: str, home: Path) -> dict[str, Any]:
         },
         "policy": _policy(home),
         "code": {"approved": approval.approved(home), "refused": list(approval.refused(home))},
-        "stores": [_store(path) for path in sorted(home.glob(f"store-*/{INDEX}"))],
+        "stores": [_store(path, _words(home)) for path in sorted(home.glob(f"store-*/{INDEX}"))],
         "disk": {"free_bytes": shutil.disk_usage(home).free if home.exists() else None},
     }
 
@@ -105,13 +106,27 @@ def _running(pid: int) -> bool:
     return True
 
 
-def _store(index: Path) -> dict[str, Any]:
+def _words(home: Path) -> frozenset[str]:
+    """Names that may leave; where site.yaml cannot be read nothing does, and those of the release are compared with."""
+    try:
+        return vocabulary.permitted(Policy.load(home).findings)
+    except ConfigError:
+        return vocabulary.permitted()
+
+
+def _store(index: Path, words: frozenset[str]) -> dict[str, Any]:
     path = index.parent
     try:
         opened = Store.open(path)
     except ChexfoundError as error:
         return {"path": str(path), "error": str(error)}
-    return {"path": str(path), "px": opened.px, "images": len(opened), "patients": len(set(opened.keys))}
+    return {
+        "path": str(path),
+        "px": opened.px,
+        "images": len(opened),
+        "patients": len(set(opened.keys)),
+        "withheld": vocabulary.withheld(opened, opened.ids, words),
+    }
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -148,6 +163,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for store in found["stores"]:
         what = store.get("error") or f"{store['images']} images of {store['patients']} patients, {store['px']} px"
         said.append(f"  store         {what}")
+        if store.get("withheld"):
+            said += [f"  findings      {text}" for text in vocabulary.said(store["withheld"])]
     if not found["stores"]:
         said.append("  store         none yet: it is made when the site is served first")
     if found["disk"]["free_bytes"] is not None:

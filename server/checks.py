@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chexfound import wire
+from chexfound import cells, wire
 from chexfound.errors import ProtocolError
 from chexfound.phases import ARM, TRAINED_ON, Reply
 from chexfound.pretrain import health
@@ -45,28 +45,31 @@ UNBOUNDED = 2.0**20  # of a step over its learning rate, where the optimizer set
 
 
 def labelled_of(member: Member, findings: Sequence[str], *, both: bool = False) -> list[int]:
-    """Labelled training images by finding, as enrolled; with `both`, 0 where a class is absent."""
+    """Labelled training images by finding, as enrolled; 0 if not told; with `both`, if a class is absent."""
     result = []
     for finding in findings:
         counts = member.values["findings"].get(finding, {"positives": 0, "negatives": 0})
-        usable = not both or all(counts.values())
-        result.append(sum(counts.values()) if usable else 0)
+        numbers = [cells.known(number) for number in counts.values()]
+        result.append(sum(numbers) if not both or all(numbers) else 0)
     return result
 
 
 def check_counts(phase: str, reply: Reply, member: Member, findings: Sequence[str]) -> None:
     """A reply's images, and in `adapt` its labels by finding, are those of the enrolment."""
     images, train = reply.values.get("images"), member.values["train"]
-    if not wire.count(images):
+    none = cells.told(0, 0, member.values["cells"])
+    if not wire.count(images) and (images != none or phase == "pretrain"):
         raise ProtocolError("a reply's images must be a count")
     if phase == "pretrain":
         if images != train:
             raise ProtocolError(f"a reply counts {images} images, its enrolment {train} for training")
         return
     labelled = labelled_of(member, findings, both=phase == "adapt")
-    if phase == "adapt" and reply.values.get("labelled") != labelled:
-        raise ProtocolError(f"a reply's labelled are not the counts enrolled, {labelled}")
-    if not max(labelled, default=0) <= images <= min(train, sum(labelled)):  # type: ignore[operator]
+    expected = [number or none for number in labelled]
+    if phase == "adapt" and reply.values.get("labelled") != expected:
+        raise ProtocolError(f"a reply's labelled are not the counts enrolled, {expected}")
+    fits = max(labelled) <= images <= min(train, sum(labelled)) if any(labelled) else images == none  # type: ignore[operator]
+    if not fits:
         raise ProtocolError(f"a reply counts {images} labelled images, which does not fit what it enrolled")
 
 
@@ -163,7 +166,7 @@ def check_history(reply: Reply, recipe: Recipe, phase: str, steps: range) -> lis
     rows = reply.values.get("history")
     always, at_times, probed = _history_keys(recipe, phase)
     every = recipe.health.eval_period_iterations
-    if phase == "adapt" and not any(reply.values["labelled"]):
+    if phase == "adapt" and not any(map(cells.known, reply.values["labelled"])):
         steps = range(0)
     if not isinstance(rows, list) or not all(
         isinstance(row, dict)
@@ -211,7 +214,7 @@ def check_moments(reply: Reply, recipe: Recipe, backbone: Mapping[str, Tensor]) 
 
     Tokens leave the backbone's last LayerNorm: none is beyond √D · max|weight| + max|bias|.
     """
-    images, moments = reply.values["images"], reply.tensors
+    images, moments = cells.known(reply.values["images"]), reply.tensors
     expected = _moment_shapes(recipe, backbone["norm.weight"].numel()) if images else {}
     if {name: tuple(tensor.shape) for name, tensor in moments.items()} != expected:
         raise ProtocolError("a reply's moments are not what they should be: its tensors")
@@ -261,8 +264,10 @@ def check_results(reply: Reply, member: Member, findings: Sequence[str]) -> list
     for row in rows:
         if (row["arm"], row["trained_on"], row["tested_on"]) != (ARM, TRAINED_ON, member.name):
             raise ProtocolError("a result is not its own, or not of the federated model")
-        if not wire.count(row["n"]) or not wire.count(row["positives"]):
-            raise ProtocolError("a result is without counts")
+        if member.values["cells"] and row == cells.row(row):
+            continue
+        if not wire.count(row["n"]) or not wire.count(row["positives"]) or member.values["test"] == cells.SUPPRESSED:
+            raise ProtocolError("a result is without counts, or has some of a test set that is suppressed")
         if not row["positives"] <= row["n"] <= member.values["test"]:
             raise ProtocolError(
                 f"a result counts {row['positives']} positives of {row['n']} images; "

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import chexfound
-from chexfound import phases, wire
+from chexfound import cells, phases, wire
 from chexfound.errors import ChexfoundError, ConfigError, ProtocolError, VersionError
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import Recipe
 
-ENROLMENT = {"site", *COUNTS, "findings", "versions", "store_hmac"}
+ABOUT = {"site", "versions", "findings", "cells", "withheld"}  # whatever the aggregation
+ENROLMENT = ABOUT | {*COUNTS, "store_hmac"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +74,15 @@ def _checked_member(values: dict[str, Any], sender: str) -> Member:
     name, findings, built = values.get("site"), values.get("findings"), values.get("versions")
     if not isinstance(name, str) or not wire.word(name):
         raise ProtocolError(f"{sender} enrolled without a usable name")
-    if set(values) != ENROLMENT or not all(wire.count(values[key]) for key in COUNTS):
+    if set(values) != ENROLMENT or not all(_told(values[key]) for key in COUNTS):
         raise ProtocolError(f"site {name!r} enrolled without its counts")
-    images, patients, train, val, test = (values[key] for key in COUNTS)
-    if train + val + test != images or patients > images:
-        raise ProtocolError(
-            f"site {name!r} enrolled without counts that add up: {images} images of {patients} patients, "
-            f"{train} + {val} + {test} for training, validation and test"
-        )
+    _check_about(name, values)
+    _check_counts(name, values)
     if not isinstance(findings, dict) or not all(
         wire.word(finding)
         and isinstance(both, dict)
         and set(both) == {"positives", "negatives"}
-        and all(wire.count(number) for number in both.values())
-        and 0 < sum(both.values()) <= train
+        and _both_told(both, values)
         for finding, both in findings.items()
     ):
         raise ProtocolError(f"site {name!r} enrolled without usable counts of its findings")
@@ -100,12 +96,52 @@ def _checked_name(values: dict[str, Any], sender: str) -> Member:
     name, findings = values.get("site"), values.get("findings")
     if not isinstance(name, str) or not wire.word(name):
         raise ProtocolError(f"{sender} enrolled without a usable name")
-    if set(values) != {"site", "versions", "findings"}:
+    if set(values) != ABOUT:
         raise ProtocolError(f"site {name!r} enrolled with other values than secure aggregation asks for")
-    if not isinstance(findings, list) or not all(map(wire.word, findings)) or len(findings) > wire.FINDINGS_MAX:
+    _check_about(name, values)
+    if not isinstance(findings, list) or not all(map(wire.word, findings)):
         raise ProtocolError(f"site {name!r} enrolled without usable names of its findings")
     _check_versions(name, values["versions"])
     return Member(name=name, values=values)
+
+
+def _told(value: object) -> bool:
+    """A count, or the word for one that its site does not tell, and nothing else."""
+    return wire.count(value) or value == cells.SUPPRESSED
+
+
+def _check_about(name: str, values: dict[str, Any]) -> None:
+    """Whether it withholds anything, below how many patients, and no more findings than a request can name."""
+    if not isinstance(values["withheld"], bool) or not wire.count(values["cells"]):
+        raise ProtocolError(f"site {name!r} enrolled without saying what it tells and what not")
+    if isinstance(values["findings"], dict | list) and len(values["findings"]) > wire.FINDINGS_MAX:
+        raise ProtocolError(
+            f"site {name!r} enrolled with {len(values['findings'])} findings; {wire.FINDINGS_MAX} are the most"
+        )
+
+
+def _check_counts(name: str, values: dict[str, Any]) -> None:
+    """That a site's totals are those of its parts; not told exactly where one of those is not."""
+    images, patients, *parts = (values[key] for key in COUNTS)
+    small = cells.SUPPRESSED in parts
+    if (small and not values["cells"]) or any((total == cells.SUPPRESSED) != small for total in (images, patients)):
+        raise ProtocolError(f"site {name!r} enrolled without its totals suppressed exactly where one of their parts is")
+    if not small and (sum(parts) != images or patients > images):
+        train, val, test = parts
+        raise ProtocolError(
+            f"site {name!r} enrolled without counts that add up: {images} images of {patients} patients, "
+            f"{train} + {val} + {test} for training, validation and test"
+        )
+
+
+def _both_told(both: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Two counts of training images that may be told, or neither."""
+    train, least = values["train"], values["cells"]
+    if least and set(both.values()) == {cells.SUPPRESSED}:
+        return True
+    if train == cells.SUPPRESSED or not all(map(wire.count, both.values())):
+        return False
+    return bool(0 < sum(both.values()) <= train and min(both.values()) >= least)
 
 
 def _check_versions(name: str, built: Any) -> None:

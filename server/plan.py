@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from chexfound import cells, wire
 from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError, Problems
 from chexfound.model import checkpoint
@@ -69,6 +71,9 @@ class Batches:
 def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The findings that the head learns, sorted: the recipe's own, or all with enough of both classes.
 
+    Of more than a request can name those that most sites label, then those of the most images: no site's names make
+    another fail.
+
     Raises: ConfigError if none is left, naming the closest.
     """
     if recipe.adapt.findings is not None:
@@ -77,10 +82,11 @@ def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[s
     for site in counts:
         for name, count in site.items():
             total = totals.setdefault(name, [0, 0])
-            total[0] += count["positives"]
-            total[1] += count["negatives"]
+            total[0] += cells.known(count["positives"])
+            total[1] += cells.known(count["negatives"])
     minimum = recipe.adapt.min_positives
-    chosen = tuple(sorted(name for name, both in totals.items() if min(both) >= minimum))
+    enough = [name for name, both in totals.items() if min(both) >= minimum]
+    chosen = bounded(enough, counts, {name: min(totals[name]) for name in enough})
     if not chosen:
         best = max(totals, key=lambda name: min(totals[name]), default=None)
         closest = (
@@ -94,6 +100,15 @@ def choose_findings(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> tuple[s
             "Lower adapt.min_positives, name adapt.findings, or leave out the head with --set phases=[pretrain]"
         )
     return chosen
+
+
+def bounded(
+    names: Collection[str], sites: Sequence[Collection[str]], images: Mapping[str, int] | None = None
+) -> tuple[str, ...]:
+    """Names of findings, sorted; of more than a request can hold those of the most sites, then of the most images."""
+    holders = Counter(name for site in sites for name in site)
+    ranked = sorted(names, key=lambda name: (-holders[name], -(images or {}).get(name, 0), name))
+    return tuple(sorted(ranked[: wire.FINDINGS_MAX]))
 
 
 def frozen_gains(recipe: Recipe, weights: dict[str, Tensor]) -> set[str]:

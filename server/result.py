@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chexfound import cells
 from chexfound.journal import read_journal, write_json
 from chexfound.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import release
@@ -77,13 +78,24 @@ def site_rows(recipe: Recipe, start: dict[str, Any]) -> list[dict[str, Any]]:
     roster, rows = start["roster"], []
     seen = Batches.of(recipe, len(roster)).pretrain_images(recipe)
     if "totals" in start:
-        rows = [{"name": values["site"], "epochs": {}, "findings": {}} for values in roster]
+        rows = [
+            {
+                "name": values["site"],
+                "cells": values["cells"],
+                "withheld": values["withheld"],
+                "epochs": {},
+                "findings": {},
+            }
+            for values in roster
+        ]
         roster, seen = [{"site": ALL_SITES, **start["totals"]}], seen * len(roster)
     for values in roster:
         rows.append(
             {
                 "name": values["site"],
                 **{key: values.get(key) for key in ("images", "patients", "train", "val", "test")},
+                "cells": values["cells"],
+                "withheld": values.get("withheld", False),
                 "epochs": {"federated": round(seen / max(values["train"], 1), 2)},
                 "findings": values["findings"],
             }
@@ -120,6 +132,8 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "date": datetime.date.today().isoformat(),
     }
     told = [entries[0]["totals"]] if "totals" in entries[0] else [member.values for member in outcome.roster]
-    text = card(recipe, "federated", outcome.tensors, metrics, sum(values["patients"] for values in told))
+    counted = [values["patients"] for values in told]
+    together = cells.SUPPRESSED if cells.SUPPRESSED in counted else sum(counted)
+    text = card(recipe, "federated", outcome.tensors, metrics, together)
     release.save(folder / "model", recipe, outcome.findings, outcome.tensors, text)
     write_json(folder / "metrics.json", metrics)

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from chexfound import cells, wire
 from chexfound import recipe as recipes
-from chexfound import wire
 from chexfound.adapt import features
 from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.journal import Journal, write_text
@@ -134,11 +134,13 @@ class Run:
     def _counted(self) -> list[dict[str, Any]]:
         """Training images by finding, of each site.
 
-        Raises: DataError for a site without any.
+        Raises: DataError for a site without any, or with fewer patients' than it tells of.
         """
-        empty = [member.name for member in self.roster if not member.values["train"]]
+        empty = [member for member in self.roster if not cells.known(member.values["train"])]
         if empty:
-            raise DataError(f"site {empty[0]!r} has no training image; give it images, or leave it out")
+            name, least = empty[0].name, empty[0].values["cells"]
+            few = f", or of fewer than {least} patients (its cells.patients)" if least else ""
+            raise DataError(f"site {name!r} has no training image{few}; give it images, or leave it out")
         return [member.values["findings"] for member in self.roster]
 
     def _start(self) -> None:
@@ -146,7 +148,9 @@ class Run:
         counted = self._counted()
         if "adapt" in self.recipe.phases:
             self.findings = choose_findings(self.recipe, counted)
-            labelled = {name for findings in counted for name in findings}
+            labelled = {
+                name for findings in counted for name, both in findings.items() if cells.SUPPRESSED not in both.values()
+            }
             if not labelled & set(self.findings):
                 raise DataError(
                     f"no site has a training image labelled with any of {', '.join(self.findings)}; "
@@ -408,7 +412,8 @@ class Run:
         rounds = self._rounds("adapt")
         if not rounds:
             return {}
-        totals = [sum(counts) for counts in zip(*(site["labelled"] for site in rounds[-1]["sites"]), strict=True)]
+        labelled = (map(cells.known, site["labelled"]) for site in rounds[-1]["sites"])
+        totals = [sum(counts) for counts in zip(*labelled, strict=True)]
         reason = "not trained: no site has both classes among its training images"
         if len(self.roster) == 1:
             reason = f"not trained: {self.roster[0].name} has not both classes among its training images"
@@ -442,7 +447,7 @@ def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: di
 
 
 def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:
-    if row["finding"] not in unscored:
+    if row["finding"] not in unscored or row["n"] == cells.SUPPRESSED:
         return row
     return (
         row

@@ -225,6 +225,7 @@ def _run_lines(held: Federation, one: dict[str, Any]) -> list[str]:
     figures += [f"{way} {standing.size(number)}" for way, number in now.bytes.items() if number]
     if figures:
         said.append("  " + ", ".join(figures))
+    said += [f"  {shown(standing.withheld(site))}" for site in now.withholding]
     if now.error:
         first, *more = now.error["text"].split("\n")
         lines = [f"  error {now.error['code']}: {first}", *(f"    {line}" for line in more)]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from chexfound import cells
 from chexfound.errors import DataError, ProtocolError, SiteError
 from chexfound.evaluate import histograms
 from chexfound.journal import write_json
@@ -26,6 +27,7 @@ from chexfound.secagg.parameters import MINIMUM, labelling
 from chexfound.secagg.payload import Settings
 from server import checks
 from server.grid import GridExchange
+from server.plan import bounded
 from server.run import NO_LABEL, Event, Run
 from server.secure import SecureSums, Summed
 from strategies import composition
@@ -79,16 +81,23 @@ class SecureRun(Run):
         return [known]
 
     def _count(self) -> dict[str, Any]:
-        findings = tuple(sorted({name for member in self.roster for name in member.values["findings"]}))
+        named = [member.values["findings"] for member in self.roster]
+        findings = bounded({name for names in named for name in names}, named)
         settings = Settings(ring=self.recipe.secagg.ring, images=1)
         sums = self.sums.sum(Request(phase="counts", findings=findings), settings, {}).sums
         numbers = np.stack([sums[name] for name in payload.LABELS], axis=1) if findings else np.zeros((0, 2), int)
+        least = self._least()
         counted = {
             finding: {"positives": int(positives), "negatives": int(negatives)}
             for finding, (positives, negatives) in zip(findings, numbers, strict=True)
-            if positives or negatives
+            if (positives or negatives) and min(positives, negatives) >= least
         }
-        return {**{name: int(sums[name]) for name in COUNTS}, "findings": counted}
+        totals = {name: cells.told(int(sums[name]), int(sums[name]), least) for name in COUNTS}
+        return {**totals, "findings": counted, "cells": least}
+
+    def _least(self) -> int:
+        """Patients below which nothing is told of the sum either: as the strictest of the sites has it."""
+        return max(int(member.values["cells"]) for member in self.roster)
 
     def _told(self) -> Event:
         return {"totals": self.totals, "secagg": {**self.sums.parameters.shared(), "ring": self.recipe.secagg.ring}}
@@ -295,4 +304,9 @@ class SecureRun(Run):
             ARM, TRAINED_ON, ALL_SITES, summed.sums["histograms"], self.findings,
             config.bootstrap_samples, config.confidence, self.recipe.seed, summed.zeroed,
         )  # fmt: skip
-        return rows, summed.missing
+        least = self._least()
+        told = [
+            cells.row(row) if least and min(row["positives"], row["n"] - row["positives"]) < least else row
+            for row in rows
+        ]
+        return told, summed.missing

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from chexfound import cells
 from chexfound.errors import CODES, ChexfoundError, SiteError
 from chexfound.names import shown
 from server import flower, runs
@@ -42,6 +43,7 @@ class Standing:
         lost: of those that are waited for, the sites that were lost and are not back.
         bytes: payload so far, of all sites.
         error: of a run that failed: its code and text.
+        withholding: sites that have findings whose names they do not let out.
     """
 
     run: str
@@ -59,6 +61,7 @@ class Standing:
     flower_run: str | None
     error: Mapping[str, str] | None
     model_sha256: str | None
+    withholding: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
         """As --json has it."""
@@ -100,6 +103,7 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
         flower_run=number,
         error=ours.get("error") if ours and state == "failed" else None,
         model_sha256=end.get("model_sha256") if state == "done" else None,
+        withholding=withholding(events),
     )
 
 
@@ -120,6 +124,17 @@ def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -
     if said is not None:
         return "finishing" if said == "done" else str(said)
     return "running" if status == "running" else "submitted"
+
+
+def withholding(events: Sequence[Event]) -> list[str]:
+    """The sites that have findings whose names they do not let out, by a run's first event."""
+    roster = events[0].get("roster", ()) if events else ()
+    return [one["site"] for one in roster if one.get("withheld")]
+
+
+def withheld(site: str) -> str:
+    """What is said of such a site."""
+    return f"{site} withholds findings that are in no vocabulary"
 
 
 def lost(events: Sequence[Event]) -> list[str]:
@@ -150,7 +165,8 @@ def loss(event: Event) -> float | None:
 def auroc(event: Event) -> float | None:
     """Of a round of pretraining, that of its kNN probe, if it had one; of the end, the mean over sites and findings."""
     if event["event"] == "done":
-        found = [row["auroc"] for row in event["results"] if row.get("auroc") is not None]
+        figures = [cells.figure(row.get("auroc")) for row in event["results"]]
+        found = [one for one in figures if one is not None]
         return sum(found) / len(found) if found else None
     figure: float | None = event.get("health", {}).get("figures", {}).get("knn_auroc")
     return figure
@@ -227,7 +243,8 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         )
         both = f"; together {event['totals']['train']} images" if "totals" in event else ""
         findings = ", ".join(event["findings"]) or "-"
-        return shown(f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}")
+        held = "".join(f"; {withheld(site)}" for site in withholding([event]))
+        return shown(f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}{held}", 600)
     if kind == "round":
         value, figure = loss(event), auroc(event)
         parts = [

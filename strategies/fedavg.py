@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from chexfound import wire
+from chexfound import cells, wire
 from chexfound.errors import ProtocolError
 from chexfound.phases import Reply
 from strategies.aggregate import Fold
@@ -43,13 +43,13 @@ class FedAvg:
 
         Raises: ProtocolError if its counts are not counts, or its tensors do not fit.
         """
-        images = _count(reply.values.get("images"), "a reply's images")
+        images = _count(cells.known(reply.values.get("images")), "a reply's images")
         if self.phase == "pretrain":
             return self._fold.admit(reply.tensors, images)
         labelled = reply.values.get("labelled")
         if not isinstance(labelled, list) or len(labelled) != self.n_findings:
             raise ProtocolError(f"a reply's labelled must be {self.n_findings} counts")
-        weights = [_count(number, "a reply's labelled") for number in labelled]
+        weights = [_count(cells.known(number), "a reply's labelled") for number in labelled]
         if any(weights):
             return self._fold.admit(reply.tensors, images, weights)
         if images or reply.tensors:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from chexfound import cells
+from chexfound.cells import Told
 from chexfound.schema import Recipe
 
 TEMPLATE = """\
@@ -48,7 +50,7 @@ SUMMED = """\
 """
 
 
-def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], patients: int) -> str:
+def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], patients: Told) -> str:
     """Markdown: what the model is, what it was trained on (`patients` at all sites together), how to use it.
 
     Of `metrics`, the run's metrics.json, the arm's part is told.
@@ -72,7 +74,9 @@ def card(recipe: Recipe, arm: str, tensors: Mapping[str, Tensor], metrics: Mappi
 
 def result_row(row: Mapping[str, Any]) -> str:
     """A line of the table of results, of a row of metrics.json."""
-    if row["auroc"] is None:
+    if row["n"] == cells.SUPPRESSED:
+        figure = "of few patients"
+    elif row["auroc"] is None:
         figure = f"– ({row['reason']})"
     else:
         figure = f"{row['auroc']:.3f}"

@@ -35,6 +35,7 @@ class Probe:
         seed: with the roster index it names the stream that the images are chosen by, one of its own.
         dtype: of the arithmetic, as in training.
         left_out: figures that are not told.
+        fewest: patients, in all, and with a finding and without it, of whom a figure is told.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Probe:
         roster_index: int,
         dtype: torch.dtype = torch.float32,
         left_out: Collection[str] = (),
+        fewest: int = health.FEWEST_PATIENTS,
     ) -> None:
         order = rng.numpy_generator(seed, "health", "probe", roster_index).permutation(len(labels))
         labelled = (labels[order] >= 0).any(1)
         self.places = np.sort(np.concatenate([order[labelled], order[~labelled]])[:limit])
-        self.pixels, self.every, self.dtype, self.left_out = pixels, every, dtype, left_out
+        self.pixels, self.every, self.dtype, self.left_out, self.fewest = pixels, every, dtype, left_out, fewest
         self.labels, self.patients = labels[self.places], [patients[place] for place in self.places]
 
     def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:
@@ -79,7 +81,7 @@ class Probe:
         return [name for name in health.PROBED if name != "knn_auroc" or judged]
 
     def _enough(self) -> bool:
-        return len(self.places) >= health.FEWEST_IMAGES and len(set(self.patients)) >= health.FEWEST_PATIENTS
+        return len(self.places) >= health.FEWEST_IMAGES and len(set(self.patients)) >= self.fewest
 
     @torch.no_grad()
     def features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ class Probe:
         labels = self.labels[:, column]
         return all(
             len({patient for patient, label in zip(self.patients, labels, strict=True) if label == value})
-            >= health.FEWEST_PATIENTS
+            >= self.fewest
             for value in (0, 1)
         )
 

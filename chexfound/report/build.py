@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from chexfound import cells
 from chexfound.journal import write_bytes
 from chexfound.names import ALL_SITES
 from chexfound.report import callouts, figures, story, tables
@@ -79,6 +80,7 @@ def render(run: Run) -> str:
         versions=tables.flat(run.metrics.versions),
         machine=tables.flat(run.metrics.machine),
         shown=story.shown,
+        told=cells.shown,
         by_site="all sites together" if run.together else "site by site",
         arm_name=story.arm_name,
     )

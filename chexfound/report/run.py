@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as checked
 
+from chexfound import cells
 from chexfound import recipe as recipes
+from chexfound.cells import Told
 from chexfound.errors import ConfigError, DataError, Problems
 from chexfound.names import ALL_SITES
 from chexfound.pretrain import symptoms
@@ -66,6 +68,14 @@ class Result:
     auprc: float | None = None
     auprc_ci: Interval = None
     reason: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suppressed(cls, values: Any) -> Any:
+        """A row of too few patients: it has no figure, for that reason."""
+        if not isinstance(values, dict) or values.get("n") != cells.SUPPRESSED:
+            return values
+        return values | dict.fromkeys(cells.FIGURES) | {"reason": cells.SUPPRESSED}
 
 
 @checked(frozen=True, kw_only=True, config=_lenient)
@@ -179,21 +189,23 @@ class Metrics:
 class Counts:
     """Labels of one finding at one site, in images."""
 
-    positives: int = 0
-    negatives: int = 0
+    positives: Told = 0
+    negatives: Told = 0
     unknown: int = 0
 
 
 @checked(frozen=True, kw_only=True, config=_lenient)
 class Site:
-    """A site's row of sites.json; counts are of images unless they say patients."""
+    """A site's row of sites.json; counts are of images unless they say patients, and of `cells` patients or more."""
 
     name: str
-    images: int | None = None
-    patients: int | None = None
-    train: int | None = None
-    val: int | None = None
-    test: int | None = None
+    images: Told | None = None
+    patients: Told | None = None
+    train: Told | None = None
+    val: Told | None = None
+    test: Told | None = None
+    cells: int = 0
+    withheld: bool = False
     refused: int | None = None
     epochs: dict[str, float | None] = Field(default_factory=dict)
     views: dict[str, int] = Field(default_factory=dict)
@@ -385,7 +397,16 @@ def read(out: Path) -> Run:
     samples = _optional(absent, "samples", out / "artifacts" / "samples.npz", _samples)
     attention = _optional(absent, "attention", out / "artifacts" / "attention.npz", _attention)
     text, values = recipe or (None, None)
+    metrics = replace(metrics, results=[_explained(row, sites or []) for row in metrics.results])
     return Run(out, metrics, values, text, history, sites, samples, attention, absent)
+
+
+def _explained(row: Result, sites: list[Site]) -> Result:
+    """A row that is suppressed, with how many patients its site has set as the fewest."""
+    if row.reason != cells.SUPPRESSED:
+        return row
+    least = next((site.cells for site in sites if site.name == row.tested_on), None)
+    return replace(row, reason=cells.shown(cells.SUPPRESSED, least))
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from chexfound import signing
+from chexfound.data import vocabulary
 from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError, ConfigError
 from client import approval, membership, secret
@@ -161,6 +162,20 @@ def private(subject: Subject) -> Finding:
             f"chmod -R go= {shlex.quote(str(data))}",
         )
     return ok("nothing of the site's is open to other accounts of this machine")
+
+
+def findings(subject: Subject) -> Finding:
+    """Which names of findings stay, and how those that leave are counted."""
+    if subject.store is None:
+        return ok("no store yet")
+    demanded = Policy.load(subject.home)  # `policy` has been well
+    store, least = subject.store, demanded.cells.patients
+    stays = vocabulary.withheld(store, store.ids, vocabulary.permitted(demanded.findings))
+    few = f"; counts and figures of fewer than {least} patients are told as suppressed" if least else ""
+    if stays:
+        names, remedy = vocabulary.said(stays)
+        return warning(f"{names}{few}", f"{remedy} (no patient's name may stand there)")
+    return ok(f"the names of all {len(store.findings)} may leave{few}")
 
 
 def disk(subject: Subject) -> Finding:

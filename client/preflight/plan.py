@@ -13,6 +13,7 @@ CHECKS = (
     Check("store", local.store),
     Check("secret", local.secret_key, ("store",)),
     Check("private", local.private, ("keys",)),
+    Check("findings", local.findings, ("policy", "store")),
     Check("disk", local.disk),
     Check("memory", local.memory),
     Check("gpu", local.gpu),

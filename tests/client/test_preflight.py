@@ -93,6 +93,21 @@ def test_nothing_is_wrong(prepare: Callable[..., Path], superlink: Any) -> None:
 # ---- this machine
 
 
+def test_names_that_stay(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    """A warning, with the line of site.yaml; and how few patients are told of."""
+    home = prepare()
+    assert "fewer than 10 patients" in check(home)["findings"].text
+    images = tmp_path / "more"
+    images.mkdir()
+    cv2.imwrite(str(images / "9.png"), np.random.default_rng(9).integers(0, 256, (20, 20), np.uint8))
+    (images / "manifest.csv").write_text("file,source,patient_id,findings\n9.png,b,p9,Valve replaced")
+    ingest(images, store_path(home, 16), 16)
+    one = check(home)["findings"]
+    assert one.state == "warning"
+    assert "Valve replaced (1 images)" in one.text
+    assert "findings: ['Valve replaced']" in one.remedy
+
+
 def test_a_key_that_others_can_read(prepare: Callable[..., Path]) -> None:
     home = prepare()
     (home / "keys" / "node.key").chmod(0o644)

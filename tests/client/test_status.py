@@ -151,6 +151,24 @@ def test_stores(home: Path, tell: Callable[..., None], tmp_path: Path, capsys: p
     assert f"store         {store_path(home, 32)}" in out
 
 
+def test_names_that_stay_are_shown_here_with_the_line_that_lets_them_out(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    cv2.imwrite(str(images / "0.png"), np.random.default_rng(0).integers(0, 256, (20, 20), np.uint8))
+    (images / "manifest.csv").write_text("file,source,patient_id,findings\n0.png,a,p,Nodule|Valve replaced|O'Brien")
+    ingest(images, store_path(home, 16), 16)
+    assert cli.main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "stay here: O'Brien (1 images), Valve replaced (1 images)" in out
+    assert "Nodule" not in out
+    line = next(text for text in out.splitlines() if "site.yaml: findings:" in text)
+    (home / "site.yaml").write_text(line.partition("site.yaml: ")[2])
+    assert cli.main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stores"][0]["withheld"] == {}
+
+
 def test_the_policy(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status"]) == 0
     assert "policy        runs in the clear are accepted" in capsys.readouterr().out

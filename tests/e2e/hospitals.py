@@ -54,6 +54,7 @@ class Hospitals:
     def enrol(self, name: str) -> None:
         give_secret(self.home(name), name)
         self.client(name, "enrol", "--name", name)
+        tell_of_few(self.home(name), name)
         self.server("add-site", name, self.folder.parent / f"{name}.pub")
 
     def approve(self, name: str) -> str:
@@ -74,6 +75,13 @@ class Hospitals:
     def node(self, site: str) -> dict[str, Any]:
         """What a site's node last said of itself."""
         return node(self.home(site), site)
+
+
+def tell_of_few(home: Path, site: str) -> None:
+    """Have a site tell of few patients too: hospitals of some dozen, in tests that are about other things."""
+    folder = home / "sites" / site
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "site.yaml").write_text("cells: {patients: 0}\n")
 
 
 def node(home: Path, site: str) -> dict[str, Any]:

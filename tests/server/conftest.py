@@ -124,7 +124,10 @@ START = {
 SUMMED_START = {
     "event": "start", "findings": ["Nodule"], "secagg": {"n": 3, "c": 0, "t": 2, "ring": 32},
     "totals": {"images": 99, "patients": 80, "train": 76, "val": 12, "test": 11, "findings": {"Nodule": {}}},
-    "roster": [{"site": site, "findings": ["Nodule"], "versions": {}} for site in ("EAST", "NORTH", "SOUTH")],
+    "roster": [
+        {"site": site, "findings": ["Nodule"], "versions": {}, "cells": 0, "withheld": site == "EAST"}
+        for site in ("EAST", "NORTH", "SOUTH")
+    ],
 }  # fmt: skip
 SUMMED_ROUND = round_event(0) | {
     "sites": [{**round_event(0)["sites"][0], "site": "all sites"}],

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chexfound import cells
 from chexfound import recipe as recipes
 from chexfound.errors import ProtocolError
 from chexfound.phases import Reply
@@ -152,7 +153,7 @@ def test_a_batch_without_masked_patches_has_no_ibot() -> None:
 
 def test_counts_of_a_site_without_a_finding() -> None:
     both = {"A": {"positives": 2, "negatives": 3}, "B": {"positives": 4, "negatives": 0}}
-    member = Member(name="x", values={"train": 9, "findings": both})
+    member = Member(name="x", values={"train": 9, "cells": 0, "findings": both})
     assert checks.labelled_of(member, ["A", "B", "C"]) == [5, 4, 0]
     assert checks.labelled_of(member, ["A", "B", "C"], both=True) == [5, 0, 0]
     checks.check_counts("features", Reply(values={"images": 9}), member, ["A", "B", "C"])
@@ -170,5 +171,54 @@ def test_an_interval_may_be_absent_with_a_reason() -> None:
         "auprc": 1.0,
         "reason": "no interval: all positives are of one patient",
     }
-    member = Member(name="x", values={"test": 4})
+    member = Member(name="x", values={"test": 4, "cells": 0})
     assert checks.check_results(Reply(values={"results": [row]}), member, ["A"]) == [row]
+
+
+# -- what a site does not tell
+
+FEW = {"positives": cells.SUPPRESSED, "negatives": cells.SUPPRESSED}
+CAREFUL = Member(
+    name="x",
+    values={"train": 40, "test": 30, "cells": 10, "findings": {"A": {"positives": 12, "negatives": 20}, "B": FEW}},
+)
+
+
+def row_of(finding: str, **figures: Any) -> dict[str, Any]:
+    row = dict.fromkeys(checks.RESULT_KEYS)
+    return row | {
+        "arm": "federated", "trained_on": "all sites, federated", "tested_on": "x", "finding": finding, **figures
+    }  # fmt: skip
+
+
+def test_a_suppressed_finding_is_one_that_the_site_does_not_train() -> None:
+    """Its weight is 0 to the coordinator, and its word in the reply the one of the enrolment."""
+    names = ["A", "B", "C"]
+    assert checks.labelled_of(CAREFUL, names, both=True) == [32, 0, 0]
+    labelled = [32, cells.SUPPRESSED, cells.SUPPRESSED]
+    checks.check_counts("adapt", Reply(values={"images": 32, "labelled": labelled}), CAREFUL, names)
+    checks.check_counts(
+        "adapt", Reply(values={"images": cells.SUPPRESSED, "labelled": labelled[1:]}), CAREFUL, ["B", "C"]
+    )
+    for odd in ([32, 0, 0], [32, cells.SUPPRESSED, 3], [32, "few", cells.SUPPRESSED], [32, None, cells.SUPPRESSED]):
+        with pytest.raises(ProtocolError, match="labelled are not the counts enrolled"):
+            checks.check_counts("adapt", Reply(values={"images": 32, "labelled": odd}), CAREFUL, names)
+    for images in (0, "few", None, 32, -1):
+        with pytest.raises(ProtocolError):
+            checks.check_counts(
+                "adapt", Reply(values={"images": images, "labelled": labelled[1:]}), CAREFUL, ["B", "C"]
+            )
+
+
+def test_a_row_is_suppressed_as_a_whole() -> None:
+    """And only by a site that said at enrolment that it suppresses."""
+    told = row_of("A", n=20, positives=10, auroc=0.5, auprc=0.5, auroc_ci=[0.4, 0.6], auprc_ci=[0.4, 0.6])
+    few = cells.row(row_of("B"))
+    assert checks.check_results(Reply(values={"results": [told, few]}), CAREFUL, ["A", "B"]) == [told, few]
+    for key in cells.FIGURES:
+        for half in ({**few, key: 1}, {**told, key: cells.SUPPRESSED}):
+            with pytest.raises(ProtocolError):
+                checks.check_results(Reply(values={"results": [half]}), CAREFUL, [half["finding"]])
+    plain = Member(name="x", values={**CAREFUL.values, "cells": 0})
+    with pytest.raises(ProtocolError, match="without counts"):
+        checks.check_results(Reply(values={"results": [few]}), plain, ["B"])

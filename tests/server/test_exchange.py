@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from chexfound import cells
 from chexfound.errors import ProtocolError
 from chexfound.phases import Reply, Request
 from server.exchange import DirectExchange, checked_roster
@@ -20,6 +21,18 @@ ENROLMENT: dict[str, Any] = {
     "findings": {"Blob": {"positives": 2, "negatives": 3}},
     "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"},
     "store_hmac": "0" * 64,
+    "cells": 0,
+    "withheld": False,
+}
+FEW = {"positives": cells.SUPPRESSED, "negatives": cells.SUPPRESSED}
+CAREFUL = ENROLMENT | {
+    "images": cells.SUPPRESSED,
+    "patients": cells.SUPPRESSED,
+    "train": 60,
+    "val": cells.SUPPRESSED,
+    "test": 30,
+    "cells": 10,
+    "findings": {"Blob": {"positives": 20, "negatives": 30}, "Bar": FEW},
 }
 
 
@@ -58,6 +71,25 @@ HOSTILE = [
     {"patients": 11},
     *({"store_hmac": value} for value in (None, 1, "", "x" * 65, "g" * 64, "0" * 63, "0" * 64 + "\n")),
     {"patients_list": ["Jane"]},
+    *({"withheld": value} for value in (None, 0, 3, "Jane", ["Jane"])),
+    *({"cells": value} for value in (None, -1, True, "10", cells.SUPPRESSED)),
+    *({key: cells.SUPPRESSED} for key in ("images", "patients", "train", "val", "test")),  # where nothing may be
+    {"findings": {"Blob": FEW}},
+]
+CARELESS = [  # of a site that suppresses
+    *({key: value} for key in ("images", "patients", "val") for value in ("few", "Suppressed", "", None, 0, [])),
+    *({key: 100} for key in ("images", "patients")),  # from which the small part could be taken
+    {"val": 12},
+    *(
+        {"findings": {"Blob": value}}
+        for value in (
+            FEW | {"positives": 3},
+            FEW | {"negatives": 0},
+            {"positives": "few", "negatives": "few"},
+            {"positives": 9, "negatives": 30},  # images of fewer than 10 patients
+        )
+    ),
+    {"train": cells.SUPPRESSED},  # whose findings are told
 ]
 
 
@@ -65,6 +97,13 @@ HOSTILE = [
 def test_hostile_enrolments(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
         checked_roster([enrolment(site="B"), enrolment(**change)], ["node 1", "node 2"])
+
+
+@pytest.mark.parametrize("change", CARELESS, ids=lambda change: str(change)[:40])
+def test_a_count_is_a_number_or_the_word(change: dict[str, Any]) -> None:
+    checked_roster([Reply(values=CAREFUL)], ["node 1"])
+    with pytest.raises(ProtocolError, match="'A' enrolled without"):
+        checked_roster([Reply(values=CAREFUL | change)], ["node 1"])
 
 
 @pytest.mark.parametrize("key", list(ENROLMENT))

@@ -38,6 +38,8 @@ ENROLMENT: dict[str, Any] = {
     "findings": {"Blob": {"positives": 2, "negatives": 3}},
     "versions": {"chexfound": "0.1.0", "torch": "2", "python": "3"},
     "store_hmac": "0" * 64,
+    "cells": 0,
+    "withheld": False,
 }
 RUN = 1
 Answer = Callable[[Message], Message | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from chexfound import cells
 from chexfound import recipe as recipes
 from chexfound.journal import Journal, read_journal
 from chexfound.report.build import build
@@ -14,6 +15,7 @@ from server.run import Outcome
 
 def test_the_report_of_a_deployed_run_says_what_is_not_known_and_nothing_false(tmp_path):
     values = {"site": "a", "images": 9, "patients": 8, "train": 5, "val": 2, "test": 2, "findings": {}}
+    values |= {"cells": 0, "withheld": False}
     with Journal(tmp_path / "journal.jsonl") as journal:
         journal.append({"event": "start", "roster": [values]})
     row = {"arm": "federated", "tested_on": "a", "finding": "Mass", "n": 2, "positives": 1}
@@ -33,6 +35,36 @@ def test_the_report_of_a_deployed_run_says_what_is_not_known_and_nothing_false(t
     assert ".npz" not in page
 
 
+def test_what_a_site_suppressed_is_neither_a_number_nor_nothing_in_report_and_card(tmp_path):
+    word = cells.SUPPRESSED
+    values = {"site": "a", "images": word, "patients": word, "train": 60, "val": word, "test": 30}
+    values |= {
+        "findings": {"Mass": {"positives": 20, "negatives": 40}, "Nodule": {"positives": word, "negatives": word}}
+    }
+    values |= {"cells": 10, "withheld": True}
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.append({"event": "start", "roster": [values]})
+    told = {"arm": "federated", "tested_on": "a", "finding": "Mass", "n": 30, "positives": 12, "reason": None}
+    told |= {"auroc": 0.8, "auroc_ci": [0.7, 0.9], "auprc": 0.8, "auprc_ci": [0.7, 0.9]}
+    outcome = Outcome(
+        roster=[Member(name="a", values=values)],
+        findings=("Mass", "Nodule"),
+        tensors={},
+        model_sha256="0" * 64,
+        results=[told, cells.row({**told, "finding": "Nodule"})],
+    )
+    write_metrics(tmp_path, recipes.load("demo"), outcome)
+    assert json.loads((tmp_path / "metrics.json").read_text())["results"][1]["auroc"] == word
+    (site,) = json.loads((tmp_path / "sites.json").read_text())
+    assert (site["val"], site["cells"], site["withheld"]) == (word, 10, True)
+    page = build(tmp_path).read_text()
+    assert page.count("suppressed (fewer than 10 patients)") >= 5  # images, patients, val; the labels, the row
+    assert "a withholds findings that are in no vocabulary" in page
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "a (suppressed patients)" in card
+    assert f"| a | Nodule | {word} | {word} | of few patients |" in card
+
+
 COUNTS = {"images": 30, "patients": 24, "train": 15, "val": 7, "test": 8}
 ROUND = {
     "event": "round", "phase": "pretrain", "round": 0, "seconds": 1.0, "bytes": {"down": 2, "up": 3},
@@ -43,11 +75,11 @@ ROUND = {
 
 
 def test_a_run_under_secure_aggregation_has_figures_of_all_sites_alone(tmp_path):
-    roster = [{"site": site, "versions": {}, "findings": ["Mass"]} for site in "abcd"]
+    roster = [{"site": site, "versions": {}, "cells": 10, "withheld": False, "findings": ["Mass"]} for site in "abcd"]
     findings = {"Mass": {"positives": 6, "negatives": 9}}
     with Journal(tmp_path / "journal.jsonl") as journal:
         parameters = {"n": 4, "c": 1, "t": 3, "ring": 32}
-        totals = {**COUNTS, "findings": findings}
+        totals = {**COUNTS, "findings": findings, "cells": 10}
         journal.append({"event": "start", "roster": roster, "totals": totals, "secagg": parameters})
         journal.append({"event": "attempt", "phase": "pretrain", "round": 0, "failed": "too few"})
         journal.append(ROUND)
@@ -64,7 +96,8 @@ def test_a_run_under_secure_aggregation_has_figures_of_all_sites_alone(tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["secagg"] == {**parameters, "clipped": 5, "failed": 1}
     *alone, together = json.loads((tmp_path / "sites.json").read_text())
-    assert alone == [{"name": site, "epochs": {}, "findings": {}} for site in "abcd"]
+    told = {"cells": 10, "withheld": False, "epochs": {}, "findings": {}}
+    assert alone == [{"name": site, **told} for site in "abcd"]
     assert {key: together[key] for key in COUNTS} == COUNTS
     assert (together["name"], together["findings"]) == ("all sites", findings)
     assert together["epochs"]["federated"] == round(100 * 32 / 15, 2)

@@ -163,7 +163,7 @@ def test_status_as_json(thorax, submitted, live, happened, capsys) -> None:
             "run": "first", "state": "pretrain", "round": 2, "rounds": 3, "since": "2026-11-27T13:26:23+00:00",
             "done": {"pretrain": [1, 3], "adapt": [0, 1]}, "waiting_for": ["SOUTH"], "replied": ["NORTH"], "lost": [],
             "loss": 9.5, "auroc": None, "bytes": {"down": 27_000_000, "up": 26_956_752}, "flower_run": "100",
-            "error": None, "model_sha256": None,
+            "error": None, "model_sha256": None, "withholding": [],
         }
     ]  # fmt: skip
 

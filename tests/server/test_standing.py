@@ -95,7 +95,9 @@ def test_a_run_under_secure_aggregation(submitted, flwr, live, happened) -> None
     assert standing.lost(events) == ["SOUTH"]  # NORTH was in the cohort
     assert look(submitted, flwr).loss == 9.0
     lines = [standing.line(event, {"pretrain": 3}) for event in events]
-    assert lines[0] == "start     3 sites: EAST, NORTH, SOUTH; together 76 images; findings: Nodule"
+    held = "EAST withholds findings that are in no vocabulary"
+    assert lines[0] == f"start     3 sites: EAST, NORTH, SOUTH; together 76 images; findings: Nodule; {held}"
+    assert look(submitted, flwr).withholding == ["EAST"]
     assert lines[3].startswith("pretrain  round 1 of 3, 2 sites, loss 9.0000, 12.4 s")
     assert lines[3].endswith("without SOUTH (late)")
     assert lines[4] == f"attempt   pretrain, round 2 gave no sum: {failed}"
