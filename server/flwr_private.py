@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import binascii
+import contextlib
 import datetime
+import importlib
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from queue import Queue
 
 import httpx
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -16,14 +26,32 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 from flwr.app import Message, RecordDict
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
+from flwr.app.user_config import UserConfig
+from flwr.cli.build import build_fab_from_files
+from flwr.common.config import get_fused_config_from_dir
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    HEARTBEAT_PATIENCE,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import linkstate_factory
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
-from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    SQLITE_PRAGMAS,
+    NodeStatus,
+)
+from flwr.supercore.error import ApiErrorCode
+from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.logger import mirror_output_to_queue, restore_output
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
@@ -36,10 +64,19 @@ from flwr.superlink.grid import HttpGrid
 from sqlalchemy import ColumnElement, create_engine, select, update
 from sqlalchemy.orm import Session
 
+from chexfound import bundle
+from chexfound._launch import application_root
+from chexfound.bundle import Bundle
+from chexfound.errors import PolicyError
 from chexfound.roster import Roster
 
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
+PROOF_HEADERS = (  # by which a node says who it is, when, and signs that; in lower case
+    FLEET_HTTP_PUBLIC_KEY_HEADER.encode(),
+    TIMESTAMP_HEADER.encode(),
+    FLEET_HTTP_SIGNATURE_HEADER.encode(),
+)
 
 
 def set_identity(run_id: int, node_id: int = 1) -> None:
@@ -121,6 +158,121 @@ class LinkState(SqlLinkState):
         """Whether an object is here now."""
         stored = super().store_object(run_id, session_id, object_id, object_content)
         return stored or bool(self.object_store.get(object_id))
+
+
+# -- who asks
+
+
+def node_proof(line: str) -> tuple[bytes, ec.EllipticCurvePublicKey]:
+    """The header by which a node names its key, and that key, from a line in OpenSSH's format."""
+    key = load_ssh_public_key(line.encode("ascii"))
+    assert isinstance(key, ec.EllipticCurvePublicKey)  # the roster has no others
+    return b64encode(public_key_to_bytes(key)), key
+
+
+def proof_fault(key: ec.EllipticCurvePublicKey, when: bytes, signature: bytes) -> str:
+    """What is wrong with a node's signature of the time; empty if nothing.
+
+    As flwr.superlink.routers.fleet.node_auth has it.
+    """
+    try:
+        signed_at = datetime.datetime.fromisoformat(when.decode("ascii"))
+        age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
+        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            return f"it was signed {age:.0f} s ago by our clock"
+        key.verify(b64decode(signature, validate=True), when, ec.ECDSA(hashes.SHA256()))
+    except (ValueError, TypeError, binascii.Error):
+        return "its time or its signature cannot be read"
+    except InvalidSignature:
+        return "its signature is false"
+    return ""
+
+
+def not_registered() -> tuple[int, bytes]:
+    """What the SuperLink answers to a node that wants to connect, and whose key it does not know."""
+    code = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+    about = API_ERROR_MAP[code]
+    return about.http_status_code, json.dumps({"code": int(code), "detail": about.public_message}).encode()
+
+
+# -- the SuperExec
+
+
+def release_bundle() -> Bundle:
+    """The bundle that the installed release ships, built as `flwr run` builds it."""
+    return bundle.read(build_fab_from_files(bundle.release_files())[0])
+
+
+def run_superexec(arguments: Sequence[str], command: Sequence[str]) -> None:
+    """Run flower-superexec in this process; what it starts for a task, of whatever type, is a command of ours.
+
+    Args:
+        arguments: its command line.
+        command: that a task is done by; it is given the SuperLink's address, the file of its authority and our process
+            number, and reads the task's token, by which it may act for the run, where no other account sees it: from
+            its standard input.
+    """
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+    from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
+
+    def launch(_: SubprocessExecutor, spec: ExecutionSpec) -> LaunchResult:
+        words = [*command, spec.runtime_api_address, str(spec.root_certificates_path), str(spec.parent_pid)]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE)  # noqa: S603 (our own arguments, no shell)
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+            pipe.write(spec.token.encode())
+        return LaunchResult.accepted()
+
+    setattr(SubprocessExecutor, "launch", launch)  # noqa: B010 (mypy takes no other method for it)
+    sys.argv = ["flower-superexec", *arguments]
+    flower_superexec()
+
+
+def run_task(
+    address: str, authority: Path, parent: int, token: str, refusal: Callable[[bytes, UserConfig], str]
+) -> None:
+    """Run the ServerApp of a task: the installed release's, if that is what the run ships; nothing else is installed.
+
+    Args:
+        address: HOST:PORT of the SuperLink.
+        authority: file of the certificate that signs the SuperLink's.
+        parent: process number of the SuperExec.
+        token: of the task.
+        refusal: of a bundle's bytes and a run's configuration; why it may not run, empty if it may.
+    """
+    runtime = importlib.import_module("flwr.superlink.runtime.run_serverapp")  # the package has a function so named
+    shipped: list[bytes] = []
+
+    def configured(folder: Path, override: UserConfig) -> UserConfig:
+        if why := refusal(shipped[0], override):
+            raise PolicyError(why)
+        config: UserConfig = get_fused_config_from_dir(folder, override)
+        return config
+
+    ours = {
+        "install_from_fab": lambda content, **_: shipped.append(content),
+        "get_fab_metadata": lambda _: ("", ""),
+        "get_project_dir": lambda *_: application_root(),
+        "get_fused_config_from_dir": configured,
+    }
+    for name, function in ours.items():
+        assert hasattr(runtime, name)
+        setattr(runtime, name, function)
+    lines: Queue[str | None] = Queue()
+    mirror_output_to_queue(lines)
+    runtime.run_serverapp(
+        runtime_api_address=address,
+        log_queue=lines,
+        token=token,
+        insecure=False,
+        certificates=authority.read_bytes(),
+        parent_pid=parent,
+        runtime_dependency_install=False,
+    )
+    restore_output()
+
+
+# -- the Grid
 
 
 def retry_soon() -> None:
