@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import datetime
 import importlib
-import json
 import subprocess
 import sys
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from queue import Queue
 
 import httpx
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -29,29 +23,15 @@ from flwr.app import Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
 from flwr.common.config import get_fused_config_from_dir
-from flwr.common.constant import (
-    HEARTBEAT_DEFAULT_INTERVAL,
-    HEARTBEAT_PATIENCE,
-    SYSTEM_TIME_TOLERANCE,
-    TIMESTAMP_HEADER,
-    TIMESTAMP_TOLERANCE,
-)
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import linkstate_factory
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
-from flwr.supercore.constant import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
-    FLEET_HTTP_SIGNATURE_HEADER,
-    SQLITE_PRAGMAS,
-    NodeStatus,
-)
-from flwr.supercore.error import ApiErrorCode
-from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.logger import mirror_output_to_queue, restore_output
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
@@ -72,11 +52,6 @@ from chexfound.roster import Roster
 
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 BUSY_TIMEOUT_S = 300  # that the SuperLink waits for its database
-PROOF_HEADERS = (  # by which a node says who it is, when, and signs that; in lower case
-    FLEET_HTTP_PUBLIC_KEY_HEADER.encode(),
-    TIMESTAMP_HEADER.encode(),
-    FLEET_HTTP_SIGNATURE_HEADER.encode(),
-)
 
 
 def set_identity(run_id: int, node_id: int = 1) -> None:
@@ -158,41 +133,6 @@ class LinkState(SqlLinkState):
         """Whether an object is here now."""
         stored = super().store_object(run_id, session_id, object_id, object_content)
         return stored or bool(self.object_store.get(object_id))
-
-
-# -- who asks
-
-
-def node_proof(line: str) -> tuple[bytes, ec.EllipticCurvePublicKey]:
-    """The header by which a node names its key, and that key, from a line in OpenSSH's format."""
-    key = load_ssh_public_key(line.encode("ascii"))
-    assert isinstance(key, ec.EllipticCurvePublicKey)  # the roster has no others
-    return b64encode(public_key_to_bytes(key)), key
-
-
-def proof_fault(key: ec.EllipticCurvePublicKey, when: bytes, signature: bytes) -> str:
-    """What is wrong with a node's signature of the time; empty if nothing.
-
-    As flwr.superlink.routers.fleet.node_auth has it.
-    """
-    try:
-        signed_at = datetime.datetime.fromisoformat(when.decode("ascii"))
-        age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
-        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-            return f"it was signed {age:.0f} s ago by our clock"
-        key.verify(b64decode(signature, validate=True), when, ec.ECDSA(hashes.SHA256()))
-    except (ValueError, TypeError, binascii.Error):
-        return "its time or its signature cannot be read"
-    except InvalidSignature:
-        return "its signature is false"
-    return ""
-
-
-def not_registered() -> tuple[int, bytes]:
-    """What the SuperLink answers to a node that wants to connect, and whose key it does not know."""
-    code = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
-    about = API_ERROR_MAP[code]
-    return about.http_status_code, json.dumps({"code": int(code), "detail": about.public_message}).encode()
 
 
 # -- the SuperExec

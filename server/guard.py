@@ -32,7 +32,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chexfound import __version__
-from server import flwr_private, places
+from server import places, proof
 from server.places import Gate, Places
 from server.proof import NoProof, Proof, UnknownKey
 
@@ -172,7 +172,7 @@ class Guard:
             site = self._proof.site(headers)
         except UnknownKey as error:
             # A node that wants to connect is told in Flower's words; any other 401 ends it without any.
-            status, body = flwr_private.not_registered() if path == ACTIVATE_PATH else (401, None)
+            status, body = proof.NOT_REGISTERED if path == ACTIVATE_PATH else (401, None)
             await self._refuse(scope, send, status, str(error), body)
         except NoProof as error:
             await self._refuse(scope, send, 401, str(error))
@@ -275,16 +275,27 @@ async def _body(receive: Receive, limit: int) -> AsyncIterator[bytes]:
 class _Prompt(H11Protocol):
     """uvicorn's, but a peer that has begun another request on its connection does not take for ever to make it."""
 
+    _waiting: asyncio.TimerHandle | None = None
+
     def on_response_complete(self) -> None:
         """The next one is waited for, of which a part may be here."""
         answered = self.cycle
         super().on_response_complete()
-        self._expect(answered)
+        self._wait_no_more()
+        if not self.transport.is_closing():
+            self._waiting = self.loop.call_later(HEADERS_S, self._give_up, answered)
 
-    def _expect(self, last: Any) -> None:
-        self.loop.call_later(HEADERS_S, self._wait_no_longer, last)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for, which would keep the connection's half MB in memory."""
+        super().connection_lost(exc)
+        self._wait_no_more()
 
-    def _wait_no_longer(self, last: Any) -> None:
+    def _wait_no_more(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _give_up(self, last: Any) -> None:
         if self.cycle is last and not self.transport.is_closing():
             self.transport.abort()
 
