@@ -57,7 +57,7 @@ class Machine:
         return self._running[name].poll() is None
 
     def log(self, name: str) -> str:
-        return (self._logs / f"{name}.log").read_text(errors="replace")[-6000:]
+        return (self._logs / f"{name}.log").read_text(errors="replace")
 
     def memory(self, name: str) -> int:
         """Anonymous memory of a process, in bytes."""

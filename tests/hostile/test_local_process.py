@@ -1,6 +1,6 @@
 """Another process of the coordinator's machine, which reaches the SuperLink's loopback port and has the public ca.crt.
 
-On the code before, the app of the first test ran as the federation's account: it wrote ca.key's first line into its file.
+On the code before, the app of the first test ran as the federation's account, and had copied ca.key.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield one
 
 
-def flwr(here: Machine, folder: Path, *words: str) -> dict:
+def flwr(here: Machine, folder: Path, *words: str) -> dict[str, Any]:
     """Flower's command line as another account has it: with the certificate, which is public, and no more."""
     home = folder / "flower"
     home.mkdir(exist_ok=True)
@@ -70,63 +71,59 @@ def flwr(here: Machine, folder: Path, *words: str) -> dict:
     return json.loads(done.stdout)
 
 
-def ended(here: Machine, folder: Path, number: str) -> dict:
-    """The run, once it has ended."""
-    deadline = time.monotonic() + 120
-    while True:
-        run = flwr(here, folder, "list", "there", "--run-id", number)["runs"][0]
-        if run["status"].startswith("finished"):
-            return run
-        assert time.monotonic() < deadline, (run, here.log("superexec"))
-        time.sleep(0.5)
-
-
-def submit(here: Machine, folder: Path, app: Path, config: str = "") -> dict:
-    """An app by `flwr run`; how its run ended."""
-    options = ["-c", config] if config else []
-    number = str(flwr(here, folder, "run", str(app), "there", *options)["run-id"])
-    return ended(here, folder, number)
-
-
-def test_an_app_of_a_local_process_does_not_run(here: Machine, tmp_path: Path) -> None:
-    """Not even one that calls itself ours, or that hides beside ours; and the SuperExec goes on."""
-    stolen, foreign = tmp_path / "stolen", tmp_path / "foreign"
-    (foreign / "thief").mkdir(parents=True)
-    (foreign / "thief" / "__init__.py").touch()
-    (foreign / "thief" / "app.py").write_text(THIEF.format(stolen=str(stolen)))
-    (foreign / "pyproject.toml").write_text(PROJECT.format(package="thief"))
-    beside = tmp_path / "beside"
-    runs.stage(beside)
-    with open(beside / "server" / "__init__.py", "a") as file:
+@pytest.fixture(scope="module")
+def submitted(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Apps by `flwr run`, one after the other, and how Flower says that their runs ended."""
+    folder = tmp_path_factory.mktemp("local process")
+    stolen, lonely = folder / "stolen", here.held.path("runs") / "lonely"
+    apps = {name: folder / name for name in ("foreign", "beside", "release")}
+    (apps["foreign"] / "thief").mkdir(parents=True)
+    (apps["foreign"] / "thief" / "__init__.py").touch()
+    (apps["foreign"] / "thief" / "app.py").write_text(THIEF.format(stolen=str(stolen)))
+    (apps["foreign"] / "pyproject.toml").write_text(PROJECT.format(package="thief"))
+    for name in ("beside", "release"):
+        runs.stage(apps[name])
+    with open(apps["beside"] / "server" / "app.py", "a") as file:
         file.write(THIEF.format(stolen=str(stolen)))
-    for app in (foreign, beside):
-        run = submit(here, tmp_path, app)
-        assert run["status"] == "finished:failed", run
-        assert not stolen.exists()
-    assert here.log("superexec").count("event=refused") == 2
-    assert here.up("superexec")
-    assert not (here.held.path("flower") / "apps").exists()  # where Flower unpacks what it runs
-
-
-def test_the_release_cannot_be_made_to_write_elsewhere(here: Machine, tmp_path: Path) -> None:
-    app, elsewhere = tmp_path / "app", tmp_path / "elsewhere"
-    runs.stage(app)
-    run = submit(here, tmp_path, app, f'run-dir="{elsewhere}"')
-    assert run["status"] == "finished:failed"
-    assert not elsewhere.exists()
-    assert "is no folder of" in here.log("superexec")
-
-
-def test_the_release_runs_after_all_that(here: Machine, tmp_path: Path) -> None:
-    """From the installation: it looks for sites, of which there is none."""
-    app, config = tmp_path / "app", tmp_path / "run.toml"
-    runs.stage(app)
     recipe: Recipe = recipes.validate({"name": "lonely", "federation": {"min_sites": 2, "wait_s": 1}}, "the test")
-    config.write_text(recipes.to_run_config(recipe, {"run-dir": str(here.held.path("runs") / "lonely")}))
-    run = submit(here, tmp_path, app, str(config))
-    assert run["status"] == "finished:failed"
+    config = folder / "run.toml"
+    config.write_text(recipes.to_run_config(recipe, {"run-dir": str(lonely)}))
+    numbers = {
+        "foreign": number(here, folder, apps["foreign"]),
+        "beside": number(here, folder, apps["beside"]),
+        "release": number(here, folder, apps["release"], "-c", str(config)),
+    }
+    deadline = time.monotonic() + 120
+    while not (lonely / "live.json").exists() or json.loads((lonely / "live.json").read_text())["state"] != "failed":
+        assert time.monotonic() < deadline, here.log("superexec")
+        time.sleep(0.2)
+    while True:
+        listed = {str(one["run-id"]): one["status"] for one in flwr(here, folder, "list", "there")["runs"]}
+        if all(status.startswith("finished") for status in listed.values()):
+            break
+        assert time.monotonic() < deadline, (listed, here.log("superexec"))
+    ends = {name: listed[one] for name, one in numbers.items()}
+    return {"ends": ends, "stolen": stolen.exists()}
+
+
+def number(here: Machine, folder: Path, app: Path, *options: str) -> str:
+    """Flower's number of a run of an app."""
+    return str(flwr(here, folder, "run", str(app), "there", *options)["run-id"])
+
+
+def test_an_app_of_a_local_process_does_not_run(here: Machine, submitted: dict[str, Any]) -> None:
+    """Not even one that calls itself ours, or that has all of our files and a line more."""
+    assert submitted["ends"]["foreign"] == submitted["ends"]["beside"] == "finished:failed"
+    assert not submitted["stolen"]
+    assert here.log("superexec").count('event=refused reason="the run ships') == 2
+
+
+def test_the_release_runs_after_all_that_from_the_installation(here: Machine, submitted: dict[str, Any]) -> None:
+    """It looked for sites, of which there is none; nothing was unpacked where Flower keeps what it runs."""
+    assert here.up("superexec")
+    assert submitted["ends"]["release"] == "finished:failed"
     live = json.loads((here.held.path("runs") / "lonely" / "live.json").read_text())
-    assert live["state"] == "failed", live
+    assert "2" in live["error"]["text"], live
     assert not (here.held.path("flower") / "apps").exists()
 
 

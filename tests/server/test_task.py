@@ -1,4 +1,4 @@
-"""What the SuperExec's task process runs, and what it does not; tests/hostile/test_local_process.py has the real one."""
+"""What the SuperExec's task process runs, and what not; tests/hostile/test_local_process.py has the real one."""
 
 from __future__ import annotations
 
