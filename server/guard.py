@@ -108,7 +108,9 @@ class Guard:
             verify=verify,
             trust_env=False,  # no proxy between us and our own machine
             timeout=httpx.Timeout(SILENCE_S, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(  # an idle one is closed before the SuperLink does, after 5 s
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
+            ),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

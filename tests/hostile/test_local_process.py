@@ -5,6 +5,7 @@ On the code before, the app of the first test ran as the federation's account, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -94,8 +95,10 @@ def submitted(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "release": number(here, folder, apps["release"], "-c", str(config)),
     }
     deadline = time.monotonic() + 120
+    commands: set[tuple[str, ...]] = set()
     while not (lonely / "live.json").exists() or json.loads((lonely / "live.json").read_text())["state"] != "failed":
         assert time.monotonic() < deadline, here.log("superexec")
+        commands |= {words for words in command_lines() if str(here.held.superlink) in words}
         time.sleep(0.2)
     while True:
         listed = {str(one["run-id"]): one["status"] for one in flwr(here, folder, "list", "there")["runs"]}
@@ -103,7 +106,14 @@ def submitted(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[s
             break
         assert time.monotonic() < deadline, (listed, here.log("superexec"))
     ends = {name: listed[one] for name, one in numbers.items()}
-    return {"ends": ends, "stolen": stolen.exists()}
+    return {"ends": ends, "stolen": stolen.exists(), "commands": commands}
+
+
+def command_lines() -> Iterator[tuple[str, ...]]:
+    """Of all processes of this machine, as every account may read them."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield tuple(file.read_bytes().decode(errors="replace").rstrip("\0").split("\0"))
 
 
 def number(here: Machine, folder: Path, app: Path, *options: str) -> str:
@@ -127,9 +137,14 @@ def test_the_release_runs_after_all_that_from_the_installation(here: Machine, su
     assert not (here.held.path("flower") / "apps").exists()
 
 
-def test_a_tasks_token_is_on_no_command_line(here: Machine) -> None:
-    """Every account reads those; who has the token acts for the run."""
-    assert "--token" not in " ".join(here.held.processes()["superexec"])
+def test_a_tasks_token_is_on_no_command_line(here: Machine, submitted: dict[str, Any]) -> None:
+    """Every account reads those; on the code before, `flwr-serverapp --token …` let it act for the run."""
+    tasks = [words for words in submitted["commands"] if "server.task" in words]
+    assert tasks
+    for words in tasks:
+        address, authority, parent = words[words.index("server.task") + 1 :]
+        assert (address, authority) == (str(here.held.superlink), str(here.held.path("ca.crt")))
+        assert parent.isdecimal()
     assert superexec_seen(here.held)
 
 

@@ -1,8 +1,8 @@
 """Whoever reaches the public port without a key: what he can take of it, and whether the sites still get through.
 
-The real guard before the real SuperLink, by TLS.  On the code before, 500 bodies of 256 KiB took 166 MiB of the SuperLink
-for good and 335 of the guard, 2,060 connections that said nothing left everybody else a 503, and /health with a body was
-a 500 with a traceback.
+The real guard before the real SuperLink, by TLS.  On the code before, 500 bodies of 256 KiB took 166 MiB of the
+SuperLink for good and 335 of the guard, 2,060 connections that said nothing left everybody else a 503, and /health with
+a body was a 500 with a traceback.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import shutil
 import socket
 import ssl
@@ -204,7 +205,10 @@ def running_nginx(program: Path, folder: Path, configuration: str, port: int) ->
     shutil.copy(ROOT / "deploy" / "nginx" / "nginx.conf", folder)
     (folder / "chexfound.conf").write_text(configuration)
     log = folder / "error.log"
-    process = subprocess.Popen([program, "-p", folder, "-c", "nginx.conf", "-e", "error.log"], stdin=subprocess.DEVNULL)
+    command = [program, "-p", folder, "-c", "nginx.conf", "-e", "error.log"]
+    if os.geteuid() == 0:  # its workers, which keep bodies in the folder, would be nobody
+        command += ["-g", "user root;"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         while True:
             with contextlib.suppress(OSError):
