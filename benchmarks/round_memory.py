@@ -33,7 +33,7 @@ from chexfound.schema import Recipe
 KINDS = {  # of processes, by their command lines
     "site: worker": "client.worker",
     "site: SuperNode": "client.node",
-    "coordinator: ServerApp": "flwr-serverapp",
+    "coordinator: ServerApp": "server.task",
     "coordinator: SuperLink": "server.cli superlink",
     "coordinator: guard": "server.cli guard",
 }

@@ -47,6 +47,7 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -442,7 +443,14 @@ _KNOWN = {
 }
 
 
-def unsigned_object(size: int) -> tuple[str, bytes, dict[str, str]]:
-    """Path, body and headers of an upload of random bytes, which the SuperLink reads and then refuses with 401."""
-    body = PushObjectRequest(object_content=os.urandom(size)).SerializeToString()
-    return "/v1/fleet/push-object", body, {"content-type": PROTOBUF_MEDIA_TYPE}
+def stray_object(size: int, private: ec.EllipticCurvePrivateKey) -> tuple[str, bytes, dict[str, str]]:
+    """Path, body and headers of an upload of random bytes, signed by the node's key, as the guard asks for.
+
+    It names no node, so the SuperLink reads it and then refuses it with 401: nothing is stored.
+    """
+    message, path = PushObjectRequest(object_content=os.urandom(size)), "/v1/fleet/push-object"
+    body, kind = message.SerializeToString(), {"content-type": PROTOBUF_MEDIA_TYPE}
+    request = httpx.Request("POST", f"https://coordinator{path}", content=body, headers=kind)
+    signer = NodeAuthHttpInterceptor(private, private.public_key())
+    signer.intercept(ProtobufRequestContext("", message, request), lambda _: httpx.Response(200))
+    return path, body, {name: request.headers[name] for name in request.headers if name != "host"}

@@ -1,4 +1,4 @@
-"""`chexfound-server init | renew | commands | up | superlink | guard | nginx | add-site | remove-site | sites`."""
+"""`chexfound-server init | renew | commands | up | superlink | superexec | guard | nginx`, and the sites' three."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 
 from chexfound import roster
 from chexfound.errors import ConfigError, SiteError
+from chexfound.journal import storage
 from chexfound.roster import Address
 from chexfound.signing import fingerprint
 from server import federation, members, pki
@@ -76,6 +77,25 @@ def superlink(given: argparse.Namespace) -> int:
     return 0
 
 
+def superexec(given: argparse.Namespace) -> int:
+    """Run the SuperExec alone; it holds a lock, by which it is seen."""
+    import fcntl
+    import os
+
+    held = federation.load(given.dir)
+    held.close()
+    os.environ.update(held.environment())
+    from server import flwr_private
+
+    with storage(held.path(federation.SUPEREXEC)), open(held.path(federation.SUPEREXEC), "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{held.folder}: its SuperExec runs already") from error
+        flwr_private.run_superexec(held.superexec_options(), [*federation.OURS, "server.task"])
+    return 0
+
+
 def guard(given: argparse.Namespace) -> int:
     """Run the guard alone."""
     import ssl
@@ -91,6 +111,7 @@ def guard(given: argparse.Namespace) -> int:
             held.listen.host,
             held.listen.port,
             str(held.superlink),
+            held.path("roster.json"),
             ca=str(held.path("ca.crt")),
             certificate=str(held.path("server.crt")),
             key=str(held.path("server.key")),

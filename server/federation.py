@@ -34,6 +34,9 @@ from server import pki
 
 FORMAT = 1
 CONNECTION = "federation"  # what Flower's CLI calls the SuperLink
+PRIVATE = ("ca.key", "server.key", "superexec.secret", "superlink.sqlite")
+SUPEREXEC = "superexec.lock"  # held by the SuperExec while it runs
+OURS = (sys.executable, "-P", "-m")  # a module of this installation; -P: not of the folder that we are in
 POLL_S = "0.2"  # after which the SuperExec looks for a run again; Flower's own is 1 s
 
 
@@ -142,17 +145,32 @@ class Federation:
                 "--database", str(self.path("superlink.sqlite")), "--disable-runtime-dependency-installation",
                 "--isolation", "process", "--superexec-auth-secret-file", files["superexec.secret"],
             ],
-            "superexec": [
-                "flower-superexec", "--runtime-api-address", str(self.superlink),
-                "--root-certificates", files["ca.crt"], "--superexec-auth-secret-file", files["superexec.secret"],
-            ],
+            "superexec": ["chexfound-server", "superexec", str(self.folder)],
             "guard": ["chexfound-server", "guard", str(self.folder)],
         }  # fmt: skip
 
+    def superexec_options(self) -> list[str]:
+        """What Flower's own SuperExec is told by ours."""
+        files = [str(self.path(name)) for name in ("ca.crt", "superexec.secret")]
+        return [
+            "--runtime-api-address", str(self.superlink),
+            "--root-certificates", files[0], "--superexec-auth-secret-file", files[1],
+        ]  # fmt: skip
+
     def processes(self) -> dict[str, list[str]]:
         """The same three as `chexfound-server up` runs them: with a SuperLink that waits for its database."""
-        ours = [sys.executable, "-P", "-m", "server.cli"]  # of this installation; -P: not of the folder that we are in
-        return self.commands() | {name: [*ours, name, str(self.folder)] for name in ("superlink", "guard")}
+        return {name: [*OURS, "server.cli", name, str(self.folder)] for name in self.commands()}
+
+    def close(self) -> None:
+        """Take from other accounts of this machine what a release before, or a copy, may have left open to them.
+
+        Raises: StorageError.
+        """
+        with storage(self.folder):
+            os.chmod(self.folder, 0o700)
+            for name in PRIVATE:
+                if (path := self.path(name)).exists():
+                    os.chmod(path, 0o600)
 
 
 def create(folder: Path, name: str, public: Address, listen: Address, superlink: Address) -> Federation:

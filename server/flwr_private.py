@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from queue import Queue
 
 import httpx
 from cryptography.hazmat.primitives.serialization import (
@@ -16,6 +20,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 from flwr.app import Message, RecordDict
+from flwr.app.user_config import UserConfig
+from flwr.cli.build import build_fab_from_files
+from flwr.common.config import get_fused_config_from_dir
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import linkstate_factory
@@ -24,6 +31,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS, NodeStatus
 from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.logger import mirror_output_to_queue, restore_output
 from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
@@ -36,6 +44,10 @@ from flwr.superlink.grid import HttpGrid
 from sqlalchemy import ColumnElement, create_engine, select, update
 from sqlalchemy.orm import Session
 
+from chexfound import bundle
+from chexfound._launch import application_root
+from chexfound.bundle import Bundle
+from chexfound.errors import PolicyError
 from chexfound.roster import Roster
 
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
@@ -121,6 +133,86 @@ class LinkState(SqlLinkState):
         """Whether an object is here now."""
         stored = super().store_object(run_id, session_id, object_id, object_content)
         return stored or bool(self.object_store.get(object_id))
+
+
+# -- the SuperExec
+
+
+def release_bundle() -> Bundle:
+    """The bundle that the installed release ships, built as `flwr run` builds it."""
+    return bundle.read(build_fab_from_files(bundle.release_files())[0])
+
+
+def run_superexec(arguments: Sequence[str], command: Sequence[str]) -> None:
+    """Run flower-superexec in this process; what it starts for a task, of whatever type, is a command of ours.
+
+    Args:
+        arguments: its command line.
+        command: that a task is done by; it is given the SuperLink's address, the file of its authority and our process
+            number, and reads the task's token, by which it may act for the run, where no other account sees it: from
+            its standard input.
+    """
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+    from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
+
+    def launch(_: SubprocessExecutor, spec: ExecutionSpec) -> LaunchResult:
+        words = [*command, spec.runtime_api_address, str(spec.root_certificates_path), str(spec.parent_pid)]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE)  # noqa: S603 (our own arguments, no shell)
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+            pipe.write(spec.token.encode())
+        return LaunchResult.accepted()
+
+    setattr(SubprocessExecutor, "launch", launch)  # noqa: B010 (mypy takes no other method for it)
+    sys.argv = ["flower-superexec", *arguments]
+    flower_superexec()
+
+
+def run_task(
+    address: str, authority: Path, parent: int, token: str, refusal: Callable[[bytes, UserConfig], str]
+) -> None:
+    """Run the ServerApp of a task: the installed release's, if that is what the run ships; nothing else is installed.
+
+    Args:
+        address: HOST:PORT of the SuperLink.
+        authority: file of the certificate that signs the SuperLink's.
+        parent: process number of the SuperExec.
+        token: of the task.
+        refusal: of a bundle's bytes and a run's configuration; why it may not run, empty if it may.
+    """
+    runtime = importlib.import_module("flwr.superlink.runtime.run_serverapp")  # the package has a function so named
+    shipped: list[bytes] = []
+
+    def configured(folder: Path, override: UserConfig) -> UserConfig:
+        if why := refusal(shipped[0], override):
+            raise PolicyError(why)
+        config: UserConfig = get_fused_config_from_dir(folder, override)
+        return config
+
+    ours = {
+        "install_from_fab": lambda content, **_: shipped.append(content),
+        "get_fab_metadata": lambda _: ("", ""),
+        "get_project_dir": lambda *_: application_root(),
+        "get_fused_config_from_dir": configured,
+    }
+    for name, function in ours.items():
+        assert hasattr(runtime, name)
+        setattr(runtime, name, function)
+    lines: Queue[str | None] = Queue()
+    mirror_output_to_queue(lines)
+    runtime.run_serverapp(
+        runtime_api_address=address,
+        log_queue=lines,
+        token=token,
+        insecure=False,
+        certificates=authority.read_bytes(),
+        parent_pid=parent,
+        runtime_dependency_install=False,
+    )
+    restore_output()
+
+
+# -- the Grid
 
 
 def retry_soon() -> None:

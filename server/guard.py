@@ -8,16 +8,23 @@ it adds the coordinator's versions.
 Anything else is a 404, whoever asks: what may be done is a matter of the listener, not of the peer's address,
 which is everybody's behind a proxy.
 
-Bodies are streamed both ways, so that the memory does not depend on their size.
+A request to the Fleet API is passed on only if its headers are signed by a site of the roster (`server/proof.py`).
+That is checked before anything of its body is read; Flower itself reads a body, whatever its size, before it looks who
+sends it.  Control messages are small and are read whole here; an object is streamed, so that the memory does not depend
+on its size.  A body has to come at a least rate.  Connections have their places by peer (`server/places.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import resource
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from http import HTTPStatus
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +32,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chexfound import __version__
+from server import places, proof
+from server.places import Gate, Places
+from server.proof import NoProof, Proof, UnknownKey
 
 log = logging.getLogger("chexfound.guard")
 
@@ -47,10 +57,20 @@ FLEET_PATHS = frozenset(
 )
 HEALTH_PATH = b"/health"
 VERSIONS = [(b"chexfound-version", __version__.encode()), (b"flower-version", metadata.version("flwr").encode())]
-BODY_MAX = 64 * 2**20  # bytes; Flower cuts what is large into objects of 5 MB
-CONNECTIONS_MAX = 2048  # at once: 128 sites, each with its objects in flight
-SILENCE_S = 180.0  # in which nothing comes of the SuperLink's answer, as Flower's own limit for an object
-HEADERS_S = 30.0  # in which a request has to be there, with its headers, on a connection that is open
+OBJECT_PATH = b"/v1/fleet/push-object"  # the one that carries what is large
+ACTIVATE_PATH = b"/v1/fleet/activate-node"
+OBJECT_MAX = 8 * 2**20  # bytes of its body; Flower cuts what is large into objects of 5 MiB
+CONTROL_MAX = 64 * 2**10  # of every other body; the largest honest one, a reply of 1 GB announced, has 15 kB
+GRACE_S, LEAST_BYTES_S = (
+    60.0,
+    4000.0,
+)  # that a body may be waited for in all: so long, and longer by what has come of it
+BODY_S = 900.0  # and no longer than that
+SILENCE_S = 180.0  # in which nothing comes of the SuperLink's answer, or a peer takes nothing of it
+ALIVE_S = 10.0  # in which the SuperLink answers /health
+HEADERS_BYTES = 16 * 2**10  # of a request; Flower's have 1 kB
+HEADERS_S = places.HEADERS_S  # in which a request that has begun on a connection is there, with its headers
+BACKLOG = 256  # connections that wait to be accepted
 HOP_BY_HOP = frozenset(
     b"connection expect host keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade".split()
@@ -60,10 +80,14 @@ Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
+Headers = Sequence[tuple[bytes, bytes]]
+_Health = tuple[int, Headers, bytes]
+
+AWAY = b'{"detail":"the SuperLink does not answer"}'
 
 
-class _Gone(Exception):
-    """The peer hung up, or sends more than it may."""
+class _Cut(Exception):
+    """A request that is not read to its end: the status that its peer is told; 0 if that hung up."""
 
 
 class Guard:
@@ -72,15 +96,21 @@ class Guard:
     Args:
         superlink: its URL, for example https://127.0.0.1:8001.
         verify: how its certificate is checked; False for one without TLS.
+        proof: knows the sites.
+        places: of the connections.
     """
 
-    def __init__(self, superlink: str, verify: ssl.SSLContext | bool) -> None:
+    def __init__(self, superlink: str, verify: ssl.SSLContext | bool, proof: Proof, places: Places) -> None:
+        self._proof, self._places = proof, places
+        self._alive: dict[str, asyncio.Task[_Health]] = {}
         self._client = httpx.AsyncClient(
             base_url=superlink,
             verify=verify,
             trust_env=False,  # no proxy between us and our own machine
             timeout=httpx.Timeout(SILENCE_S, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(  # an idle one is closed before the SuperLink does, after 5 s
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
+            ),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,11 +120,14 @@ class Guard:
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1000})
-        elif may_pass(scope["method"], scope["raw_path"], scope["query_string"]):
-            await self._forward(scope, receive, send)
         else:
-            log.warning("event=refused method=%r path=%r", scope["method"], scope["raw_path"][:200])
-            await _answer(send, 404, b'{"detail":"Not Found"}')
+            self._places.asks(scope["client"])
+            if not may_pass(scope["method"], scope["raw_path"], scope["query_string"]):
+                await self._refuse(scope, send, 404, "no path of the Fleet API")
+            elif scope["raw_path"] == HEALTH_PATH:
+                await self._tell_health(scope, send)
+            else:
+                await self._admit(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -103,31 +136,89 @@ class Guard:
         await self._client.aclose()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = _body(receive) if scope["method"] == "POST" else None
-        request = self._client.build_request(
-            scope["method"], scope["raw_path"].decode("ascii"), headers=_kept(scope["headers"]), content=body
-        )
+    async def _refuse(self, scope: Scope, send: Send, status: int, why: str, body: bytes | None = None) -> None:
+        log.warning(
+            "event=refused status=%d peer=%s method=%r path=%r reason=%r",
+            status, scope["client"][0], scope["method"], scope["raw_path"][:200], why,
+        )  # fmt: skip
+        await _answer(send, status, body)
+        self._places.dismiss(scope["client"])
+
+    async def _tell_health(self, scope: Scope, send: Send) -> None:
+        """Without a body, of which none is read; one question to the SuperLink answers all who ask meanwhile."""
+        if _length(scope["headers"]) != 0:
+            await self._refuse(scope, send, 400, "a body")
+            return
+        method = scope["method"]
+        if method not in self._alive:
+            self._alive[method] = asyncio.create_task(self._ask_health(method))
+        status, headers, body = await asyncio.shield(self._alive[method])
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _ask_health(self, method: str) -> _Health:
+        try:
+            response = await self._client.request(method, HEALTH_PATH.decode(), timeout=ALIVE_S)
+        except httpx.TransportError as error:
+            log.warning("event=superlink-unreachable path=%s error=%s", HEALTH_PATH.decode(), type(error).__name__)
+            return 503, _headers(AWAY), AWAY
+        finally:
+            del self._alive[method]
+        return response.status_code, [*_kept(response.headers.raw), *VERSIONS], response.content
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, headers = scope["raw_path"], scope["headers"]
+        limit = OBJECT_MAX if path == OBJECT_PATH else CONTROL_MAX
+        length = _length(headers)
+        try:
+            site = self._proof.site(headers)
+        except UnknownKey as error:
+            # A node that wants to connect is told in Flower's words; any other 401 ends it without any.
+            status, body = proof.NOT_REGISTERED if path == ACTIVATE_PATH else (401, None)
+            await self._refuse(scope, send, status, str(error), body)
+        except NoProof as error:
+            await self._refuse(scope, send, 401, str(error))
+        else:
+            if not self._places.prove(scope["client"], site):
+                await self._refuse(scope, send, 503, f"{site} has all of its {places.SITE_MAX} connections")
+            elif length is not None and length > limit:
+                await self._refuse(scope, send, 413, f"{site} announces {length} bytes")
+            else:
+                await self._forward(scope, _body(receive, limit), send)
+
+    async def _forward(self, scope: Scope, body: AsyncIterator[bytes], send: Send) -> None:
         begun = False
         try:
+            whole = body if scope["raw_path"] == OBJECT_PATH else b"".join([part async for part in body])
+            request = self._client.build_request(
+                "POST", scope["raw_path"].decode("ascii"), headers=_kept(scope["headers"]), content=whole
+            )
             response = await self._client.send(request, stream=True)
             try:
-                headers = [*_kept(response.headers.raw), *(VERSIONS if scope["raw_path"] == HEALTH_PATH else [])]
-                await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": response.status_code,
+                        "headers": _kept(response.headers.raw),
+                    }
+                )
                 begun = True
                 async for part in response.aiter_raw():
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    async with asyncio.timeout(SILENCE_S):
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
             finally:
                 await response.aclose()
             await send({"type": "http.response.body", "body": b""})
-        except _Gone as error:
-            if error.args:
-                await _answer(send, 413, b'{"detail":"Content Too Large"}')
+        except _Cut as error:
+            if (status := error.args[0]) and not begun:
+                await self._refuse(scope, send, status, "a body too large" if status == 413 else "a body too slow")
+        except TimeoutError:
+            self._places.dismiss(scope["client"])
         except httpx.TransportError as error:
             log.warning("event=superlink-unreachable path=%s error=%s", scope["path"], type(error).__name__)
             if begun:
                 raise  # the answer breaks off, which its reader sees
-            await _answer(send, 503, b'{"detail":"the SuperLink does not answer"}')
+            await _answer(send, 503, AWAY)
 
 
 def may_pass(method: str, raw_path: bytes, query: bytes) -> bool:
@@ -139,7 +230,7 @@ def may_pass(method: str, raw_path: bytes, query: bytes) -> bool:
     return method in ("GET", "HEAD") and raw_path == HEALTH_PATH
 
 
-def _kept(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def _kept(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Without those of one connection, and those that it names, and without a length that chunks overrule."""
     named = {
         part.strip().lower() for name, value in headers if name.lower() == b"connection" for part in value.split(b",")
@@ -150,60 +241,108 @@ def _kept(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-async def _body(receive: Receive) -> AsyncIterator[bytes]:
-    size, more = 0, True
+def _length(headers: Headers) -> int | None:
+    """Bytes of a request's body, as its headers announce it; None if they do not say."""
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        return None
+    return next((int(value) for name, value in headers if name == b"content-length"), 0)
+
+
+async def _body(receive: Receive, limit: int) -> AsyncIterator[bytes]:
+    """The parts of a body as they come.
+
+    Raises: _Cut if it is larger than the limit, or does not come fast enough; what it waits for us does not count.
+    """
+    clock = asyncio.get_running_loop().time
+    size, waited, more = 0, 0.0, True
     while more:
+        start = clock()
         try:
-            event = await asyncio.wait_for(receive(), SILENCE_S)
+            async with asyncio.timeout(min(GRACE_S + size / LEAST_BYTES_S, BODY_S) - waited):
+                event = await receive()
         except TimeoutError as error:
-            raise _Gone from error
+            raise _Cut(408) from error
+        waited += clock() - start
         if event["type"] == "http.disconnect":
-            raise _Gone
+            raise _Cut(0)
         part = event.get("body", b"")
         size += len(part)
-        if size > BODY_MAX:
-            raise _Gone(size)
+        if size > limit:
+            raise _Cut(413)
         more = event.get("more_body", False)
         if part:
             yield part
 
 
 class _Prompt(H11Protocol):
-    """uvicorn's, but a peer that asks for nothing does not keep its connection: all are counted, and few would do.
+    """uvicorn's, but a peer that has begun another request on its connection does not take for ever to make it."""
 
-    For TLS, before, asyncio gives it a minute.
-    """
-
-    def connection_made(self, transport: Any) -> None:
-        """A request is waited for."""
-        super().connection_made(transport)
-        self._expect(None)
+    _waiting: asyncio.TimerHandle | None = None
 
     def on_response_complete(self) -> None:
-        """The next one is, of which a part may be here."""
+        """The next one is waited for, of which a part may be here."""
         answered = self.cycle
         super().on_response_complete()
-        self._expect(answered)
+        self._wait_no_more()
+        if not self.transport.is_closing():
+            self._waiting = self.loop.call_later(HEADERS_S, self._give_up, answered)
 
-    def _expect(self, last: Any) -> None:
-        self.loop.call_later(HEADERS_S, self._wait_no_longer, last)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for, which would keep the connection's half MB in memory."""
+        super().connection_lost(exc)
+        self._wait_no_more()
 
-    def _wait_no_longer(self, last: Any) -> None:
+    def _wait_no_more(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _give_up(self, last: Any) -> None:
         if self.cycle is last and not self.transport.is_closing():
             self.transport.abort()
 
 
-async def _answer(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))  # what else it sends is not read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _answer(send: Send, status: int, body: bytes | None = None) -> None:
+    """Answer, and read nothing more of the connection."""
+    if body is None:
+        body = b'{"detail":"%s"}' % HTTPStatus(status).phrase.encode()
+    await send(
+        {"type": "http.response.start", "status": status, "headers": [*_headers(body), (b"connection", b"close")]}
+    )
     await send({"type": "http.response.body", "body": body})
+
+
+def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
+    return [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, with the places of its connections taken as they are accepted."""
+
+    def __init__(self, config: uvicorn.Config, places: Places) -> None:
+        super().__init__(config)
+        self._places = places
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        _allow_files()
+        bound = sockets or [self.config.bind_socket()]
+        await super().startup([Gate.over(one, self._places) for one in bound])
+        if not sockets:
+            bound[0].close()
+
+
+def _allow_files() -> None:
+    """As many open files as this account may have: each connection takes up to two."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def server(
     host: str,
     port: int,
     superlink: str,
+    roster: Path,
     *,
     ca: str | None = None,
     certificate: str | None = None,
@@ -215,28 +354,31 @@ def server(
         host: where it listens; "0.0.0.0" and "::" are all addresses of the machine.
         port: where it listens.
         superlink: host:port of the SuperLink, on loopback.
+        roster: file of the sites that may pass, read again when it changes.
         ca: PEM file of the federation's certificate authority; without one, the SuperLink is asked without TLS.
         certificate: PEM file that is shown to sites; without one, they connect without TLS.
         key: PEM file of its private key.
 
-    Raises: OSError or ssl.SSLError for a file that cannot be used.
+    Raises: OSError or ssl.SSLError for a file that cannot be used; ConfigError for a roster that is none.
     """
     verify = ssl.create_default_context(cafile=ca) if ca else False
-    return uvicorn.Server(
-        uvicorn.Config(
-            Guard(f"{'https' if ca else 'http'}://{superlink}", verify),
-            host=host,
-            port=port,
-            http=_Prompt,
-            ws="none",
-            lifespan="on",
-            ssl_certfile=certificate,
-            ssl_keyfile=key,
-            server_header=False,
-            proxy_headers=False,  # a peer's word on where it comes from is not taken
-            access_log=False,
-            log_config=None,
-            limit_concurrency=CONNECTIONS_MAX,
-            timeout_graceful_shutdown=10,
-        )
+    held = Places()
+    config = uvicorn.Config(
+        Guard(f"{'https' if ca else 'http'}://{superlink}", verify, Proof(roster), held),
+        host=host,
+        port=port,
+        loop="asyncio",  # whose sockets are Python's, as places.py needs them
+        http=_Prompt,
+        ws="none",
+        lifespan="on",
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        server_header=False,
+        proxy_headers=False,  # a peer's word on where it comes from is not taken
+        access_log=False,
+        log_config=None,
+        backlog=BACKLOG,
+        h11_max_incomplete_event_size=HEADERS_BYTES,
+        timeout_graceful_shutdown=10,
     )
+    return _Server(config, held)

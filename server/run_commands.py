@@ -73,9 +73,9 @@ def _check_up(held: Federation) -> None:
         raise SiteError(
             f"nothing listens at {held.superlink}, where the SuperLink belongs: chexfound-server up {_dir(held)}"
         )
-    if up.superexec_seen(held) is False:
+    if not up.superexec_seen(held):
         print(
-            "warning: no flower-superexec of this federation is seen on this machine; without one the run does not "
+            "warning: no SuperExec of this federation is seen on this machine; without one the run does not "
             f"begin (chexfound-server up {_dir(held)} starts it)",
             file=sys.stderr,
         )

@@ -399,6 +399,6 @@ def await_end(run: RunFolder) -> None:
         if time.monotonic() > deadline:
             raise SiteError(
                 f"run {run.name!r}: its ServerApp has not ended after {END_S:.0f} s, and holds "
-                f"{run.path / 'journal.jsonl'}; end that process (flwr-serverapp), then resume"
+                f"{run.path / 'journal.jsonl'}; end that process (server.task), then resume"
             )
         time.sleep(0.2)

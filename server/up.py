@@ -13,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
-from pathlib import Path
 
 from chexfound.errors import ConfigError, SiteError
-from chexfound.journal import storage
+from chexfound.journal import held, storage
 from chexfound.processes import die_with_parent
 from chexfound.roster import Address
 from server import members
-from server.federation import Federation
+from server.federation import SUPEREXEC, Federation
 
 START_S = 120.0  # in which the SuperLink has to listen
 GRACE_S = 15.0  # for a process to end by itself
@@ -54,6 +53,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=0o077,  # what it writes is nobody else's
             preexec_fn=die_with_parent,  # noqa: PLW1509 (no other thread runs Python code that locks)
         )
         self._reader = threading.Thread(target=self._keep_lines, args=(self._child,), daemon=True)
@@ -109,6 +109,7 @@ def up(federation: Federation, say: Callable[[str], None]) -> int:
 
     Raises: ConfigError if a port is taken; SiteError if the SuperLink does not come up.
     """
+    federation.close()
     asked: list[int] = []
     before = {
         number: signal.signal(number, lambda *got: asked.append(got[0])) for number in (signal.SIGTERM, signal.SIGINT)
@@ -169,23 +170,14 @@ def listens(address: Address) -> bool:
 
 
 def processes(federation: Federation) -> dict[str, str]:
-    """Whether each is up: by its port; the SuperExec, which has none, by its command line on this machine."""
-    seen = {True: "up", False: "not seen on this machine", None: "unknown"}
+    """Whether each is up: by its port; the SuperExec, which has none, by its lock on this machine."""
     return {
         "superlink": "up" if listens(federation.superlink) else "down",
-        "superexec": seen[superexec_seen(federation)],
+        "superexec": "up" if superexec_seen(federation) else "not seen on this machine",
         "guard": "up" if listens(federation.listen) else "down",
     }
 
 
-def superexec_seen(federation: Federation) -> bool | None:
-    """Whether a process of this machine has this federation's SuperExec secret as an argument; None if unknown."""
-    secret = str(federation.path("superexec.secret")).encode()
-    if not Path("/proc/self/cmdline").exists():
-        return None
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            arguments = file.read_bytes().split(b"\0")
-            if secret in arguments and any(part.endswith(b"flower-superexec") for part in arguments[:2]):
-                return True
-    return False
+def superexec_seen(federation: Federation) -> bool:
+    """Whether a process of this machine runs this federation's SuperExec."""
+    return held(federation.path(SUPEREXEC))

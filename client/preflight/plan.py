@@ -25,5 +25,5 @@ CHECKS = (
     Check("coordinator", remote.coordinator, ("tls",)),
     Check("versions", remote.versions, ("coordinator",)),
     Check("key", remote.key, ("coordinator", "clock", "certificate")),
-    Check("uplink", remote.uplink, ("coordinator",)),
+    Check("uplink", remote.uplink, ("key",)),
 )

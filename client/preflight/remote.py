@@ -30,7 +30,7 @@ VERSION = r"\d[\w.+!-]{0,40}"
 OTHER_NAME = (62, 64)  # OpenSSL's verification codes: of a host name, of an address
 UPLINK_MBIT_S = 4.0  # less is warned of: the slowest that hospitals have had in the field
 VITL_BYTES = 1_220_000_000  # its backbone in float32, one way
-UPLINK_BYTES = (2**16, 2**24)  # of the first upload and the largest: each is four times the last, until one takes
+UPLINK_BYTES = (2**16, 2**22)  # of the first upload and the largest: each is four times the last, until one takes
 UPLINK_S = (1.0, 10.0)  # so long; and none may take longer
 
 
@@ -225,9 +225,10 @@ def key(subject: Subject) -> Finding:
 
 
 def uplink(subject: Subject) -> Finding:
-    """How fast uploads are, by some of random bytes, which the coordinator reads and refuses."""
+    """How fast uploads are, by some of random bytes and no node, which the coordinator reads and refuses."""
     from client import flwr_private
 
+    private = membership.node_key(subject.home)
     size, most = UPLINK_BYTES
     enough, patience = UPLINK_S
     rate, at_least = 0.0, False
@@ -235,7 +236,7 @@ def uplink(subject: Subject) -> Finding:
         with link.client(subject.trust, patience) as client:
             client.get(f"https://{subject.server}/health")  # so that the connection stands
             while True:
-                path, body, headers = flwr_private.unsigned_object(size)
+                path, body, headers = flwr_private.stray_object(size, private)
                 start = time.perf_counter()
                 answer = client.post(f"https://{subject.server}{path}", content=body, headers=headers)
                 seconds = time.perf_counter() - start

@@ -20,6 +20,7 @@ import uvicorn
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 
+from chexfound.journal import write_json
 from chexfound.roster import Address, Roster
 from client import membership
 from server import guard, pki
@@ -92,10 +93,12 @@ def superlink(superlink_port: tuple[SuperLink, int]) -> SuperLink:
 
 
 @pytest.fixture
-def open_door(superlink: SuperLink, superlink_port: tuple[SuperLink, int]) -> Iterator[Callable[..., int]]:
+def open_door(
+    superlink: SuperLink, superlink_port: tuple[SuperLink, int], tmp_path: Path
+) -> Iterator[Callable[..., int]]:
     """`open_door(folder, "127.0.0.1", behind)`: a guard with the certificate of a folder, or plain HTTP; its port.
 
-    Behind it is the stand-in, or the SuperLink of an address.
+    Behind it is the stand-in, or the SuperLink of an address, with the roster of its folder.
     """
     with contextlib.ExitStack() as stack:
 
@@ -103,7 +106,10 @@ def open_door(superlink: SuperLink, superlink_port: tuple[SuperLink, int]) -> It
             files = {"certificate": str(folder / "server.crt"), "key": str(folder / "server.key")} if folder else {}
             if behind is not None:
                 files["ca"] = str(folder / "ca.crt")
-            server = guard.server(host, 0, str(behind or f"127.0.0.1:{superlink_port[1]}"), **files)
+            sites = (folder if behind else tmp_path) / "roster.json"
+            if not sites.exists():
+                write_json(sites, Roster(federation="thorax", serial=0).as_dict())
+            server = guard.server(host, 0, str(behind or f"127.0.0.1:{superlink_port[1]}"), sites, **files)
             return stack.enter_context(serving(server, host))
 
         yield start
@@ -128,6 +134,7 @@ def enrolled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_proxy: Non
         home = tmp_path / "home" / "sites" / "NORTH"
         keys, _ = membership.make_keys(home)
         sites = Roster(federation="thorax", serial=1, sites={"NORTH": keys})
+        write_json(tmp_path / "roster.json", sites.as_dict())  # for the guard of open_door
         text = (authority / "ca.crt").read_text()
         membership.approve(home, membership.Federation(name="thorax", server=server, authority=text, sites=sites))
         return home

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from server import guard, pki
-from tests.server.doors import ROOT, Behind, free_port, running
+from tests.server.doors import ROOT, Behind, Node, free_port, running, write_roster
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pki")
     pki.make_authority(folder, "thorax")
     pki.make_server(folder, ["localhost"])
+    write_roster(folder / "roster.json", NORTH=Node())
     return folder
 
 
@@ -31,7 +32,9 @@ def test_a_coordinator_that_answers_is_healthy(authority: Path, tmp_path: Path) 
     config = uvicorn.Config(Behind(), lifespan="off", log_config=None, access_log=False, http="h11", ws="none")
     with running(uvicorn.Server(config)) as superlink:
         files = {"certificate": str(authority / "server.crt"), "key": str(authority / "server.key")}
-        with running(guard.server("127.0.0.1", 0, f"127.0.0.1:{superlink}", **files)) as port:
+        with running(
+            guard.server("127.0.0.1", 0, f"127.0.0.1:{superlink}", authority / "roster.json", **files)
+        ) as port:
             assert check(port, authority).returncode == 0
             pki.make_authority(tmp_path, "another")
             done = check(port, tmp_path)
@@ -41,7 +44,7 @@ def test_a_coordinator_that_answers_is_healthy(authority: Path, tmp_path: Path) 
 
 def test_one_that_does_not_is_not(authority: Path) -> None:
     files = {"certificate": str(authority / "server.crt"), "key": str(authority / "server.key")}
-    with running(guard.server("127.0.0.1", 0, f"127.0.0.1:{free_port()}", **files)) as port:
+    with running(guard.server("127.0.0.1", 0, f"127.0.0.1:{free_port()}", authority / "roster.json", **files)) as port:
         assert "503" in check(port, authority).stderr
     done = check(port, authority)
     assert (done.returncode, "refused" in done.stderr) == (1, True)

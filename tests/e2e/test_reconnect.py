@@ -122,7 +122,7 @@ class Disturbed:
 
     def kill_serverapp(self) -> None:
         found = subprocess.run(
-            ["pgrep", "-f", f"flwr-serverapp.*{self.held.superlink.port}"], capture_output=True, text=True, check=True
+            ["pgrep", "-f", f"server.task .*{self.held.superlink.port}"], capture_output=True, text=True, check=True
         )
         for pid in found.stdout.split():
             os.kill(int(pid), signal.SIGKILL)

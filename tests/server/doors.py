@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import os
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.superlink.routers.control.router import router as control_router
+
+from chexfound.journal import write_json
+from chexfound.roster import Keys, Roster
+from chexfound.signing import public_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +104,34 @@ FORGED = [
 ]
 
 
+class Node:
+    """The keys of a site: a node's, which signs requests, and an identity."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP384R1())
+        line = self.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        self.keys = Keys(line, public_line(ed25519.Ed25519PrivateKey.generate().public_key()))
+
+    def headers(self, seconds_ago: float = 0.0, by: Node | None = None) -> list[str]:
+        """As Flower's node signs the time; `by`: with the key of another."""
+        when = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)).isoformat()
+        shown = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        signature = (by or self).key.sign(when.encode(), ec.ECDSA(hashes.SHA256()))
+        values = {
+            "public-key": b64encode(shown).decode(),
+            "timestamp": when,
+            "signature": b64encode(signature).decode(),
+        }
+        return [f"flwr-{name}: {value}" for name, value in values.items()]
+
+
+def write_roster(path: Path, **nodes: Node) -> Path:
+    """A roster of these sites."""
+    sites = Roster(federation="thorax", serial=len(nodes), sites={name: node.keys for name, node in nodes.items()})
+    write_json(path, sites.as_dict())
+    return path
+
+
 @dataclass
 class Behind:
     """The stand-in: keeps what reached it, and answers 200 with how long the body was."""
@@ -167,7 +205,10 @@ def running_nginx(program: Path, folder: Path, configuration: str, port: int) ->
     shutil.copy(ROOT / "deploy" / "nginx" / "nginx.conf", folder)
     (folder / "chexfound.conf").write_text(configuration)
     log = folder / "error.log"
-    process = subprocess.Popen([program, "-p", folder, "-c", "nginx.conf", "-e", "error.log"], stdin=subprocess.DEVNULL)
+    command = [program, "-p", folder, "-c", "nginx.conf", "-e", "error.log"]
+    if os.geteuid() == 0:  # its workers, which keep bodies in the folder, would be nobody
+        command += ["-g", "user root;"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         while True:
             with contextlib.suppress(OSError):

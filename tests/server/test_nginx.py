@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -178,14 +180,16 @@ def test_without_tls_nothing_answers(door: int, behind: Behind) -> None:
     assert not behind.seen
 
 
-def test_a_body_goes_on_while_it_comes(door: int, behind: Streaming, trust: ssl.SSLContext) -> None:
+def test_a_body_is_passed_on_when_all_of_it_is_there(door: int, behind: Streaming, trust: ssl.SSLContext) -> None:
+    """So that one which never ends takes nothing of the SuperLink."""
     behind.begun.clear()
     with connect(door, trust) as peer:
-        peer.sendall(request("POST", "/v1/fleet/push-object", bytes(8 * MIB))[:-MIB])
-        asyncio.run_coroutine_threadsafe(asyncio.wait_for(behind.begun.wait(), 20), behind.loop).result()
-        peer.sendall(bytes(MIB))
+        peer.sendall(request("POST", "/v1/fleet/push-object", bytes(guard.OBJECT_MAX))[:-1])
+        time.sleep(0.5)
+        assert not behind.begun.is_set()
+        peer.sendall(b"x")
         assert peer.recv(2**16).startswith(b"HTTP/1.1 200")
-    assert [seen[3] for seen in behind.seen] == [8 * MIB]
+    assert [seen[3] for seen in behind.seen] == [guard.OBJECT_MAX]
 
 
 def test_an_answer_goes_on_while_it_comes(door: int, behind: Streaming, trust: ssl.SSLContext) -> None:
@@ -209,14 +213,37 @@ def test_large_answers_pass(door: int, behind: Behind, trust: ssl.SSLContext) ->
     assert len(body) >= 12 * MIB
 
 
-def test_a_body_beyond_the_guards_limit_is_cut_off(serve, superlink, behind, trust, monkeypatch) -> None:
-    monkeypatch.setattr(guard, "BODY_MAX", 10)
+@pytest.mark.parametrize(("path", "limit"), [("push-object", "OBJECT_MAX"), ("push-messages", "CONTROL_MAX")])
+def test_a_body_beyond_the_guards_limit_is_cut_off(
+    serve, superlink, behind, trust, monkeypatch: pytest.MonkeyPatch, path: str, limit: str
+) -> None:
+    monkeypatch.setattr(guard, limit, 10)
     port, started = serve(superlink)
     with started:
         for size, status in ((10, b" 200 "), (11, b" 413 ")):
-            answer = ask(port, request("POST", "/v1/fleet/push-object", bytes(size)), trust)
+            answer = ask(port, request("POST", f"/v1/fleet/{path}", bytes(size)), trust)
             assert status in answer.split(b"\r\n")[0]
     assert [seen[3] for seen in behind.seen] == [10]
+
+
+def test_one_address_has_so_many_requests_at_once(serve, superlink, trust, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nginx, "ADDRESS_MAX", 2)
+    port, started = serve(superlink)
+    with started, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            peer = stack.enter_context(connect(port, trust))
+            peer.sendall(request("POST", "/v1/fleet/push-object", b"xx")[:-1])
+        time.sleep(0.3)
+        assert ask(port, request("GET", "/health"), trust).startswith(b"HTTP/1.1 503 ")
+
+
+def test_a_body_that_stops_is_not_waited_for(serve, superlink, behind, trust, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "GRACE_S", 1.0)
+    port, started = serve(superlink)
+    with started:
+        answer = ask(port, request("POST", "/v1/fleet/push-object", b"xx")[:-1], trust)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
+    assert not behind.seen
 
 
 def test_a_superlink_of_another_authority_is_not_asked(serve, superlink, behind, trust, tmp_path: Path, held) -> None:

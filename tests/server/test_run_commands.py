@@ -72,7 +72,7 @@ def test_run_is_refused_before_anything_is_made(thorax, flwr, capsys, options, m
 def test_a_missing_superexec_is_warned_of(thorax, flwr, capsys, monkeypatch) -> None:
     monkeypatch.setattr(up, "listens", lambda address: True)
     assert do(thorax, "run", "demo", "--detach") == 0
-    assert "no flower-superexec of this federation is seen" in capsys.readouterr().err
+    assert "no SuperExec of this federation is seen" in capsys.readouterr().err
 
 
 def test_resume_goes_on_and_tells_from_where(thorax, submitted, flwr, listening, happened, capsys) -> None:

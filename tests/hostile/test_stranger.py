@@ -1,0 +1,147 @@
+"""Whoever reaches the public port without a key: what he can take of it, and whether the sites still get through.
+
+The real guard before the real SuperLink, by TLS.  On the code before, 500 bodies of 256 KiB took 166 MiB of the
+SuperLink for good and 335 of the guard, 2,060 connections that said nothing left everybody else a 503, and /health with
+a body was a 500 with a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from chexfound.roster import Keys
+from client import flwr_private as node
+from server import guard, members, places
+from tests.hostile.machine import Machine, machine
+from tests.server.doors import Node, request
+
+BODIES, SENT = 500, 256 * 2**10  # slow bodies, and what is sent of each
+FLAT = 16 * 2**20  # of memory, that SuperLink and guard may each take under an attack
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A federation of two sites; the SuperLink knows their nodes."""
+    with machine(tmp_path_factory.mktemp("stranger")) as one:
+        for name in ("NORTH", "SOUTH"):
+            one.enrol(name)
+        one.start("superlink")
+        assert members.register_all(one.held)[0] == ["NORTH", "SOUTH"]
+        one.start("guard")
+        yield one
+
+
+@pytest.fixture(scope="module")
+def trust(here: Machine) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(here.held.path("ca.crt")))
+
+
+def connect(here: Machine, trust: ssl.SSLContext | None) -> socket.socket:
+    plain = socket.create_connection(("127.0.0.1", here.held.listen.port), timeout=20)
+    return trust.wrap_socket(plain, server_hostname="localhost") if trust else plain
+
+
+def ask(here: Machine, trust: ssl.SSLContext, text: bytes) -> bytes:
+    """All that comes back."""
+    answer = b""
+    with connect(here, trust) as peer:
+        peer.sendall(text)
+        with contextlib.suppress(ConnectionResetError, ssl.SSLEOFError):
+            while part := peer.recv(2**16):
+                answer += part
+    return answer
+
+
+def slow_body(headers: list[str], path: str = "push-object", announced: int = guard.OBJECT_MAX) -> bytes:
+    """The headers of a request whose body will not end."""
+    return request("POST", f"/v1/fleet/{path}", b"", *headers, f"Content-Length: {announced}")
+
+
+def all_is_well(here: Machine, trust: ssl.SSLContext, name: str = "NORTH") -> None:
+    """/health answers and a registered site gets through to the SuperLink, each in seconds."""
+    start = time.monotonic()
+    assert ask(here, trust, request("GET", "/health")).startswith(b"HTTP/1.1 200 ")
+    authority = here.held.path("ca.crt").read_bytes()
+    assert node.registered(str(here.held.public), authority, here.sites[name].key)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("who", ["no key", "a key of his own", "a site's key without its signature"])
+def test_bodies_that_never_end_fill_no_memory_and_keep_nobody_out(
+    here: Machine, trust: ssl.SSLContext, who: str
+) -> None:
+    stranger = Node()
+    headers = {"no key": [], "a key of his own": stranger.headers()}.get(who, here.sites["NORTH"].headers(by=stranger))
+    number = BODIES if who == "no key" else 50
+    before = here.memory("superlink"), here.memory("guard")
+    with contextlib.ExitStack() as stack:
+        refused = 0
+        for count in range(number):
+            peer = stack.enter_context(connect(here, trust))
+            with contextlib.suppress(OSError):
+                peer.sendall(slow_body(headers) + bytes(SENT))
+            with contextlib.suppress(OSError):
+                refused += peer.recv(1000).startswith(b"HTTP/1.1 401 ")
+            if count == number // 2:
+                all_is_well(here, trust)
+        all_is_well(here, trust)
+        assert refused > 0.9 * number  # the others were hung up on before they read it
+        assert here.memory("superlink") - before[0] < FLAT
+        assert here.memory("guard") - before[1] < FLAT
+
+
+def test_connections_that_say_nothing_or_half_a_request_keep_nobody_out(here: Machine, trust: ssl.SSLContext) -> None:
+    """More than the door has places: without TLS, with TLS and nothing, with half of the headers."""
+    with contextlib.ExitStack() as stack:
+        for number in range(3 * places.STRANGERS_MAX // 2):
+            peer = stack.enter_context(connect(here, None if number % 3 else trust))
+            if not number % 6:
+                peer.sendall(slow_body([])[:-2])
+        all_is_well(here, trust)
+        all_is_well(here, trust, "SOUTH")
+    assert here.up("guard")
+
+
+def test_health_with_a_body_is_no_traceback(here: Machine, trust: ssl.SSLContext) -> None:
+    for headers in (["Content-Length: 5"], ["Transfer-Encoding: chunked"]):
+        assert ask(here, trust, request("GET", "/health", b"", *headers)).startswith(b"HTTP/1.1 400 ")
+    assert "Traceback" not in here.log("guard")
+    all_is_well(here, trust)
+
+
+def test_a_registered_site_cannot_fill_the_door_either(here: Machine, trust: ssl.SSLContext) -> None:
+    """It has its places, and the others theirs; a body that announces too much is not read."""
+    north = here.sites["NORTH"]
+    for path, announced in (("push-object", guard.OBJECT_MAX + 1), ("push-messages", guard.CONTROL_MAX + 1)):
+        answer = ask(here, trust, slow_body(north.headers(), path, announced))
+        assert answer.startswith(b"HTTP/1.1 413 "), answer
+    before = here.memory("superlink")
+    with contextlib.ExitStack() as stack:
+        full = 0
+        for _ in range(places.SITE_MAX + 8):
+            peer = stack.enter_context(connect(here, trust))
+            peer.sendall(slow_body(north.headers()) + bytes(SENT))
+            peer.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                full += peer.recv(1000).startswith(b"HTTP/1.1 503 ")
+        assert full == 8
+        all_is_well(here, trust, "SOUTH")
+        assert here.memory("superlink") - before < places.SITE_MAX * SENT + FLAT
+    time.sleep(0.5)
+    all_is_well(here, trust, "NORTH")
+
+
+def test_a_site_that_was_removed_is_a_stranger_at_once(here: Machine, trust: ssl.SSLContext) -> None:
+    east = here.enrol("EAST")
+    text = request("POST", "/v1/fleet/get-run", b"x", *east.headers())
+    passed = ask(here, trust, text)  # to the SuperLink, which cannot read an x
+    assert not passed.startswith(b"HTTP/1.1 401 "), passed
+    here.held.write_sites(here.held.sites().without_site("EAST"))
+    assert ask(here, trust, text).startswith(b"HTTP/1.1 401 ")
+    assert isinstance(here.held.sites().sites["NORTH"], Keys)
