@@ -13,6 +13,7 @@ from chexfound.names import shown
 from server import flower, runs
 from server.federation import CONNECTION
 from server.runs import Event, RunFolder
+from strategies import ceiling
 
 ENDED = ("done", "failed", "stopped", "died", "unsubmitted")
 CALLED = {
@@ -42,6 +43,7 @@ class Standing:
         lost: of those that are waited for, the sites that were lost and are not back.
         bytes: payload so far, of all sites.
         error: of a run that failed: its code and text.
+        warnings: sentences of what the coordinator's people should look at.
     """
 
     run: str
@@ -59,6 +61,7 @@ class Standing:
     flower_run: str | None
     error: Mapping[str, str] | None
     model_sha256: str | None
+    warnings: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As --json has it."""
@@ -100,6 +103,7 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
         flower_run=number,
         error=ours.get("error") if ours and state == "failed" else None,
         model_sha256=end.get("model_sha256") if state == "done" else None,
+        warnings=list(dict.fromkeys(text for event in events for text in ceiling.warnings(event))),
     )
 
 
@@ -227,7 +231,7 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         )
         both = f"; together {event['totals']['train']} images" if "totals" in event else ""
         findings = ", ".join(event["findings"]) or "-"
-        return shown(f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}")
+        return shown(f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}{_weighty(event)}")
     if kind == "round":
         value, figure = loss(event), auroc(event)
         parts = [
@@ -237,7 +241,7 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
             *([f"kNN AUROC {figure:.3f}"] if figure is not None else []),
             *_cost(event),
         ]
-        return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_symptoms(event)}"
+        return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_weighty(event)}{_symptoms(event)}"
     if kind == "features":
         return f"features  {', '.join(_cost(event))}{_without(event)}"
     if kind in ("lost", "refused"):
@@ -266,6 +270,10 @@ def _where(event: Event) -> str:
 def _without(event: Event) -> str:
     gone = ", ".join(shown(f"{one['site']} ({one['reason']})") for one in event.get("missing", ()))
     return f"; without {gone}" if gone else ""
+
+
+def _weighty(event: Event) -> str:
+    return shown("".join(f"; {text}" for text in ceiling.warnings(event)))
 
 
 def _symptoms(event: Event) -> str:
