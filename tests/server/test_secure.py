@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from chexfound.errors import SiteError
+from chexfound.errors import RefusedError, SiteError
 from chexfound.journal import Journal, read_journal
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
@@ -491,3 +492,65 @@ def test_a_site_that_advertises_what_was_not_asked_is_left_out(
     assert summed.survivors == ["alpha", "delta", "gamma"]
     assert [one["site"] for one in summed.missing] == ["beta"]
     assert run.exchange.stages == list(STAGES)
+
+
+# -- a site that refuses by its own policy
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, stage: str, names: Sequence[str]) -> None:
+    """These sites take no part in sums of so few patients: they say so as they advertise, or once they see the work."""
+    what = {"advertise": "declared", "masked": "run"}[stage]
+    true = getattr(client_secure.phases, what)
+
+    def instead(site: Any, *given: Any) -> Any:
+        if site.name in names:
+            raise RefusedError("policy.patients")
+        return true(site, *given)
+
+    monkeypatch.setattr(client_secure.phases, what, instead)
+
+
+@pytest.mark.parametrize("stage", ["advertise", "masked"])
+def test_a_site_that_refuses_is_missing_and_the_sum_goes_on(
+    stage: str, sums: Callable[..., SecureSums], fed: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sums()
+    refusing(monkeypatch, stage, ["beta"])
+    summed = counted(run)
+    assert summed.survivors == ["alpha", "delta", "gamma"]
+    assert summed.missing == [{"site": "beta", "reason": "policy.patients"}]
+    assert fed.refused("beta") == ["policy.patients"]
+
+
+@pytest.mark.parametrize("stage", ["advertise", "masked"])
+def test_where_too_few_are_left_nothing_is_opened(
+    stage: str, sums: Callable[..., SecureSums], fed: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sums()
+    refusing(monkeypatch, stage, ["alpha", "beta"])
+    with pytest.raises(SiteError, match=r"only 2 .*missing: alpha \(policy\.patients\), beta \(policy\.patients\)"):
+        counted(run)
+    assert not opened(fed)
+
+
+def test_a_site_s_own_minimum_holds_for_all(sums: Callable[..., SecureSums], fed: Federation) -> None:
+    (fed.homes["gamma"] / "site.yaml").write_text("secagg: {minimum: 4}")
+    with pytest.raises(SiteError, match="only 3 of 4 sites came through, 4 are needed"):
+        counted(without_beta(sums()))
+    assert not opened(fed)
+
+
+def without_beta(run: SecureSums) -> SecureSums:
+    """Beta's masked values never come."""
+    run.exchange.change["masked", "beta"] = lambda reply: Missing(reason="gone", error=SiteError("gone"))
+    return run
+
+
+@pytest.mark.parametrize(("n", "together", "most"), [(3, 99, 66), (4, 101, 51), (128, 10, 5), (4, 0, 1)])
+def test_a_site_counts_at_most_its_share_of_what_all_counted(
+    n: int, together: int, most: int, fed: Federation, tmp_path: Path
+) -> None:
+    run = SecureRun(fed.recipe, fed.exchange(), tmp_path / "run")
+    sites = {str(number): None for number in range(n)}
+    run.sums = SimpleNamespace(sites=SimpleNamespace(sites=sites))  # type: ignore[assignment]
+    assert run._most(together) == most
