@@ -2,12 +2,13 @@
 
     python benchmarks/secagg_auroc.py [--data DIR] [--recipe demo] [--seeds 0,1,2] [--work DIR] [--json]
 
-For each seed the whole recipe (pretrain, adapt, evaluate) of the federated arm, three times: under plain FedAvg
-(`rival`), under secure aggregation (`ours`), and under plain FedAvg on two threads (`control`), whose sums have another
-order and so other last bits, nothing else.  A line a seed has the mean AUROC of each over the sites and findings, what
-`ours` and `control` differ by from `rival`, and how far the models' weights are apart; the last line has the means over
-the seeds and, of the differences, the 95 % interval (Student's t).  If chance alone moves AUROC as far as masks do,
-then the two runs are two draws of one thing, and only the mean over seeds can tell them apart.
+For each seed the whole recipe (pretrain, adapt, evaluate) of the federated arm, four times: under plain FedAvg
+(`rival`), under secure aggregation (`ours`), the same with Adam's moments that stay at the sites (`local`), and under
+plain FedAvg on two threads (`control`), whose sums have another order and so other last bits, nothing else.  A line a
+seed has the mean AUROC of each over the sites and findings, what the others differ by from `rival`, and how far the
+models' weights are apart; the last line has the means over the seeds and, of the differences, the 95 % interval
+(Student's t).  If chance alone moves AUROC as far as masks do, then the two runs are two draws of one thing, and only
+the mean over seeds can tell them apart.
 
 DIR: images as `chexfound-sim` takes them, of at least four sites that label the same (default: phantoms of 4 hospitals
 with 60 patients each, as `make demo` draws them).  A run that is done is kept in --work: the same command goes on.
@@ -39,9 +40,12 @@ from chexfound.model import checkpoint
 KINDS = {
     "rival": ("aggregation=fedavg", "threads=1"),
     "ours": ("aggregation=secagg", "threads=1"),
+    "local": (
+        "aggregation=secagg", "threads=1", "train.optimizer_state=local", "adapt.optimizer_state=local",
+    ),
     "control": ("aggregation=fedavg", "threads=2"),
-}
-LOCAL = ("train.optimizer_state=local", "adapt.optimizer_state=local")  # moments are not summed under masks
+}  # fmt: skip
+OTHERS = tuple(kind for kind in KINDS if kind != "rival")
 PACKAGES = ("federated-chexfound", "flwr", "torch", "numpy")
 
 
@@ -82,7 +86,7 @@ def measure(
     with ThreadPoolExecutor(jobs) as pool:
         asked = {
             seed: {
-                kind: pool.submit(run, store, recipe, (*settings, *LOCAL, *values), seed, work / f"{kind}-{seed}")
+                kind: pool.submit(run, store, recipe, (*settings, *values), seed, work / f"{kind}-{seed}")
                 for kind, values in KINDS.items()
             }
             for seed in seeds
@@ -108,13 +112,13 @@ def run(store: Path, recipe: str, settings: Sequence[str], seed: int, out: Path)
 
 
 def compared(folders: dict[str, Path]) -> dict[str, Any]:
-    """Mean AUROCs over what all three could be judged on; differences from the rival's; distance of the weights."""
+    """Mean AUROCs over what all of them could be judged on; differences from the rival's; distance of the weights."""
     figures = {kind: aurocs(json.loads((folder / "metrics.json").read_text())) for kind, folder in folders.items()}
     common = set.intersection(*(set(one) for one in figures.values()))
     means = {kind: statistics.mean(one[key] for key in common) for kind, one in figures.items()}
     models = {kind: checkpoint.load(folder / "model" / "model.safetensors") for kind, folder in folders.items()}
     row: dict[str, Any] = {kind: round(mean, 4) for kind, mean in means.items()}
-    for kind in ("ours", "control"):
+    for kind in OTHERS:
         apart = (models[kind][name].double() - models["rival"][name].double() for name in models["rival"])
         row[f"{kind}_difference"] = round(means[kind] - means["rival"], 4)
         row[f"{kind}_weights_apart"] = max(float(one.abs().max()) for one in apart)
@@ -130,7 +134,7 @@ def aurocs(metrics: dict[str, Any]) -> dict[tuple[str, str], float]:
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means, the differences with their intervals, and the ratio of the two mean AUROCs."""
     values: dict[str, Any] = {kind: round(statistics.mean(row[kind] for row in rows), 4) for kind in KINDS}
-    for kind in ("ours", "control"):
+    for kind in OTHERS:
         differences = [row[f"{kind}_difference"] for row in rows]
         mean = statistics.mean(differences)
         values[f"{kind}_difference"] = round(mean, 4)

@@ -47,8 +47,15 @@ def about(preset: str) -> str:
     return _read(preset)[0].partition("\n")[0].removeprefix("# ")
 
 
-def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load(
+    name_or_path: str | Path, overrides: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a preset by name, or a YAML file by path, and apply overrides such as {"train.rounds": 3}.
+
+    Args:
+        name_or_path: of the recipe.
+        overrides: by key, whatever the file says.
+        defaults: of top-level keys, where neither the file nor `overrides` has one.
 
     Raises: ConfigError naming every problem at once, with a suggestion for an unknown key.
     """
@@ -62,7 +69,7 @@ def load(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -
         raise ConfigError(f"{where}: a recipe is a mapping of keys, not {type(values).__name__}")
     for key, value in (overrides or {}).items():
         _set(values, key, value)
-    return validate(values, where)
+    return validate({**(defaults or {}), **values}, where)
 
 
 def _read(name: str) -> tuple[str, str]:

@@ -296,6 +296,13 @@ class SecAgg:
 
 
 @_frozen
+class Robust:
+    """Against a site whose updates are too large."""
+
+    clip: Rate | None = None  # an update counts up to so many times the median norm of the round before; none: any does
+
+
+@_frozen
 class Recipe:
     """A run. `phases` says which are done; each has its section."""
 
@@ -308,6 +315,7 @@ class Recipe:
     codec: Literal["none"] = "none"
     federation: Federation = Federation()
     secagg: SecAgg = SecAgg()
+    robust: Robust = Robust()
     split: Split = Split()
     input: Input = Input()
     student: Student = Student()

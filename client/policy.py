@@ -15,6 +15,7 @@ from chexfound.journal import canonical
 from chexfound.secagg.parameters import MINIMUM, Parameters
 
 SIZE_MAX = 2**20
+PLAIN = "plain: accepted"  # the line by which a site takes runs in the clear, where three sites or more could mask
 _strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 
@@ -27,7 +28,8 @@ Amount = Annotated[float, Field(gt=0)]
 class SecAgg:
     """Of secure aggregation."""
 
-    required: bool | None = None  # refuse runs in the clear; none: where the roster has three sites or more
+    # Refuse runs in the clear; none: where the roster has three sites or more.  False says what `plain: accepted` does.
+    required: bool | None = None
     colluders: Annotated[int, Field(ge=0)] | None = None  # sites that may collude with the coordinator; none: a quarter
     minimum: Annotated[int, Field(ge=MINIMUM)] = MINIMUM  # sites that a sum must be over
     attempt_s: Annotated[float, Field(gt=0)] = 86_400.0  # after which an attempt's secrets are dropped
@@ -156,3 +158,10 @@ class Policy:
             return Parameters.of(n, self.secagg.colluders, self.secagg.minimum)
         except ConfigError as error:
             raise ConfigError(f"site.yaml: {error}" if self != Policy() else str(error)) from error
+
+
+def clear(refused: bool) -> str:
+    """What happens to runs in the clear, and the line that changes it."""
+    if refused:
+        return f"runs in the clear are refused ({PLAIN} in site.yaml takes them)"
+    return "runs in the clear are accepted"

@@ -26,7 +26,7 @@ from chexfound.secagg.payload import Plan, Settings
 from chexfound.secagg.site import Side, WrongSharesError, advertise, check_adverts
 from client import lineage, membership
 from client.attempts import Attempts, Stage
-from client.policy import Policy
+from client.policy import PLAIN, Policy
 
 TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses what it does not know, or is not listed
     "counts": (),
@@ -65,10 +65,11 @@ def check_plain(recipe: Recipe, request: Request, run_id: int, home: Path | None
     """
     if home is not None:
         sweep(home)
-    masked, required = recipe.aggregation == "secagg", home is not None and Policy.load(home).secagg.required
+    masked = recipe.aggregation == "secagg"
+    required = home is not None and Policy.load(home).masked(len(membership.present(home).sites.sites))
     if not (required or masked) or (masked and request.phase == "enrol"):
         return
-    why = "" if masked else "the run's recipe does not aggregate under masks, and site.yaml requires it"
+    why = "" if masked else f"the run's recipe does not aggregate under masks; here that needs `{PLAIN}` in site.yaml"
     error = RefusedError("secagg.plain", why)
     if home is not None:
         with closing(Attempts(home, 0.0)) as attempts:

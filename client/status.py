@@ -16,7 +16,7 @@ from chexfound.roster import read_json
 from chexfound.spans import span
 from client import approval, membership
 from client.home import named
-from client.policy import Policy
+from client.policy import Policy, clear
 
 SCHEMA = 1
 STALE_S = 90.0  # a node that runs writes every 30 s
@@ -55,17 +55,18 @@ def read(name: str, home: Path) -> dict[str, Any]:
             "roster": federation.sites.serial,
             "sites": sorted(federation.sites.sites),
         },
-        "policy": _policy(home),
+        "policy": _policy(home, federation),
         "code": {"approved": approval.approved(home), "refused": list(approval.refused(home))},
         "stores": [_store(path, _words(home)) for path in sorted(home.glob(f"store-*/{INDEX}"))],
         "disk": {"free_bytes": shutil.disk_usage(home).free if home.exists() else None},
     }
 
 
-def _policy(home: Path) -> dict[str, Any]:
+def _policy(home: Path, federation: membership.Federation | None) -> dict[str, Any]:
     """Whether the site refuses runs in the clear; an error in place of that, if site.yaml cannot be read."""
     try:
-        return {"required": Policy.load(home).secagg.required, "error": None}
+        required = Policy.load(home).masked(0 if federation is None else len(federation.sites.sites))
+        return {"required": required, "error": None}
     except ConfigError as error:
         return {"required": None, "error": str(error)}
 
@@ -152,7 +153,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     said.append(
         f"  policy        every run is refused: {policy['error']}"
         if policy["error"]
-        else f"  policy        runs in the clear are {'refused' if policy['required'] else 'accepted'}"
+        else f"  policy        {clear(policy['required'])}"
     )
     approved, refused = found["code"]["approved"], found["code"]["refused"]
     said += [f"  code          {digest[:12]}… approved on {when[:10]}" for digest, when in approved.items()]

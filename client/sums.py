@@ -43,7 +43,7 @@ def read(name: str, home: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "site": name,
-        "required": policy.secagg.required,
+        "required": policy.masked(parameters.n),
         "attempt_s": policy.secagg.attempt_s,
         "parameters": {
             **parameters.shared(),
@@ -249,7 +249,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         + (
             "that do not aggregate under masks are refused"
             if found["required"]
-            else "in the clear are accepted too; site.yaml: secagg: {required: true} refuses them"
+            else "in the clear are accepted too; site.yaml: secagg: {required: true} refuses them, of two sites as well"
         ),
         f"  attempt       {_said_attempt(found['attempt'])}",
     ]

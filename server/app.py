@@ -24,6 +24,7 @@ from server.live import Live
 from server.result import write_metrics
 from server.run import Event, Run
 from server.secure_run import SecureRun
+from strategies import ceiling
 
 log = logging.getLogger("chexfound.server")
 
@@ -75,6 +76,8 @@ def log_event(event: Event) -> None:
         log.info("event=wait sites=%d of=%d", event["sites"], event["of"])
     elif event["event"] == "done":
         log.info("event=done model_sha256=%s", event["model_sha256"])
+    for text in ceiling.warnings(event):
+        log.warning("event=warning %s", text)
     for one in event.get("missing", ()):
         log.warning(
             "event=missing phase=%s round=%d site=%s reason=%s",

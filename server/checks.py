@@ -94,12 +94,17 @@ class Pace:
     def of(recipe: Recipe, phase: str) -> Pace:
         """The pace of pretraining, or of the head (AdamW with torch's betas)."""
         if phase == "adapt":
-            return _adam(recipe.adapt.lr, 0.9, 0.999, recipe.adapt.clip_grad or math.inf)
+            return _adam(recipe.adapt.lr, *betas(recipe, phase), recipe.adapt.clip_grad or math.inf)
         config, clip = recipe.optim, recipe.optim.clip_grad or math.inf
         lr = config.lr * max(1.0, config.patch_embed_lr_mult)
         if config.optimizer == "sgd":
             return Pace(step=lr * min(clip, UNBOUNDED), squared=math.inf, gradient=clip)
-        return _adam(lr, config.adamw_beta1, config.adamw_beta2, clip)
+        return _adam(lr, *betas(recipe, phase), clip)
+
+
+def betas(recipe: Recipe, phase: str) -> tuple[float, float]:
+    """Adam's decay rates; of the head torch's own."""
+    return (0.9, 0.999) if phase == "adapt" else (recipe.optim.adamw_beta1, recipe.optim.adamw_beta2)
 
 
 def _adam(lr: float, beta1: float, beta2: float, clip: float) -> Pace:

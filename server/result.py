@@ -16,6 +16,7 @@ from chexfound.names import ALL_SITES
 from chexfound.schema import Recipe
 from server.plan import Batches
 from server.run import Outcome
+from strategies import ceiling
 
 SCHEMA = 1
 
@@ -54,6 +55,12 @@ def subsets(folder: Path) -> list[str]:
             what = f"{entry['phase']}, round {entry['round'] + 1}" if entry["event"] == "round" else entry["event"]
             said.append(f"Only a part of the sites: {'evaluate' if what == 'done' else what} went without {who}.")
     return said
+
+
+def weights(folder: Path) -> list[str]:
+    """A sentence for each site of a run's journal that weighs much."""
+    entries = read_journal(folder / "journal.jsonl")
+    return list(dict.fromkeys(f"{text}." for entry in entries for text in ceiling.warnings(entry)))
 
 
 def secagg(entries: Sequence[dict[str, Any]]) -> dict[str, int] | None:
@@ -125,7 +132,7 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "not_trained": [],
         "void": None,
         "deployed": True,  # the federated arm only, and no image leaves a site: the report says so
-        "notes": subsets(folder),
+        "notes": [*subsets(folder), *weights(folder)],
         "secagg": secagg(entries),
         "machine": machine(),
         "versions": versions(*RUN_PACKAGES),

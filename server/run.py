@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from server.cohort import Cohort
 from server.exchange import ENROLMENT, Exchange, Member
 from server.health import Watch
 from server.plan import Batches, choose_findings, frozen_gains, load_backbone
+from strategies import robust
+from strategies.ceiling import Ceiling
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
@@ -308,7 +311,8 @@ class Run:
 
         `stays` is what a site derives by itself from round to round, for those that may not have what it takes.
         """
-        started, replies = time.monotonic(), []
+        started, replies, norms = time.monotonic(), [], dict[str, float]()
+        strategy.hold(self._ceiling(phase), self._bound(phase))
         requests = self._requests(phase, weights, number, steps, batch)
         if stays:
             whole = weights | stays
@@ -325,6 +329,8 @@ class Run:
             checks.check_update(reply.tensors, weights, frozen, pace, taken)
             checks.check_history(reply, self.recipe, phase, taken)
             fold()
+            if self.recipe.robust.clip is not None and reply.tensors:
+                norms[member.name] = robust.norm(reply.tensors, weights)
 
         cohort = self._ask(requests, check, f"{phase}, round {number + 1}")
         for member, reply in cohort:
@@ -341,10 +347,29 @@ class Run:
         told: Event = {"health": self.watch.look(number, taken.start, replies)} if phase == "pretrain" else {}
         if cohort.missing:
             told["missing"] = cohort.missing
+        if strategy.ceiling.capped:
+            told["capped"] = dict(strategy.ceiling.capped)
+        if norms:
+            told["norms"] = norms
+            told["shortened"] = sorted(site for site, own in norms.items() if own > (strategy.bound or math.inf))
         self._in_step = {reply["site"] for reply in replies}
         sent = sum(wire.payload_bytes(request.tensors) for request in requests)
         self._commit(phase, number, weights, started, replies, sent, told)
         return weights
+
+    def _ceiling(self, phase: str) -> Ceiling:
+        """By what the sites that are asked enrolled with."""
+        asked = [member for member in self.roster if member.name not in self._behind]
+        images = {member.name: member.values["train"] for member in asked}
+        if phase == "pretrain":
+            return Ceiling.of(images)
+        labelled = {member.name: checks.labelled_of(member, self.findings, both=True) for member in asked}
+        return Ceiling.of({name: min(images[name], sum(counts)) for name, counts in labelled.items()}, labelled)
+
+    def _bound(self, phase: str) -> float | None:
+        """Of an update's norm, by the round before."""
+        before = self._rounds(phase)[-1:]
+        return robust.bound(self.recipe.robust.clip, before[0].get("norms", {}).values() if before else ())
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """The backbone that goes on: the teacher where there is one for all, else the student (DINOv2: the teacher)."""

@@ -13,6 +13,8 @@ from typing import Any
 from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError
 from chexfound.journal import new_folder
 from chexfound.names import shown
+from chexfound.schema import Recipe
+from chexfound.secagg.parameters import MINIMUM
 from server import federation, follow, members, pki, runs, standing, up
 from server.federation import Federation
 from server.runs import RunFolder
@@ -26,13 +28,30 @@ def run(given: argparse.Namespace) -> int:
     from chexfound import recipe as recipes
 
     held = federation.load(given.dir)
-    recipe = recipes.load(given.recipe, recipes.parse_overrides(given.set))
+    recipe = _recipe(held, given.recipe, recipes.parse_overrides(given.set))
     _check_up(held)
     for problem in (runs.check_batches(held, recipe), runs.check_beginning(held, recipe, given.backbone)):
         if problem:
             print(f"warning: {problem}", file=sys.stderr)
     made = runs.create(held, recipe, given.name, given.backbone)
     return _submitted(made, runs.submit(made), given.detach)
+
+
+def _recipe(held: Federation, name: str, overrides: dict[str, Any]) -> Recipe:
+    """The recipe; under masks where it does not say how it aggregates, and there are sites enough."""
+    from chexfound import recipe as recipes
+
+    as_written = recipes.load(name, overrides)
+    n = len(held.sites().sites)
+    if n < MINIMUM:
+        return as_written
+    recipe = recipes.load(name, overrides, {"aggregation": "secagg"})
+    if recipe != as_written:
+        print(
+            f"{n} sites: the run aggregates under masks (aggregation: secagg); in the clear, which sites refuse unless "
+            "their site.yaml says `plain: accepted`, by --set aggregation=fedavg"
+        )
+    return recipe
 
 
 def resume(given: argparse.Namespace) -> int:
@@ -226,6 +245,7 @@ def _run_lines(held: Federation, one: dict[str, Any]) -> list[str]:
     if figures:
         said.append("  " + ", ".join(figures))
     said += [f"  {shown(standing.withheld(site))}" for site in now.withholding]
+    said += [f"  warning: {shown(text)}" for text in now.warnings]
     if now.error:
         first, *more = now.error["text"].split("\n")
         lines = [f"  error {now.error['code']}: {first}", *(f"    {line}" for line in more)]

@@ -55,8 +55,11 @@ def _model(given: argparse.Namespace) -> tuple[str, int, int, int, int | None]:
     with torch.device("meta"):
         student = dict(build_student(recipe).named_parameters())
     sizes = [student[name].numel() for name in set(student) - frozen_gains(recipe, dict(student))]
-    travels = 2 if recipe.teacher.policy == "average" else 1
-    what = "student and teacher" if travels == 2 else "student"
+    parts = ["student"] + ["teacher"] * (recipe.teacher.policy == "average")
+    if recipe.train.optimizer_state == "average":
+        parts += ["moments"]
+    travels = len(parts) + ("moments" in parts)  # of which there are two
+    what = " and ".join(parts) if len(parts) < 3 else "student, teacher and moments"
     values = travels * sum(sizes)
     text = f"{what} with heads of {given.recipe or PRESET}, {values:,} values"
     return text, values, travels * len(sizes) * TENSOR_BYTES, recipe.secagg.ring, recipe.secagg.colluders

@@ -197,13 +197,18 @@ class _Try:
         packets = self._packets(adverts)
         sharers = sorted({dealer for dealer, _ in packets})
         zeroed, least = self._zeroed(adverts, sharers)
+        if self.request.phase == "adapt" and len(zeroed) == len(self.request.findings):
+            # On these weights one sum is opened: one of nothing would be in the way of the next round's.
+            return self._summed(self.plan.nothing(), sharers, zeroed)
         came = self._masked(adverts, packets, sharers)
         summed = [name for name in phases.parted(self.run_.recipe, self.request) if name not in zeroed]
         survivors = self._survivors(adverts, came, summed, least)
         signatures = self._signatures(sharers, survivors)
         masks = self._open(adverts, packets, sharers, survivors, signatures)
         assert self.spool is not None
-        sums = self.spool.result(survivors, masks)
+        return self._summed(self.spool.result(survivors, masks), survivors, zeroed)
+
+    def _summed(self, sums: Mapping[str, np.ndarray], survivors: list[str], zeroed: list[str]) -> Summed:
         return Summed(
             plan=self.plan,
             sums=sums,
@@ -230,9 +235,10 @@ class _Try:
             if advert.site != name:
                 raise ProtocolError("advertises as another site")
             advert.verify(self.attempt, self.sites)
-            check_advert(advert, self.parameters.n)
+            check_advert(advert, self.parameters.n, parted)
             adverts[name] = advert
 
+        parted = phases.parted(self.run_.recipe, self.request)
         adverts: dict[str, Advert] = {}
         self._ask("advertise", dict.fromkeys(names, {}), take)
         return self._enough(adverts, "advertised")
@@ -437,8 +443,13 @@ class _Try:
         return f"; missing: {', '.join(said)}" if said else ""
 
 
-def check_advert(advert: Advert, n: int) -> None:
+def check_advert(advert: Advert, n: int, parted: Sequence[str]) -> None:
     """That the other sites will take an advert: they would refuse the whole attempt for it, and again the next.
+
+    Args:
+        advert: of one site.
+        n: sites of the roster.
+        parted: what was asked that a site may have a part in; of anything else an advert has no word.
 
     Raises: RefusedError.
     """
@@ -446,6 +457,8 @@ def check_advert(advert: Advert, n: int) -> None:
         raise RefusedError("secagg.cohort", "both keys are the same")
     if advert.minimum > n:
         raise RefusedError("secagg.cohort", f"wants sums over {advert.minimum} sites, of {n}")
+    if set(advert.findings) - set(parted) or len(set(advert.findings)) < len(advert.findings):
+        raise RefusedError("secagg.cohort", "has a part in what was not asked, or in one thing twice")
     for key in (advert.cipher, advert.mask):
         keys.agree(Secrets.fresh().cipher, key, "chexfound secagg check", [])
 

@@ -22,7 +22,7 @@ from chexfound.names import ALL_SITES
 from chexfound.phases import ARM, COUNTS, TRAINED_ON, Request
 from chexfound.pretrain import curriculum
 from chexfound.pretrain.optimizer import PREFIX
-from chexfound.secagg import payload
+from chexfound.secagg import moments, payload
 from chexfound.secagg.parameters import MINIMUM, labelling
 from chexfound.secagg.payload import Settings
 from server import checks
@@ -30,7 +30,7 @@ from server.grid import GridExchange
 from server.plan import bounded
 from server.run import NO_LABEL, Event, Run
 from server.secure import SecureSums, Summed
-from strategies import composition
+from strategies import ceiling, composition
 from strategies.fedavg import FedAvg
 
 FINEST = 2.0**-20  # of the range that the recipe bounds, below which a tensor's range does not fall
@@ -126,11 +126,11 @@ class SecureRun(Run):
     ) -> dict[str, Tensor]:
         started, taken = time.monotonic(), range(number * steps, (number + 1) * steps)
         request = self._request(phase, weights, number, steps, batch)
-        trained = [name for name in weights if name not in frozen and not name.startswith(PREFIX)]
+        trained = [name for name in weights if name not in frozen]
         bounds = self._bounds(phase, weights, trained, taken)
         settings = Settings(
             ring=self.recipe.secagg.ring,
-            images=self.totals["train"],
+            images=self._most(self.totals["train"]),
             labelled=self._labelled() if phase == "adapt" else [],
             ranges=self._ranges(phase, number, bounds),
         )
@@ -145,6 +145,7 @@ class SecureRun(Run):
         summed = self._on_backbone(ask) if phase == "adapt" else ask()
         self._check_quorum(summed)
         moved = summed.plan.update(summed.sums)
+        moments.lift(moved, *checks.betas(self.recipe, phase))
         mean = {name: moved[name] for name in weights}
         try:
             checks.check_update(
@@ -185,14 +186,20 @@ class SecureRun(Run):
 
     def _labelled(self) -> list[int]:
         counted = self.totals["findings"]
-        return [max(1, sum(counted.get(finding, {}).values())) for finding in self.findings]
+        return [self._most(sum(counted.get(finding, {}).values())) for finding in self.findings]
+
+    def _most(self, together: int) -> int:
+        """How many images of one site count, of so many at all sites: what a weight of 1 stands for."""
+        return max(1, math.ceil(together * ceiling.share(len(self.sums.sites.sites))))
 
     def _check_quorum(self, summed: Summed) -> None:
-        """By weight: all that can be known is the sum's own.
+        """By weight: all that can be known is the sum's own; where no finding has a part in it, it has none.
 
         Raises: SiteError.
         """
         config = self.recipe.federation
+        if summed.plan.request.phase == "adapt" and len(summed.zeroed) == len(self.findings):
+            return
         images, total = int(summed.sums["images"]), self.totals["train"]
         if config.quorum_sites is not None and images < config.quorum_weight * total:
             raise SiteError(
@@ -219,6 +226,8 @@ class SecureRun(Run):
             decay = rate * max(recipe.optim.weight_decay, recipe.optim.weight_decay_end)
 
         def bound(name: str) -> float:
+            if name.startswith(PREFIX):  # neither a gradient nor a mean of gradients is beyond the clipping
+                return pace.gradient + checks.largest(moments.summed(name, weights[name]))
             own = len(taken) * (pace.step + decay * checks.largest(weights[name]))
             student = name.replace("teacher.", "student.", 1)
             if name.startswith("teacher.") and student in weights:  # goes towards the student, and no further
@@ -226,7 +235,7 @@ class SecureRun(Run):
                 return own + checks.largest(weights[student] - weights[name])
             return own
 
-        return {name: max(bound(name), 1e-9) for name in trained}
+        return {name: max(bound(name), 1e-9) for name in trained if not moments.is_step(name)}
 
     def _ranges(self, phase: str, number: int, bounds: Mapping[str, float]) -> dict[str, float]:
         """By the last round's update where there was one, within what the recipe bounds."""
@@ -247,7 +256,10 @@ class SecureRun(Run):
         after: Mapping[str, Tensor],
     ) -> None:
         margin = self.recipe.secagg.range_margin
-        moved = {name: checks.largest(after[name] - before[name]) for name in bounds}
+        moved = {
+            name: checks.largest(moments.summed(name, after[name]) - moments.summed(name, before[name]))
+            for name in bounds
+        }
         ranges = {name: margin * step for name, step in moved.items() if step > 0}
         # With those of the round before: until that is in the journal it may be asked for again, with the same ranges.
         present = f"{phase}/{number - 1}"

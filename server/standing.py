@@ -14,6 +14,7 @@ from chexfound.names import shown
 from server import flower, runs
 from server.federation import CONNECTION
 from server.runs import Event, RunFolder
+from strategies import ceiling
 
 ENDED = ("done", "failed", "stopped", "died", "unsubmitted")
 CALLED = {
@@ -44,6 +45,7 @@ class Standing:
         bytes: payload so far, of all sites.
         error: of a run that failed: its code and text.
         withholding: sites that have findings whose names they do not let out.
+        warnings: sentences of what the coordinator's people should look at.
     """
 
     run: str
@@ -62,6 +64,7 @@ class Standing:
     error: Mapping[str, str] | None
     model_sha256: str | None
     withholding: Sequence[str]
+    warnings: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As --json has it."""
@@ -104,6 +107,7 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
         error=ours.get("error") if ours and state == "failed" else None,
         model_sha256=end.get("model_sha256") if state == "done" else None,
         withholding=withholding(events),
+        warnings=list(dict.fromkeys(text for event in events for text in ceiling.warnings(event))),
     )
 
 
@@ -244,7 +248,9 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         both = f"; together {event['totals']['train']} images" if "totals" in event else ""
         findings = ", ".join(event["findings"]) or "-"
         held = "".join(f"; {withheld(site)}" for site in withholding([event]))
-        return shown(f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}{held}", 600)
+        return shown(
+            f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}{held}{_weighty(event)}", 600
+        )
     if kind == "round":
         value, figure = loss(event), auroc(event)
         parts = [
@@ -254,7 +260,7 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
             *([f"kNN AUROC {figure:.3f}"] if figure is not None else []),
             *_cost(event),
         ]
-        return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_symptoms(event)}"
+        return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_weighty(event)}{_symptoms(event)}"
     if kind == "features":
         return f"features  {', '.join(_cost(event))}{_without(event)}"
     if kind in ("lost", "refused"):
@@ -283,6 +289,10 @@ def _where(event: Event) -> str:
 def _without(event: Event) -> str:
     gone = ", ".join(shown(f"{one['site']} ({one['reason']})") for one in event.get("missing", ()))
     return f"; without {gone}" if gone else ""
+
+
+def _weighty(event: Event) -> str:
+    return shown("".join(f"; {text}" for text in ceiling.warnings(event)))
 
 
 def _symptoms(event: Event) -> str:

@@ -45,18 +45,43 @@ def _adapt_stands_still(recipe: Recipe, n: int) -> bool:
     return "adapt" in recipe.phases and rounds and recipe.adapt.warmup_steps > 1
 
 
+UNBOUNDED = "Adam's moments are summed within bounds, and without clipping they have none"
+COARSE = "Adam's moments span more orders of magnitude than 16 bits hold"
+
+
+def _pretrain_averages(recipe: Recipe) -> bool:
+    adam = recipe.optim.optimizer == "adamw"
+    return "pretrain" in recipe.phases and adam and recipe.train.optimizer_state == "average"
+
+
+def _adapt_averages(recipe: Recipe) -> bool:
+    return "adapt" in recipe.phases and recipe.adapt.optimizer_state == "average"
+
+
 SECAGG = (
     Rule(
+        key="optim.clip_grad",
+        excluded=lambda recipe, n: _pretrain_averages(recipe) and not recipe.optim.clip_grad,
+        why=UNBOUNDED,
+        remedy="--set optim.clip_grad=3, or --set train.optimizer_state=local",
+    ),
+    Rule(
+        key="adapt.clip_grad",
+        excluded=lambda recipe, n: _adapt_averages(recipe) and not recipe.adapt.clip_grad,
+        why=UNBOUNDED,
+        remedy="--set adapt.clip_grad=3, or --set adapt.optimizer_state=local",
+    ),
+    Rule(
         key="train.optimizer_state",
-        excluded=lambda recipe, n: "pretrain" in recipe.phases and recipe.train.optimizer_state == "average",
-        why="Adam's squares span more orders of magnitude than fixed point holds",
-        remedy="--set train.optimizer_state=local",
+        excluded=lambda recipe, n: _pretrain_averages(recipe) and recipe.secagg.ring == 16,
+        why=COARSE,
+        remedy="--set train.optimizer_state=local, or --set secagg.ring=32",
     ),
     Rule(
         key="adapt.optimizer_state",
-        excluded=lambda recipe, n: "adapt" in recipe.phases and recipe.adapt.optimizer_state == "average",
-        why="Adam's squares span more orders of magnitude than fixed point holds",
-        remedy="--set adapt.optimizer_state=local",
+        excluded=lambda recipe, n: _adapt_averages(recipe) and recipe.secagg.ring == 16,
+        why=COARSE,
+        remedy="--set adapt.optimizer_state=local, or --set secagg.ring=32",
     ),
     Rule(
         key="train.local_steps",
@@ -77,6 +102,12 @@ SECAGG = (
         remedy="--set codec=none",
     ),
     Rule(
+        key="robust.clip",
+        excluded=lambda recipe, n: recipe.robust.clip is not None,
+        why="nobody sees the update of which the norm is to be taken",
+        remedy="--set robust.clip=null",
+    ),
+    Rule(
         key="secagg.ring",
         excluded=lambda recipe, n: levels(recipe.secagg.ring, n) < LEVELS_MIN,
         why=f"so many sites' sum leaves each fewer than {LEVELS_MIN} levels of a value",
@@ -84,7 +115,7 @@ SECAGG = (
     ),
 )
 # Reductions that need each site's update by itself have no key of the recipe yet; when they do, their rule goes here:
-# coordinate-wise median, trimmed mean, Krum, norm bounds at the coordinator, top-k, asynchronous folding (FedBuff).
+# coordinate-wise median, trimmed mean, Krum, top-k, asynchronous folding (FedBuff).
 
 
 def check(recipe: Recipe, n_sites: int | None) -> None:

@@ -9,7 +9,9 @@ from torch import Tensor
 from chexfound import cells, wire
 from chexfound.errors import ProtocolError
 from chexfound.phases import Reply
+from strategies import robust
 from strategies.aggregate import Fold
+from strategies.ceiling import Ceiling, cut
 
 
 def _count(value: object, what: str) -> int:
@@ -31,8 +33,13 @@ class FedAvg:
     def __init__(
         self, phase: str, previous: Mapping[str, Tensor], n_findings: int = 0, rows: Sequence[str] = ()
     ) -> None:
-        self.phase, self.n_findings = phase, n_findings
+        self.phase, self.n_findings, self.previous = phase, n_findings, previous
+        self.hold(Ceiling(labelled=(None,) * n_findings, capped={}), None)
         self._fold = Fold(previous, rows)
+
+    def hold(self, ceiling: Ceiling, bound: float | None) -> None:
+        """Set what a site's weight may be, and the norm of its update (None: any); before any reply is folded in."""
+        self.ceiling, self.bound = ceiling, bound
 
     def add(self, reply: Reply) -> None:
         """Fold in one site's reply: `admit`, and what that returns."""
@@ -44,17 +51,26 @@ class FedAvg:
         Raises: ProtocolError if its counts are not counts, or its tensors do not fit.
         """
         images = _count(cells.known(reply.values.get("images")), "a reply's images")
+        weight = cut(images, self.ceiling.images)
         if self.phase == "pretrain":
-            return self._fold.admit(reply.tensors, images)
+            return self._admit(reply.tensors, weight)
         labelled = reply.values.get("labelled")
         if not isinstance(labelled, list) or len(labelled) != self.n_findings:
             raise ProtocolError(f"a reply's labelled must be {self.n_findings} counts")
         weights = [_count(cells.known(number), "a reply's labelled") for number in labelled]
         if any(weights):
-            return self._fold.admit(reply.tensors, images, weights)
+            return self._admit(reply.tensors, weight, list(map(cut, weights, self.ceiling.labelled)))
         if images or reply.tensors:
             raise ProtocolError("a reply without a labelled image counts images, or holds tensors")
         return lambda: None
+
+    def _admit(
+        self, update: Mapping[str, Tensor], weight: int, row_weights: Sequence[int] | None = None
+    ) -> Callable[[], None]:
+        fold = self._fold.admit(update, weight, row_weights)
+        if self.bound is None or (own := robust.norm(update, self.previous)) <= self.bound:
+            return fold
+        return self._fold.admit(robust.clipped(update, self.previous, own, self.bound), weight, row_weights)
 
     def result(self) -> dict[str, Tensor]:
         """The aggregated weights.

@@ -4,7 +4,8 @@ Site and coordinator make the same layout from the recipe, the request and the s
 the context binds it.  Figures that plain aggregation sends by site (counts, losses, results) exist here as sums only.
 
     counts     images by split, patients, and positives and negatives by finding
-    pretrain   how far the steps led from what was sent, weighted by images; losses of each step
+    pretrain   how far the steps led from what was sent, weighted by images; losses of each step; of the optimizer's
+               moments, where they are averaged, what `moments` says
     features   mean and mean square of each channel, weighted by images
     adapt      as pretrain; a finding's rows are weighted by its labelled images
     evaluate   held-out images by finding, label and bin of the score
@@ -34,7 +35,7 @@ from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.pretrain.health import PROBED, STEP_FIGURES
 from chexfound.schema import Recipe
-from chexfound.secagg import fixed
+from chexfound.secagg import fixed, moments
 from chexfound.secagg.fixed import Layout, Section
 
 PHASES = ("counts", "pretrain", "features", "adapt", "evaluate")
@@ -68,7 +69,7 @@ class Settings:
         ring: bits of the values' ring.
         images: as many as a weight of 1 stands for; more count as these.
         labelled: the same by finding, for its rows.
-        ranges: of each tensor's values times their weight.
+        ranges: of each tensor's values times their weight; of an optimizer's steps, which are counted, none.
     """
 
     ring: int
@@ -99,7 +100,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.request.phase not in PHASES:
             raise ProtocolError(f"{self.request.phase!r} is no phase that is summed")
-        if set(self.settings.ranges) != set(self.shapes):
+        if set(self.settings.ranges) != {name for name in self.shapes if not moments.is_step(name)}:
             raise ProtocolError("the ranges are not those of the tensors that are summed")
         if self.settings.ring not in (16, 32):
             raise ProtocolError(f"there is no ring of {self.settings.ring} bits")
@@ -126,7 +127,10 @@ class Plan:
             return [Section("histograms", (findings, 2, BINS), 32)]
         if phase == "features":
             return [Section(name, shape, 64) for name, shape in self.shapes.items()] + [Section("images", (), 32)]
-        sections = [Section(f"tensor/{name}", shape, ring, ranges[name]) for name, shape in self.shapes.items()]
+        sections = [
+            Section(f"tensor/{name}", shape, *((64,) if moments.is_step(name) else (ring, ranges[name])))
+            for name, shape in self.shapes.items()
+        ]
         sections.append(Section("images", (), 32))
         if phase == "adapt":
             sections.append(Section("labelled", (findings,), 32))
@@ -217,10 +221,14 @@ class Plan:
             section = f"tensor/{name}"
             # Of a site that trains nothing: what was sent, with no weight.
             new = reply.tensors.get(name)
+            if moments.is_step(name):
+                values[section] = np.array(images * round(float(new - sent[name])) if new is not None else 0)
+                continue
             if new is None:
                 values[section] = np.zeros(shape, np.float32)
             else:
-                values[section] = (new.sub_(sent[name]) if spend else new - sent[name]).float().numpy()
+                new, before = moments.summed(name, new), moments.summed(name, sent[name])
+                values[section] = (new.sub_(before) if spend else new - before).float().numpy()
             weights[section] = by_row if name in self.rows else weight
         values["images"] = np.array(images)
         rows = {int(row["step"]) - self.request.step: row for row in reply.values["history"]}
@@ -241,18 +249,22 @@ class Plan:
             sums: by section, each looked at once, and its array spent.
         """
         result = dict(self.request.tensors)
-        weight = int(sums["images"]) / self.settings.images
+        images = int(sums["images"])
+        weight = images / self.settings.images
         for name in self.shapes:
-            total = sums[f"tensor/{name}"]
+            total, before = sums[f"tensor/{name}"], self.request.tensors[name]
+            if moments.is_step(name):
+                result[name] = before + int(total) / (images or np.inf)
+                continue
             if name in self.rows:
                 by_row = sums["labelled"] / np.array(self.settings.labelled, np.float64)
                 by_row = by_row.reshape(-1, *[1] * (total.ndim - 1))
                 total = np.divide(total, by_row, out=np.zeros_like(total), where=by_row > 0)
             else:
                 np.divide(total, weight or np.inf, out=total)
-            before = self.request.tensors[name]
-            result[name] = _tensor(total).add_(before).to(before.dtype)
-            del total  # before the next one comes: in float64 a tensor is twice as large
+            mean = _tensor(total).add_(moments.summed(name, before.double()))
+            result[name] = (mean.clamp_(min=0).square_() if moments.is_square(name) else mean).to(before.dtype)
+            del total, mean  # before the next one comes: in float64 a tensor is twice as large
         return result
 
     def moments(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -266,7 +278,7 @@ class Plan:
         return result
 
     def history(self, sums: Mapping[str, np.ndarray], constants: Mapping[str, float]) -> list[dict[str, float]]:
-        """A row a step: the mean of each figure over the sites that have it, by images.
+        """A row for each step that a site took: the mean of each figure over the sites that have it, by images.
 
         Args:
             sums: by section.
@@ -278,8 +290,13 @@ class Plan:
             for name in FIGURES[self.request.phase]:
                 if images := int(sums[f"figure/{name}/images"][step]):
                     row[name] = float(sums[f"figure/{name}"][step]) * self.settings.images / images
-            rows.append(row)
+            if "loss" in row:
+                rows.append(row)
         return rows
+
+    def nothing(self) -> dict[str, np.ndarray]:
+        """The sums over sites of which none has a part in any of it."""
+        return fixed.decode(self.layout, self.layout.zeros())
 
 
 def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: Mapping[str, Sequence[int]]) -> Plan:
@@ -300,9 +317,10 @@ def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: M
     if request.phase == "adapt":
         head = build_head(recipe, len(request.findings))
         trained = {name: tuple(value.shape) for name, value in head.named_parameters() if value.requires_grad}
-        if told != trained:
+        averaged = recipe.adapt.optimizer_state == "average"
+        if told != (moments.with_moments(trained) if averaged else trained):
             raise ProtocolError("the shapes are not those of the head's trained tensors")
-        rows = frozenset(head.row_parameters) & set(trained)
+        rows = moments.row_names(set(head.row_parameters) & set(trained)) & set(told)
     channels = recipe.adapt.n_last_blocks * schema.ARCHS[recipe.student.arch][0]
     if request.phase == "features" and told != dict.fromkeys(moment_names(), (channels,)):
         raise ProtocolError("the shapes are not those of the moments")

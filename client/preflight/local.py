@@ -91,11 +91,12 @@ def policy(subject: Subject) -> Finding:
         demanded = Policy.load(subject.home)
     except ConfigError as error:
         return failed(str(error), f"mend {path}: until then every run is refused; docs/site.md says what it may hold")
-    clear = "runs in the clear are refused" if demanded.secagg.required else "runs in the clear are accepted"
+    refused = demanded.masked(n)
+    clear = f"runs in the clear are {'refused' if refused else 'accepted'}"
     try:
         held = demanded.parameters(n)
     except ConfigError as error:
-        if demanded.secagg.required:
+        if refused:
             return failed(f"{path}: {error}; {clear}, so there can be none", f"change secagg in {path}, or take it out")
         if path.exists():
             return warning(f"{path}: {error}", f"change secagg in {path}, or take it out")

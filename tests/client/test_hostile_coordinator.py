@@ -520,26 +520,7 @@ def test_equal_weights_cannot_hide_behind_a_tensor_without_a_part(phase: str, fe
 # -- what is asked in the clear, out of turn, twice or too late
 
 
-@pytest.mark.parametrize("phase", ["pretrain", "features", "adapt", "evaluate"])
-def test_a_plain_request_under_masks_is_refused(phase: str, fed: Federation) -> None:
-    one = pretraining(fed)
-    assert fed.ask(VICTIM, replace(one.request, phase=phase)) == "secagg.plain"
-    assert fed.refused(VICTIM) == ["secagg.plain"]
-
-
-def test_a_site_that_requires_masks_takes_no_part_in_a_plain_run(fed: Federation) -> None:
-    (fed.homes[VICTIM] / "site.yaml").write_text("secagg:\n  required: true\n")
-    plain = replace(fed.recipe, aggregation="fedavg")
-    for phase in ("enrol", "pretrain", "features", "adapt", "evaluate"):
-        assert fed.ask(VICTIM, replace(pretraining(fed).request, phase=phase), recipe=plain) == "secagg.plain"
-    assert set(fed.ask(VICTIM, replace(pretraining(fed).request, phase="enrol")).values) == {
-        "site", "versions", "findings",
-    }  # fmt: skip
-    assert fed.attempt().finish()["images"] == 96
-
-
 def test_a_site_that_requires_masks_takes_no_delivery_of_a_plain_run(fed: Federation) -> None:
-    (fed.homes[VICTIM] / "site.yaml").write_text("secagg:\n  required: true\n")
     told = {"sha256": "0" * 64, "size": 4, "start": 0}
     part = Request(phase="pretrain", stage="deliver", told=told, chunk=np.zeros(4, np.uint8))
     assert fed.ask(VICTIM, part, recipe=replace(fed.recipe, aggregation="fedavg")) == "secagg.plain"
@@ -574,7 +555,6 @@ def test_masked_arrays_are_not_collected_after_their_attempt(
 
 def test_a_part_is_for_a_phase_that_there_is(fed: Federation) -> None:
     """Else each word that is made up would be an entry in the journal of refusals, and a line in the log."""
-    (fed.homes[VICTIM] / "site.yaml").write_text("secagg:\n  required: true\n")
     told = {"sha256": "0" * 64, "size": 4, "start": 0}
     for phase in ("", "x", "x" * 100, "pretrain\n03:14:15 chexfound.client all is well"):
         part = Request(phase=phase, stage="deliver", told=told, chunk=np.zeros(4, np.uint8))

@@ -164,6 +164,11 @@ def test_a_policy_that_holds_is_told(prepare: Callable[..., Path], tmp_path: Pat
     for name in ("EAST", "SOUTH", "WEST"):
         sites = sites.with_site(name, membership.make_keys(tmp_path / name)[0])
     membership.approve(home, dataclasses.replace(held, sites=sites))
+    for demand in ("secagg: {required: true, colluders: 1}", "secagg: {colluders: 1}", ""):
+        (home / "site.yaml").write_text(demand)
+        assert check(home)["policy"].text.startswith("runs in the clear are refused; ")
+    (home / "site.yaml").write_text("plain: accepted")
+    assert check(home)["policy"].text.startswith("runs in the clear are accepted; ")
     (home / "site.yaml").write_text("secagg: {required: true, colluders: 1}")
     text = "runs in the clear are refused; a masked sum is over 3 of 4 sites or more, of which 1 may collude"
     assert check(home)["policy"].text == text

@@ -77,7 +77,7 @@ def test_a_site_that_has_summed_nothing(home: Path, capsys: pytest.CaptureFixtur
     assert "site NORTH: secure aggregation in federation thorax, roster 4" in out
     assert "4; 1 may collude with the coordinator; 3 must agree to a sum" in out
     assert "is over 3 sites or more; 1 may be lost" in out
-    assert "in the clear are accepted too" in out
+    assert "that do not aggregate under masks are refused" in out
     assert "attempt       none yet" in out
     assert not (home / "secagg").exists()  # looking leaves no trace
 
@@ -90,6 +90,12 @@ def demand(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(Policy, "load", staticmethod(lambda home: Policy(secagg=SecAgg(**values))))
 
     return make
+
+
+def test_a_site_that_takes_runs_in_the_clear(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "site.yaml").write_text("plain: accepted")
+    assert do("show") == 0
+    assert "in the clear are accepted too" in capsys.readouterr().out
 
 
 def test_the_numbers_are_those_of_the_policy(

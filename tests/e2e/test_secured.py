@@ -46,6 +46,7 @@ def secured(federation: Any, small: Recipe, tmp_path_factory: Any) -> Hospitals:
         made.enrol(name)
     for name in made.names:
         assert "differs from the installed release 0.1.0: nothing" in made.approve(name)
+        made.accept_plain(name)
     made.running = made.up()
     made.sites = {name: made.serve(name, small.image_px) for name in made.names}
     made.recipe = federation.folder / "recipe.yaml"

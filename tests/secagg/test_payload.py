@@ -20,7 +20,7 @@ from chexfound.journal import canonical
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import ARCHS, Adapt, Recipe
-from chexfound.secagg import fixed, mask, messages, payload
+from chexfound.secagg import fixed, mask, messages, moments, payload
 from chexfound.secagg.payload import FIGURE_RANGE, FIGURES, PHASES, Plan, moment_names, plan
 from chexfound.secagg.payload import Settings as Told
 from strategies.fedavg import FedAvg
@@ -63,7 +63,7 @@ def evaluate() -> Plan:
     return plan(RECIPE, Request(phase="evaluate", findings=FINDINGS), Told(ring=32, images=1), N, {})
 
 
-def moments(images: int = 100, highest: float = 8.0) -> Plan:
+def of_features(images: int = 100, highest: float = 8.0) -> Plan:
     ranges = {name: highest if name.endswith(".sum") else highest**2 for name in moment_names()}
     shapes = dict.fromkeys(moment_names(), (CHANNELS,))
     asked = Request(phase="features", findings=FINDINGS)
@@ -90,7 +90,7 @@ def trained(by: float, images: Any = 10, steps: Sequence[Mapping[str, Any]] = ()
 
 # -- the layout
 
-ALL = [pretrain, adapt, counts, evaluate, moments]
+ALL = [pretrain, adapt, counts, evaluate, of_features]
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -184,7 +184,7 @@ def test_two_sums_are_one_question_only_where_a_site_s_part_is_the_same() -> Non
 def test_a_question_goes_by_what_its_phase_hangs_on() -> None:
     rate, views = replace(HEAD, lr=0.1), replace(HEAD, views=1)
     optim = replace(RECIPE.optim, weight_decay=0.5)
-    for made, by_rate in ((moments(), False), (adapt(), True), (evaluate(), True)):
+    for made, by_rate in ((of_features(), False), (adapt(), True), (evaluate(), True)):
         assert (with_recipe(made, adapt=rate) != made.question()) == by_rate
         assert with_recipe(made, adapt=views) != made.question()
         assert with_recipe(made, seed=1) != made.question()
@@ -253,7 +253,7 @@ def test_the_sum_of_weights_cannot_pass_two_to_the_32() -> None:
 def test_a_range_of_moments_that_the_ring_does_not_hold_is_refused(highest: float) -> None:
     """Beyond it a value would be cast to no integer at all, and the sum be noise."""
     try:
-        made = moments(highest=highest)
+        made = of_features(highest=highest)
     except ChexfoundError:
         assert highest**2 > 2.0**63 * 2.0**-32 / (2 * N) * 0.9
         return
@@ -550,7 +550,7 @@ def moments_of(means: Mapping[str, tuple[np.ndarray, np.ndarray]], images: int, 
 @settings(max_examples=40)
 def test_the_standardisation_is_that_of_all_sites(sites: list[int], seed: int) -> None:
     """Of real features, by their moments; of a site without images there are none."""
-    draws, made, replies, plain = np.random.default_rng(seed), moments(images=30), [], []
+    draws, made, replies, plain = np.random.default_rng(seed), of_features(images=30), [], []
     for images in sites:
         if not images:
             replies.append(Reply(values={"images": 0}))
@@ -571,7 +571,7 @@ def test_the_standardisation_is_that_of_all_sites(sites: list[int], seed: int) -
 
 
 def test_moments_beyond_the_range_are_cut() -> None:
-    made = moments(highest=2.0)
+    made = of_features(highest=2.0)
     means = np.resize([5.0, -5.0, 1.0], CHANNELS)
     reply = moments_of(dict.fromkeys(("patches", "cls"), (means, means**2)), 10)
     found = made.moments(summed(made, [reply]))
@@ -609,11 +609,12 @@ def test_history_is_the_mean_by_images_of_the_sites_that_have_a_figure() -> None
 def test_a_figure_is_off_by_no_more_than_fixed_point_is(sites: list[tuple[int, float | None]]) -> None:
     made = pretrain(images=200, steps=1, step=0)
     replies = [trained(0, images, [{"step": 0, "loss": loss}]) for images, loss in sites]
-    (row,) = made.history(summed(made, replies), {})
+    rows = made.history(summed(made, replies), {})
     there = [(min(images, 200), loss) for images, loss in sites if loss is not None]
     if not there:
-        assert "loss" not in row
+        assert rows == []
         return
+    (row,) = rows
     images = sum(one for one, _ in there)
     mean = sum(one * loss for one, loss in there) / images
     bound = len(sites) * FIGURE_RANGE / fixed.levels(32, N) / (images / 200)
@@ -623,7 +624,7 @@ def test_a_figure_is_off_by_no_more_than_fixed_point_is(sites: list[tuple[int, f
 def test_steps_that_were_not_asked_for_leave_nothing() -> None:
     made = pretrain()
     odd = trained(0, 10, [{"step": 3, "loss": 9.0}, {"step": 6, "loss": 9.0}])
-    assert made.history(summed(made, [odd]), {}) == [{"step": 4}, {"step": 5}]
+    assert made.history(summed(made, [odd]), {"log_k": 3.5}) == []  # nor a row without a loss
 
 
 def test_no_figure_of_one_site_stands_in_the_values_in_clear() -> None:
@@ -655,3 +656,101 @@ def test_a_digest_is_of_rings_sizes_and_values() -> None:
     assert len(set(digests)) == len(digests)
     assert payload.digest(dict(reversed(one.items()))) == digests[0]
     assert payload.digest({ring: array.astype(f">u{ring // 8}") for ring, array in one.items()}) == digests[0]
+
+
+# -- averaged moments of the optimizer
+
+MOMENTS = [f"optimizer.b.{key}" for key in ("exp_avg", "exp_avg_sq", "step")]
+BETAS = (0.9, 0.99)
+CLIP = 3.0
+
+
+def with_moments(sent: Mapping[str, Tensor]) -> Plan:
+    """Of one parameter `b` and its moments, as they were sent."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
+    ranges = {"b": 2.0, MOMENTS[0]: 2 * CLIP, MOMENTS[1]: CLIP}
+    asked = Request(phase="pretrain", step=4, steps=2, tensors=dict(sent))
+    return plan(RECIPE, asked, Told(ring=32, images=100, ranges=ranges), N, shapes)
+
+
+def stepped(gradients: Sequence[float], m: float = 0.0, v: float = 0.0) -> tuple[float, float]:
+    for gradient in gradients:
+        m = BETAS[0] * m + (1 - BETAS[0]) * gradient
+        v = BETAS[1] * v + (1 - BETAS[1]) * gradient**2
+    return m, v
+
+
+def state(m: float, v: float, step: float) -> dict[str, Tensor]:
+    return {
+        "b": torch.ones(3),
+        MOMENTS[0]: torch.full((3,), m),
+        MOMENTS[1]: torch.full((3,), v),
+        MOMENTS[2]: torch.tensor(step),
+    }
+
+
+gradients = st.lists(st.floats(-CLIP, CLIP, width=32), min_size=2, max_size=2)
+
+
+@given(gradients, st.lists(st.tuples(st.integers(1, 100), gradients), min_size=1, max_size=N))
+def test_averaged_moments_are_the_means_of_the_firsts_and_of_the_roots(
+    before: list[float], sites: list[tuple[int, list[float]]]
+) -> None:
+    """Each site goes on from the same moments with gradients of its own; and no step from the mean is too long."""
+    made = with_moments(state(*stepped(before), 2.0))
+    ends = [(images, stepped(own, *stepped(before))) for images, own in sites]
+    replies = [Reply(tensors=state(m, v, 4.0), values={"images": images, "history": []}) for images, (m, v) in ends]
+    found = made.update(summed(made, replies))
+    moments.lift(found, *BETAS)
+    total = sum(images for images, _ in ends)
+    error = len(sites) * 2 * CLIP / fixed.levels(32, N) / (total / 100) + 1e-6
+    assert float(found[MOMENTS[2]]) == 4.0
+    assert found[MOMENTS[0]][0].item() == pytest.approx(sum(w * m for w, (m, _) in ends) / total, abs=error)
+    root = sum(w * v**0.5 for w, (_, v) in ends) / total
+    most = moments.squared(*BETAS, 4)
+    # Lifted only by what rounding has moved the first moment.
+    assert root - error <= found[MOMENTS[1]][0].item() ** 0.5 <= root + (1 + most**-0.5) * error
+    m, v = (found[name].double() for name in MOMENTS[:2])
+    assert bool((m**2 <= most * v * (1 + 1e-6) + 1e-30).all())
+
+
+def test_a_root_that_falls_to_nothing_does_not_blow_a_step_up() -> None:
+    """Its gradient is a thousandth of a step of fixed point, and the first moment rounds up all the same."""
+    made = with_moments(state(0.0, 0.0, 0.0))
+    sums = summed(made, [Reply(tensors=state(1e-9, 1e-18, 2.0), values={"images": 100, "history": []})] * N)
+    sums[f"tensor/{MOMENTS[0]}"] = np.full(3, 4 * CLIP / fixed.LEVELS)
+    sums[f"tensor/{MOMENTS[1]}"] = np.zeros(3)
+    found = made.update(sums)
+    assert float(found[MOMENTS[1]].max()) == 0
+    moments.lift(found, *BETAS)
+    longest = found[MOMENTS[0]].abs() / found[MOMENTS[1]].sqrt()
+    assert float(longest.max()) == pytest.approx(moments.squared(*BETAS, 2) ** 0.5, rel=1e-5)
+
+
+def test_what_no_site_has_trained_keeps_its_moments_to_the_last_bit() -> None:
+    before = state(0.1, 0.0123, 2.0)
+    made = with_moments(before)
+    found = made.update(made.nothing())
+    moments.lift(found, *BETAS)
+    assert all(torch.equal(found[name], before[name]) for name in before)
+
+
+def test_sums_of_squared_steps_by_hand() -> None:
+    """After one step m² is (1 − β₁)²/(1 − β₂) of v; after many, that over 1 − β₁²/β₂."""
+    assert moments.squared(0.9, 0.99, 1) == pytest.approx(1.0)
+    assert moments.squared(0.9, 0.999, 10**6) == pytest.approx(10 / (1 - 0.81 / 0.999))
+    assert moments.squared(0.9, 0.81, 5) == pytest.approx(0.01 / 0.19 * 5)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, GLORI])
+def test_a_head_s_moments_go_by_findings_where_its_weights_do(recipe: Recipe) -> None:
+    averaged = replace(recipe, adapt=replace(recipe.adapt, optimizer_state="average"))
+    weights = head(averaged)
+    shapes = moments.with_moments({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    ranges = {name: 1.0 for name in shapes if not moments.is_step(name)}
+    told = Told(ring=32, images=100, labelled=[60, 60, 60], ranges=ranges)
+    made = plan(averaged, Request(phase="adapt", steps=1, findings=FINDINGS), told, N, shapes)
+    assert len(made.rows) == 3 * len(adapt(recipe).rows)
+    assert all(made.shapes[name][0] == len(FINDINGS) for name in made.rows)
+    with pytest.raises(ProtocolError, match="not those of the head's trained tensors"):
+        plan(recipe, made.request, told, N, shapes)

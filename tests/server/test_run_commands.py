@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from chexfound import __version__
+from chexfound import recipe as recipes
 from chexfound.journal import Journal
 from chexfound.model import checkpoint
 from client import membership
@@ -33,6 +34,28 @@ def test_run_says_what_it_made_and_what_is_next(thorax, flwr, listening, capsys)
         f"next: chexfound-server watch {thorax.folder} first\n"
     )
     assert json.loads((thorax.path("runs") / "first" / "run.json").read_text())["rounds"]["pretrain"] == 7
+
+
+def resolved(thorax: Federation, name: str) -> str:
+    return recipes.load(str(thorax.path("runs") / name / "recipe.yaml")).aggregation
+
+
+def test_from_three_sites_on_a_run_is_under_masks_and_says_so(thorax, flwr, listening, capsys, tmp_path: Path) -> None:
+    shared = ("--detach", "--set", "train.pooled_batch_size=36", "--set", "adapt.pooled_batch_size=66")
+    assert do(thorax, "run", "demo", "--name", "two", *shared) == 0
+    assert "masks" not in capsys.readouterr().out
+    thorax.write_sites(thorax.sites().with_site("WEST", membership.make_keys(tmp_path / "west")[0]))
+    assert do(thorax, "run", "demo", "--name", "three", *shared) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("3 sites: the run aggregates under masks (aggregation: secagg)")
+    assert "plain: accepted" in said
+    assert do(thorax, "run", "demo", "--name", "clear", *shared, "--set", "aggregation=fedavg") == 0
+    written = tmp_path / "own.yaml"
+    written.write_text("aggregation: fedavg\ntrain: {pooled_batch_size: 33}\nadapt: {pooled_batch_size: 66}\n")
+    assert do(thorax, "run", str(written), "--name", "own", "--detach") == 0
+    assert "masks" not in capsys.readouterr().out
+    kinds = {name: resolved(thorax, name) for name in ("two", "three", "clear", "own")}
+    assert kinds == {"two": "fedavg", "three": "secagg", "clear": "fedavg", "own": "fedavg"}
 
 
 def test_ctrl_c_leaves_the_run_going(thorax, flwr, listening, capsys, monkeypatch) -> None:
@@ -163,7 +186,7 @@ def test_status_as_json(thorax, submitted, live, happened, capsys) -> None:
             "run": "first", "state": "pretrain", "round": 2, "rounds": 3, "since": "2026-11-27T13:26:23+00:00",
             "done": {"pretrain": [1, 3], "adapt": [0, 1]}, "waiting_for": ["SOUTH"], "replied": ["NORTH"], "lost": [],
             "loss": 9.5, "auroc": None, "bytes": {"down": 27_000_000, "up": 26_956_752}, "flower_run": "100",
-            "error": None, "model_sha256": None, "withholding": [],
+            "error": None, "model_sha256": None, "withholding": [], "warnings": [],
         }
     ]  # fmt: skip
 

@@ -52,13 +52,13 @@ def test_names_that_cannot_be(thorax, recipe, name: str) -> None:
 
 def test_what_cannot_begin_is_not_made(thorax, recipe) -> None:
     masked = recipes.load("demo", {"aggregation": "secagg"})
-    with pytest.raises(ConfigError, match=r"3 problems(.|\n)*3 to 128 sites(.|\n)*train.optimizer_state"):
+    with pytest.raises(ConfigError, match=r"3 to 128 sites; this federation has 2"):
         runs.create(thorax, masked, None, None)
     many = recipes.load("demo", {"federation.min_sites": 3})
     with pytest.raises(ConfigError, match=r"min_sites 3 sites, and the federation has 2.*min_sites=2"):
         runs.create(thorax, many, None, None)
     summed = recipes.load("demo", {"federation.min_sites": 2, "aggregation": "secagg"})
-    with pytest.raises(ConfigError, match="(?s)3 problems.*3 to 128 sites; this federation has 2.*optimizer_state"):
+    with pytest.raises(ConfigError, match="3 to 128 sites; this federation has 2"):
         runs.create(thorax, summed, None, None)
     with pytest.raises(ConfigError, match="--backbone.*no such file"):
         runs.create(thorax, recipe, None, Path("nothing.safetensors"))

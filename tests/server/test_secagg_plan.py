@@ -73,12 +73,15 @@ def test_messages_grow_with_the_sites_and_are_counted_as_they_are_written() -> N
 
 def test_a_recipe_is_counted_and_its_ring_taken(tmp_path, capsys) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\naggregation: secagg\nsecagg: {ring: 16, colluders: 0}\nteacher: {policy: rederive}\n")
+    path.write_text(
+        "name: mine\naggregation: secagg\nsecagg: {ring: 16, colluders: 0}\nteacher: {policy: rederive}\n"
+        "train: {optimizer_state: local}\n"
+    )
     found = plans(capsys, "--recipe", str(path), "--sites", "8")
     assert (found["ring"], found["plans"][0]["c"], found["plans"][0]["levels"]) == (16, 0, 4095)
     both = plans(capsys, "--recipe", "demo", "--sites", "8")
     assert both["ring"] == 32
-    assert both["values"] == 2 * found["values"]  # the teacher travels too
+    assert both["values"] == 4 * found["values"]  # the teacher travels too, and two moments
 
 
 def test_the_count_is_that_of_the_tensors_that_a_run_sums(capsys) -> None:
@@ -88,7 +91,10 @@ def test_the_count_is_that_of_the_tensors_that_a_run_sums(capsys) -> None:
 
     weights = initial_weights(load("demo"))
     left = set(weights) - frozen_gains(load("demo"), weights)
-    expected = sum(weights[name].numel() for name in left if not name.startswith(PREFIX))
+    steps = {name for name in left if name.startswith(PREFIX) and name.endswith(".step")}
+    expected = sum(
+        weights[name].numel() for name in left - steps
+    )  # of which one is counted, and not masked in the ring
     assert plans(capsys, "--recipe", "demo", "--sites", "3")["values"] == expected
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from chexfound.errors import SiteError
+from chexfound.errors import RefusedError, SiteError
 from chexfound.journal import Journal, read_journal
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
@@ -21,8 +23,10 @@ from chexfound.secagg.payload import Settings
 from chexfound.secagg.site import Side, WrongSharesError
 from client import secure as client_secure
 from client import site as client_site
+from server import standing
+from server.app import log_event
 from server.exchange import Missing
-from server.run import Run
+from server.run import Outcome, Run
 from server.secure import SecureSums
 from server.secure_run import SecureRun
 from tests.secagg.federation import NAMES, STAGES, Federation
@@ -358,17 +362,195 @@ def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averag
         assert kept["in"] > 50_000  # all of this went in parts; the undisturbed run whole
         assert "out" not in kept  # gone with its attempt
 
-    whole.recipe = replace(secagg, aggregation="fedavg")
-    for name in NAMES:
-        whole.nodes[name]["home"] = str(tmp_path / "plain" / name)
-        copy_keys(whole.homes[name], tmp_path / "plain" / name)
-    client_site.forget()
-    plain = Run(whole.recipe, whole.exchange(), tmp_path / "fedavg").run()
+    plain = in_the_clear(whole, tmp_path)
     assert close(plain.tensors, undisturbed.tensors)
     assert checkpoint.digest(plain.tensors) != checkpoint.digest(undisturbed.tensors)
+
+
+def in_the_clear(whole: Federation, tmp_path: Path) -> Outcome:
+    """The same run as plain averaging, at sites that accept it."""
+    for name in NAMES:
+        home = tmp_path / "plain" / name
+        whole.nodes[name]["home"] = str(home)
+        copy_keys(whole.homes[name], home)
+        (home / "site.yaml").write_text("plain: accepted")
+    client_site.forget()
+    whole.recipe = replace(whole.recipe, aggregation="fedavg")
+    return Run(whole.recipe, whole.exchange(), tmp_path / "fedavg").run()
 
 
 def copy_keys(home: Path, to: Path) -> None:
     to.mkdir(parents=True)
     for part in ("keys", "federation.json", "ca.crt"):
         (shutil.copytree if (home / part).is_dir() else shutil.copy)(home / part, to / part)
+
+
+def test_averaged_moments_are_those_of_plain_averaging_but_for_the_mean_of_roots(
+    whole: Federation, tmp_path: Path
+) -> None:
+    """A round each, from the same weights."""
+    train = replace(whole.recipe.train, optimizer_state="average", local_steps=2)
+    whole.recipe = replace(whole.recipe, train=train, phases=("pretrain",))
+    SecureRun(whole.recipe, whole.exchange(), tmp_path / "run").run()
+    masked = checkpoint.load(next((tmp_path / "run" / "rounds").glob("*.safetensors")))
+    in_the_clear(whole, tmp_path)
+    plain = checkpoint.load(next((tmp_path / "fedavg" / "rounds").glob("*.safetensors")))
+    assert masked.keys() == plain.keys()
+    for name, tensor in plain.items():
+        if name.endswith(".exp_avg_sq"):
+            assert bool((masked[name].sqrt() <= tensor.sqrt() + 1e-5).all()), name  # of means, that of roots is lower
+            assert bool((masked[name].sqrt() >= tensor.sqrt() / len(NAMES) ** 0.5 - 1e-5).all()), name
+        elif name.endswith(".step"):
+            assert torch.equal(masked[name], tensor), name
+        else:
+            assert torch.allclose(masked[name], tensor, rtol=0, atol=1e-5), name
+    squares = [name for name in plain if name.endswith(".exp_avg_sq")]
+    assert squares
+    for name in squares:
+        m = masked[name.replace("exp_avg_sq", "exp_avg")].double()
+        assert bool((m**2 <= 53 * masked[name].double() * 1.001 + 1e-30).all()), name
+
+
+# -- a finding that too few sites can train
+
+
+@pytest.mark.parametrize("known", [(), ("alpha", "beta")])
+def test_a_finding_that_too_few_sites_can_train_ends_with_the_reason(
+    known: Sequence[str], whole: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All label it, and of the others none has a positive among its training images."""
+    true = client_site.Site.training_labels
+
+    def labels(site: Any, recipe: Any, findings: tuple[str, ...]) -> Any:
+        found = true(site, recipe, findings)
+        if site.name not in known and "Bar" in findings:
+            column = findings.index("Bar")
+            found[:, column] = 0
+        return found
+
+    monkeypatch.setattr(client_site.Site, "training_labels", labels)
+    recipe = whole.recipe
+    whole.recipe = replace(
+        recipe, phases=("adapt", "evaluate"), adapt=replace(recipe.adapt, rounds=2, findings=("Bar",))
+    )
+    told: list[Any] = []
+    outcome = SecureRun(whole.recipe, whole.exchange(), tmp_path / "run", on_event=told.append).run()
+    rounds = [event for event in told if event["event"] == "round"]
+    assert [one["zeroed"] for one in rounds] == [["Bar"]] * 2
+    assert [one["sites"][0]["history"] for one in rounds] == [[], []]
+    for event in told:
+        log_event(event)
+        assert standing.line(event, {})
+    assert [standing.loss(event) for event in rounds] == [None, None]
+    assert {row["auroc"] for row in outcome.results} == {None}
+    assert all("fewer sites label it" in row["reason"] for row in outcome.results)
+
+
+def test_a_site_without_a_trainable_finding_has_no_part_and_no_say(
+    whole: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = client_site.Site.training_labels
+
+    def labels(site: Any, recipe: Any, findings: tuple[str, ...]) -> Any:
+        found = true(site, recipe, findings)
+        return found.clip(-1, 0) if site.name == "delta" else found
+
+    monkeypatch.setattr(client_site.Site, "training_labels", labels)
+    whole.recipe = replace(whole.recipe, phases=("adapt", "evaluate"))
+    told: list[Any] = []
+    SecureRun(whole.recipe, whole.exchange(), tmp_path / "run", on_event=told.append).run()
+    (one,) = [event for event in told if event["event"] == "round"]
+    assert set(one.get("zeroed", ())) < {"Bar", "Blob"}
+    assert "delta" in one["cohort"]
+    assert standing.loss(one) > 0
+
+
+# -- adverts of what was not asked
+
+
+@pytest.mark.parametrize(
+    "findings", [["Bar", "invented"], ["Bar", "Bar"], [f"f{n}" for n in range(4096)], ["x"] * 5000]
+)
+def test_a_site_that_advertises_what_was_not_asked_is_left_out(
+    findings: list[str], sums: Callable[..., SecureSums], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = client_secure.advertise
+
+    def advertise(key: Any, attempt: Any, site: str, *given: Any, **named: Any) -> Any:
+        advert = true(key, attempt, site, *given, **named)
+        return replace_unchecked(advert, findings).signed(key, attempt) if site == "beta" else advert
+
+    def replace_unchecked(advert: Any, value: list[str]) -> Any:
+        made = copy.copy(advert)
+        object.__setattr__(made, "findings", value)
+        object.__setattr__(made, "signature", "")
+        return made
+
+    monkeypatch.setattr(client_secure, "advertise", advertise)
+    run = sums()
+    summed = counted(run)
+    assert summed.survivors == ["alpha", "delta", "gamma"]
+    assert [one["site"] for one in summed.missing] == ["beta"]
+    assert run.exchange.stages == list(STAGES)
+
+
+# -- a site that refuses by its own policy
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, stage: str, names: Sequence[str]) -> None:
+    """These sites take no part in sums of so few patients: they say so as they advertise, or once they see the work."""
+    what = {"advertise": "declared", "masked": "run"}[stage]
+    true = getattr(client_secure.phases, what)
+
+    def instead(site: Any, *given: Any) -> Any:
+        if site.name in names:
+            raise RefusedError("policy.patients")
+        return true(site, *given)
+
+    monkeypatch.setattr(client_secure.phases, what, instead)
+
+
+@pytest.mark.parametrize("stage", ["advertise", "masked"])
+def test_a_site_that_refuses_is_missing_and_the_sum_goes_on(
+    stage: str, sums: Callable[..., SecureSums], fed: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sums()
+    refusing(monkeypatch, stage, ["beta"])
+    summed = counted(run)
+    assert summed.survivors == ["alpha", "delta", "gamma"]
+    assert summed.missing == [{"site": "beta", "reason": "policy.patients"}]
+    assert fed.refused("beta") == ["policy.patients"]
+
+
+@pytest.mark.parametrize("stage", ["advertise", "masked"])
+def test_where_too_few_are_left_nothing_is_opened(
+    stage: str, sums: Callable[..., SecureSums], fed: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = sums()
+    refusing(monkeypatch, stage, ["alpha", "beta"])
+    with pytest.raises(SiteError, match=r"only 2 .*missing: alpha \(policy\.patients\), beta \(policy\.patients\)"):
+        counted(run)
+    assert not opened(fed)
+
+
+def test_a_site_s_own_minimum_holds_for_all(sums: Callable[..., SecureSums], fed: Federation) -> None:
+    (fed.homes["gamma"] / "site.yaml").write_text("secagg: {minimum: 4}")
+    with pytest.raises(SiteError, match="only 3 of 4 sites came through, 4 are needed"):
+        counted(without_beta(sums()))
+    assert not opened(fed)
+
+
+def without_beta(run: SecureSums) -> SecureSums:
+    """Beta's masked values never come."""
+    run.exchange.change["masked", "beta"] = lambda reply: Missing(reason="gone", error=SiteError("gone"))
+    return run
+
+
+@pytest.mark.parametrize(("n", "together", "most"), [(3, 99, 66), (4, 101, 51), (128, 10, 5), (4, 0, 1)])
+def test_a_site_counts_at_most_its_share_of_what_all_counted(
+    n: int, together: int, most: int, fed: Federation, tmp_path: Path
+) -> None:
+    run = SecureRun(fed.recipe, fed.exchange(), tmp_path / "run")
+    sites = {str(number): None for number in range(n)}
+    run.sums = SimpleNamespace(sites=SimpleNamespace(sites=sites))  # type: ignore[assignment]
+    assert run._most(together) == most

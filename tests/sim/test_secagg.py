@@ -68,6 +68,19 @@ def test_weights_are_those_of_plain_averaging(masked: Any, in_the_clear: Any) ->
     assert 0 < furthest(masked, in_the_clear) <= WEIGHTS
 
 
+def test_a_preset_s_moments_are_averaged_under_masks_as_without(simulate: Any, four: Path) -> None:
+    """No option but the aggregation's own; over so few rounds the mean of roots is as good as that of squares."""
+    runs = [simulate("--arms", "federated", "--set", f"aggregation={how}", data=four) for how in ("secagg", "fedavg")]
+    assert [ran.code for ran in runs] == [0, 0], runs[0].stderr
+    ours, plain = (figures(ran, "federated") for ran in runs)
+    assert len(ours) > len(NAMES)
+    mean = sum(ours[key] - plain[key] for key in plain) / len(plain)
+    assert abs(mean) <= AUROC
+    up = [ran.metrics["bytes"]["federated/pretrain"]["up"] for ran in runs]
+    assert up[0] == pytest.approx(up[1], rel=0.05)  # whole moments, as whole as without
+    assert runs[0].metrics["secagg"]["clipped"] == 0
+
+
 def test_half_the_bytes(simulate: Any, four: Path, masked: Any, in_the_clear: Any) -> None:
     """Ring 2^16: coarser, and yet near."""
     ran = simulate("--arms", "federated", *MASKED, "--set", "secagg.ring=16", data=four)
@@ -116,10 +129,11 @@ def test_no_arm_of_one_site_is_summed(masked: Any) -> None:
 
 
 def test_all_that_does_not_fit_is_said_at_once_and_nothing_is_left(simulate: Any, four: Path) -> None:
-    ran = simulate("--by", "iid:2", "--set", "aggregation=secagg", data=four)
+    coarse = ("--set", "secagg.ring=16", "--set", "robust.clip=2")
+    ran = simulate("--by", "iid:2", "--set", "aggregation=secagg", *coarse, data=four)
     assert ran.code == 2
     said = " ".join(ran.stderr.split())
-    for part in ("3 problems", "is for 3 to 128 sites", *LOCAL):
+    for part in ("4 problems", "is for 3 to 128 sites", *LOCAL, "robust.clip=null"):
         assert part in said
     assert not ran.out.exists()
 

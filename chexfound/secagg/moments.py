@@ -1,0 +1,73 @@
+"""Adam's moments in a masked sum: the first as it is, of the second the root, and the steps as whole numbers.
+
+Squares span twice as many orders of magnitude as gradients, more than fixed point holds; their roots span as many.  The
+mean of the roots is not the root of the mean, and lies below it where sites differ; yet what makes a step safe stays
+true of it: at each site m² ≤ S·v (Cauchy-Schwarz, see `squared`), so |m| ≤ √S·√v, and both sides may be averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from chexfound.pretrain.optimizer import PREFIX
+
+KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def is_step(name: str) -> bool:
+    """Whether a tensor is the number of an optimizer's steps."""
+    return name.startswith(PREFIX) and name.endswith(".step")
+
+
+def is_square(name: str) -> bool:
+    """Whether a tensor is of Adam's squares."""
+    return name.startswith(PREFIX) and name.endswith(".exp_avg_sq")
+
+
+def names(parameter: str) -> list[str]:
+    """The moments of a parameter."""
+    return [f"{PREFIX}{parameter}.{key}" for key in KEYS]
+
+
+def with_moments(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters, and of their moments."""
+    found = dict(shapes)
+    for parameter, shape in shapes.items():
+        found |= {name: () if is_step(name) else shape for name in names(parameter)}
+    return found
+
+
+def row_names(rows: Collection[str]) -> frozenset[str]:
+    """Parameters whose first axis is the findings, and those of their moments that have it too."""
+    return frozenset(rows) | {name for row in rows for name in names(row) if not is_step(name)}
+
+
+def summed(name: str, tensor: Tensor) -> Tensor:
+    """What of a tensor is summed: a root, or the tensor itself."""
+    return tensor.sqrt() if is_square(name) else tensor
+
+
+def squared(beta1: float, beta2: float, steps: float) -> float:
+    """S: how many times v, at most, m² is after so many steps from zero, whatever the gradients."""
+    ratio = beta1**2 / beta2
+    series = steps if ratio == 1 else (1 - ratio**steps) / (1 - ratio)
+    return (1 - beta1) ** 2 / (1 - beta2) * series
+
+
+def lift(tensors: dict[str, Tensor], beta1: float, beta2: float) -> None:
+    """Raise squares, in place, to what their first moments allow: no root that was rounded down makes a step too long.
+
+    Args:
+        tensors: by name; where a parameter's squares are, all its moments are.
+        beta1: of the optimizer.
+        beta2: likewise.
+    """
+    for name in tensors:
+        if is_square(name):
+            parameter = name.rpartition(".")[0]
+            most = squared(beta1, beta2, float(tensors[f"{parameter}.step"]))
+            if most > 0:
+                least = tensors[f"{parameter}.exp_avg"].double().square_().div_(most)
+                tensors[name] = tensors[name].maximum(least.to(tensors[name].dtype))
