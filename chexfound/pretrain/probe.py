@@ -1,7 +1,7 @@
 """What a site sees of its own images through the teacher, every so many steps: effective rank and a kNN probe.
 
 Images and labels stay; what is told is one figure of each, and only over enough images of enough
-patients (`health.FEWEST_IMAGES`, `FEWEST_PATIENTS`).
+patients (`health.FEWEST_IMAGES`, and at least `FEWEST_PATIENTS` or as the site's policy has it).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Probe:
         limit: images at most.
         seed: with the roster index it names the stream that the images are chosen by, one of its own.
         dtype: of the arithmetic, as in training.
+        fewest: patients below which nothing is told: in all, and of a finding with it and without it.
         left_out: figures that are not told.
     """
 
@@ -48,12 +49,14 @@ class Probe:
         seed: int,
         roster_index: int,
         dtype: torch.dtype = torch.float32,
+        fewest: int = health.FEWEST_PATIENTS,
         left_out: Collection[str] = (),
     ) -> None:
         order = rng.numpy_generator(seed, "health", "probe", roster_index).permutation(len(labels))
         labelled = (labels[order] >= 0).any(1)
         self.places = np.sort(np.concatenate([order[labelled], order[~labelled]])[:limit])
-        self.pixels, self.every, self.dtype, self.left_out = pixels, every, dtype, left_out
+        self.pixels, self.every, self.dtype = pixels, every, dtype
+        self.fewest, self.left_out = fewest, left_out
         self.labels, self.patients = labels[self.places], [patients[place] for place in self.places]
 
     def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:
@@ -79,7 +82,7 @@ class Probe:
         return [name for name in health.PROBED if name != "knn_auroc" or judged]
 
     def _enough(self) -> bool:
-        return len(self.places) >= health.FEWEST_IMAGES and len(set(self.patients)) >= health.FEWEST_PATIENTS
+        return len(self.places) >= health.FEWEST_IMAGES and len(set(self.patients)) >= self.fewest
 
     @torch.no_grad()
     def features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,7 @@ class Probe:
         labels = self.labels[:, column]
         return all(
             len({patient for patient, label in zip(self.patients, labels, strict=True) if label == value})
-            >= health.FEWEST_PATIENTS
+            >= self.fewest
             for value in (0, 1)
         )
 
