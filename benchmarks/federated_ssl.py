@@ -120,7 +120,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         row: dict[str, Any] = json.loads(kept.read_text())
         if {key: row.pop(key) for key in of} == of:
             return row | {"finding": options.finding}
-    row = {"variant": name, "seed": seed, **_pretrained(variant, recipe, path, kept.parent)}
+    row = {"variant": name, "seed": seed, **pretrained(variant, recipe, path, kept.parent)}
     row |= {"auroc": {}, "auroc_plain": {}, "n": {}}
     for site, values in _probed(recipe, kept.parent, store, options.finding).items():
         for key, value in values.items():
@@ -129,7 +129,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     return row | {"finding": options.finding}
 
 
-def _pretrained(variant: Variant, recipe: Any, store_path: Path, folder: Path) -> dict[str, Any]:
+def pretrained(variant: Variant, recipe: Any, store_path: Path, folder: Path) -> dict[str, Any]:
     """Pretrain, or go on; leaves backbone.safetensors in the folder."""
     from chexfound.data.store import Store
     from chexfound.model import checkpoint

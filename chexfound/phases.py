@@ -293,7 +293,7 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
         tensors |= trainer.moments(copy=False)
     if under_way is not None:
         under_way.clear()
-    return Reply(tensors=tensors, values={"images": len(ids), "state": state, "history": rows})
+    return Reply(tensors=tensors, values={"images": len(ids), "state": state, "history": health.told(rows)})
 
 
 def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> None:
@@ -328,8 +328,8 @@ def _probe(site: Site, recipe: Recipe, request: Request) -> Probe | None:
         seed=recipe.seed,
         roster_index=request.roster_index,
         dtype=DTYPES[recipe.compute_precision.param_dtype],
+        fewest=max(health.FEWEST_PATIENTS, site.cells),
         left_out=request.left_out,
-        fewest=max(site.cells, health.FEWEST_PATIENTS),
     )
 
 
@@ -352,7 +352,10 @@ def _saves(site: Site, recipe: Recipe, request: Request, kept: dict[str, Tensor]
 
 
 def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
-    """Take the backbone, compute the training images' features, and give their moments."""
+    """Take the backbone and make the training images' features of it; they stay here, and the reply holds nothing.
+
+    No sum of them leaves either: whoever chose the backbone would read single images in it (docs/decisions/0012).
+    """
     backbone = _backbone(recipe, request.tensors)
     checkpoint.save(site.home / "backbone.safetensors", request.tensors)
     labels = site.training_labels(recipe, request.findings)
@@ -361,8 +364,8 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     folder = site.home / "features"
     if not len(ids):
         shutil.rmtree(folder, ignore_errors=True)
-        return Reply(values={"images": _none(site, recipe)})
-    kept = features.extract(
+        return Reply()
+    features.extract(
         recipe,
         backbone,
         lambda places: site.view.store.pixels(ids[places]),
@@ -371,10 +374,7 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
         folder,
         site.report("features"),
     )
-    counted = np.flatnonzero(_labelled(request, labels[(labels >= 0).any(1)]))
-    if not len(counted):
-        return Reply(values={"images": _none(site, recipe)})
-    return Reply(tensors=features.moments(kept, counted if request.left_out else None), values={"images": len(counted)})
+    return Reply()
 
 
 def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
@@ -408,7 +408,7 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
         _carry(site, recipe, request, trainer.state())
     else:
         tensors |= trainer.state()
-    return Reply(tensors=tensors, values={**values, "history": rows})
+    return Reply(tensors=tensors, values={**values, "history": health.told(rows)})
 
 
 def evaluate(site: Site, recipe: Recipe, request: Request) -> Reply:
@@ -456,12 +456,6 @@ PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
 def _none(site: Site, recipe: Recipe) -> Told:
     """What stands for no labelled image: what stands for few; 0 where masked numbers are added up."""
     return 0 if recipe.aggregation == "secagg" else cells.told(0, 0, site.cells)
-
-
-def _labelled(request: Request, labels: np.ndarray) -> np.ndarray:
-    """Which rows of labels (N, F) have one in a finding that is not left out."""
-    rows: np.ndarray = np.any((labels >= 0) & ~np.isin(request.findings, request.left_out), axis=1)
-    return rows
 
 
 def parted(recipe: Recipe, request: Request) -> list[str]:

@@ -34,6 +34,7 @@ Weight = Annotated[float, Field(ge=0)]
 Strength = Annotated[float, Field(ge=0, le=5)]  # in log units
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Fraction, Fraction]
+TokenNorm = Literal["none", "image", "learned"]
 
 ARCHS = {  # width, depth, heads
     "vit_demo": (96, 4, 4),
@@ -196,6 +197,9 @@ class Adapt:
     pooled_batch_size: Images | None = 64
     optimizer_state: Literal["average", "local"] = "average"
     n_last_blocks: Layers = 2
+    # What the head does to the tokens first: nothing, as the reference's; standardise them by the image's own; or a
+    # gain and a shift that it learns.  Never by figures of other images, which would have to leave a site.
+    token_norm: TokenNorm = "none"  # noqa: S105 (tokens of an image)
     views: Annotated[int, Field(ge=0, le=1000)] = 3  # augmented views cached beside the image itself
     lr: Rate = 4e-3
     weight_decay: Weight = 0.05

@@ -1,7 +1,7 @@
 """Requests and replies <-> Flower messages; the only module of the library that knows Flower.
 
 Everything that arrives is hostile until it has passed here: JSON into checked values, arrays into
-tensors of a known dtype.  Codec `none`: full float32 (and float64 for moments), nothing else.
+tensors of a known dtype.  Codec `none`: full float32 or float64, nothing else.
 
 With a request go the coordinator's terms (its release, who is in the federation), which a site reads before
 anything else; with a reply, where sites have keys, the site's signature.

@@ -108,6 +108,9 @@ def _answer(context: Context, request: Request, run_id: int) -> Reply:
     if request.stage:
         assert home is not None  # or the request was refused
         return secure.answer(here, run_recipe, request, run_id, home)
+    if run_recipe.aggregation == "secagg" and request.phase == "features":
+        assert home is not None  # likewise
+        return secure.features(here, run_recipe, request, home)
     reply = phases.run(here, run_recipe, request)
     log.info(
         "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",

@@ -20,8 +20,8 @@ from chexfound.pretrain.health import PROBE_FIGURES, STEP_FIGURES, problem
 
 log = logging.getLogger("chexfound.client")
 
-# Values that may leave, by phase.  Tensors: `pretrain` the student (teacher, Adam's moments), `features` the
-# moments of the tokens, `adapt` the head.
+# Values that may leave, by phase.  Tensors: `pretrain` the student (teacher, Adam's moments), `adapt` the head.  Of
+# `features` nothing does, no sum over images either.
 VALUES: dict[str, frozenset[str]] = {
     "enrol": frozenset(
         {
@@ -39,7 +39,7 @@ VALUES: dict[str, frozenset[str]] = {
         }
     ),
     "pretrain": frozenset({"images", "state", "history"}),
-    "features": frozenset({"images"}),
+    "features": frozenset(),
     "adapt": frozenset({"images", "labelled", "history"}),
     "evaluate": frozenset({"results"}),
     # The stages of secure aggregation: keys, sealed shares, signatures, and what is under masks.
@@ -56,7 +56,7 @@ VALUES: dict[str, frozenset[str]] = {
 TENSORS: dict[str, tuple[str, ...]] = {
     "enrol": (),
     "pretrain": ("student.", "teacher.", "optimizer."),
-    "features": ("patches.", "cls."),
+    "features": (),
     "adapt": ("",),
     "evaluate": (),
     "advertise": (),

@@ -31,7 +31,6 @@ from client.policy import PLAIN, Policy
 TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses what it does not know, or is not listed
     "counts": (),
     "pretrain": ("",),
-    "features": ("",),
     "adapt": ("",),
     "evaluate": ("head.",),
 }
@@ -45,6 +44,21 @@ def answer(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path
     with closing(_desk(home, site.name)) as desk:
         desk.sweep()
         return desk.answer(site, recipe, request, run_id)
+
+
+def features(site: Site, recipe: Recipe, request: Request, home: Path) -> Reply:
+    """Take the backbone of a run under masks and make features of it, of which no sum is asked, and say nothing.
+
+    To send one site another backbone is of no use: the context of every later sum holds its digest, so sites that have
+    different ones do not open each other's shares.
+
+    Raises: any ChexfoundError of the phase itself.
+    """
+    with closing(_desk(home, site.name)) as desk:
+        work = replace(request, roster_index=desk.index())
+    reply = phases.run(site, recipe, work)
+    lineage.record_features(site, recipe, work)
+    return reply
 
 
 def _desk(home: Path, name: str = "") -> Desk:
@@ -67,7 +81,8 @@ def check_plain(recipe: Recipe, request: Request, run_id: int, home: Path | None
         sweep(home)
     masked = recipe.aggregation == "secagg"
     required = home is not None and Policy.load(home).masked(len(membership.present(home).sites.sites))
-    if not (required or masked) or (masked and request.phase == "enrol"):
+    untold = ("enrol",) if home is None else ("enrol", "features")  # whose replies hold nothing that is to be masked
+    if not (required or masked) or (masked and request.phase in untold):
         return
     why = "" if masked else f"the run's recipe does not aggregate under masks; here that needs `{PLAIN}` in site.yaml"
     error = RefusedError("secagg.plain", why)
@@ -142,7 +157,7 @@ class Desk(Attempts):
         secrets = Secrets.fresh()
         with replace_file(self.folder / "secrets.json", 0o600) as temporary:
             temporary.write_text(json.dumps({name: value.hex() for name, value in _secrets(secrets).items()}))
-        work = replace(request, roster_index=self._index())
+        work = replace(request, roster_index=self.index())
         advert = advertise(
             self.key,
             attempt,
@@ -211,13 +226,11 @@ class Desk(Attempts):
             request,
             fresh=len(states) > 1 or "" in states,  # all the same rounds behind them, or all without
             left_out=tuple(zeroed),  # before the work, not after: what is trained on them is in every other number
-            roster_index=self._index(),
+            roster_index=self.index(),
         )
         lineage.begin(site, recipe, work)
         reply = phases.run(site, recipe, work)
         lineage.record(site, recipe, work, shared["base"])
-        if request.phase == "features":
-            lineage.record_features(site, recipe, work)
         values, weight = plan.values(reply, zeroed, spend=True)
         arrays = self._arrays(plan.layout.sizes)
         mask.masked(plan.layout, values, weight, side.masks(sharers), arrays)
@@ -256,7 +269,7 @@ class Desk(Attempts):
 
     # -- what a stage stands on
 
-    def _index(self) -> int:
+    def index(self) -> int:
         """This site's number, which is not what the coordinator says."""
         return sorted(self.sites.sites).index(self.site)
 

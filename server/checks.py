@@ -211,46 +211,13 @@ def _history_keys(recipe: Recipe, phase: str) -> tuple[set[str], set[str], set[s
     return {"step", "loss", "dino", "log_k", *health.STEP_FIGURES} | koleo, at_times, probed
 
 
-# -- moments of the features
+# -- features
 
 
-def check_moments(reply: Reply, recipe: Recipe, backbone: Mapping[str, Tensor]) -> None:
-    """Count, sum and squares of each channel are those of the images counted, as the backbone can see them.
-
-    Tokens leave the backbone's last LayerNorm: none is beyond √D · max|weight| + max|bias|.
-    """
-    images, moments = cells.known(reply.values["images"]), reply.tensors
-    expected = _moment_shapes(recipe, backbone["norm.weight"].numel()) if images else {}
-    if {name: tuple(tensor.shape) for name, tensor in moments.items()} != expected:
-        raise ProtocolError("a reply's moments are not what they should be: its tensors")
-    if any(tensor.dtype != torch.float64 or not bool(tensor.isfinite().all()) for tensor in moments.values()):
-        raise ProtocolError("a reply's moments are not what they should be: finite float64 numbers")
-    limit = reach(backbone)
-    patches = (recipe.image_px // recipe.student.patch_size) ** 2
-    for part, tokens in (("patches", patches), ("cls", 1)) if images else ():
-        total, squares = moments[f"{part}.sum"], moments[f"{part}.squares"]
-        count = (1 + recipe.adapt.views) * tokens * images
-        if float(moments[f"{part}.count"]) != count:
-            raise ProtocolError(f"a reply's moments are not what they should be: {part}.count of {images} images")
-        if bool((squares > count * limit**2 * ROUNDING).any()):
-            raise ProtocolError(f"a reply's moments are not what they should be: {part}.squares are too large")
-        if bool((total**2 > count * squares * ROUNDING).any()):
-            raise ProtocolError(f"a reply's moments are not what they should be: {part}.sum is too large")
-
-
-def reach(backbone: Mapping[str, Tensor]) -> float:
-    """Beyond which no token of this backbone's last LayerNorm is."""
-    width = backbone["norm.weight"].numel()
-    return math.sqrt(width) * largest(backbone["norm.weight"]) + largest(backbone["norm.bias"])
-
-
-def _moment_shapes(recipe: Recipe, width: int) -> dict[str, tuple[int, ...]]:
-    channels = recipe.adapt.n_last_blocks * width
-    return {
-        f"{part}.{key}": (size,)
-        for part in ("patches", "cls")
-        for key, size in (("count", 1), ("sum", channels), ("squares", channels))
-    }
+def check_nothing(reply: Reply) -> None:
+    """A reply to `features` says by its coming that they are made, and holds nothing."""
+    if reply.values or reply.tensors or reply.masked:
+        raise ProtocolError("a reply holds something where nothing was asked for")
 
 
 # -- results

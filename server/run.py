@@ -20,7 +20,6 @@ from torch import Tensor
 
 from chexfound import cells, wire
 from chexfound import recipe as recipes
-from chexfound.adapt import features
 from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.journal import Journal, write_text
 from chexfound.model import checkpoint
@@ -40,7 +39,6 @@ from strategies.ceiling import Ceiling
 from strategies.fedavg import FedAvg
 
 Event = dict[str, Any]
-NO_LABEL = "no site has a labelled training image; choose other findings, or leave adapt out of phases"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,10 +384,9 @@ class Run:
         config = self.recipe.adapt
         head_module = build_head(self.recipe, len(self.findings))
         done, head = self._last("adapt")
-        sums = self._moments(backbone, first=head is None)
+        self._features(backbone, first=head is None)
         if head is None:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
-            head |= features.standardization(sums)
             if config.optimizer_state == "average":
                 head |= zero_moments(head_module)
         moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
@@ -401,35 +398,25 @@ class Run:
             head = self._train_round("adapt", strategy, head, frozen, number, config.local_steps, self.batches.adapt)
         return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
 
-    def _moments(self, backbone: dict[str, Tensor], *, first: bool) -> list[dict[str, Tensor]]:
-        """Have the sites extract their features; the moments of those that have any.
+    def _features(self, backbone: dict[str, Tensor], *, first: bool) -> None:
+        """Have the sites take the backbone and make their features of it, which stay there.
 
         Args:
             backbone: that the features are of.
             first: the run's features are not in its journal yet.
         """
-        started = time.monotonic()
-        requests = self._requests("features", backbone)
-
-        def check(member: Member, reply: Reply) -> None:
-            checks.check_counts("features", reply, member, self.findings)
-            checks.check_moments(reply, self.recipe, backbone)
-
-        cohort = self._ask(requests, check, "features")
-        sums = [reply.tensors for _, reply in cohort if reply.tensors]
+        started, requests = time.monotonic(), self._requests("features", backbone)
+        cohort = self._ask(requests, lambda _, reply: checks.check_nothing(reply), "features")
+        for _ in cohort:
+            pass
         # Without this run's features a site may hold another run's: it has no part in what stands on them.
         self._behind = {one["site"] for one in cohort.missing}
-        if not sums:
-            raise DataError(NO_LABEL)
-        down = len(requests) * wire.payload_bytes(backbone)
-        up = sum(wire.payload_bytes(tensors) for tensors in sums)
         if first:
-            self._record_features(started, down, up, cohort.missing)
-        return sums
+            self._record_features(started, len(requests) * wire.payload_bytes(backbone), cohort.missing)
 
-    def _record_features(self, started: float, down: int, up: int, missing: list[dict[str, str]]) -> None:
+    def _record_features(self, started: float, down: int, missing: list[dict[str, str]]) -> None:
         event: Event = {"event": "features", "seconds": round(time.monotonic() - started, 3)}
-        event["bytes"] = {"down": down, "up": up}
+        event["bytes"] = {"down": down, "up": 0}
         self._record(event | ({"missing": missing} if missing else {}))
 
     def _unscored(self) -> dict[str, str]:

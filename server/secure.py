@@ -30,6 +30,7 @@ from chexfound.secagg.messages import Advert, Attempt, Opened, Packet
 from chexfound.secagg.parameters import Parameters, labelling
 from chexfound.secagg.payload import Plan, Settings
 from chexfound.secagg.site import too_rare
+from server import checks
 from server.exchange import Exchange, Member, Missing
 from strategies.secagg import MaskedSum
 
@@ -139,6 +140,32 @@ class SecureSums:
                 )
         tried = "one attempt" if len(failed) == 1 else f"{len(failed)} attempts, of which the last"
         raise SiteError(f"{_where(request)}: no sum after {tried}: {failed[-1]}{hint}")
+
+    def hand_out(self, request: Request) -> list[dict[str, str]]:
+        """Send all sites what no sum is made of; who did not take it, with the reason.
+
+        Raises: SiteError if fewer did than a sum needs.
+        """
+        names, reasons = [member.name for member in self.members], dict(self.left_out)
+        requests = [None if name in self.left_out else request for name in names]
+        for name, outcome in zip(names, self.exchange.ask(requests), strict=True):
+            if isinstance(outcome, Missing):
+                reasons[name] = outcome.reason
+            elif outcome is not None:
+                try:
+                    checks.check_nothing(outcome)
+                except ProtocolError as error:
+                    reasons[name] = error.code
+                    self.tell({"event": "refused", **_place(request), "site": name, "reason": error.code})
+        missing = [{"site": name, "reason": why} for name, why in sorted(reasons.items())]
+        needed = max(self.parameters.t, self.recipe.federation.quorum_sites or 0)
+        if len(names) - len(missing) < needed:
+            who = ", ".join(f"{one['site']} ({one['reason']})" for one in missing)
+            raise SiteError(
+                f"{_where(request)}: only {len(names) - len(missing)} of {self.parameters.n} sites came through, "
+                f"{needed} are needed; missing: {who}"
+            )
+        return missing
 
     def _next(self, request: Request) -> int:
         """A number that no site has seen for this sum, whenever the coordinator died."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from chexfound import cells
+from chexfound import cells, wire
 from chexfound.errors import DataError, ProtocolError, SiteError
 from chexfound.evaluate import histograms
 from chexfound.journal import write_json
@@ -28,7 +27,7 @@ from chexfound.secagg.payload import Settings
 from server import checks
 from server.grid import GridExchange
 from server.plan import bounded
-from server.run import NO_LABEL, Event, Run
+from server.run import Event, Run
 from server.secure import SecureSums, Summed
 from strategies import ceiling, composition
 from strategies.fedavg import FedAvg
@@ -268,42 +267,24 @@ class SecureRun(Run):
 
     # -- features and results
 
-    def _moments(self, backbone: dict[str, Tensor], *, first: bool) -> list[dict[str, Tensor]]:
-        started, path = time.monotonic(), self.own / "moments.safetensors"
+    def _features(self, backbone: dict[str, Tensor], *, first: bool) -> None:
         self._backbone = checkpoint.digest(backbone)
-        self._again = functools.partial(self._features, backbone)
-        if any(entry["event"] == "features" for entry in self.journal.entries) and path.exists():
-            return [checkpoint.load(path)]
-        summed = self._features(backbone)
-        if not int(summed.sums["images"]):
-            raise DataError(NO_LABEL)
-        moments = summed.plan.moments(summed.sums)
-        checkpoint.save(path, moments)
-        self._record_features(started, summed.down, summed.up, summed.missing)
-        return [moments]
-
-    def _features(self, backbone: dict[str, Tensor]) -> Summed:
-        """Have the sites take the backbone and extract their features."""
-        width = backbone["norm.weight"].numel()
-        highest = checks.reach(backbone)
-        channels = self.recipe.adapt.n_last_blocks * width
-        ranges = {name: highest if name.endswith(".sum") else highest**2 for name in payload.moment_names()}
-        settings = Settings(ring=self.recipe.secagg.ring, images=self.totals["train"], ranges=ranges)
-        shapes = dict.fromkeys(payload.moment_names(), (channels,))
-        return self.sums.sum(self._request("features", backbone), settings, shapes)
+        self._again = functools.partial(self.sums.hand_out, self._request("features", backbone))
+        if any(entry["event"] == "features" for entry in self.journal.entries):
+            return
+        started = time.monotonic()
+        missing = self._again()
+        down = len(self.roster) * wire.payload_bytes(backbone)
+        self._record_features(started, down, missing)
 
     def _on_backbone(self, ask: Callable[[], Summed]) -> Summed:
-        """What `ask` gives; the backbone is sent once more if the sites hold another run's by now.
-
-        It is a second sum on the same weights: where a site is missing the others refuse it, and yet have the backbone.
-        """
+        """What `ask` gives; the backbone is sent once more if the sites hold another run's by now."""
         try:
             return ask()
         except SiteError as error:
             if "(secagg.weights)" not in str(error):
                 raise
-        with contextlib.suppress(SiteError):
-            self._again()
+        self._again()
         return ask()
 
     def _evaluate(self, model: dict[str, Tensor]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

@@ -37,8 +37,7 @@ def centralized(
     kept = features.extract(recipe, backbone, lambda places: store.pixels(labelled[places]), len(labelled), 0, folder)
     labels = np.where(trainable_findings(labels), labels, np.int8(-1)).astype(np.int8)[(labels >= 0).any(1)]
     head = HeadTrainer(recipe, kept, labels, 0)
-    start = build_head(recipe, len(findings)).state_dict() | features.standardization([features.moments(kept)])
-    head.load_global(start)
+    head.load_global(build_head(recipe, len(findings)).state_dict())
     head.run(0, recipe.adapt.total_steps, recipe.adapt.pooled_batch_size)
     return checkpoint.add_prefix(weights, "backbone.") | checkpoint.add_prefix(head.global_tensors(), "head.")
 

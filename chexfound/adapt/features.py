@@ -1,4 +1,4 @@
-"""What a frozen backbone sees in the training images, computed once and kept on the site's disk.
+"""What a frozen backbone sees in the training images, computed once and kept on the site's disk, which it never leaves.
 
 Shapes: V views (the image itself first), N images, n last blocks, P patches, D width.
 """
@@ -6,7 +6,7 @@ Shapes: V views (the image itself first), N images, n last blocks, P patches, D 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,35 +98,3 @@ def _reserve(path: Path) -> None:
 def load(folder: Path) -> Features:
     """The features that `extract` left in a folder."""
     return Features(np.load(folder / "patches.npy", mmap_mode="r"), np.load(folder / "cls.npy", mmap_mode="r"))
-
-
-def moments(features: Features, images: np.ndarray | None = None) -> dict[str, Tensor]:
-    """Count, sum and sum of squares of each channel, float64: they add up over sites.
-
-    `images`: positions of those that count; all, if not given.
-    """
-    result = {}
-    for name, array in (("patches", features.patches), ("cls", features.cls)):
-        total = np.zeros(array.shape[-1])
-        squares, count = np.zeros(array.shape[-1]), 0
-        for view in range(len(array)):
-            part = array[view] if images is None else array[view, images]
-            flat = part.reshape(-1, array.shape[-1]).astype(np.float64)
-            count += len(flat)
-            total += flat.sum(0)
-            squares += (flat**2).sum(0)
-        result[f"{name}.count"] = torch.tensor([float(count)], dtype=torch.float64)
-        result[f"{name}.sum"], result[f"{name}.squares"] = torch.from_numpy(total), torch.from_numpy(squares)
-    return result
-
-
-def standardization(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The head's input standardisation from the moments of all sites (added in the order given)."""
-    result = {}
-    for name, module in (("patches", "token_norm"), ("cls", "cls_norm")):
-        count = sum(float(s[f"{name}.count"]) for s in sums)
-        mean = torch.stack([s[f"{name}.sum"] for s in sums]).sum(0) / max(count, 1.0)
-        variance = torch.stack([s[f"{name}.squares"] for s in sums]).sum(0) / max(count, 1.0) - mean**2
-        result[f"{module}.mean"] = mean.float()
-        result[f"{module}.std"] = variance.clamp_min(1e-12).sqrt().float()
-    return result

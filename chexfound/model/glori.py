@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chexfound import rng
-from chexfound.model.heads import LinearHead, Standardize, grid_means, token_statistics
+from chexfound.model.heads import LinearHead, grid_means, token_norms, token_statistics
 from chexfound.schema import ARCHS, Recipe
 
 
@@ -46,7 +46,8 @@ class GLoRI(nn.Module):
 
     The queries are random and never trained, so they must be the same at every site: they come
     from the coordinator's first weights and travel with the head.  `cls`, `stats`, `grid`,
-    `positions` and the standardisation of the tokens are ours, for small backbones; all off is the paper's head.
+    `positions` and `token_norm` (as of `heads.token_norms`) are ours, for small backbones; all off is the paper's
+    head.  The statistics are of the patch tokens as they come: an image's standardised ones have none.
 
     Per-finding parameters: `query_embed.weight` (F, E), `duplicate_pooling` (F, channels) and
     `duplicate_pooling_bias` (F); a finding's rows are averaged over the sites that label it.
@@ -69,12 +70,15 @@ class GLoRI(nn.Module):
         stats: bool = False,
         grid: int = 0,
         positions: int = 0,
+        token_norm: str = "none",  # noqa: S107 (tokens of an image)
     ) -> None:
         super().__init__()
         memory = dim * n_blocks
         self.dim, self.n_blocks = dim, n_blocks
         self.use_cls, self.use_stats, self.grid = cls, stats, grid
-        self.token_norm, self.cls_norm = Standardize(memory), Standardize(memory)
+        self.token_norm, self.cls_norm = token_norms(token_norm, memory)
+        if not cls:
+            self.cls_norm = nn.Identity()  # or a weight that nothing hangs on would be trained
         self.embed_standart = nn.Linear(memory, embed_dim)
         self.position_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if positions else None
         self.query_embed = nn.Embedding(n_findings, embed_dim)
@@ -91,7 +95,8 @@ class GLoRI(nn.Module):
 
         With return_attention, a pair (logits, attention (B, h, F, P)).
         """
-        tokens = self.token_norm(torch.cat(list(patches), dim=-1))  # (B, P, n·D)
+        as_they_come = torch.cat(list(patches), dim=-1)  # (B, P, n·D)
+        tokens = self.token_norm(as_they_come)
         memory = F.relu(self.embed_standart(tokens))
         if self.position_embed is not None:
             memory = memory + self.position_embed
@@ -101,7 +106,7 @@ class GLoRI(nn.Module):
         if self.use_cls:
             pooled.append(self.cls_norm(torch.cat(list(cls), dim=-1)))
         if self.use_stats:
-            pooled.append(token_statistics(tokens))
+            pooled.append(token_statistics(as_they_come))
         if self.grid:
             pooled.append(grid_means(tokens, self.grid))
         weight = self.duplicate_pooling
@@ -120,6 +125,7 @@ def head_options(recipe: Recipe, n_findings: int) -> dict[str, Any]:
         "n_blocks": config.n_last_blocks,
         "stats": config.glori_stats,
         "grid": config.glori_grid,
+        "token_norm": config.token_norm,
     }
     if config.head == "linear":
         return options

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from chexfound.errors import ConfigError
 from chexfound.pretrain import ranks
 
+EPS = 1e-5  # of a variance, as torch's
+
 
 def init_linear(layer: nn.Linear, init: str) -> None:
     """Draw a layer's weights from torch's global generator: "xavier", or "trunc_normal" of 0.02 as DINOv2's."""
@@ -96,20 +98,48 @@ def grid_means(patches: Tensor, side: int) -> Tensor:
     return F.adaptive_avg_pool2d(places, side).flatten(1)
 
 
-class Standardize(nn.Module):
-    """Per-channel standardisation by moments that are given, not learned: they come from all sites."""
-
-    mean: Tensor
-    std: Tensor
+class Affine(nn.Module):
+    """A gain and a shift for each channel, learned with the head; at first they change nothing."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) to the same shape."""
-        return (x - self.mean) / self.std
+        return x * self.weight + self.bias
+
+
+class OwnPatches(nn.Module):
+    """Standardise each channel of an image over that image's own patches: nothing of another image is in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P, channels) to the same shape."""
+        centred = x - x.mean(1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + EPS)
+
+
+class OwnChannels(nn.Module):
+    """Standardise an image's CLS tokens over their channels: an image has one of each, and no patches to go over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels) to the same shape."""
+        return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def token_norms(kind: str, channels: int) -> tuple[nn.Module, nn.Module]:
+    """What a head does to patch tokens (B, P, channels) and to CLS tokens (B, channels) before all else.
+
+    Args:
+        kind: "none"; "image", by the image's own tokens; or "learned", with the head.
+        channels: of the blocks' tokens side by side.
+    """
+    if kind == "learned":
+        return Affine(channels), Affine(channels)
+    if kind == "image":
+        return OwnPatches(), OwnChannels()
+    return nn.Identity(), nn.Identity()
 
 
 class LinearHead(nn.Module):
@@ -119,20 +149,31 @@ class LinearHead(nn.Module):
 
     Args:
         avgpool: concatenate the mean patch token of the last block, as DINOv2's linear evaluation may.
+        token_norm: as of `token_norms`; statistics and mean are of the patch tokens as they come, since an image's
+            standardised ones have none.
     """
 
     row_parameters = ("weight", "bias")
     findings: tuple[str, ...] = ()  # their names, where whoever loads the head knows them
 
     def __init__(
-        self, n_findings: int, dim: int, n_blocks: int, *, stats: bool = True, grid: int = 0, avgpool: bool = False
+        self,
+        n_findings: int,
+        dim: int,
+        n_blocks: int,
+        *,
+        stats: bool = True,
+        grid: int = 0,
+        avgpool: bool = False,
+        token_norm: str = "none",  # noqa: S107 (tokens of an image)
     ) -> None:
         super().__init__()
         channels = dim * n_blocks * (1 + 3 * int(stats) + grid**2) + dim * int(avgpool)
         self.dim, self.n_blocks = dim, n_blocks
         self.stats, self.grid, self.avgpool = stats, grid, avgpool
-        self.token_norm = Standardize(dim * n_blocks)
-        self.cls_norm = Standardize(dim * n_blocks)
+        self.token_norm, self.cls_norm = token_norms(token_norm, dim * n_blocks)
+        if not grid:
+            self.token_norm = nn.Identity()  # or a weight that nothing hangs on would be trained
         self.weight = nn.Parameter(torch.zeros(n_findings, channels))
         self.bias = nn.Parameter(torch.zeros(n_findings))
 
@@ -144,11 +185,11 @@ class LinearHead(nn.Module):
         if return_attention:
             raise ConfigError("a linear head has no attention: leave return_attention out, or take a GLoRI head")
         features = [self.cls_norm(torch.cat(list(cls), dim=-1))]
-        tokens = self.token_norm(torch.cat(list(patches), dim=-1))
+        tokens = torch.cat(list(patches), dim=-1)
         if self.avgpool:
             features.append(tokens[..., -self.dim :].mean(1))
         if self.stats:
             features.append(token_statistics(tokens))
         if self.grid:
-            features.append(grid_means(tokens, self.grid))
+            features.append(grid_means(self.token_norm(tokens), self.grid))
         return F.linear(torch.cat(features, dim=-1), self.weight, self.bias)

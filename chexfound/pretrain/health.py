@@ -26,6 +26,8 @@ FEWEST_PATIENTS = 5  # in all; and with a finding, and without it
 NEIGHBOURS = 20  # of the kNN probe, and below its temperature: as Caron et al. 2021 (DINO)
 KNN_TEMP = 0.07
 RANKME_EPS = 1e-7
+DIGITS = 4  # of a figure that is told: finer ones are noise, and each is a function of a few images' features
+EXACT = ("step", "log_k", "probe_images")  # of a row: what is of no image
 
 
 @torch.no_grad()
@@ -139,6 +141,16 @@ def dino_gap(row: Mapping[str, float]) -> float:
     so the mean cross entropy of a pair; that of a uniform student is log K with any target.
     """
     return row["dino"] - row["log_k"]
+
+
+def told(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The rows of a learning curve as they leave a site: to so many digits as whoever steers training can use.
+
+    Exact figures of a batch could be a read-out of one image of it for whoever chose the weights, 53 bits at a time.
+    """
+    return [
+        {name: value if name in EXACT else float(f"{value:.{DIGITS}g}") for name, value in row.items()} for row in rows
+    ]
 
 
 def problem(row: Mapping[str, float], dim: float = math.inf) -> str | None:

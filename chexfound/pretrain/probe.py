@@ -1,7 +1,7 @@
 """What a site sees of its own images through the teacher, every so many steps: effective rank and a kNN probe.
 
 Images and labels stay; what is told is one figure of each, and only over enough images of enough
-patients (`health.FEWEST_IMAGES`, `FEWEST_PATIENTS`).
+patients (`health.FEWEST_IMAGES`, and at least `FEWEST_PATIENTS` or as the site's policy has it).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Probe:
         limit: images at most.
         seed: with the roster index it names the stream that the images are chosen by, one of its own.
         dtype: of the arithmetic, as in training.
+        fewest: patients below which nothing is told: in all, and of a finding with it and without it.
         left_out: figures that are not told.
-        fewest: patients, in all, and with a finding and without it, of whom a figure is told.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Probe:
         seed: int,
         roster_index: int,
         dtype: torch.dtype = torch.float32,
-        left_out: Collection[str] = (),
         fewest: int = health.FEWEST_PATIENTS,
+        left_out: Collection[str] = (),
     ) -> None:
         order = rng.numpy_generator(seed, "health", "probe", roster_index).permutation(len(labels))
         labelled = (labels[order] >= 0).any(1)
         self.places = np.sort(np.concatenate([order[labelled], order[~labelled]])[:limit])
-        self.pixels, self.every, self.dtype, self.left_out, self.fewest = pixels, every, dtype, left_out, fewest
+        self.pixels, self.every, self.dtype = pixels, every, dtype
+        self.fewest, self.left_out = fewest, left_out
         self.labels, self.patients = labels[self.places], [patients[place] for place in self.places]
 
     def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:

@@ -6,7 +6,6 @@ the context binds it.  Figures that plain aggregation sends by site (counts, los
     counts     images by split, patients, and positives and negatives by finding
     pretrain   how far the steps led from what was sent, weighted by images; losses of each step; of the optimizer's
                moments, where they are averaged, what `moments` says
-    features   mean and mean square of each channel, weighted by images
     adapt      as pretrain; a finding's rows are weighted by its labelled images
     evaluate   held-out images by finding, label and bin of the score
 """
@@ -27,7 +26,6 @@ from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
 from chexfound import recipe as recipes
-from chexfound import schema
 from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
 from chexfound.journal import canonical, storage
@@ -38,7 +36,7 @@ from chexfound.schema import Recipe
 from chexfound.secagg import fixed, moments
 from chexfound.secagg.fixed import Layout, Section
 
-PHASES = ("counts", "pretrain", "features", "adapt", "evaluate")
+PHASES = ("counts", "pretrain", "adapt", "evaluate")
 FIGURES = {  # of a history's rows, that are averaged over the sites
     "pretrain": ("loss", "dino", "ibot", "koleo", *STEP_FIGURES, *PROBED),
     "adapt": ("loss",),
@@ -50,7 +48,6 @@ NAME_MAX = 200
 BESIDE = ("name", "phases", "aggregation", "federation", "secagg", "adapt", "evaluate")
 IMAGES = ("seed", "threads", "image_px", "split", "input", "student", "crops", "compute_precision")
 LABELS = ("positives", "negatives")
-MOMENT_STEP = 2.0**-32  # of a channel's moments, which are whole numbers of it in a ring of 64 bits
 
 Range = Annotated[float, Field(ge=fixed.RANGES[0], lt=1e30)]
 Images = Annotated[int, Field(gt=0, lt=WEIGHT_MAX)]
@@ -108,9 +105,6 @@ class Plan:
             raise ProtocolError("the weights are not those of the findings asked")
         if self.n * max([self.settings.images, *self.settings.labelled]) >= WEIGHT_MAX:
             raise ProtocolError("the sum of the sites' weights could pass 2**32")
-        highest = max(self.settings.ranges.values(), default=0.0)
-        if self.request.phase == "features" and self.n * 2 * highest / MOMENT_STEP >= 2.0**63:
-            raise ProtocolError(f"the sum of the sites' moments of up to {highest:g} could pass its ring")
 
     @property
     def layout(self) -> Layout:
@@ -125,8 +119,6 @@ class Plan:
             return counts + [Section(name, (findings,), 32) for name in LABELS if findings]
         if phase == "evaluate":
             return [Section("histograms", (findings, 2, BINS), 32)]
-        if phase == "features":
-            return [Section(name, shape, 64) for name, shape in self.shapes.items()] + [Section("images", (), 32)]
         sections = [
             Section(f"tensor/{name}", shape, *((64,) if moments.is_step(name) else (ring, ranges[name])))
             for name, shape in self.shapes.items()
@@ -157,9 +149,7 @@ class Plan:
         if phase == "pretrain":
             bearing = pretraining(self.recipe)
         else:
-            bearing = {key: recipe[key] for key in IMAGES}
-            adapt = recipe["adapt"]
-            bearing["adapt"] = {key: adapt[key] for key in ("n_last_blocks", "views")} if phase == "features" else adapt
+            bearing = {key: recipe[key] for key in (*IMAGES, "adapt")}
         return hashlib.sha256(canonical([self.asked(), self.layout.as_list(), bearing])).hexdigest()
 
     # -- at a site
@@ -187,23 +177,7 @@ class Plan:
             return values, {}
         if phase == "evaluate":
             return {"histograms": np.asarray(reply.values["histograms"]) * keep[:, None, None]}, {}
-        if phase == "features":
-            return self._moments(reply)
         return self._update(reply, keep, spend)
-
-    def _moments(self, reply: Reply) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Mean and mean square of each channel times the weight, raised by the range so that none is negative."""
-        images = min(int(reply.values["images"]), self.settings.images)
-        values: dict[str, np.ndarray] = {"images": np.array(images)}
-        for name, shape in self.shapes.items():
-            mean = np.zeros(shape)
-            if images:
-                count = float(reply.tensors[f"{name.split('.')[0]}.count"])
-                mean = reply.tensors[name].numpy() / count
-            highest = self.settings.ranges[name]
-            raised = (np.clip(mean, -highest, highest) + highest) * (images / self.settings.images)
-            values[name] = np.rint(raised / MOMENT_STEP).astype(np.uint64)
-        return values, {}
 
     def _update(self, reply: Reply, keep: np.ndarray, spend: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         sent, adapt = self.request.tensors, self.request.phase == "adapt"
@@ -267,16 +241,6 @@ class Plan:
             del total, mean  # before the next one comes: in float64 a tensor is twice as large
         return result
 
-    def moments(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """Of all sites together, as `features.standardization` takes them: each image counts as one."""
-        weight, images = int(sums["images"]) / self.settings.images, int(sums["images"])
-        result = {}
-        for name in self.shapes:
-            total = sums[name].astype(np.float64) * MOMENT_STEP - self.settings.ranges[name] * weight
-            result[f"{name.split('.')[0]}.count"] = _tensor(np.array([float(images)]))
-            result[name] = _tensor(total / weight * images if weight else total)
-        return result
-
     def history(self, sums: Mapping[str, np.ndarray], constants: Mapping[str, float]) -> list[dict[str, float]]:
         """A row for each step that a site took: the mean of each figure over the sites that have it, by images.
 
@@ -309,7 +273,7 @@ def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: M
         request: with the tensors that were sent, if they were.
         settings: as the coordinator tells them.
         n: sites of the roster.
-        shapes: of what is summed, as the coordinator tells them; in `features` and `adapt` they must be the recipe's.
+        shapes: of what is summed, as the coordinator tells them; in `adapt` they must be the recipe's.
 
     Raises: ProtocolError.
     """
@@ -321,17 +285,9 @@ def plan(recipe: Recipe, request: Request, settings: Settings, n: int, shapes: M
         if told != (moments.with_moments(trained) if averaged else trained):
             raise ProtocolError("the shapes are not those of the head's trained tensors")
         rows = moments.row_names(set(head.row_parameters) & set(trained)) & set(told)
-    channels = recipe.adapt.n_last_blocks * schema.ARCHS[recipe.student.arch][0]
-    if request.phase == "features" and told != dict.fromkeys(moment_names(), (channels,)):
-        raise ProtocolError("the shapes are not those of the moments")
     if request.phase in ("counts", "evaluate") and told:
         raise ProtocolError("there is no tensor to sum")
     return Plan(recipe=recipe, request=request, settings=settings, n=n, shapes=told, rows=rows)
-
-
-def moment_names() -> list[str]:
-    """Of a phase `features`: sections, and keys of its reply."""
-    return [f"{part}.{key}" for part in ("patches", "cls") for key in ("sum", "squares")]
 
 
 def digest(arrays: Mapping[int, np.ndarray]) -> str:

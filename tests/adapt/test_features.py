@@ -7,14 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from chexfound.adapt import features
 from chexfound.adapt.features import Features
 from chexfound.errors import StorageError
 from chexfound.model import vit
-from chexfound.model.heads import LinearHead
 from chexfound.model.vit import VisionTransformer
 from chexfound.schema import Recipe
 
@@ -114,43 +111,3 @@ def test_files_have_their_blocks_before_they_are_written_to(small, tmp_path):
     for name in ("cls.npy", "patches.npy"):
         status = (tmp_path / name).stat()
         assert status.st_blocks * 512 >= status.st_size
-
-
-# --- moments
-
-
-def pooled(shards: list[Features]) -> Features:
-    return Features(np.concatenate([s.patches for s in shards], 1), np.concatenate([s.cls for s in shards], 1))
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 2**32))
-def test_moments_add_up_over_shards(sizes, seed):
-    shards = [drawn(seed + number, size) for number, size in enumerate(sizes)]
-    whole = features.moments(pooled(shards))
-    for name, tensor in whole.items():
-        total = sum(features.moments(shard)[name] for shard in shards)
-        assert tensor.dtype == torch.float64
-        assert torch.allclose(total, tensor, rtol=1e-12, atol=1e-9), name
-    assert whole["patches.count"].item() == 3 * sum(sizes) * 4
-    assert whole["cls.count"].item() == 3 * sum(sizes)
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 2**32))
-def test_standardization_is_numpy_s_mean_and_deviation_of_the_pool(sizes, seed):
-    shards = [drawn(seed + number, size) for number, size in enumerate(sizes)]
-    result = features.standardization([features.moments(shard) for shard in shards])
-    whole = pooled(shards)
-    for module, array in (("token_norm", whole.patches), ("cls_norm", whole.cls)):
-        flat = array.reshape(-1, 6).astype(np.float64)
-        assert np.allclose(result[f"{module}.mean"], flat.mean(0), rtol=1e-6)
-        assert np.allclose(result[f"{module}.std"], flat.std(0), rtol=1e-5)
-    names = set(LinearHead(2, 3, 2).state_dict())
-    assert set(result) <= names
-
-
-def test_a_channel_that_never_changes_stays_finite():
-    kept = drawn(0, 4)
-    kept.cls[..., 2] = 5.0
-    result = features.standardization([features.moments(kept)])
-    assert result["cls_norm.mean"][2].item() == 5
-    assert 0 < result["cls_norm.std"][2].item() < 1e-3

@@ -1,4 +1,4 @@
-"""The two benchmarks of pretraining, on three drawn hospitals: they run, keep what is done, say what they mean."""
+"""The benchmarks of pretraining and of heads on it, on three hospitals: they run, keep what is done, say what it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from chexfound.evaluate.metrics import Scores
+from chexfound.journal import read_journal
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -125,3 +126,31 @@ def test_a_seed_without_a_class_at_a_source_is_left_out_there(command: Callable)
     assert {name: row["seeds"] for name, row in plain.items()} == {"alpha": [0, 1, 2], "rare": [1]}
     assert (plain["alpha"]["ours"], plain["alpha"]["rival"], plain["alpha"]["difference"]) == (1.0, 0.5, 0.5)
     assert plain["alpha"]["holds"]
+
+
+def test_heads_of_each_kind_are_compared_on_one_backbone(command: Callable, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    asked = ["--work", str(work), "--seeds", "0,1"]
+    asked += [word for key in ("train.rounds=1", "adapt.rounds=1") for word in ("--set", key)]
+    code, rows, errors = command("token_norm", *asked)
+    assert code == 0, errors
+    sites = ("alpha", "beta")  # gamma labels no Blob
+    assert [(row["kind"], row["tested_on"]) for row in rows] == [
+        (kind, site) for kind in ("image", "learned") for site in sites
+    ]
+    for row in rows:
+        assert row["difference"] == pytest.approx(row["ours"] - row["rival"], abs=2e-4)
+        assert row["seeds"] == [0, 1]
+        assert [first for first, _ in row["by_seed"]] == [
+            first for first, _ in next(one for one in rows if one["tested_on"] == row["tested_on"])["by_seed"]
+        ]
+    for seed in (0, 1):
+        starts = [
+            read_journal(path)[0]
+            for path in sorted((work / f"seed-{seed}").glob("token-norm-*/federated/journal.jsonl"))
+        ]
+        assert len(starts) == 3
+        assert len({start["backbone_sha256"] for start in starts}) == 1
+    before = (work / "seed-0" / "average" / "backbone.safetensors").stat().st_mtime_ns
+    assert command("token_norm", *asked)[1] == rows
+    assert (work / "seed-0" / "average" / "backbone.safetensors").stat().st_mtime_ns == before

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chexfound.recipe import changed
-from tests.client.test_hostile_coordinator import featuring, pretraining
+from tests.client.test_hostile_coordinator import pretraining
 from tests.secagg.federation import NAMES, Federation, Try
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -48,11 +48,3 @@ def test_counts_by_another_seed_are_no_second_sum(fed: Federation) -> None:
     other = changed(fed.recipe, seed=1)
     tries = [fed.attempt(findings=every), fed.attempt(number=2, findings=every, recipe=other), fed.attempt(number=3)]
     assert [int(one.finish()["images"]) for one in tries] == [96] * 3
-
-
-def test_what_does_not_bear_on_the_features_is_no_other_question(fed: Federation) -> None:
-    featuring(fed).finish()
-    other = changed(fed.recipe, adapt=changed(fed.recipe.adapt, lr=0.5), name="another head")
-    featuring(fed, 2, recipe=other).finish()
-    views = changed(fed.recipe, adapt=changed(fed.recipe.adapt, views=2))
-    assert unmasked(featuring(fed, 3, recipe=views)) == ["secagg.differencing"] * len(NAMES)

@@ -98,6 +98,8 @@ def test_undeclared_values_are_refused(phase: str) -> None:
         ("pretrain", "model.student.x"),
         ("pretrain", "x.student."),
         ("features", "tokens"),
+        ("features", "patches.sum"),
+        ("features", "cls.squares"),
         ("features", "student.x"),
         ("evaluate", "scores"),
         ("evaluate", ""),

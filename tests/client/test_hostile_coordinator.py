@@ -20,6 +20,7 @@ import torch
 from chexfound import phases, signing
 from chexfound.errors import REFUSALS
 from chexfound.journal import Journal
+from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request
 from chexfound.pretrain import health
@@ -258,15 +259,12 @@ def adapting(fed: Federation, number: int = 1, **changed: Any) -> Try:
     return fed.attempt("adapt", number, findings=findings, **(given | changed))
 
 
-def featuring(fed: Federation, number: int = 1, **changed: Any) -> Try:
-    """The same of the features."""
+def featuring(fed: Federation, names: Sequence[str] = NAMES, **changed: Any) -> None:
+    """Have these sites take a backbone, of which there is no sum."""
     weights = server_run.initial_weights(fed.recipe)
-    prefix = "student.backbone."
-    backbone = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    channels = fed.recipe.adapt.n_last_blocks * backbone["norm.weight"].numel()
-    shapes = {name: [channels] for name in ("patches.sum", "patches.squares", "cls.sum", "cls.squares")}
-    settings = Settings(ring=32, images=60, ranges=dict.fromkeys(shapes, 1e4))
-    return fed.attempt("features", number, **({"tensors": backbone, "settings": settings, "shapes": shapes} | changed))
+    given = {"findings": ("Bar", "Blob"), "tensors": checkpoint.with_prefix(weights, "student.backbone.")} | changed
+    for name in names:
+        assert fed.ask(name, Request(phase="features", **given)) == Reply()
 
 
 def widened(settings: Settings) -> Settings:
@@ -322,7 +320,7 @@ def test_a_site_that_is_told_something_else_is_in_no_sum_with_the_others(what: s
 
 
 def test_weights_of_findings_are_in_the_context(fed: Federation) -> None:
-    featuring(fed).finish()
+    featuring(fed)
     one, other = adapting(fed), adapting(fed)
     other.settings = replace(one.settings, labelled=[60, 1])
     one.stage("advertise")
@@ -356,7 +354,7 @@ def test_a_victim_alone_with_weight_cannot_be_made(fed: Federation) -> None:
 
 def test_adapting_a_finding_that_one_site_labels_moves_nothing(fed: Federation) -> None:
     """Else all but the victim would train nothing, and the head's common tensors were the victim's."""
-    featuring(fed, findings=(RARE,)).finish()
+    featuring(fed, findings=(RARE,))
     sums = adapting(fed, findings=(RARE,)).finish()
     assert sums["images"] == 0
     assert not any(np.any(value) for value in sums.values())
@@ -364,21 +362,15 @@ def test_adapting_a_finding_that_one_site_labels_moves_nothing(fed: Federation) 
 
 def test_a_rare_finding_leaves_the_head_as_it_would_be_without_its_labels(fed: Federation) -> None:
     findings = ("Bar", "Blob", RARE)
-    moments = featuring(fed, findings=findings).finish()
-    assert moments["images"] == 55  # all are labelled with another
+    featuring(fed, findings=findings)
     sums = adapting(fed, findings=findings).finish()
+    assert sums["images"] == 55  # all are labelled with another
     assert sums["labelled"][2] == 0
     assert sums["labelled"][1] > 0
 
 
-def test_features_of_a_finding_that_one_site_labels_are_no_sum(fed: Federation) -> None:
-    sums = featuring(fed, findings=(RARE,)).finish()
-    assert sums["images"] == 0
-    assert not any(np.any(value) for value in sums.values())
-
-
 def test_counts_and_histograms_of_a_finding_that_one_site_labels_are_zero(fed: Federation) -> None:
-    featuring(fed).finish()
+    featuring(fed)
     counts = fed.attempt(findings=("Bar", "Blob", RARE)).finish()
     assert counts["positives"][2] == counts["negatives"][2] == 0
     head = {f"head.{name}": value for name, value in build_head(fed.recipe, 1).state_dict().items()}
@@ -422,20 +414,20 @@ def declared_without(site: str, finding: str) -> Callable[..., list[str]]:
 
 def test_features_of_another_recipe_are_not_adapted_on(fed: Federation, caplog: pytest.LogCaptureFixture) -> None:
     """The backbone is the same, what the head sees is not."""
-    featuring(fed).finish()
+    featuring(fed)
     blind = replace(fed.recipe, adapt=replace(fed.recipe.adapt, views=0))
     own, fed.recipe = fed.recipe, blind
-    featuring(fed, 2).until("consistency")  # no sum is needed for it
+    featuring(fed)
     fed.recipe = own
     one = adapting(fed)
     one.stage("advertise")
     check_refused(fed, one.ask("share", VICTIM), "secagg.weights", caplog)
-    featuring(fed, 3).finish()
+    featuring(fed)
     assert adapting(fed, 2).finish()["images"] > 0
 
 
 def test_features_of_other_findings_are_not_adapted_on(fed: Federation) -> None:
-    featuring(fed, findings=("Bar", "Blob", RARE)).finish()
+    featuring(fed, findings=("Bar", "Blob", RARE))
     one = adapting(fed)
     one.stage("advertise")
     assert one.stage("share") == dict.fromkeys(NAMES, "secagg.weights")
@@ -511,7 +503,7 @@ def test_equal_weights_cannot_hide_behind_a_tensor_without_a_part(phase: str, fe
     """Else a second sum on the same weights would look like one on others."""
     tensors: dict[str, torch.Tensor] = {}
     if phase == "evaluate":
-        featuring(fed).finish()
+        featuring(fed)
         tensors = {f"head.{name}": value for name, value in build_head(fed.recipe, 2).state_dict().items()}
     one = fed.attempt(phase, 1, tensors={**tensors, "unused": torch.ones(1)}).until("masked")
     assert one.ask("masked", VICTIM) == "secagg.weights"

@@ -28,10 +28,7 @@ def head(reference: Path) -> GLoRI:
     weights = torch.load(reference / "glori_v1.pth", weights_only=True)["model"]
     tensors = {name.split(".decoder.", 1)[1]: tensor for name, tensor in weights.items()}
     tensors["duplicate_pooling"] = tensors["duplicate_pooling"].squeeze(-1)  # theirs is (F, channels, 1)
-    # Ours alone, and nothing here: the standardisation of the tokens by 0 and 1.
-    state = head.state_dict()
-    extra = {name: tensor for name, tensor in state.items() if name.startswith(("token_norm.", "cls_norm."))}
-    head.load_state_dict(tensors | extra, strict=True)
+    head.load_state_dict(tensors, strict=True)
     return head.eval()
 
 
@@ -135,6 +132,33 @@ def test_global_tokens_and_statistics_are_concatenated(grid):
     channels = torch.cat([x, pooled[:, None].expand(-1, 3, -1)], -1)
     expected = (channels * head.duplicate_pooling).sum(-1) + head.duplicate_pooling_bias
     assert torch.allclose(head(patches, cls), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_all_that_is_learned_bears_on_the_logits(cls):
+    """Nothing is trained, and averaged, that nothing hangs on."""
+    head, (patches, tokens_cls) = build(cls=cls, stats=True, grid=1, positions=9, token_norm="learned"), tokens()
+    names = {name for name, _ in head.named_parameters() if "_norm." in name}
+    assert names == {f"{norm}.{key}" for norm in ("token_norm", "cls_norm")[: 1 + cls] for key in ("weight", "bias")}
+    head(patches, tokens_cls).square().sum().backward()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("kind", ["none", "image", "learned"])
+def test_a_head_holds_what_it_learned_and_its_queries(kind):
+    """No buffer, so no running mean and no other sum over images."""
+    head = build(cls=True, stats=True, token_norm=kind)
+    learned = {name for name, p in head.named_parameters() if p.requires_grad}
+    assert set(head.state_dict()) == learned | {"query_embed.weight"}
+
+
+def test_an_image_s_own_standardisation_takes_a_channel_s_gain_away():
+    """Of what the queries look at; of the statistics, which are as they come, not."""
+    (patches, cls), scale = tokens(), torch.tensor([3.0] * 4 + [0.5] * 4)
+    scaled = [tensor * scale for tensor in patches]
+    assert torch.allclose(build(token_norm="image")(patches, cls), build(token_norm="image")(scaled, cls), atol=1e-3)
+    assert not torch.allclose(build()(patches, cls), build()(scaled, cls), atol=1e-2)
 
 
 def test_the_norms_have_eps_1e_5():

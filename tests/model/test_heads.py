@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chexfound.model.heads import DINOHead, LinearHead, Prototypes, Standardize, grid_means, token_statistics
+from chexfound.model.heads import DINOHead, LinearHead, Prototypes, grid_means, token_norms, token_statistics
 
 torch.set_num_threads(1)
 
@@ -83,13 +83,62 @@ def test_statistics_by_hand():
     assert torch.equal(token_statistics(patches), torch.tensor([[2.0, -1.0, 1.0, 1.0, 3.0, 0.0]]))
 
 
-def test_standardize_by_hand():
-    layer = Standardize(2)
-    x = torch.tensor([[1.0, 2.0]])
-    assert torch.equal(layer(x), x)
-    layer.load_state_dict({"mean": torch.tensor([1.0, 0.0]), "std": torch.tensor([5.0, 4.0])})
-    assert torch.equal(layer(x), torch.tensor([[0.0, 0.5]]))
-    assert not list(layer.parameters())
+TOKENS = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(2)) * 5 + 2
+CLS = torch.randn(3, 4, generator=torch.Generator().manual_seed(3)) * 5 + 2
+
+
+@pytest.mark.parametrize("kind", ["none", "learned"])
+def test_tokens_are_at_first_as_they_come(kind):
+    of_patches, of_cls = token_norms(kind, 4)
+    assert torch.equal(of_patches(TOKENS), TOKENS)
+    assert torch.equal(of_cls(CLS), CLS)
+    assert bool(list(of_patches.parameters())) == (kind == "learned")
+
+
+def test_what_is_learned_is_a_gain_and_a_shift_for_each_channel():
+    of_patches, _ = token_norms("learned", 4)
+    with torch.no_grad():
+        of_patches.weight.copy_(torch.tensor([1.0, 2.0, 0.0, -1.0]))
+        of_patches.bias.copy_(torch.tensor([0.0, 0.0, 3.0, 1.0]))
+    changed = of_patches(TOKENS)
+    assert torch.allclose(changed[..., 1], 2 * TOKENS[..., 1])
+    assert (changed[..., 2] == 3).all()
+    assert torch.allclose(changed[..., 3], 1 - TOKENS[..., 3])
+
+
+def test_an_image_is_standardised_by_itself():
+    """Channel by channel over its patches, the CLS tokens over their channels; another image changes nothing."""
+    of_patches, of_cls = token_norms("image", 4)
+    assert not [*of_patches.state_dict(), *of_cls.state_dict()]
+    seen = of_patches(TOKENS)
+    assert seen.mean(1).abs().max() < 1e-6
+    assert (seen.std(1, correction=0) - 1).abs().max() < 1e-5
+    assert of_cls(CLS).mean(1).abs().max() < 1e-6
+    others = torch.cat([TOKENS[:1], 100 * TOKENS[1:]]), torch.cat([CLS[:1], 100 * CLS[1:]])
+    assert torch.equal(of_patches(others[0])[0], seen[0])
+    assert torch.equal(of_cls(others[1])[0], of_cls(CLS)[0])
+    assert torch.isfinite(of_patches(torch.ones(1, 9, 4))).all()
+
+
+@pytest.mark.parametrize("kind", ["none", "image", "learned"])
+def test_statistics_and_mean_are_of_tokens_as_they_come(kind):
+    """An image's standardised tokens have the mean 0 and the deviation 1, whatever it shows."""
+    model = LinearHead(1, 2, 2, stats=True, avgpool=True, token_norm=kind)
+    with torch.no_grad():
+        model.weight[:, 4:] = 1.0
+    plain = LinearHead(1, 2, 2, stats=True, avgpool=True)
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    assert torch.equal(model([TOKENS], [CLS]), plain([TOKENS], [CLS]))
+
+
+@pytest.mark.parametrize("stats", [True, False])
+@pytest.mark.parametrize("grid", [0, 2])
+def test_all_that_is_learned_of_a_linear_head_bears_on_its_logits(stats, grid):
+    model = LinearHead(2, 2, 2, stats=stats, grid=grid, token_norm="learned")
+    with torch.no_grad():
+        model.weight.normal_(generator=torch.Generator().manual_seed(0))
+    model([TOKENS], [CLS]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 def test_grid_means_keep_the_place():

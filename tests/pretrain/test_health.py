@@ -107,11 +107,12 @@ def site(images):
     return pixels, labels, [f"p{number}" for number in range(30)]
 
 
-def probe(site, every=2, limit=30, **changed):
+def probe(site, every=2, limit=30, fewest=5, **changed):
     pixels, labels, patients = (
         changed.get(name, value) for name, value in zip(("pixels", "labels", "patients"), site, strict=True)
     )
-    return Probe(lambda places: pixels[places], labels, patients, every=every, limit=limit, seed=0, roster_index=0)
+    given = dict(every=every, limit=limit, fewest=fewest, seed=0, roster_index=0)
+    return Probe(lambda places: pixels[places], labels, patients, **given)
 
 
 def test_a_probe_leaves_training_as_it_is(small, site):
@@ -143,3 +144,25 @@ def test_a_probe_tells_nothing_of_a_few(small, site):
     rare[:4] = 1
     assert set(probe(site, labels=rare)(model, 1)) == {"probe_images", "rankme"}  # four patients with the finding
     assert set(probe(site, labels=np.full((30, 1), -1, np.int8))(model, 1)) == {"probe_images", "rankme"}
+
+
+def test_a_probe_tells_nothing_of_fewer_patients_than_the_site_allows(small, site):
+    model = Pretrainer(small(), lambda places: site[0][places], 30, 0).model.teacher["backbone"]
+    assert set(probe(site, fewest=15)(model, 1)) == {"probe_images", "rankme", "knn_auroc"}  # 15 with, 15 without
+    assert set(probe(site, fewest=16)(model, 1)) == {"probe_images", "rankme"}
+    assert probe(site, fewest=31)(model, 1) == {}
+
+
+@given(st.floats(1e-30, 1e30) | st.floats(-1e30, -1e-30), st.floats(0.5, 12))
+def test_what_is_told_has_four_digits(figure, log_k):
+    (row,) = health.told([{"step": 123_456, "log_k": log_k, "probe_images": 98_765, "rankme": figure}])
+    assert (row["step"], row["log_k"], row["probe_images"]) == (123_456, log_k, 98_765)
+    assert abs(row["rankme"] - figure) <= 5.1e-4 * abs(figure)
+    assert len(f"{row['rankme']:e}".split("e")[0].strip("-").replace(".", "").rstrip("0")) <= 4
+
+
+@given(st.floats(0, 1), st.sampled_from([2, 256, 65_536, 131_072]))
+def test_what_can_be_can_be_told(share, k):
+    """Rounded up, a figure at its bound is not taken for one that cannot be."""
+    row = {"step": 0, "log_k": math.log(k), "teacher_entropy": share * math.log(k), "prototype_usage": share}
+    assert health.problem(health.told([row])[0]) is None

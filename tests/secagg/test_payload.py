@@ -13,15 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chexfound.adapt import features
-from chexfound.errors import ChexfoundError, ProtocolError
+from chexfound.errors import ProtocolError
 from chexfound.evaluate.histograms import BINS
 from chexfound.journal import canonical
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import ARCHS, Adapt, Recipe
 from chexfound.secagg import fixed, mask, messages, moments, payload
-from chexfound.secagg.payload import FIGURE_RANGE, FIGURES, PHASES, Plan, moment_names, plan
+from chexfound.secagg.payload import FIGURE_RANGE, FIGURES, PHASES, Plan, plan
 from chexfound.secagg.payload import Settings as Told
 from strategies.fedavg import FedAvg
 
@@ -63,13 +62,6 @@ def evaluate() -> Plan:
     return plan(RECIPE, Request(phase="evaluate", findings=FINDINGS), Told(ring=32, images=1), N, {})
 
 
-def of_features(images: int = 100, highest: float = 8.0) -> Plan:
-    ranges = {name: highest if name.endswith(".sum") else highest**2 for name in moment_names()}
-    shapes = dict.fromkeys(moment_names(), (CHANNELS,))
-    asked = Request(phase="features", findings=FINDINGS)
-    return plan(RECIPE, asked, Told(ring=32, images=images, ranges=ranges), N, shapes)
-
-
 def summed(made: Plan, replies: Sequence[Reply], zeroed: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The sum over sites, by way of the ring; under one mask that is taken off, since none may be without."""
     layout = made.layout
@@ -90,7 +82,7 @@ def trained(by: float, images: Any = 10, steps: Sequence[Mapping[str, Any]] = ()
 
 # -- the layout
 
-ALL = [pretrain, adapt, counts, evaluate, of_features]
+ALL = [pretrain, adapt, counts, evaluate]
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -130,7 +122,6 @@ def test_every_phase_has_one() -> None:
     assert names["counts"] == [*COUNTS, "positives", "negatives"]
     assert [section.name for section in counts(()).layout.sections] == list(COUNTS)
     assert names["evaluate"] == ["histograms"]
-    assert names["features"] == [*sorted(moment_names()), "images"]
     assert names["pretrain"][:3] == ["tensor/a.weight", "tensor/b", "images"]
     assert "labelled" in names["adapt"]
 
@@ -184,8 +175,8 @@ def test_two_sums_are_one_question_only_where_a_site_s_part_is_the_same() -> Non
 def test_a_question_goes_by_what_its_phase_hangs_on() -> None:
     rate, views = replace(HEAD, lr=0.1), replace(HEAD, views=1)
     optim = replace(RECIPE.optim, weight_decay=0.5)
-    for made, by_rate in ((of_features(), False), (adapt(), True), (evaluate(), True)):
-        assert (with_recipe(made, adapt=rate) != made.question()) == by_rate
+    for made in (adapt(), evaluate()):
+        assert with_recipe(made, adapt=rate) != made.question()
         assert with_recipe(made, adapt=views) != made.question()
         assert with_recipe(made, seed=1) != made.question()
         assert with_recipe(made, optim=optim) == made.question()  # which has made the weights, that are told by digest
@@ -248,21 +239,6 @@ def test_the_sum_of_weights_cannot_pass_two_to_the_32() -> None:
     assert int(sums["images"]) == N * most < 2**32
 
 
-@given(st.floats(1e-6, 1e14))
-@settings(max_examples=30)
-def test_a_range_of_moments_that_the_ring_does_not_hold_is_refused(highest: float) -> None:
-    """Beyond it a value would be cast to no integer at all, and the sum be noise."""
-    try:
-        made = of_features(highest=highest)
-    except ChexfoundError:
-        assert highest**2 > 2.0**63 * 2.0**-32 / (2 * N) * 0.9
-        return
-    most, none = np.full(CHANNELS, highest), np.zeros(CHANNELS)
-    reply = moments_of({"patches": (most, most**2), "cls": (none, none)}, 100)
-    found = made.moments(summed(made, [reply] * N))["patches.squares"] / (N * 100)
-    assert found.numpy() == pytest.approx(most**2, rel=1e-6, abs=1e-9)
-
-
 def test_shapes_of_another_head_or_phase_are_refused() -> None:
     made = adapt()
     for shapes in (
@@ -276,12 +252,9 @@ def test_shapes_of_another_head_or_phase_are_refused() -> None:
             plan(RECIPE, made.request, made.settings, N, shapes)
     with pytest.raises(ProtocolError, match="no tensor to sum"):
         plan(RECIPE, Request(phase="evaluate", findings=FINDINGS), Told(ring=32, images=1), N, {"b": (3,)})
-    told = Told(ring=32, images=1, ranges=dict.fromkeys(moment_names(), 1.0))
-    for shapes in ({}, {"b": (3,)}, dict.fromkeys(moment_names(), (CHANNELS + 1,)), dict.fromkeys(moment_names(), ())):
-        with pytest.raises(ProtocolError, match="not those of the moments"):
-            plan(RECIPE, Request(phase="features"), told, N, shapes)
-    with pytest.raises(ProtocolError, match="no phase that is summed"):
-        plan(RECIPE, Request(phase="enrol"), Told(ring=32, images=1), N, {})
+    for phase in ("enrol", "features"):
+        with pytest.raises(ProtocolError, match="no phase that is summed"):
+            plan(RECIPE, Request(phase=phase), Told(ring=32, images=1), N, {})
 
 
 @pytest.mark.parametrize("shape", [(0,), (4,), (3, 1), (), (2**40,), (2**60, 2**60)])
@@ -530,53 +503,6 @@ def test_weights_are_cut_at_the_settings_images() -> None:
     assert int(values["images"]) == 50
     assert values["labelled"].tolist() == [10, 20, 20]
     assert weights["tensor/weight"].tolist() == [0.5, 1, 1]
-
-
-# -- moments
-
-
-def moments_of(means: Mapping[str, tuple[np.ndarray, np.ndarray]], images: int, tokens: int = 1) -> Reply:
-    """A reply of `features` whose every image has so many tokens."""
-    tensors = {}
-    for part, (mean, square) in means.items():
-        count = images * (tokens if part == "patches" else 1)
-        tensors[f"{part}.count"] = torch.tensor([float(count)], dtype=torch.float64)
-        tensors[f"{part}.sum"] = torch.from_numpy(mean * count)
-        tensors[f"{part}.squares"] = torch.from_numpy(square * count)
-    return Reply(tensors=tensors, values={"images": images})
-
-
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=N), st.integers(0, 2**32 - 1))
-@settings(max_examples=40)
-def test_the_standardisation_is_that_of_all_sites(sites: list[int], seed: int) -> None:
-    """Of real features, by their moments; of a site without images there are none."""
-    draws, made, replies, plain = np.random.default_rng(seed), of_features(images=30), [], []
-    for images in sites:
-        if not images:
-            replies.append(Reply(values={"images": 0}))
-            continue
-        kept = features.Features(
-            draws.normal(1, 0.5, (2, images, 4, CHANNELS)).clip(-8, 8).astype(np.float32),
-            draws.normal(-1, 2, (2, images, CHANNELS)).clip(-8, 8).astype(np.float32),
-        )
-        plain.append(features.moments(kept))
-        replies.append(Reply(tensors=plain[-1], values={"images": images}))
-    found = made.moments(summed(made, replies))
-    if not plain:
-        assert all(not tensor.any() for tensor in found.values())
-        return
-    expected = features.standardization(plain)
-    for name, tensor in features.standardization([found]).items():
-        assert tensor.numpy() == pytest.approx(expected[name].numpy(), rel=1e-5, abs=1e-5), name
-
-
-def test_moments_beyond_the_range_are_cut() -> None:
-    made = of_features(highest=2.0)
-    means = np.resize([5.0, -5.0, 1.0], CHANNELS)
-    reply = moments_of(dict.fromkeys(("patches", "cls"), (means, means**2)), 10)
-    found = made.moments(summed(made, [reply]))
-    assert (found["cls.sum"] / 10).numpy() == pytest.approx(means.clip(-2, 2), abs=1e-8)
-    assert (found["cls.squares"] / 10).numpy() == pytest.approx((means**2).clip(0, 4), abs=1e-8)
 
 
 # -- figures of the steps

@@ -20,7 +20,7 @@ from tests.secagg.cohort import Cohort, Packets, answers, deal, packets_to
 
 SECTIONS = (
     Section("counts", (3,), 32),
-    Section("moments", (2,), 64),
+    Section("wide", (2,), 64),
     Section("tensor", (2, 3), 32, 2.0),
     Section("rows", (2, 2), 16, 4.0),
 )
@@ -35,7 +35,7 @@ class Payloads:
         self.values = {
             name: {
                 "counts": draws.integers(0, fixed.largest_count(32, n), 3, endpoint=True),
-                "moments": draws.integers(0, fixed.largest_count(64, n), 2, np.uint64, endpoint=True),
+                "wide": draws.integers(0, fixed.largest_count(64, n), 2, np.uint64, endpoint=True),
                 "tensor": draws.uniform(-2, 2, (2, 3)).astype(np.float32),
                 "rows": draws.uniform(-5, 5, (2, 2)).astype(np.float32),  # some beyond the range
             }
@@ -52,7 +52,7 @@ class Payloads:
         values = [self.values[name] for name in survivors]
         right = all(
             np.array_equal(sums[name], np.sum([one[name] for one in values], axis=0, dtype=np.uint64))
-            for name in ("counts", "moments")
+            for name in ("counts", "wide")
         )
         clipped = [0, 0]
         for place, section in enumerate(one for one in SECTIONS if one.fixed):

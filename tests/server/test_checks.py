@@ -156,9 +156,8 @@ def test_counts_of_a_site_without_a_finding() -> None:
     member = Member(name="x", values={"train": 9, "cells": 0, "findings": both})
     assert checks.labelled_of(member, ["A", "B", "C"]) == [5, 4, 0]
     assert checks.labelled_of(member, ["A", "B", "C"], both=True) == [5, 0, 0]
-    checks.check_counts("features", Reply(values={"images": 9}), member, ["A", "B", "C"])
     checks.check_counts("adapt", Reply(values={"images": 5, "labelled": [5, 0, 0]}), member, ["A", "B", "C"])
-    checks.check_counts("features", Reply(values={"images": 0}), member, ["C"])
+    checks.check_counts("adapt", Reply(values={"images": 0, "labelled": [0]}), member, ["C"])
 
 
 def test_an_interval_may_be_absent_with_a_reason() -> None:

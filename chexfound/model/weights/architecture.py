@@ -22,7 +22,7 @@ from chexfound.model.glori import GLoRI, head_options
 from chexfound.model.heads import DINOHead, LinearHead
 from chexfound.model.vit import VisionTransformer, swiglu_width
 from chexfound.names import shown
-from chexfound.schema import ARCHS, Input, Prototypes, Recipe, Student, Width
+from chexfound.schema import ARCHS, Input, Prototypes, Recipe, Student, TokenNorm, Width
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Module = TypeVar("Module", bound=nn.Module)
@@ -187,7 +187,7 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Glori:
-    """A GLoRI head; `cls`, `stats`, `grid`, `positions` as in `chexfound.model.glori`."""
+    """A GLoRI head; `cls`, `stats`, `grid`, `positions`, `token_norm` as in `chexfound.model.glori`."""
 
     kind: Literal["glori"] = "glori"
     n_findings: Annotated[int, Field(gt=0, le=100_000)]
@@ -201,6 +201,7 @@ class Glori:
     stats: bool = False
     grid: Annotated[int, Field(ge=0, le=256)] = 0
     positions: Annotated[int, Field(ge=0, le=16_777_216)] = 0
+    token_norm: TokenNorm = "none"  # noqa: S105 (tokens of an image)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Glori:
@@ -220,12 +221,13 @@ class Glori:
             stats=self.stats,
             grid=self.grid,
             positions=self.positions,
+            token_norm=self.token_norm,
         )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Linear:
-    """A linear head; `stats`, `grid`, `avgpool` as in `chexfound.model.heads`."""
+    """A linear head; `stats`, `grid`, `avgpool`, `token_norm` as in `chexfound.model.heads`."""
 
     kind: Literal["linear"] = "linear"
     n_findings: Annotated[int, Field(gt=0, le=100_000)]
@@ -234,11 +236,18 @@ class Linear:
     stats: bool = False
     grid: Annotated[int, Field(ge=0, le=256)] = 0
     avgpool: bool = False
+    token_norm: TokenNorm = "none"  # noqa: S105 (tokens of an image)
 
     def build(self) -> LinearHead:
         """The module, with fresh weights."""
         return LinearHead(
-            self.n_findings, self.dim, self.n_blocks, stats=self.stats, grid=self.grid, avgpool=self.avgpool
+            self.n_findings,
+            self.dim,
+            self.n_blocks,
+            stats=self.stats,
+            grid=self.grid,
+            avgpool=self.avgpool,
+            token_norm=self.token_norm,
         )
 
 

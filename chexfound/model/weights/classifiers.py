@@ -100,7 +100,7 @@ def _glori(tensors: Mapping[str, Tensor], heads: int, n_blocks: int) -> tuple[He
     if cls:  # the reference has the CLS tokens first, we have them last
         pooling = torch.cat([pooling[:, memory:], pooling[:, :memory]], dim=1)
     theirs = [(name, tensor) for name, tensor in tensors.items() if name != "duplicate_pooling"]
-    return config, named_once([*theirs, ("duplicate_pooling", pooling), *_no_standardisation(memory)])
+    return config, named_once([*theirs, ("duplicate_pooling", pooling)])
 
 
 def _linear(tensors: Mapping[str, Tensor], n_blocks: int, avgpool: bool) -> tuple[Head, dict[str, Tensor]]:
@@ -109,7 +109,7 @@ def _linear(tensors: Mapping[str, Tensor], n_blocks: int, avgpool: bool) -> tupl
     values = dict(n_findings=n_findings, dim=dim, n_blocks=n_blocks, avgpool=avgpool)
     config = section(Linear, values, "the head's shapes")
     theirs = [(name.removeprefix("linear."), tensor) for name, tensor in tensors.items()]
-    return config, named_once([*theirs, *_no_standardisation(dim * n_blocks)])
+    return config, named_once(theirs)
 
 
 def _width(channels: int, parts: int) -> int:
@@ -119,12 +119,3 @@ def _width(channels: int, parts: int) -> int:
             "say of how many last blocks they are with --n-last-blocks, and --avgpool if a mean patch token is in them"
         )
     return channels // parts
-
-
-def _no_standardisation(channels: int) -> list[tuple[str, Tensor]]:
-    """Ours standardise the tokens by given moments; the reference's do not: mean 0, deviation 1."""
-    return [
-        (f"{norm}.{name}", value)
-        for norm in ("token_norm", "cls_norm")
-        for name, value in (("mean", torch.zeros(channels)), ("std", torch.ones(channels)))
-    ]

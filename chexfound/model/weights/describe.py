@@ -19,13 +19,13 @@ HINTS = {
     "n_last_blocks": "--n-last-blocks",
     "findings": "--findings",
 }
-OURS = ("token_norm.", "cls_norm.")  # standardisation: given moments, not parameters
+NORMS = {"none": "", "image": ", tokens standardised image by image", "learned": ", tokens by a learned gain and shift"}
 
 
 def size(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """How many tensors and parameters a part has."""
-    counted = {name: tensor for name, tensor in tensors.items() if not name.startswith(OURS) and tensor.numel()}
-    return {"tensors": len(counted), "parameters": sum(tensor.numel() for tensor in counted.values())}
+    counted = [tensor.numel() for tensor in tensors.values() if tensor.numel()]
+    return {"tensors": len(counted), "parameters": sum(counted)}
 
 
 def part(found: Part) -> str:
@@ -55,9 +55,10 @@ def head(config: Glori | Linear) -> str:
     taken = f"the last {config.n_blocks} blocks of width {config.dim}"
     plural = "finding" if config.n_findings == 1 else "findings"
     if isinstance(config, Linear):
-        extra = _extras(stats=config.stats, grid=config.grid, avgpool=config.avgpool)
+        extra = _extras(stats=config.stats, grid=config.grid, avgpool=config.avgpool) + NORMS[config.token_norm]
         return f"linear: {config.n_findings} {plural} from the CLS of {taken}{extra}"
     extra = _extras(cls=config.cls, stats=config.stats, grid=config.grid, positions=config.positions)
+    extra += NORMS[config.token_norm]
     return (
         f"GLoRI: {config.n_findings} {plural}, width {config.embed_dim}, {config.heads} attention heads, "
         f"FFN {config.ffn_dim}, on the patches of {taken}{extra}"

@@ -130,7 +130,6 @@ def test_the_paper_s_attention_heads():
         ({"layers.0.linear1.weight": None}, "there is no layers.0.linear1.weight"),
         ({"layers.0.linear1.weight": torch.zeros(())}, r"linear1.weight has the shape \(\)"),
         ({"duplicate_pooling": torch.zeros(F, E, 2)}, r"duplicate_pooling has the shape"),
-        ({"token_norm.mean": torch.ones(N * D)}, "two tensors are called token_norm.mean"),
         ({"duplicate_pooling": None}, "neither GLoRI nor linear"),
     ],
 )
