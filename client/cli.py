@@ -248,10 +248,10 @@ def _alone(home: Path, name: str) -> Iterator[None]:
 def _take_in(name: str, data: Path, home: Path, image_px: int) -> None:
     """Bring the site's store up to date, and say what was refused and what is in it now."""
     from chexfound.data.sources import ingest
-    from chexfound.data.store import INDEX, Store
+    from chexfound.data.store import Store, is_store
     from client.home import store_path
 
-    if (data / INDEX).exists():
+    if is_store(data):
         path = data
     else:
         path = store_path(home, image_px)

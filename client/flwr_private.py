@@ -61,7 +61,7 @@ from chexfound.bundle import Bundle
 from chexfound.names import shown
 
 log = logging.getLogger("chexfound.client")
-RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may have, all texts
+RUN_KEYS = ("recipe", "backbone", "run-dir", "submission")  # that a run's configuration may have, all texts
 POLL_S = (0.2, 3.0)  # between two questions for messages: a twentieth of the time without one, in these bounds
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 REPLY_POLL_S = 0.05  # between two looks for the worker's reply

@@ -9,7 +9,7 @@ from typing import Any
 
 from chexfound.data.sources import ingest
 from chexfound.data.split import View
-from chexfound.data.store import Store
+from chexfound.data.store import Store, is_store
 from chexfound.errors import ConfigError, DataError
 from chexfound.phases import Site
 from chexfound.roster import check_name
@@ -73,7 +73,7 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
         )
     name, data = str(node_config["site"]), Path(str(node_config["data"]))
     folder = folder_of(node_config)
-    if (data / "index.sqlite").exists():
+    if is_store(data):
         store = Store.open(data)
     else:
         path = store_path(folder, image_px)

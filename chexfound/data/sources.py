@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest, unreadable_file
-from chexfound.data.store import Image, Writer, writing
+from chexfound.data.store import Image, Writer, is_store, writing
 from chexfound.errors import ConfigError, DataError
 from chexfound.names import RULE, utf8, word, written
 from chexfound.schema import LARGEST_IMAGE_PX
@@ -80,7 +80,7 @@ def ingest(
     for path in (source, store):
         if not (utf8(path.absolute()) and utf8(os.path.realpath(path))):
             raise ConfigError(f"{written(path)}: the path is not UTF-8 as the index must be; rename the folder")
-    if not os.path.isdir(source):
+    if not is_store(source) and not os.path.isdir(source):  # the first tells what may not be read
         raise DataError(f"{source}: no such folder; give the folder that holds the images")
     found = find(source, leave=store)
     if not found.entries:
