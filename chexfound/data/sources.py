@@ -140,10 +140,10 @@ class _Walk:
         real = Path(os.path.realpath(path))
         if real == self.leave or real in self.seen:
             return False
-        if reason := _not_utf8(path) or (self._leads_up(path, real) if path.is_symlink() else ""):
+        if reason := _not_utf8(path) or (self._leads_up(path, real) if os.path.islink(path) else ""):
             self.refuse(path, reason)
             return False
-        if path.is_symlink() and real.is_relative_to(self.real):
+        if os.path.islink(path) and real.is_relative_to(self.real):
             parts = real.relative_to(self.real).parts
             if not any(part.startswith(".") for part in parts):
                 return False  # it is entered by its own name
