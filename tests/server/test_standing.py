@@ -95,7 +95,7 @@ def damaged(draw: st.DrawFn, value: Any) -> Any:
     return value if draw(st.integers(0, 9)) else draw(ANYTHING)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_whatever_a_record_lacks_is_not_told_and_nothing_else(data: st.DataObject) -> None:
     event = data.draw(damaged(data.draw(st.sampled_from(EVENTS))))
