@@ -44,8 +44,8 @@ def storage(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(
-                f"{path}: no space left to write ({os.strerror(error.errno)}); nothing was half-written. "
-                "Free some space or choose another folder, then run again with --resume"
+                f"{path}: no space left to write ({os.strerror(error.errno)}; {_room(path)}); "
+                "nothing was half-written; free some space there"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
@@ -56,8 +56,17 @@ def storage(path: Path) -> Iterator[None]:
             raise ConfigError(f"{path}: cannot be written there: {reason}; give another path") from error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise StorageError(
-            f"{path}: cannot be written ({reason}); check the disk and that its folder is there, then run again"
+            f"{path}: cannot be written ({reason}); check the disk and that its folder is there"
         ) from error
+
+
+def _room(path: Path) -> str:
+    """How much is free on the disk of a path, as far as that can be asked: a quota is not seen."""
+    for place in (path, *Path(os.path.abspath(path)).parents):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(place).free
+            return f"{free / 1e9:.1f} GB are free on the disk of {place}"
+    return "how much is free cannot be told"
 
 
 def _sync_folder(folder: Path) -> None:

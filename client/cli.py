@@ -1,6 +1,6 @@
 """`chexfound-client`: takes a site's images in, then answers a coordinator from them.
 
-`enrol` and `roster approve` come before that, once, and `check` looks whether it will work; without a word it serves,
+`enrol` and `join` come before that, once, and `check` looks whether it will work; without a word it serves,
 and `status` says what it is doing.
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 EPILOG = """\
 once, before:
   chexfound-client enrol --name CENTRE                  makes CENTRE.pub, for the coordinator
-  chexfound-client roster approve FILE                  the file that comes back: who is in the federation
-  chexfound-client approve                              the code that runs may have: that of this release
+  chexfound-client join FILE                            the file that comes back: who is in the federation, the
+                                                        code that runs may have, and what this site demands
 
 then:
   chexfound-client --data /images                       for ever; at each start new images are taken in
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.umask(UMASK)  # the node's and the worker's too
     try:
-        if words and words[0] in ("enrol", "roster", "approve", "check", "status", "secagg", "unit"):
+        if words and words[0] in ("enrol", "join", "roster", "approve", "check", "status", "secagg", "unit"):
             from client import commands
 
             code = commands.main(words)
@@ -207,7 +207,7 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
     if federation is None:
         raise ConfigError(
             f"site {name!r} is in no federation yet: chexfound-client enrol --name {shlex.quote(name)}, give the file "
-            f"to the coordinator, then chexfound-client roster approve FILE{named(name)}, with the one that comes back"
+            f"to the coordinator, then chexfound-client join FILE{named(name)}, with the one that comes back"
         )
     membership.check_own(name, membership.public_keys(home), federation, str(home / "federation.json"))
     return federation.server, Credentials(membership.authority_file(home, federation), home / "keys" / "node.key")
@@ -253,10 +253,10 @@ def _alone(home: Path, name: str) -> Iterator[None]:
 def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -> None:
     """Bring the site's store up to date, and say what was refused and what is in it now."""
     from chexfound.data.sources import ingest
-    from chexfound.data.store import INDEX, Store
+    from chexfound.data.store import Store, is_store
     from client.home import store_path
 
-    if (data / INDEX).exists():
+    if is_store(data):
         path = data
     else:
         path = store_path(home, image_px)

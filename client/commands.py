@@ -15,7 +15,7 @@ from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
-from client import approval, membership, secret
+from client import approval, join, membership, secret
 from client.home import close, named, site_home, sole_site
 from client.home import home as chexfound_home
 
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     enrol.add_argument("--name", metavar="SITE", required=True, help="which the other sites and the report see")
     enrol.add_argument("--out", metavar="FILE", type=Path, help="where to (default: SITE.pub here)")
     enrol.set_defaults(run=_enrol)
+    join.add(commands)
     roster = commands.add_parser("roster", help="who is in the federation")
     of_roster = roster.add_subparsers(dest="what", required=True, metavar="COMMAND")
     approve = of_roster.add_parser(
@@ -156,25 +157,15 @@ def _enrol(given: argparse.Namespace) -> int:
     print(f"  node     {fingerprint(keys.node)}\n    {keys.node}")
     print(f"  identity {fingerprint(keys.identity)}\n    {keys.identity}")
     print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")
-    print(f"      then approve the file that comes back: chexfound-client roster approve FILE{named(given.name)}")
+    print(f"      then, with the file that comes back: chexfound-client join FILE{named(given.name)}")
     return 0
 
 
 def _approve(given: argparse.Namespace) -> int:
-    name = given.name or sole_site()
-    check_name(name, "site name")
-    home, federation = site_home(name), membership.read(given.file)
-    membership.check_own(name, membership.public_keys(home), federation, str(given.file))
-    before = membership.approved(home)
-    if before is not None and before.name == federation.name and before.sites.serial > federation.sites.serial:
-        raise ConfigError(
-            f"{given.file}: older (serial {federation.sites.serial}) than what was approved ({before.sites.serial}); "
-            "ask the coordinator for the present one"
-        )
-    _tell(federation, name)
-    for change in membership.changes(before, federation):
-        print(f"  change: {change}")
-    if not given.yes and not _confirmed("Are these the fingerprints that they told you?"):
+    name, home, federation, before = join.admissible(given)
+    join.tell(federation, name)
+    join.tell_changes(before, federation)
+    if not given.yes and not join.confirmed("Are these the fingerprints that they told you?"):
         raise PolicyError("not approved; nothing was changed")
     membership.approve(home, federation)
     steps = [] if approval.approved(home) else [f"chexfound-client approve{named(name)}"]
@@ -182,12 +173,6 @@ def _approve(given: argparse.Namespace) -> int:
         steps.append(f"chexfound-client --data DIR{named(name)}")
     print("approved" + (f"; next: {', then: '.join(steps)}" if steps else "; a site that serves knows it at once"))
     return 0
-
-
-def _confirmed(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise ConfigError("there is no terminal to ask on; look at what is above, then give --yes")
-    return input(f"{question} [yes/no] ").strip().lower() == "yes"
 
 
 def _approve_code(given: argparse.Namespace) -> int:
@@ -218,7 +203,11 @@ def _approve_code(given: argparse.Namespace) -> int:
     print(f"differs from the installed release {chexfound.__version__}: {'' if differences else 'nothing'}")
     for line in differences:
         print(f"  {line}")
-    if differences and not given.yes and not _confirmed("The coordinator runs this; your site does not. Approve it?"):
+    if (
+        differences
+        and not given.yes
+        and not join.confirmed("The coordinator runs this; your site does not. Approve it?")
+    ):
         raise PolicyError("not approved; nothing was changed")
     approval.approve(home, digest)
     print("approved: runs with this code are accepted")
@@ -242,7 +231,7 @@ def _show(given: argparse.Namespace) -> int:
     federation = membership.approved(site_home(name))
     if federation is None:
         raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE{named(name)}")
-    _tell(federation, name)
+    join.tell(federation, name)
     return 0
 
 
@@ -297,7 +286,7 @@ def _secagg_release(given: argparse.Namespace) -> int:
         return 0
     chosen = sums.choose(home, last=given.last, phase=given.phase, weights=given.weights)
     print("\n".join(sums.question(sums.read(name, home), chosen)))
-    if not given.yes and not _confirmed("Release it?"):
+    if not given.yes and not join.confirmed("Release it?"):
         raise PolicyError("not released; nothing was changed")
     sums.release(home, chosen)
     print("released: one more sum on these weights may be opened; the coordinator can resume the run")
@@ -321,10 +310,3 @@ def _unit(given: argparse.Namespace) -> int:
     print(f"wrote {given.out}; next, as root: install -m 644 {file} /etc/systemd/system/chexfound-client.service")
     print("      && systemctl daemon-reload && systemctl enable --now chexfound-client")
     return 0
-
-
-def _tell(federation: membership.Federation, own: str) -> None:
-    print(f"federation {federation.name} at {federation.server}, roster {federation.sites.serial}")
-    print(f"  authority {federation.authority_fingerprint}")
-    for name, keys in sorted(federation.sites.sites.items()):
-        print(f"  {name}{' (this site)' if name == own else ''}: {fingerprint(keys.identity)}")

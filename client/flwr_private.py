@@ -13,9 +13,11 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -62,11 +64,12 @@ from chexfound.bundle import Bundle
 from chexfound.names import shown
 
 log = logging.getLogger("chexfound.client")
-RUN_KEYS = ("recipe", "backbone", "run-dir")  # that a run's configuration may have, all texts
+RUN_KEYS = ("recipe", "backbone", "run-dir", "submission")  # that a run's configuration may have, all texts
 POLL_S = (0.2, 3.0)  # between two questions for messages: a twentieth of the time without one, in these bounds
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
 REPLY_POLL_S = 0.05  # between two looks for the worker's reply
 SEND_AGAIN_S = 5.0  # before a reply that was not taken is sent again
+ASK_S = 3.0  # between two questions whether the run of the message in hand still goes on
 
 
 def release_bundle() -> Bundle:
@@ -98,6 +101,9 @@ class Told(Protocol):
 
     def contact(self) -> None:
         """The coordinator answered."""
+
+    def over(self) -> None:
+        """Nobody waits any more for the reply to the message in hand."""
 
 
 def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | None], told: Told) -> None:
@@ -150,6 +156,7 @@ class _Node:
 
     def __init__(self, functions: tuple[Any, ...], refusal: Callable[[bytes], str | None], told: Told) -> None:
         node_id, self._receive, self._send, get_run, get_fab, pull_object, self._push, confirm = functions
+        self._get_run = get_run
         self._confirm = _ending_the_message(confirm)
         admission = _Admission(get_run, get_fab, refusal, told)
         self.functions = (
@@ -159,12 +166,16 @@ class _Node:
         self._told, self._parent = told, os.getppid()
         self._draining = self._in_hand = False
         self._message = ""  # number of the one in hand, until its reply is sent
+        self._until = math.inf  # when (time.time) the reply to it comes too late
+        self._ended = _Ended(get_run, 0)
+        self._over = False  # nobody waits for that
         self._busy = time.monotonic()
 
     def drain(self, *_: object) -> None:
-        """SIGTERM came: leave, once the message in hand was answered, if there is one."""
+        """SIGTERM came: leave, once the message in hand was answered, if there is one that somebody waits for."""
         self._draining = True
-        if not self._in_hand or os.getppid() != self._parent:  # or nobody is left who would end it in time
+        orphan = os.getppid() != self._parent  # nobody is left who would end it in time
+        if not self._in_hand or self._over or orphan:
             os.kill(os.getpid(), signal.SIGINT)  # Flower's own way to say goodbye
 
     def receive(self) -> Any:
@@ -177,9 +188,10 @@ class _Node:
             log.warning("event=dropped reason='a message without its own number, or one that is a reply'")
             got = None
         if got is not None:
-            self._in_hand, self._busy = True, time.monotonic()
+            self._in_hand, self._busy, self._over = True, time.monotonic(), False
             about = got[0].metadata
-            self._message = about.message_id
+            self._message, self._until = about.message_id, about.created_at + about.ttl
+            self._ended = _Ended(self._get_run, about.run_id)
             self._told.state("receiving", run=str(about.run_id), phase=about.message_type, round=about.group_id)
         self._told.contact()
         return got
@@ -239,10 +251,46 @@ class _Node:
 
     def sleep(self, seconds: float) -> None:
         """In place of Flower's polls, which are 3 s for a message and 0.5 s for the worker's reply."""
+        if self._message and not self._over and (time.time() > self._until or self._ended.look()):
+            log.info("event=over reason='the run has ended, or the reply comes too late'")
+            self._over = True
+            self._told.over()
+            if self._draining:
+                self.drain()
         if self._draining:
             self._told.state("draining")
         idle = (time.monotonic() - self._busy) / 20
         time.sleep(REPLY_POLL_S if seconds < 1 else min(max(idle, POLL_S[0]), POLL_S[1]))
+
+
+class _Ended:
+    """Whether a run has ended, asked now and then, beside all else: while its SuperLink is away there is no answer.
+
+    Args:
+        get_run: of the connection.
+        run_id: of the run.
+    """
+
+    def __init__(self, get_run: Callable[[int], Run], run_id: int) -> None:
+        self._get_run, self._run_id = get_run, run_id
+        self._ended, self._again = False, time.monotonic() + ASK_S
+        self._asking: threading.Thread | None = None
+
+    def look(self) -> bool:
+        """What is known by now."""
+        if time.monotonic() >= self._again and (self._asking is None or not self._asking.is_alive()):
+            self._again = time.monotonic() + ASK_S
+            self._asking = threading.Thread(target=self._ask, daemon=True)
+            self._asking.start()
+        return self._ended
+
+    def _ask(self) -> None:
+        try:
+            self._get_run(self._run_id)
+        except RunNotRunningException:
+            self._ended = True
+        except Exception as error:  # noqa: BLE001 (whatever the connection raises: it is asked again)
+            log.debug("event=unanswered reason=%r", type(error).__name__)
 
 
 def _ending_the_message(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 SCHEMA = 1
 EVERY_S = 15.0  # that the file is written at least
+OVER = "over.json"  # in the site's home while nobody waits for what the worker does
 AWAY_S = 60.0  # without an answer, after which the coordinator counts as away
 
 
@@ -58,6 +59,9 @@ class Status:
                 if self._values["state"] == "connecting":
                     print("connected; waiting for a run", flush=True)
                 self._values |= {"state": name, "since": now()}
+            if "phase" in about:  # another message
+                with contextlib.suppress(OSError):
+                    (self.home / OVER).unlink(missing_ok=True)
             if isinstance(about.get("round"), str):
                 short = about["round"].isdecimal() and len(about["round"]) < 10  # it comes from outside
                 about["round"] = int(about["round"]) if short else None
@@ -70,6 +74,10 @@ class Status:
         with self._lock:
             self._heard = datetime.datetime.now(datetime.UTC)
             self._values["contact"] = self._heard.isoformat(timespec="seconds")
+
+    def over(self) -> None:
+        """Nobody waits any more for the reply to the message in hand: the worker may stop."""
+        write(self.home / OVER, {"since": now()})
 
     def _keep(self) -> None:
         while True:

@@ -65,9 +65,12 @@ class Parts:
             here = path.stat().st_size if path.exists() else 0
             if here > part.size:
                 raise ProtocolError("a part of arrays that are smaller than what is here of them")
-            if (free := shutil.disk_usage(path.parent).free - SPARE) < part.size - here:
-                wanted = f"{(part.size - here) / 1e9:.1f} GB are to be delivered, {free / 1e9:.1f} GB can be spared"
-                raise StorageError(f"{path}: {wanted}; free some space")
+            if (free := shutil.disk_usage(path.parent).free) < (needed := part.size - here + SPARE):
+                raise StorageError(
+                    f"the disk of {path.parent} has {free / 1e9:.3f} GB free, and needs {needed / 1e9:.3f}: "
+                    f"{(part.size - here) / 1e6:.1f} MB that the coordinator delivers, and {SPARE / 1e9:g} GB that "
+                    "stays free beside them; free some space there, and have the coordinator resume the run"
+                )
             path.touch(0o600)
             if part.start <= here < part.start + chunk.size:
                 with open(path, "rb+") as file:

@@ -11,7 +11,7 @@ from chexfound.data import vocabulary
 from chexfound.data.naming import Naming
 from chexfound.data.sources import ingest
 from chexfound.data.split import Membership, View
-from chexfound.data.store import INDEX, Store, key_id
+from chexfound.data.store import Store, is_store, key_id
 from chexfound.errors import ConfigError, DataError, EmptyError, RefusedError
 from chexfound.phases import Site
 from chexfound.recipe import changed
@@ -132,7 +132,7 @@ def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: boo
 
 def _store(data: Path, folder: Path, image_px: int, enrolling: bool, naming: Naming | None = None) -> Store:
     """The store that `data` is, as it is; or the site's own, that its images are taken into."""
-    if (data / INDEX).exists():
+    if is_store(data):
         return Store.open(data)
     path = store_path(folder, image_px)
     if enrolling or not path.exists() or (naming is not None and not key_id(path)):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from chexfound import logs
-from chexfound.errors import ChexfoundError
+from chexfound.errors import ChexfoundError, SiteError
 from chexfound.processes import die_with_parent, trim
 from chexfound.wire import inflate_once
 from client import node, parts, secure, site
@@ -27,13 +27,15 @@ POLL_S = (0.05, 1.0)  # between two questions to this machine's own SuperNode: a
 
 
 class _Progress(logs.Steps):
-    """A line now and then, and SITE/work.json for who asks."""
+    """A line now and then, and SITE/work.json for who asks; and no step more once nobody waits for the reply."""
 
     def __init__(self, home: Path) -> None:
         super().__init__(log)
         self.home, self._again = home, 0.0
 
     def __call__(self, name: str, phase: str, done: int, total: int) -> None:
+        if (self.home / node.OVER).exists():
+            raise SiteError("the run has ended at the coordinator, or waits no more; what was begun is left")
         super().__call__(name, phase, done, total)
         if time.monotonic() > self._again:
             self._again = time.monotonic() + 1

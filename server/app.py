@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -12,12 +13,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from chexfound import logs, roster
 from chexfound import recipe as recipes
-from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.journal import held
+from chexfound.errors import ChexfoundError
 from chexfound.processes import map_large
 from chexfound.roster import Roster
 from chexfound.wire import inflate_once
-from server import health
+from server import health, submission
 from server.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.grid import GridExchange
 from server.live import Live
@@ -103,16 +103,22 @@ def main(grid: Grid, context: Context) -> None:
         _run(grid, context, grid.sites)
         return
     logs.show()
-    folder = run_folder(context)
-    if held(folder / "journal.jsonl"):  # live.json, too, is that of the run which goes on there
-        error = ConfigError(f"{folder}: another process works at this run; stop it, or choose another folder")
-        log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
-        raise error
+    folder, number = run_folder(context), str(context.run_id)
+    token = str(context.run_config.get("submission", ""))
+    with contextlib.ExitStack() as holding:
+        try:
+            holding.enter_context(submission.alone(folder, token, number))
+        except ChexfoundError as error:  # live.json is that of the run which goes on there
+            log.error("event=failed error=%s exit_code=%d %s", error.code, error.exit_code, error)
+            raise
+        _serve(grid, context, Live(folder, number, token))
+
+
+def _serve(grid: Grid, context: Context, live: Live) -> None:
     retry_soon()
     inflate_once()
     map_large()
     keep_asking(grid)
-    live = Live(folder, str(context.run_id))
     observers.append(live)
     try:
         _run(grid, context, federation_sites())

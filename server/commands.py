@@ -150,7 +150,7 @@ def add_site(given: argparse.Namespace) -> int:
     print("compare these with what the site saw, by telephone or in person")
     if code := _register(held, given.site, "registers it"):
         return code
-    print(f"next: give {held.site_file} to every site; each approves it with: chexfound-client roster approve FILE")
+    print(f"next: give {held.site_file} to every site; each takes it with: chexfound-client join FILE")
     return 0
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from chexfound.errors import SiteError
 from chexfound.names import ALL_SITES, shown
-from server import members, standing
+from server import members, records, standing
 from server.follow import ASK_S, Follower
 from server.members import Node
 from server.runs import Event, RunFolder
@@ -103,22 +103,22 @@ def _bars(follower: Follower) -> Table:
 def _sites(follower: Follower, nodes: dict[str, Node]) -> Table:
     """A row a site: its images and last loss, whether it is connected, and what it is waited for."""
     now, events = follower.standing, follower.events
-    enrolled = {one["site"]: one for one in events[0]["roster"]} if events else {}
-    rounds = [event for event in events if event["event"] == "round"]
-    last = {site["site"]: site for site in rounds[-1]["sites"]} if rounds else {}
+    enrolled = {records.site(one): one for one in records.rows(events, 0, "roster")}
+    rounds = [event for event in events if event.get("event") == "round"]
+    last = {records.site(row): row for row in records.rows(rounds, -1, "sites")}
     names = sorted({*enrolled, *now.waiting_for, *now.replied} or follower.run.federation.sites().sites)
-    if events and "totals" in events[0]:  # under secure aggregation nothing else is known
-        names, enrolled[ALL_SITES] = [*names, ALL_SITES], events[0]["totals"]
+    if totals := records.read(events, 0, "totals"):  # under secure aggregation nothing else is known
+        names, enrolled[ALL_SITES] = [*names, ALL_SITES], totals
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("site", "images", "loss", "node", "this round"):
         table.add_column(title, justify="right" if title in ("images", "loss") else "left")
     for name in names:
         node = nodes.get(name)
-        ends = last[name]["history"][-1:] if name in last else []
+        loss = records.figure(last, name, "history", -1, "loss")
         table.add_row(
             shown(name),
-            str(enrolled.get(name, {}).get("train", "")),
-            f"{ends[0]['loss']:.4f}" if ends else "",
+            "" if (images := records.count(enrolled, name, "train")) is None else str(images),
+            f"{loss:.4f}" if loss is not None else "",
             f"{node.status} since {node.since}" if node else "" if name == ALL_SITES else "not known",
             _doing(name, now),
         )
@@ -138,10 +138,10 @@ def _doing(name: str, now: standing.Standing) -> Text:
 
 def curves(events: Sequence[Event], *, plain: bool = False) -> list[RenderableType]:
     """Loss by round of each phase, and AUROC of the kNN probe; nothing of what has fewer than two points."""
-    rounds = [event for event in events if event["event"] == "round"]
+    rounds = [event for event in events if event.get("event") == "round"]
     found = []
     for phase in ("pretrain", "adapt"):
-        found.append((f"loss, {phase}", [standing.loss(event) for event in rounds if event["phase"] == phase]))
+        found.append((f"loss, {phase}", [standing.loss(event) for event in rounds if event.get("phase") == phase]))
     found.append(("AUROC, kNN", [standing.auroc(event) for event in rounds]))
     parts: list[RenderableType] = []
     for title, values in found:

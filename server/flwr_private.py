@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
+import json
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
 from flwr.common.config import get_fused_config_from_dir
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import linkstate_factory
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -36,18 +37,20 @@ from flwr.supercore.run import Run
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.state.schema.linkstate_models import Node as NodeModel
+from flwr.supercore.state.schema.linkstate_models import Run as RunModel
 from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supercore.utils import uint64_to_int64
+from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
 from flwr.superlink import cli as superlink_cli
 from flwr.superlink.grid import HttpGrid
 from sqlalchemy import ColumnElement, create_engine, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from chexfound import bundle
 from chexfound._launch import application_root
 from chexfound.bundle import Bundle
-from chexfound.errors import PolicyError
+from chexfound.errors import CheckpointError, PolicyError
 from chexfound.roster import Roster
 
 RETRY_S = (0.05, 0.5)  # between two tries to pull an object: doubled each time, up to this
@@ -97,6 +100,25 @@ def _hear_from_them_again(database: Path) -> None:
             update(NodeModel).where(NodeModel.status == NodeStatus.ONLINE).values(online_until=until.timestamp())
         )
     engine.dispose()
+
+
+def submitted(database: Path) -> dict[str, str]:
+    """Flower's number of each run that was submitted with a token, by that; whether or not the SuperLink is up.
+
+    Raises: CheckpointError.
+    """
+    if not database.is_file():
+        return {}
+    engine = create_engine(f"sqlite:///{database}")
+    try:
+        with Session(engine) as session:
+            rows = session.execute(select(RunModel.run_id, RunModel.override_config)).all()
+        configs = {int64_to_uint64(number): json.loads(text or "{}") for number, text in rows if number is not None}
+    except (SQLAlchemyError, ValueError) as error:
+        raise CheckpointError(f"{database}: cannot be read: {error}") from error
+    finally:
+        engine.dispose()
+    return {config["submission"]: str(number) for number, config in configs.items() if config.get("submission")}
 
 
 class LinkState(SqlLinkState):
@@ -263,6 +285,11 @@ def node_info(node: int, line: str) -> NodeInfo:
         return NodeInfo(node_id=node)
     pem = load_ssh_public_key(line.encode("ascii")).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return NodeInfo(node_id=node, public_key=pem)
+
+
+def of_superlink(message: Message) -> bool:
+    """Whether the SuperLink itself says it; a node cannot, its replies are taken as its own alone."""
+    return message.metadata.src_node_id == SUPERLINK_NODE_ID
 
 
 def set_message_id(message: Message, message_id: str) -> None:

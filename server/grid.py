@@ -2,7 +2,8 @@
 
 A node's last activation tells a site that was started again (what it had in hand is lost, and it is asked again) from
 one whose link was down (its reply is still to come).  Flower's own errors that say so much as "not there" are taken in
-the same way; only the round's deadline ends it.
+the same way, if the SuperLink says them itself: a site does not say of itself that it is gone.  Asked again too often
+without an answer, it is given up; else only the round's deadline ends it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from chexfound.processes import trim
 from chexfound.roster import Roster
 from chexfound.schema import Recipe
 from server.exchange import Member, Missing, checked_roster
-from server.flwr_private import node_key, pull_until
+from server.flwr_private import node_key, of_superlink, pull_until
 from server.parts import Outgoing, Spool
 
-LOST = (3, 4, 5, 8)  # Flower's error codes after which it helps to ask again, see wire.FLOWER_ERRORS
+LOST = (3, 4, 5)  # error codes of the SuperLink's own (wire.FLOWER_ERRORS), after which it helps to ask again
+CRASHED = 8  # that of a site's node whose worker died, which is started again
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)  # of Flower, over what a site sent
 PULLS_MAX = 8  # replies that are pulled side by side, each of a part at most
 PAUSE_S = (0.02, 0.5)  # between two looks for replies: longer each time, in these bounds (of many sites, a longer one)
@@ -371,11 +373,15 @@ class GridExchange:
                 one.activated = node.last_activated_at
                 self._find(one)  # its reply is still to come
                 continue
+            self._lose(one, "gone")
+            if one.again == AGAIN_MAX:
+                self._away.add(self._names[one.index])
+                text = f"{self._where(one)}: has lost what it was asked {1 + AGAIN_MAX} times; its own log says why"
+                one.outcome = Missing(reason="gone", error=SiteError(text))
+                continue
             one.again += 1
-            if one.again <= AGAIN_MAX:
-                self._lose(one, "gone")
-                self._push([one], nodes, deadline)
-                self._find(one)
+            self._push([one], nodes, deadline)
+            self._find(one)
 
     def _lose(self, one: _Asked, reason: str) -> None:
         if not one.lost:
@@ -392,7 +398,10 @@ class GridExchange:
         where = self._where(one)
         if message.has_error():
             kind = wire.unpack_error(message)
-            if kind is ChexfoundError and message.error.code in LOST:
+            if kind is ChexfoundError and message.error.code in LOST and not of_superlink(message):
+                text = f"{where}: says what the SuperLink alone can know (Flower's error code {message.error.code:d})"
+                return self._missing(one, ProtocolError.code, ProtocolError(text))
+            if kind is ChexfoundError and message.error.code in (*LOST, CRASHED):
                 one.ids.remove(message_id)
                 self._lose(one, "gone")
                 return None

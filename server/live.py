@@ -22,13 +22,15 @@ class Live:
 
     Args:
         flower_run: Flower's number of the run.
+        submission: the token that it was submitted with.
     """
 
-    def __init__(self, folder: Path, flower_run: str) -> None:
+    def __init__(self, folder: Path, flower_run: str, submission: str = "") -> None:
         self.folder = folder
         self.values: dict[str, Any] = {
             "schema": SCHEMA, "state": "waiting", "round": None, "rounds": None, "since": _now(),
-            "waiting_for": [], "replied": [], "flower_run": flower_run, "error": None,
+            "waiting_for": [], "replied": [], "lost": [], "flower_run": flower_run, "submission": submission,
+            "error": None,
         }  # fmt: skip
         self._rounds: dict[str, int] = {}
         self._write()
@@ -36,15 +38,21 @@ class Live:
     def __call__(self, event: dict[str, Any]) -> None:
         """Take in an event of the run or of its exchange."""
         kind = event["event"]
-        if kind == "asked":
+        if kind == "asked":  # anew, those too that were lost before
             phase, rounds = event["phase"], self._of(event["phase"])
             self.values |= {"state": phase, "rounds": rounds, "round": event["round"] + 1 if rounds else None}
-            self.values |= {"since": _now(), "waiting_for": event["sites"], "replied": []}
+            self.values |= {"since": _now(), "waiting_for": event["sites"], "replied": [], "lost": []}
         elif kind == "replied":
             self.values["waiting_for"] = [name for name in self.values["waiting_for"] if name != event["site"]]
             self.values["replied"] = [*self.values["replied"], event["site"]]
+            self._found(event["site"])
         elif kind == "refused":
             self.values["waiting_for"] = [name for name in self.values["waiting_for"] if name != event["site"]]
+            self._found(event["site"])
+        elif kind == "lost":
+            self.values["lost"] = sorted({*self.values["lost"], event["site"]})
+        elif kind == "back":
+            self._found(event["site"])
         elif kind == "done":
             self.values |= {"state": "done", "since": _now(), "waiting_for": []}
         else:
@@ -55,6 +63,9 @@ class Live:
         """The run ended with an error."""
         self.values |= {"state": "failed", "since": _now(), "error": {"code": error.code, "text": str(error)}}
         self._write()
+
+    def _found(self, site: str) -> None:
+        self.values["lost"] = [name for name in self.values["lost"] if name != site]
 
     def _of(self, phase: str) -> int | None:
         path = self.folder / "recipe.yaml"

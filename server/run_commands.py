@@ -74,7 +74,7 @@ def _unfinished(held: Federation) -> RunFolder:
             now = standing.look(one, words)
         except CheckpointError:  # one damaged folder does not hide the others
             continue
-        if standing.resumable(now) or (now.state not in standing.ENDED and runs.deserted(one)):
+        if standing.resumable(now) or (now.state not in standing.ENDED and runs.interrupted(one)):
             found.append(one)
     if not found:
         raise ConfigError(

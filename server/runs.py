@@ -1,9 +1,10 @@
 """The runs of a federation: their folders, how one is submitted, and how it stands.
 
-DIR/runs/NAME/run.json    what was submitted: recipe, rounds, backbone; and Flower's number of each submission
+DIR/runs/NAME/run.json    what was submitted: recipe, rounds, backbone; and each submission, by token and number
 DIR/runs/NAME/run.toml    what Flower is given: the resolved recipe, and this folder
 
-The rest is the ServerApp's: recipe.yaml, journal.jsonl, live.json, rounds/; at the end model/, metrics.json.
+The rest is the ServerApp's: recipe.yaml, journal.jsonl, live.json, serverapp.lock, rounds/; at the end model/,
+metrics.json.
 """
 
 from __future__ import annotations
@@ -11,32 +12,30 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chexfound import bundle
 from chexfound import recipe as recipes
-from chexfound.errors import CheckpointError, ConfigError, SiteError
-from chexfound.journal import held as journal_held
+from chexfound.errors import CheckpointError, ChexfoundError, ConfigError, SiteError
 from chexfound.journal import read_journal, storage, write_json, write_text
 from chexfound.roster import check_name
 from chexfound.schema import Recipe
-from server import flower
+from server import flower, submission
 from server.federation import CONNECTION, Federation
 from strategies import composition
 
-SCHEMA = 1
 END_S = 60.0  # in which the ServerApp of a run that was stopped has to end
-SETTLE_S = 2.0  # in which a ServerApp that has begun opens its journal
-OVER = ("done", "failed")  # states of live.json in which the ServerApp has nothing more to ask
+SETTLE_S = 2.0  # in which a ServerApp that finds that it was submitted again has ended
+RUNS_MAX = "1000"  # that Flower lists; its own limit is 20
 
 Event = dict[str, Any]
 
@@ -63,14 +62,14 @@ class RunFolder:
 
         Raises: CheckpointError.
         """
-        return _read(self.path / "run.json", {"recipe": str, "rounds": dict, "flower_runs": list})
+        return submission.about(self.path)
 
     def live(self) -> dict[str, Any] | None:
         """What its ServerApp last said of itself.
 
         Raises: CheckpointError.
         """
-        return _read(self.path / "live.json", {"state": str, "flower_run": str, "waiting_for": list, "replied": list})
+        return submission.live(self.path)
 
     def journal(self) -> list[Event]:
         """What has happened; nothing before the first site enrolled.
@@ -81,28 +80,31 @@ class RunFolder:
         return read_journal(path) if path.is_file() else []
 
     def flower_run(self) -> str | None:
-        """Flower's number of the last submission.
+        """Flower's number of the last submission; None if it has none.
 
-        One by hand has it in live.json, or as its folder's name; so has one whose command was killed as it submitted.
+        Of one whose command did not live to note it, by the ServerApp's word or Flower's database.  One by hand has it
+        in live.json, or as its folder's name.
+
+        Raises: CheckpointError.
         """
         about, live = self.about(), self.live()
-        if about is not None and (about["flower_runs"] or live is None):
-            return about["flower_runs"][-1]["id"] if about["flower_runs"] else None
-        return live["flower_run"] if live else self.name if self.name.isdigit() else None
+        if about is None:
+            return live["flower_run"] if live else self.name if self.name.isdigit() else None
+        if not (last := submission.last(about)):
+            return None
+        token, tokens = last.get("submission"), {one.get("submission") for one in about["flower_runs"]}
+        if live is not None and (
+            live["submission"] == token or (live["submission"] in tokens and submission.served(self.path))
+        ):
+            return str(live["flower_run"])
+        return last["id"] or _submitted(self.federation).get(str(token))
 
 
-def _read(path: Path, expected: Mapping[str, type]) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path}: not of schema {SCHEMA}, which this release reads")
-    if odd := [key for key, kind in expected.items() if not isinstance(values.get(key), kind)]:
-        raise CheckpointError(f"{path}: damaged at {odd[0]!r}")
-    return values
+def _submitted(federation: Federation) -> dict[str, str]:
+    """Flower's number of each of its runs that has a token, by that."""
+    from server import flwr_private
+
+    return flwr_private.submitted(federation.path("superlink.sqlite"))
 
 
 # -- which runs there are
@@ -244,15 +246,19 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
             raise ConfigError(f"--backbone {str(backbone)!r}: no such file")
     made = _new_folder(federation, name, recipe.name)
     given = {"run-dir": str(made.path), **({"backbone": str(backbone)} if backbone else {})}
-    write_text(made.path / "run.toml", recipes.to_run_config(recipe, given))
-    write_text(made.path / "recipe.yaml", recipes.to_yaml(recipe))
     about: dict[str, Any] = {
         "recipe": recipe.name,
         "rounds": recipe.rounds,
         "backbone": given.get("backbone"),
         "flower_runs": [],
     }
-    write_json(made.path / "run.json", {"schema": SCHEMA, **about})
+    try:
+        write_text(made.path / "run.toml", recipes.to_run_config(recipe, given))
+        write_text(made.path / "recipe.yaml", recipes.to_yaml(recipe))
+        write_json(made.path / "run.json", {"schema": submission.SCHEMA, **about})
+    except BaseException:  # half of it could be neither resumed nor made again under its name
+        shutil.rmtree(made.path, ignore_errors=True)
+        raise
     return made
 
 
@@ -287,21 +293,51 @@ def _plain(name: str) -> str:
 def submit(run: RunFolder) -> str:
     """Hand a run to the SuperLink; returns Flower's number of it.
 
-    Raises: SiteError.
+    Killed anywhere, or with a disk that is full from anywhere on, it leaves either nothing submitted, or one submission
+    that `flower_run` finds.
+
+    Raises: ConfigError; SiteError; StorageError, and then nothing was submitted.
     """
-    about = run.about()
-    if about is None:
-        raise ConfigError(
-            f"{run.path}: holds no run.json, so it was not started by chexfound-server run; submit it again as it was"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        app = Path(folder) / "app"
-        stage(app)
-        command = ["run", str(app), CONNECTION, "-c", str(run.path / "run.toml")]
-        number = str(flower.ask(run.federation, command)["run-id"])
-    about["flower_runs"].append({"id": number, "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
-    write_json(run.path / "run.json", about)
+    with _alone(run):
+        return _submit(run)
+
+
+def _submit(run: RunFolder) -> str:
+    token = submission.intend(run.path)
+    try:
+        _check_free(run)
+    except ConfigError:
+        submission.withdraw(run.path)
+        raise
+    try:
+        number = _hand_over(run, token)
+    except ChexfoundError:  # which may be about its answer alone
+        found = _submitted(run.federation).get(token)
+        if found is None:
+            raise
+        number = found
+    submission.record(run.path, number)
     return number
+
+
+def _check_free(run: RunFolder) -> None:
+    """Raise ConfigError if a ServerApp of a submission before this one began in the last moment.
+
+    From the new intent on none begins any more; one that finds so has ended soon.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while submission.served(run.path):
+        if time.monotonic() > deadline:
+            raise ConfigError(f"run {run.name!r} has just begun, as it was submitted before; {_see(run)}")
+        time.sleep(0.05)
+
+
+def _hand_over(run: RunFolder, token: str) -> str:
+    with storage(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
+        app, config = Path(folder) / "app", Path(folder) / "run.toml"
+        stage(app)
+        config.write_text((run.path / "run.toml").read_text(encoding="utf-8") + f'submission = "{token}"\n', "utf-8")
+        return str(flower.ask(run.federation, ["run", str(app), CONNECTION, "-c", str(config)])["run-id"])
 
 
 def stage(app: Path) -> None:
@@ -339,14 +375,25 @@ def _resubmit(run: RunFolder) -> str:
         raise ConfigError(f"run {run.name!r} is done: chexfound-server report {run.federation.folder} {run.name}")
     number = run.flower_run()
     if number is not None and not ended(status := statuses(run.federation).get(number, "unknown")):
+        if interrupted(run):
+            submission.record(run.path, number)
+            return number
         if not deserted(run):
-            raise ConfigError(
-                f"run {run.name!r} is {status}; see it with chexfound-server watch {run.federation.folder} {run.name}, "
-                f"end it with chexfound-server stop {run.federation.folder} {run.name}"
-            )
+            raise ConfigError(f"run {run.name!r} is {status}; {_see(run)}")
         flower.ask(run.federation, ["stop", number, CONNECTION])
     await_end(run)
-    return submit(run)
+    return _submit(run)
+
+
+def _see(run: RunFolder) -> str:
+    where = f"{shlex.quote(str(run.federation.folder))} {shlex.quote(run.name)}"
+    return f"see it with chexfound-server watch {where}, end it with chexfound-server stop {where}"
+
+
+def interrupted(run: RunFolder) -> bool:
+    """Whether a run goes on whose command ended before it could say so: a full disk, or it was killed."""
+    last = submission.last(run.about())
+    return bool(last) and last["id"] is None and run.flower_run() is not None and not deserted(run)
 
 
 def stop(run: RunFolder) -> bool:
@@ -367,7 +414,10 @@ def statuses(federation: Federation) -> dict[str, str]:
 
     Raises: SiteError.
     """
-    return {str(one["run-id"]): str(one["status"]) for one in flower.ask(federation, ["list", CONNECTION])["runs"]}
+    return {
+        str(one["run-id"]): str(one["status"])
+        for one in flower.ask(federation, ["list", CONNECTION, "--limit", RUNS_MAX])["runs"]
+    }
 
 
 def ended(status: str) -> bool:
@@ -376,29 +426,30 @@ def ended(status: str) -> bool:
 
 
 def deserted(run: RunFolder) -> bool:
-    """Whether a run that Flower still lists has lost its ServerApp, which Flower notices within a minute."""
-    live = run.live()
-    if live is None or live["flower_run"] != run.flower_run() or live["state"] in OVER or _held(run):
+    """Whether a run has begun and lost its ServerApp, which Flower notices within a minute only."""
+    if not left(run):
         return False
-    time.sleep(SETTLE_S)
-    return not _held(run)
+    live = run.live()  # its last word, if it had one
+    return not run.done and live is not None and live["state"] != "failed"
 
 
-def _held(run: RunFolder) -> bool:
-    """Whether a process has its journal open."""
-    return journal_held(run.path / "journal.jsonl")
+def left(run: RunFolder) -> bool:
+    """Whether the ServerApp of a run's last submission has begun and ended: it holds the folder in between."""
+    live = run.live()
+    return live is not None and live["flower_run"] == run.flower_run() and not submission.served(run.path)
 
 
 def await_end(run: RunFolder) -> None:
-    """Wait until no process has the run's journal open.
+    """Wait until no process works at the run.
 
     Raises: SiteError.
     """
     deadline = time.monotonic() + END_S
-    while _held(run):
+    while submission.served(run.path):
         if time.monotonic() > deadline:
             raise SiteError(
                 f"run {run.name!r}: its ServerApp has not ended after {END_S:.0f} s, and holds "
-                f"{run.path / 'journal.jsonl'}; end that process (server.task), then resume"
+                f"{run.path / submission.LOCK}; end that process (server.task), then: chexfound-server resume "
+                f"{shlex.quote(str(run.federation.folder))} {shlex.quote(run.name)}"
             )
         time.sleep(0.2)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from chexfound import cells
 from chexfound.errors import CODES, ChexfoundError, SiteError
 from chexfound.names import shown
 from server import flower, runs
 from server.federation import CONNECTION
+from server.records import count, figure, read, rows, site, texts
 from server.runs import Event, RunFolder
 from strategies import ceiling
 
@@ -81,15 +81,16 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
 
     Raises: CheckpointError if the folder is damaged.
     """
+    left = runs.left(run)  # first: what is read after it is the last word of one that has ended
     events = run.journal() if journal is None else journal
     number, live, about = run.flower_run(), run.live(), run.about()
     ours = live if live is not None and live["flower_run"] == number else None
-    state = _state(run, ours, None if statuses is None or number is None else statuses.get(number, "unknown"))
+    state = _state(run, ours, None if statuses is None or number is None else statuses.get(number, "unknown"), left)
     of = about["rounds"] if about else {}
-    rounds = [event for event in events if event["event"] == "round"]
-    counts = {phase: sum(event["phase"] == phase for event in rounds) for phase in ("pretrain", "adapt")}
+    rounds = [event for event in events if event.get("event") == "round"]
+    counts = {phase: sum(event.get("phase") == phase for event in rounds) for phase in ("pretrain", "adapt")}
     busy = ours is not None and state not in ENDED
-    end = events[-1] if events and events[-1]["event"] == "done" else {}
+    end = events[-1] if events and events[-1].get("event") == "done" else {}
     return Standing(
         run=run.name,
         state=state,
@@ -99,10 +100,10 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
         since=ours.get("since") if ours else None,
         waiting_for=ours["waiting_for"] if ours and busy else [],
         replied=ours["replied"] if ours and busy else [],
-        lost=[name for name in lost(events) if ours and busy and name in ours["waiting_for"]],
+        lost=[name for name in ours["lost"] if name in ours["waiting_for"]] if ours and busy else [],
         loss=loss(rounds[-1]) if rounds else None,
         auroc=last(auroc(event) for event in events),
-        bytes={way: sum(event.get("bytes", {}).get(way, 0) for event in events) for way in ("down", "up")},
+        bytes={way: sum(sent(event)[way] for event in events) for way in ("down", "up")},
         flower_run=number,
         error=ours.get("error") if ours and state == "failed" else None,
         model_sha256=end.get("model_sha256") if state == "done" else None,
@@ -111,7 +112,7 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
     )
 
 
-def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -> str:
+def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None, left: bool) -> str:
     said = live["state"] if live else None
     if run.done:
         return "done"
@@ -119,6 +120,8 @@ def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -
         return "stopped"
     if said == "failed":
         return "failed"
+    if live and left:
+        return "died"
     if run.flower_run() is None:
         return "unsubmitted" if run.about() else "unknown"
     if status is None:  # the SuperLink cannot be asked; the ServerApp may go on by itself
@@ -132,48 +135,40 @@ def _state(run: RunFolder, live: Mapping[str, Any] | None, status: str | None) -
 
 def withholding(events: Sequence[Event]) -> list[str]:
     """The sites that have findings whose names they do not let out, by a run's first event."""
-    roster = events[0].get("roster", ()) if events else ()
-    return [one["site"] for one in roster if one.get("withheld")]
+    return [site(one) for one in rows(events, 0, "roster") if one.get("withheld") is True]
 
 
-def withheld(site: str) -> str:
+def withheld(name: str) -> str:
     """What is said of such a site."""
-    return f"{site} withholds findings that are in no vocabulary"
+    return f"{name} withholds findings that are in no vocabulary"
 
 
-def lost(events: Sequence[Event]) -> list[str]:
-    """The sites that were lost and are not back, by name."""
-    away: dict[str, None] = {}
-    for event in events:
-        if event["event"] == "lost":
-            away[event["site"]] = None
-        elif event["event"] in ("back", "refused"):
-            away.pop(event["site"], None)
-        elif event["event"] == "round":
-            for site in cohort(event):
-                away.pop(site, None)
-    return sorted(away)
+def sent(event: Event) -> dict[str, int]:
+    """Bytes of a record, down and up."""
+    return {way: count(event, "bytes", way) or 0 for way in ("down", "up")}
 
 
 def cohort(event: Event) -> list[str]:
     """The sites of a round; under secure aggregation it has their sum's figures alone."""
-    return event["cohort"] if "cohort" in event else [one["site"] for one in event["sites"]]
+    named = texts(event, "cohort")
+    return [site(one) for one in rows(event, "sites")] if named is None else named
 
 
 def loss(event: Event) -> float | None:
-    """A round's loss: the mean over the sites of their last steps."""
-    ends = [site["history"][-1]["loss"] for site in event["sites"] if site["history"]]
-    return sum(ends) / len(ends) if ends else None
+    """A round's loss: the mean over the sites of their last steps; of those that have one."""
+    return _mean(figure(one, "history", -1, "loss") for one in rows(event, "sites"))
 
 
 def auroc(event: Event) -> float | None:
     """Of a round of pretraining, that of its kNN probe, if it had one; of the end, the mean over sites and findings."""
-    if event["event"] == "done":
-        figures = [cells.figure(row.get("auroc")) for row in event["results"]]
-        found = [one for one in figures if one is not None]
-        return sum(found) / len(found) if found else None
-    figure: float | None = event.get("health", {}).get("figures", {}).get("knn_auroc")
-    return figure
+    if event.get("event") == "done":
+        return _mean(figure(row, "auroc") for row in rows(event, "results"))
+    return figure(event, "health", "figures", "knn_auroc")
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def last(values: Any) -> Any:
@@ -240,55 +235,75 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         event: as the journal has it.
         of: rounds by phase.
     """
-    kind = event["event"]
+    kind = str(event.get("event"))
     if kind == "start":
+        members, whole = rows(event, "roster"), count(event, "totals", "train")
+        images = [count(one, "train") for one in members]
         sites = ", ".join(
-            f"{one['site']} ({one['train']} images)" if "train" in one else one["site"] for one in event["roster"]
+            site(one) + (f" ({number} images)" if number is not None else "")
+            for one, number in zip(members, images, strict=True)
         )
-        both = f"; together {event['totals']['train']} images" if "totals" in event else ""
-        findings = ", ".join(event["findings"]) or "-"
-        held = "".join(f"; {withheld(site)}" for site in withholding([event]))
+        both = f"; together {whole} images" if whole is not None else ""
+        findings = ", ".join(texts(event, "findings") or ()) or "-"
         return shown(
-            f"start     {len(event['roster'])} sites: {sites}{both}; findings: {findings}{held}{_weighty(event)}", 600
+            f"start     {len(members)} sites: {sites}{both}; findings: {findings}{_held(event)}{_weighty(event)}", 600
         )
     if kind == "round":
-        value, figure = loss(event), auroc(event)
+        probed, phase = auroc(event), str(event.get("phase"))
         parts = [
-            f"round {event['round'] + 1} of {of.get(event['phase']) or '?'}",
+            f"{_round(event)} of {of.get(phase) or '?'}",
             f"{len(cohort(event))} sites",
-            f"loss {value:.4f}" if value is not None else "no step",
-            *([f"kNN AUROC {figure:.3f}"] if figure is not None else []),
+            _loss(event),
+            *([f"kNN AUROC {probed:.3f}"] if probed is not None else []),
             *_cost(event),
         ]
-        return f"{event['phase']:<9} {', '.join(parts)}{_without(event)}{_weighty(event)}{_symptoms(event)}"
+        return f"{shown(phase):<9} {', '.join(parts)}{_without(event)}{_weighty(event)}{_symptoms(event)}"
     if kind == "features":
         return f"features  {', '.join(_cost(event))}{_without(event)}"
     if kind in ("lost", "refused"):
-        return shown(f"{kind:<9} {event['site']} in {_where(event)}: {event.get('reason', '')}")
+        return shown(f"{kind:<9} {site(event)} in {_where(event)}: {event.get('reason', '')}")
     if kind == "back":
-        return shown(f"back      {event['site']} in {_where(event)}")
+        return shown(f"back      {site(event)} in {_where(event)}")
     if kind == "attempt":
-        return shown(f"attempt   {_where(event)} gave no sum: {event['failed']}", 600)
+        return shown(f"attempt   {_where(event)} gave no sum: {event.get('failed')}", 600)
     if kind == "done":
-        figure = auroc(event)
-        told = f"mean AUROC {figure:.3f}; " if figure is not None else ""
-        return f"done      {told}model {event['model_sha256']}{_without(event)}"
+        reached = auroc(event)
+        told = f"mean AUROC {reached:.3f}; " if reached is not None else ""
+        return f"done      {told}model {shown(event.get('model_sha256'))}{_without(event)}"
     rest = " ".join(f"{key}={value}" for key, value in event.items() if key != "event")
     return shown(f"{kind:<9} {rest}")
 
 
+def _loss(event: Event) -> str:
+    value = loss(event)
+    if value is not None:
+        return f"loss {value:.4f}"
+    return "loss not known" if any(read(one, "history") for one in rows(event, "sites")) else "no step"
+
+
 def _cost(event: Event) -> list[str]:
-    return [f"{event['seconds']:.1f} s", f"up {size(event['bytes']['up'])}", f"down {size(event['bytes']['down'])}"]
+    seconds, moved = figure(event, "seconds"), sent(event)
+    took = [f"{seconds:.1f} s"] if seconds is not None else []
+    return [*took, f"up {size(moved['up'])}", f"down {size(moved['down'])}"]
+
+
+def _round(event: Event) -> str:
+    place = count(event, "round")
+    return f"round {'?' if place is None else place + 1}"
 
 
 def _where(event: Event) -> str:
     counted = event.get("phase") in ("pretrain", "adapt") and event.get("round") is not None
-    return f"{event.get('phase')}, round {event['round'] + 1}" if counted else str(event.get("phase"))
+    return f"{event.get('phase')}, {_round(event)}" if counted else str(event.get("phase"))
 
 
 def _without(event: Event) -> str:
-    gone = ", ".join(shown(f"{one['site']} ({one['reason']})") for one in event.get("missing", ()))
+    gone = ", ".join(shown(f"{site(one)} ({one.get('reason')})") for one in rows(event, "missing"))
     return f"; without {gone}" if gone else ""
+
+
+def _held(event: Event) -> str:
+    return "".join(f"; {withheld(name)}" for name in withholding([event]))
 
 
 def _weighty(event: Event) -> str:
@@ -297,8 +312,12 @@ def _weighty(event: Event) -> str:
 
 def _symptoms(event: Event) -> str:
     """What ails a site for the first time."""
-    found = event.get("health", {}).get("symptoms", ())
-    new = [f"{one['symptom']} at {one['site']}: {one['seen']}" for one in found if one["since"] == event["round"]]
+    found = rows(event, "health", "symptoms")
+    new = [
+        f"{one.get('symptom')} at {site(one)}: {one.get('seen')}"
+        for one in found
+        if one.get("since") == event.get("round")
+    ]
     return shown(f"; {'; '.join(new)} (docs/health.md)") if new else ""
 
 

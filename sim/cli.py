@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.errors import ChexfoundError, ConfigError, SiteError, StorageError
 
 if TYPE_CHECKING:
     from sim.simulate import Options
@@ -95,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except ChexfoundError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if isinstance(error, SiteError | StorageError) and (Path(given.out) / "simulation.json").exists():
+            again = f"what is done is kept; go on with: chexfound-sim --out {shlex.quote(given.out)} --resume"
+            errors.print(escape(again), highlight=False, soft_wrap=True)
         return error.exit_code
     except (RuntimeError, MemoryError, OSError) as error:
         told = escape(_unforeseen(error, Path(given.out)))

@@ -162,9 +162,7 @@ class Pool:
         )
         doing = f"{'works' if worker.current else 'last worked'} on {worker.label}"
         hint = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
-        raise SiteError(
-            f"the process that {doing} died ({how}{hint}); finished rounds are kept: run again with --resume"
-        )
+        raise SiteError(f"the process that {doing} died ({how}{hint})")
 
 
 def _call(task: Task, on_progress: OnProgress | None, on_warnings: OnWarnings | None) -> Any:

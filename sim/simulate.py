@@ -20,7 +20,7 @@ from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.data.sources import ingest
 from chexfound.data.split import Membership, View
-from chexfound.data.store import Store
+from chexfound.data.store import Store, is_store
 from chexfound.errors import ConfigError, DataError
 from chexfound.journal import Journal, canonical, write_json
 from chexfound.pretrain.train import slow_arithmetic
@@ -170,7 +170,7 @@ class Simulation:
             self.display.say(f"[yellow]slow[/yellow]: {escape(slow)}")
         rule = Rule.parse(self.options.by)
         self._check_composition(rule.shards or None)
-        if not rule.shards or (Path(self.options.data) / "index.sqlite").exists():
+        if not rule.shards or is_store(Path(self.options.data)):
             return
         Batches.of(self.recipe, rule.shards)
         names = [f"shard-{number}" for number in range(rule.shards)]
@@ -208,7 +208,7 @@ class Simulation:
         """The store and the sites."""
         started = time.monotonic()
         data = Path(self.options.data)
-        if (data / "index.sqlite").exists():
+        if is_store(data):
             path = data
         else:
             path = self.out / "store"

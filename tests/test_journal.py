@@ -326,7 +326,9 @@ def test_a_full_disk_at_write_leaves_the_old_file_and_no_temporary(tmp_path, mon
     write_text(target, "old")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", fail(errno.ENOSPC))
-        with pytest.raises(StorageError, match=r"no space left .*--resume"):
+        with pytest.raises(
+            StorageError, match=r"no space left .*; \d+\.\d GB are free on the disk of /.*; free some space"
+        ):
             write_text(target, "new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]

@@ -59,7 +59,7 @@ def test_the_bundle_is_the_four_packages_and_small() -> None:
 
 def test_the_bundle_knows_its_run_config_keys() -> None:
     values = get_fused_config_from_fab(build_fab_from_disk(ROOT), Run.create_empty(1))
-    assert values == {"recipe": "", "backbone": "", "run-dir": ""}
+    assert values == {"recipe": "", "backbone": "", "run-dir": "", "submission": ""}
 
 
 def test_a_recipe_of_another_version_is_refused() -> None:

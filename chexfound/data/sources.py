@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from chexfound.data.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest, unreadable_file
 from chexfound.data.naming import Naming
-from chexfound.data.store import Image, Writer, writing
+from chexfound.data.store import Image, Writer, is_store, writing
 from chexfound.errors import ConfigError, DataError, EmptyError
 from chexfound.names import RULE, utf8, word, written
 from chexfound.schema import LARGEST_IMAGE_PX
@@ -82,7 +82,7 @@ def ingest(
     for path in (source, store):
         if not (utf8(path.absolute()) and utf8(os.path.realpath(path))):
             raise ConfigError(f"{written(path)}: the path is not UTF-8 as the index must be; rename the folder")
-    if not os.path.isdir(source):
+    if not is_store(source) and not os.path.isdir(source):  # the first tells what may not be read
         raise DataError(f"{source}: no such folder; give the folder that holds the images")
     found = find(source, leave=store)
     if not found.entries:
@@ -142,10 +142,10 @@ class _Walk:
         real = Path(os.path.realpath(path))
         if real == self.leave or real in self.seen:
             return False
-        if reason := _not_utf8(path) or (self._leads_up(path, real) if path.is_symlink() else ""):
+        if reason := _not_utf8(path) or (self._leads_up(path, real) if os.path.islink(path) else ""):
             self.refuse(path, reason)
             return False
-        if path.is_symlink() and real.is_relative_to(self.real):
+        if os.path.islink(path) and real.is_relative_to(self.real):
             parts = real.relative_to(self.real).parts
             if not any(part.startswith(".") for part in parts):
                 return False  # it is entered by its own name

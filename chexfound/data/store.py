@@ -99,6 +99,23 @@ _COLUMNS = ", ".join(field.name for field in fields(Image))
 _MARKS = ", ".join("?" for _ in fields(Image))
 
 
+def is_store(path: Path) -> bool:
+    """Whether a folder is a store.
+
+    Raises: DataError if this account may not look.
+    """
+    try:
+        os.stat(path / INDEX)
+    except PermissionError as error:
+        raise DataError(
+            f"{path}: may not be read ({error.strerror}); check owner and mode of that folder, and of those "
+            "that it lies in"
+        ) from error
+    except (OSError, ValueError):  # there is none, or can be none
+        return False
+    return True
+
+
 class Store:
     """A store opened for reading; any number of processes may have it open, and it pickles as its path."""
 

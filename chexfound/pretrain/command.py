@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chexfound import names
-from chexfound.errors import ConfigError
+from chexfound.errors import ConfigError, StorageError
 from chexfound.pretrain.environment import PARENT, follow_parent, to_come
 
 if TYPE_CHECKING:
@@ -77,6 +78,17 @@ def run(given: argparse.Namespace) -> int:
     if not given.resume and (not given.store or not given.recipe):
         missing = "STORE" if not given.store else "--recipe"
         raise ConfigError(f"{missing} is missing: name both, or give --resume to go on with what is in --out")
+    try:
+        return _run(given)
+    except StorageError as error:
+        from chexfound.pretrain.central import ABOUT
+
+        begun = (Path(given.out) / ABOUT).exists()
+        again = f"; then go on with: chexfound pretrain --out {shlex.quote(given.out)} --resume" if begun else ""
+        raise StorageError(f"{error}{again}") from error
+
+
+def _run(given: argparse.Namespace) -> int:
     if to_come() > 1:
         if given.gpus:
             raise ConfigError("--gpus: leave it out under torchrun, which has started the processes already")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chexfound import signing
 from chexfound.data import vocabulary
-from chexfound.data.store import INDEX, Store
+from chexfound.data.store import Store, is_store
 from chexfound.errors import ChexfoundError, ConfigError
 from client import approval, membership, secret
 from client.home import UMASK, exposed, named
@@ -108,12 +108,12 @@ def store(subject: Subject) -> Finding:
     """The images can be read."""
     data = subject.data
     if data is not None:
-        if not data.is_dir() or not os.access(data, os.R_OK | os.X_OK):
+        if not os.path.isdir(data) or not os.access(data, os.R_OK | os.X_OK):
             return failed(f"--data {data}: no folder that this account may read", "check the path, mount and owner")
         if not any(data.iterdir()):
             return failed(f"--data {data}: is empty", "check that the images' disk is mounted")
     own = sorted(path for path in subject.home.glob("store-*") if path.is_dir())
-    paths = [data] if data is not None and (data / INDEX).exists() else own
+    paths = [data] if data is not None and is_store(data) else own
     said = []
     for path in paths:
         try:
@@ -157,7 +157,7 @@ def private(subject: Subject) -> Finding:
             f"chmod -R go= {shlex.quote(str(place))}",
         )
     data = subject.data
-    if data is not None and (data / INDEX).exists() and any(exposed(data)):
+    if data is not None and is_store(data) and any(exposed(data)):
         return warning(
             f"--data {data}: other accounts of this machine can read the store",
             f"chmod -R go= {shlex.quote(str(data))}",

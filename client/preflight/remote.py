@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import email.utils
+import json
 import math
 import re
 import shlex
@@ -215,13 +216,41 @@ def key(subject: Subject) -> Finding:
     except httpx.HTTPError as error:
         return failed(f"the coordinator does not answer as it should ({error!r})", "check again")
     if not known:
-        name, file = shlex.quote(subject.name), shlex.quote(f"{subject.name}.pub")
-        return failed(
-            "the coordinator does not know this site's node",
-            f"give it {file} (chexfound-client enrol --name {name} writes it again); it takes it in with "
-            f"chexfound-server add-site DIR {name} {file}",
-        )
+        return _unknown(subject)
     return ok("the coordinator knows this site's node")
+
+
+def _unknown(subject: Subject) -> Finding:
+    """Whether it has never heard of the key, or has removed the site, is the same answer; keys do not come back."""
+    name, file = shlex.quote(subject.name), shlex.quote(f"{subject.name}.pub")
+    keys, enrol = subject.home / "keys", f"chexfound-client enrol --name {name}"
+    aside = shlex.quote(str(subject.home / "keys-of-old"))
+    anew = (
+        f"make new keys: mv {shlex.quote(str(keys))} {aside}, then {enrol}; give the new {file} to the coordinator, "
+        f"and take the file that comes back: chexfound-client join FILE{named(subject.name)} (docs/site.md, section 1)"
+    )
+    if connected := _connected(subject):
+        return failed(
+            f"the coordinator does not know this site's node any more (it did on {connected}): it has removed this "
+            "site, and a key that was removed is never taken again",
+            anew,
+        )
+    return failed(
+        "the coordinator does not know this site's node: it has not taken it in yet, or has removed it",
+        f"if it was never taken in: give the coordinator {file} ({enrol} writes it again), for chexfound-server "
+        f"add-site DIR {name} {file}. If it was removed, that is refused: {anew}",
+    )
+
+
+def _connected(subject: Subject) -> str | None:
+    """When the coordinator answered a node of this site with its present keys last; None if that is not known."""
+    try:
+        contact = json.loads((subject.home / "node.json").read_text())["contact"]
+        when = datetime.datetime.fromisoformat(contact)
+        made = (subject.home / "keys" / "node.key").stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return f"{when:%Y-%m-%d %H:%M} UTC" if when.timestamp() > made else None
 
 
 def uplink(subject: Subject) -> Finding:

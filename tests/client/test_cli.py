@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,3 +237,38 @@ def test_gpus_are_told_to_the_node(images, serve, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert serve(*options(images, "--insecure", "--gpus", "2")) == 2
     assert "PyTorch finds no GPU in this machine" in capsys.readouterr().err
+
+
+NO_RIGHTS = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"]  # root, without what makes modes mean nothing to it
+PROGRAMS = """
+import sys
+from chexfound import cli as ingest
+from client import cli as client
+from sim import cli as sim
+where, data = sys.argv[1:]
+print(ingest.main(["ingest", data, where + "/store"]))
+print(client.main(["--data", data, "--name", "A", "--superlink", "127.0.0.1:9", "--insecure"]))
+print(sim.main(["--data", data, "--out", where + "/out"]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="modes mean nothing to root")
+@pytest.mark.parametrize("what", ["folder", "above", "names", "below"])
+def test_images_that_may_not_be_read_are_a_sentence_of_each_program(tmp_path: Path, what: str) -> None:
+    """The folder itself, one above it, one whose names alone can be read, and one below it of that kind."""
+    data = tmp_path / "above" / "data"
+    (data / "below" / "deeper").mkdir(parents=True)
+    closed, mode = {"folder": (data, 0), "above": (data.parent, 0), "names": (data, 0o444)}.get(
+        what, (data / "below", 0o444)
+    )
+    closed.chmod(mode)
+    command = [*(NO_RIGHTS if os.geteuid() == 0 else []), sys.executable, "-c", PROGRAMS, str(tmp_path), str(data)]
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "CHEXFOUND_HOME": str(tmp_path / "home")}
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    finally:
+        closed.chmod(0o700)
+    told = done.stdout.splitlines()
+    assert [line for line in told if line.isdigit()] in (["3", "3", "3"], ["3", "3", "2"]), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 3

@@ -136,7 +136,7 @@ PLAIN = Run.create_empty(7)
 @given(st.text())
 def test_whatever_the_reason_the_stand_in_gives_the_configuration(reason: str) -> None:
     config = get_fused_config_from_fab(flwr_private.stand_in(reason), PLAIN)
-    assert list(config) == ["recipe", "backbone", "run-dir", "refused"]
+    assert list(config) == ["recipe", "backbone", "run-dir", "submission", "refused"]
     assert len(config["refused"]) == len(reason)
     if reason.isascii() and reason.isprintable():
         assert config["refused"] == reason
@@ -145,7 +145,13 @@ def test_whatever_the_reason_the_stand_in_gives_the_configuration(reason: str) -
 def test_the_stand_in_takes_what_the_run_overrides_and_holds_no_code() -> None:
     content = flwr_private.stand_in("")
     run = dataclasses.replace(PLAIN, override_config={"recipe": "{}"})
-    assert get_fused_config_from_fab(content, run) == {"recipe": "{}", "backbone": "", "run-dir": "", "refused": ""}
+    assert get_fused_config_from_fab(content, run) == {
+        "recipe": "{}",
+        "backbone": "",
+        "run-dir": "",
+        "submission": "",
+        "refused": "",
+    }
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.namelist() == ["pyproject.toml"]
 
@@ -175,6 +181,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return 0.0  # long before any message is late
+
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.pass_by(seconds)
@@ -194,7 +203,9 @@ class Site:
         self.runs: dict[int, Run] = {}
         self.fabs: dict[str, bytes] = {}
         self.asked_for_fabs: list[str] = []
-        self.stopped: set[int] = set()  # runs
+        self.stopped: set[int] = set()  # runs, as their message comes in
+        self.ended: set[int] = set()  # runs, while the worker works
+        self.when_over: Callable[[], None] = lambda: None
         self.queue: list[Any] = []  # messages; None: there is none now; what can be called is
         self.objects: dict[str, bytes] = {}
         self.replies: list[Message] = []
@@ -216,7 +227,16 @@ class Site:
     def contact(self) -> None:
         self.contacts += 1
 
+    def over(self) -> None:
+        self.states.append("over")
+        self.when_over()
+
     # the coordinator
+
+    def get_run(self, run_id: int) -> Run:
+        if run_id in self.ended:
+            raise RunNotRunningException
+        return self.runs[run_id]
 
     def run(self, content: bytes, config: dict[str, Any] | None = None, task: str = TaskType.SERVER_APP) -> int:
         fab_hash = hashlib.sha256(content).hexdigest()
@@ -242,7 +262,7 @@ class Site:
     @contextlib.contextmanager
     def connection(self, **_: Any) -> Iterator[tuple[Any, ...]]:
         yield (
-            *(99, self.receive, self.send, self.runs.__getitem__, self.fab),
+            *(99, self.receive, self.send, self.get_run, self.fab),
             *(lambda run_id, key: self.objects[key], self.push, lambda run_id, _: self.confirm(run_id)),
         )
 
@@ -356,7 +376,7 @@ def test_a_message_goes_all_the_way(site: Site) -> None:
     site.message(number)
     serve(site)
     assert sys.argv == ["flower-supernode", "--insecure"]
-    assert site.configs == [{"recipe": "{}", "backbone": "", "run-dir": "", "refused": ""}] * 2
+    assert site.configs == [{"recipe": "{}", "backbone": "", "run-dir": "", "submission": "", "refused": ""}] * 2
     assert len(site.replies) == 2
     assert site.pushed.count(ConfigRecord({"answer": number + 41}).deflate()) == 2
     once = ["idle", "receiving", "working", "sending"]
@@ -404,7 +424,7 @@ def test_a_configuration_that_this_release_does_not_know(site: Site, config: dic
     site.message(site.run(OURS, config, task))
     serve(site)
     assert site.configs[0]["refused"] == "the run's configuration holds what this release does not know"
-    assert set(site.configs[0]) == {"recipe", "backbone", "run-dir", "refused"}
+    assert set(site.configs[0]) == {"recipe", "backbone", "run-dir", "submission", "refused"}
     assert all(type(value) is str for value in site.configs[0].values())
     assert len(site.replies) == 1
 
@@ -551,6 +571,67 @@ def test_the_log_shows_a_coordinators_names_on_their_line(site: Site, caplog: py
     serve(site)
     assert "ROUND 3]\\n12:00:00 all is well\\x1b[2J]" in caplog.text
     assert "\x1b" not in caplog.text
+
+
+# ---- work that nobody waits for any more
+
+
+@pytest.fixture
+def ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flwr_private, "ASK_S", 0.0)
+
+
+def test_a_worker_whose_run_has_ended_is_told_so(site: Site, ask_often: None) -> None:
+    """And the next run is served as if nothing had been."""
+    first, second = site.run(OURS), site.run(OURS)
+    site.message(first)
+    site.message(second)
+    works = [lambda: site.ended.add(first), site.worker]
+    site.work = lambda: works.pop(0)()
+    site.when_over = site.worker  # it stops, and says so
+    serve(site)
+    once = ["receiving", "working"]
+    assert [state for state in site.states if state in (*once, "over")] == [
+        "receiving", *once, "over", "receiving", *once
+    ]  # fmt: skip
+    assert [reply.metadata.run_id for reply in site.replies] == [first, second]
+
+
+def test_a_worker_whose_reply_would_come_too_late_is_told_so(site: Site) -> None:
+    site.message(site.run(OURS))
+    site.queue[0][0].metadata.__dict__["_ttl"] = -1.0
+    site.work = lambda: None
+    site.when_over = site.worker
+    serve(site)
+    assert "over" in site.states
+
+
+def test_told_to_leave_it_waits_for_no_worker_whose_run_has_ended(site: Site, ask_often: None) -> None:
+    site.message(site.run(OURS))
+    site.work = lambda: (site.ended.add(1), sigterm())
+    serve(site, end=Left)
+    assert (site.states[-1], site.replies) == ("over", [])
+
+
+def test_a_superlink_that_does_not_say_whether_a_run_goes_on_ends_nothing(site: Site, ask_often: None) -> None:
+    number = site.run(OURS)
+    site.message(number)
+    asked: list[int] = []
+
+    def away(run_id: int) -> Run:
+        if site.states[-1] == "working":
+            asked.append(run_id)
+            if len(asked) == 3:
+                site.worker()
+            raise httpx.ConnectError("away")
+        return site.runs[run_id]
+
+    site.get_run = away
+    site.work = lambda: None
+    serve(site)
+    assert len(asked) >= 3
+    assert "over" not in site.states
+    assert len(site.replies) == 1
 
 
 # ---- told to leave

@@ -45,7 +45,7 @@ def test_keys_are_made_once_and_stay(home: Path, capsys: pytest.CaptureFixture[s
     keys = roster.read_public_file(first.decode(), "x")
     assert signing.fingerprint(keys.node) in out
     assert signing.fingerprint(keys.identity) in out
-    assert out.rstrip().endswith("chexfound-client roster approve FILE")
+    assert out.rstrip().endswith("chexfound-client join FILE")
     assert enrol().read_bytes() == first
     assert "has its keys already" in capsys.readouterr().out
     assert stat.S_IMODE((home / "keys").stat().st_mode) == 0o700
@@ -59,7 +59,7 @@ def test_where_several_sites_share_the_home_commands_name_the_site(
 ) -> None:
     enrol()
     file = add(coordinator, "it's", enrol("it's"))
-    assert capsys.readouterr().out.rstrip().endswith("chexfound-client roster approve FILE --name 'it'\"'\"'s'")
+    assert capsys.readouterr().out.rstrip().endswith("chexfound-client join FILE --name 'it'\"'\"'s'")
     assert cli.main(["roster", "approve", str(file), "--yes", "--name", "it's"]) == 0
     named = "--name 'it'\"'\"'s'"
     assert capsys.readouterr().out.endswith(

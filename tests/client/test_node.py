@@ -229,3 +229,15 @@ def test_the_process_holds_bundles_against_what_was_approved(
     assert arguments == ["--superlink", "x:1"]
     assert refusal(b"FAB") == f"{tmp_path} b'FAB'"
     assert isinstance(told, node.Status)
+
+
+def test_that_nobody_waits_is_of_the_message_in_hand(tmp_path: Path) -> None:
+    told = node.Status(tmp_path)
+    told.state("receiving", run="1", phase="train.pretrain", round="1")
+    told.over()
+    told.state("working")
+    assert (tmp_path / node.OVER).exists()
+    told.state("receiving", refused=None)
+    assert (tmp_path / node.OVER).exists()
+    told.state("receiving", run="2", phase="train.pretrain", round="1")
+    assert not (tmp_path / node.OVER).exists()

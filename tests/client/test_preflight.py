@@ -424,8 +424,27 @@ def test_a_key_that_is_not_registered(prepare: Callable[..., Path], superlink: A
     home = prepare()
     superlink.registered = False
     one = only(check(home), "key")
-    assert "does not know this site's node" in one.text
+    assert "does not know this site's node: it has not taken it in yet, or has removed it" in one.text
     assert "add-site" in one.remedy
+    assert "If it was removed, that is refused: make new keys: mv " in one.remedy
+
+
+def test_a_site_that_was_removed_is_told_what_helps(prepare: Callable[..., Path], superlink: Any) -> None:
+    """Its keys are never taken again: `add-site` with them would be refused."""
+    home = prepare()
+    superlink.registered = False
+    seconds = (home / "keys" / "node.key").stat().st_mtime + 60
+    contact = datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    (home / "node.json").write_text(json.dumps({"contact": contact}))
+    one = only(check(home), "key")
+    assert "any more" in one.text
+    assert "has removed this site" in one.text
+    assert "add-site" not in one.remedy
+    assert one.remedy.startswith(
+        f"make new keys: mv {home / 'keys'} {home / 'keys-of-old'}, then chexfound-client enrol"
+    )
+    (home / "node.json").write_text(json.dumps({"contact": "2020-01-01T00:00:00+00:00"}))  # with keys before these
+    assert "add-site" in str(only(check(home), "key").remedy)
 
 
 def test_a_slow_uplink(prepare: Callable[..., Path], superlink: Any) -> None:

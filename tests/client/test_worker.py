@@ -10,7 +10,7 @@ import httpx
 import pytest
 from flwr.app import Context, RecordDict
 
-from chexfound.errors import ConfigError
+from chexfound.errors import ConfigError, SiteError
 from client import node, site, worker
 
 KEEP_WARM_S = 60.0
@@ -176,3 +176,13 @@ def test_what_it_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.argv", ["worker", str(tmp_path), "127.0.0.1:1", str(tmp_path / "secret"), "0.5"])
     worker.main()
     assert given == ["dies with its parent", (tmp_path, ("127.0.0.1:1", tmp_path / "secret"), 0.5)]
+
+
+def test_it_takes_no_step_more_once_nobody_waits(tmp_path: Path, clock: Clock) -> None:
+    work(tmp_path, "one")
+    step = site.on_progress
+    assert step is not None
+    step("A", "pretrain", 1, 9)
+    (tmp_path / node.OVER).touch()
+    with pytest.raises(SiteError, match="the run has ended at the coordinator"):
+        step("A", "pretrain", 2, 9)

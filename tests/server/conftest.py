@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from chexfound.errors import SiteError
 from chexfound.journal import Journal
 from chexfound.roster import Address, Keys
 from chexfound.schema import Recipe
-from server import federation, flower, runs
+from server import federation, flower, runs, submission
 from server.federation import Federation
 from server.runs import RunFolder
 
@@ -93,15 +94,24 @@ def submitted(thorax: Federation, flwr: Flower, recipe: Recipe) -> RunFolder:
 
 
 @pytest.fixture
-def live() -> Callable[..., None]:
-    """Write a run's live.json as its ServerApp does."""
+def live() -> Iterator[Callable[..., None]]:
+    """Write a run's live.json as its ServerApp does, which holds the folder until it has failed or is `killed`."""
+    serving: dict[Path, contextlib.ExitStack] = {}
 
-    def write(run: RunFolder, state: str, **more: Any) -> None:
+    def write(run: RunFolder, state: str, killed: bool = False, **more: Any) -> None:
         values = {"schema": 1, "state": state, "round": None, "rounds": None, "since": "2026-11-27T13:26:23+00:00"}
-        values |= {"waiting_for": [], "replied": [], "flower_run": run.flower_run(), "error": None}
+        values |= {"waiting_for": [], "replied": [], "lost": [], "flower_run": run.flower_run(), "error": None}
+        values |= {"submission": submission.last(run.about()).get("submission", "")}
+        if run.path not in serving:
+            serving[run.path] = contextlib.ExitStack()
+            serving[run.path].enter_context(submission.alone(run.path, "", ""))
         (run.path / "live.json").write_text(json.dumps(values | more))
+        if killed or state == "failed":
+            serving.pop(run.path).close()
 
-    return write
+    yield write
+    for held in serving.values():
+        held.close()
 
 
 def round_event(number: int, phase: str = "pretrain", loss: float = 9.0, **more: Any) -> dict[str, Any]:

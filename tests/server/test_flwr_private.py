@@ -24,6 +24,7 @@ from sqlalchemy import create_engine, insert, select
 from sqlalchemy.orm import Session
 
 from chexfound import bundle
+from chexfound.errors import CheckpointError
 from client import flwr_private as of_client
 from client.flwr_private import release_bundle
 from server import flwr_private
@@ -170,3 +171,20 @@ def test_a_run_does_not_ask_again_after_a_refusal() -> None:
     flwr_private.keep_asking(grid)
     refused = httpx.HTTPStatusError("", request=httpx.Request("POST", "/"), response=httpx.Response(400))
     assert grid._retry_invoker.should_giveup(refused)
+
+
+def test_what_was_submitted_is_found_in_the_superlinks_database_by_its_token(tmp_path: Path) -> None:
+    path = tmp_path / "superlink.sqlite"
+    assert flwr_private.submitted(path) == {}
+    engine = create_engine(f"sqlite:///{path}")
+    flwr_private.RunModel.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        for number, config in ((7, "{}"), (-2, '{"recipe": "{}", "submission": "t"}'), (8, None)):
+            session.execute(
+                insert(flwr_private.RunModel).values(run_id=number, primary_task_id=number, override_config=config)
+            )
+    engine.dispose()
+    assert flwr_private.submitted(path) == {"t": str(2**64 - 2)}  # as `flwr list` has it, unsigned
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(CheckpointError, match=r"superlink\.sqlite: cannot be read"):
+        flwr_private.submitted(path)

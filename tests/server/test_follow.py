@@ -71,10 +71,10 @@ def test_the_runs_own_error_is_raised(submitted, live, steps) -> None:
     assert "no such finding" in str(error)
 
 
-def test_a_serverapp_that_was_killed_is_noticed(submitted, flwr, live, steps, monkeypatch) -> None:
-    monkeypatch.setattr(follow, "ASK_S", 0.0)
+def test_a_serverapp_that_was_killed_is_noticed(submitted, live, steps) -> None:
+    """By the folder that it held: Flower is asked now and then only, and has not noticed."""
     live(submitted, "pretrain")
-    steps.append(lambda: flwr.statuses.update({"100": "finished:failed"}))
+    steps.append(lambda: live(submitted, "pretrain", killed=True))
     _, error = told(submitted)
     assert "killed, or out of memory" in str(error)
     assert "chexfound-server resume" in str(error)
@@ -122,6 +122,7 @@ def test_a_run_that_another_command_resumes_is_followed_on(submitted, flwr, live
 
     def resume() -> None:
         flwr.statuses["100"] = "finished:failed"
+        live(submitted, "pretrain", killed=True)
         flwr.statuses[runs.resubmit(submitted)] = "running"
 
     steps += [resume, lambda: (submitted.path / "metrics.json").write_text("{}")]

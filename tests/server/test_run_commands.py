@@ -10,7 +10,6 @@ import torch
 
 from chexfound import __version__
 from chexfound import recipe as recipes
-from chexfound.journal import Journal
 from chexfound.model import checkpoint
 from client import membership
 from server import cli, follow, runs, up
@@ -108,9 +107,8 @@ def test_resume_goes_on_and_tells_from_where(thorax, submitted, flwr, listening,
 
 
 def test_without_a_name_the_one_that_can_go_on_is_gone_on_with(
-    thorax, submitted, flwr, recipe, listening, live, capsys, monkeypatch
+    thorax, submitted, flwr, recipe, listening, live, capsys
 ) -> None:
-    monkeypatch.setattr(runs, "SETTLE_S", 0.0)
     assert do(thorax, "resume") == 2  # it is going
     assert "there is no run to go on with" in capsys.readouterr().err
     for name, error in (("bad", {"code": "config", "text": "32 among 3"}), ("lost", {"code": "site", "text": "away"})):
@@ -127,14 +125,27 @@ def test_without_a_name_the_one_that_can_go_on_is_gone_on_with(
     assert do(thorax, "resume", "bad", "--detach") == 0  # who names it may
 
 
+def test_one_whose_command_was_killed_as_it_submitted_is_followed_on(
+    thorax, submitted, flwr, listening, live, capsys
+) -> None:
+    live(submitted, "pretrain")
+    about = submitted.about()
+    (submitted.path / "run.json").write_text(
+        json.dumps(about | {"flower_runs": [{**about["flower_runs"][0], "id": None}]})
+    )
+    assert do(thorax, "resume", "--detach") == 0
+    assert "run first: submitted as Flower's 100" in capsys.readouterr().out
+    assert submitted.about()["flower_runs"][-1]["id"] == "100"
+    assert flwr.statuses == {"100": "running"}
+
+
 def test_one_whose_coordinators_side_was_killed_just_now_is_gone_on_with(
-    thorax, submitted, flwr, listening, live, monkeypatch
+    thorax, submitted, flwr, listening, live
 ) -> None:
     """Flower lists it as running for a minute more."""
-    monkeypatch.setattr(runs, "SETTLE_S", 0.0)
     live(submitted, "pretrain")
-    with Journal(submitted.path / "journal.jsonl"):
-        assert do(thorax, "resume", "--detach") == 2
+    assert do(thorax, "resume", "--detach") == 2
+    live(submitted, "pretrain", killed=True)
     assert do(thorax, "resume", "--detach") == 0
     assert flwr.statuses == {"100": "finished:stopped", "101": "pending"}
 

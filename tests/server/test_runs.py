@@ -28,9 +28,15 @@ def test_what_is_submitted_is_the_recipe_and_the_folder(thorax, flwr, recipe, tm
     assert runs.submit(run) == "100"
     config = tomllib.loads(flwr.configs[0])
     assert recipes.from_run_config(config) == recipe
-    assert config == {"recipe": config["recipe"], "run-dir": str(run.path), "backbone": str(backbone)}
     about = run.about()
     assert about is not None
+    token = about["flower_runs"][0]["submission"]
+    assert config == {
+        "recipe": config["recipe"],
+        "run-dir": str(run.path),
+        "backbone": str(backbone),
+        "submission": token,
+    }
     assert (about["rounds"], about["backbone"]) == ({"pretrain": 3, "adapt": 1}, str(backbone))
     assert run.flower_run() == "100"
     assert {path.name for path in run.path.iterdir()} == {"run.json", "run.toml", "recipe.yaml"}
@@ -163,7 +169,9 @@ def test_a_run_that_ended_is_submitted_again_as_it_was(submitted: RunFolder, flw
         flwr.statuses["100"] = status
     assert runs.resubmit(submitted) == "101"
     assert submitted.flower_run() == "101"
-    assert flwr.configs[0] == flwr.configs[1]
+    first, second = map(tomllib.loads, flwr.configs)
+    assert first.pop("submission") != second.pop("submission")
+    assert first == second
 
 
 @pytest.mark.parametrize("status", ["pending", "starting", "running"])
@@ -180,26 +188,16 @@ def test_a_run_that_goes_on_is_left_alone(submitted: RunFolder, flwr: Any, live:
 def test_two_resumes_at_once_are_one(submitted: RunFolder, flwr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else two ServerApps share the folder, and the one that goes on is the one that nobody finds to stop."""
     flwr.statuses["100"] = "finished:failed"
-    submit = runs.submit
+    submit = runs._submit
 
     def meanwhile(run: RunFolder) -> str:
         with pytest.raises(ConfigError, match="'first' is being submitted by another command"):
             runs.resubmit(run)
         return submit(run)
 
-    monkeypatch.setattr(runs, "submit", meanwhile)
+    monkeypatch.setattr(runs, "_submit", meanwhile)
     assert runs.resubmit(submitted) == "101"
     assert len(flwr.statuses) == 2
-
-
-def test_a_run_whose_command_was_killed_as_it_submitted(submitted, live, flwr) -> None:
-    """It goes on: it can be stopped, and is not submitted again."""
-    live(submitted, "pretrain")
-    about = submitted.about()
-    (submitted.path / "run.json").write_text(json.dumps(about | {"flower_runs": []}))
-    with Journal(submitted.path / "journal.jsonl"), pytest.raises(ConfigError, match="is running"):
-        runs.resubmit(submitted)
-    assert runs.stop(submitted)
 
 
 def test_a_second_serverapp_leaves_the_first_ones_word(submitted, live, monkeypatch) -> None:
@@ -230,10 +228,9 @@ def test_a_full_disk_costs_what_is_shown_alone(submitted: RunFolder) -> None:
     assert told.values["state"] == "failed"
 
 
-def test_a_run_whose_serverapp_was_killed_is_stopped_first(submitted, flwr, live, monkeypatch) -> None:
+def test_a_run_whose_serverapp_was_killed_is_stopped_first(submitted, flwr, live) -> None:
     """Flower lists it as running for a minute more."""
-    monkeypatch.setattr(runs, "SETTLE_S", 0.0)
-    live(submitted, "pretrain")
+    live(submitted, "pretrain", killed=True)
     Journal(submitted.path / "journal.jsonl").close()
     assert runs.resubmit(submitted) == "101"
     assert flwr.statuses["100"] == "finished:stopped"

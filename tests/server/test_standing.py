@@ -3,10 +3,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chexfound.errors import DataError, SiteError
-from server import standing
+from server import runs, standing
+from server.live import Live
 from server.runs import RunFolder
+from tests.server.conftest import DONE, START, SUMMED_ROUND, SUMMED_START, round_event
 
 MISSING = {"site": "SOUTH", "reason": "late"}
 SYMPTOM = {"site": "SOUTH", "symptom": "collapse", "seen": "feature_std 0.001", "since": 1}
@@ -45,6 +49,72 @@ def test_states(submitted, flwr, live, status: str | None, said: str | None, sta
     assert now.waiting_for == (["SOUTH"] if said and state not in standing.ENDED else [])
 
 
+def test_a_serverapp_that_was_killed_is_told_at_once(submitted, flwr, live) -> None:
+    """Flower lists its run for a minute more; of the folder it has let go."""
+    for state in ("waiting", "pretrain", "done"):
+        live(submitted, state)
+        assert look(submitted, flwr).state in (state, "finishing")
+        live(submitted, state, killed=True)
+        assert look(submitted, flwr).state == "died"
+        flwr.down = True
+        assert look(submitted, flwr).state == "died"
+        flwr.down = False
+    flwr.statuses["100"] = "finished:stopped"
+    assert look(submitted, flwr).state == "stopped"
+
+
+def test_a_last_word_between_two_looks_is_believed(submitted, flwr, live, monkeypatch) -> None:
+    left = runs.left
+
+    def then_fails(run: RunFolder) -> bool:
+        live(submitted, "pretrain", killed=True)
+        found = left(run)
+        live(submitted, "failed", error={"code": "data", "text": "no image"})
+        return found
+
+    monkeypatch.setattr(runs, "left", then_fails)
+    assert look(submitted, flwr).state == "failed"
+
+
+EVENTS = [START, round_event(0), SUMMED_START, SUMMED_ROUND, DONE, {"event": "features"}, {"event": "lost"}]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["loss", "site"]), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, value: Any) -> Any:
+    """A record that lacks something, or has something else in its place, anywhere."""
+    if isinstance(value, dict):
+        kept = {key: draw(damaged(one)) for key, one in value.items() if draw(st.integers(0, 9))}
+        return kept if draw(st.integers(0, 9)) else draw(ANYTHING)
+    if isinstance(value, list):
+        return [draw(damaged(one)) for one in value if draw(st.integers(0, 9))]
+    return value if draw(st.integers(0, 9)) else draw(ANYTHING)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whatever_a_record_lacks_is_not_told_and_nothing_else(data: st.DataObject) -> None:
+    event = data.draw(damaged(data.draw(st.sampled_from(EVENTS))))
+    event = event if isinstance(event, dict) else {"event": event}
+    assert standing.line(event, {"pretrain": 3}).isprintable()
+    assert all(isinstance(figure, float | int | None) for figure in (standing.loss(event), standing.auroc(event)))
+    assert all(isinstance(one, str) for one in standing.cohort(event))
+    assert set(standing.sent(event)) == {"down", "up"}
+
+
+def test_a_round_without_a_loss_hides_no_run(submitted, flwr, live, happened) -> None:
+    """As of a masked sum over sites of which one has no positive image of a finding."""
+    happened(submitted, "summed start", SUMMED_ROUND | {"sites": [{"site": "all sites", "history": [{"step": 0}]}]})
+    live(submitted, "pretrain")
+    now = look(submitted, flwr)
+    assert (now.state, now.loss, now.done["pretrain"]) == ("pretrain", None, [1, 3])
+    assert "2 sites, loss not known, 12.4 s" in standing.line(submitted.journal()[-1], {})
+
+
 def test_done_is_what_left_metrics(submitted, flwr, live, happened) -> None:
     happened(submitted, "start", "done")
     live(submitted, "done")
@@ -56,7 +126,7 @@ def test_done_is_what_left_metrics(submitted, flwr, live, happened) -> None:
 
 
 def test_what_an_earlier_submission_said_is_not_the_runs_word(submitted, flwr, live) -> None:
-    live(submitted, "failed", flower_run="99", error={"code": "data", "text": "old"})
+    live(submitted, "failed", flower_run="99", submission="old", error={"code": "data", "text": "old"})
     now = look(submitted, flwr)
     assert (now.state, now.error, now.since) == ("running", None, None)
 
@@ -68,22 +138,34 @@ def test_figures(submitted, flwr, live, happened) -> None:
     happened(
         submitted, {**first, "round": 1, **probed}, {"event": "lost", "site": "SOUTH", "phase": "pretrain", "round": 2}
     )
-    live(submitted, "pretrain", round=3, rounds=3, waiting_for=["SOUTH"])
+    live(submitted, "pretrain", round=3, rounds=3, waiting_for=["SOUTH"], lost=["NORTH", "SOUTH"])
     now = look(submitted, flwr)
     assert now.done == {"pretrain": [2, 3], "adapt": [0, 1]}
     assert (now.loss, now.auroc, now.lost) == (9.5, 0.6, ["SOUTH"])
     assert now.bytes == {"down": 54_000_000, "up": 53_913_504}
     assert standing.sentence(now) == "pretrain, round 3 of 3, waiting for SOUTH; lost: SOUTH"
-    happened(submitted, {"event": "back", "site": "SOUTH", "phase": "pretrain", "round": 2})
-    assert look(submitted, flwr).lost == []
-    lost, refused = ({"event": kind, "site": "SOUTH", "phase": "pretrain", "round": 2} for kind in ("lost", "refused"))
-    happened(submitted, lost, refused)
-    assert look(submitted, flwr).lost == []
+    live(submitted, "pretrain", round=3, rounds=3, waiting_for=["SOUTH"])
+    assert look(submitted, flwr).lost == []  # whatever an earlier submission has in the journal
 
 
-def test_who_took_part_again_is_not_lost(submitted, happened) -> None:
-    happened(submitted, "start", {"event": "lost", "site": "SOUTH", "phase": "pretrain", "round": 0}, 0)
-    assert standing.lost(submitted.journal()) == []
+def test_who_is_lost_is_the_present_serverapps_word(submitted, flwr) -> None:
+    """One that trains after `resume` is not, nor is one that was asked anew, came back, replied or refused."""
+    told, where = Live(submitted.path, "100"), {"phase": "pretrain", "round": 2}
+    asked = {"event": "asked", **where, "sites": ["NORTH", "SOUTH"]}
+
+    def after(event: str) -> Any:
+        told({"event": event, **where, "site": "SOUTH"})
+        return told.values["lost"]
+
+    for end in ("back", "replied", "refused"):
+        told(asked)
+        assert after("lost") == ["SOUTH"]
+        assert after(end) == []
+    after("lost")
+    told(asked)
+    assert told.values["lost"] == []
+    after("lost")
+    assert Live(submitted.path, "101").values["lost"] == []
 
 
 def test_a_run_under_secure_aggregation(submitted, flwr, live, happened) -> None:
@@ -92,7 +174,6 @@ def test_a_run_under_secure_aggregation(submitted, flwr, live, happened) -> None
     failed = "only 1 of 3 sites came through, 2 are needed"
     happened(submitted, {"event": "attempt", "phase": "pretrain", "round": 1, "failed": failed})
     events = submitted.journal()
-    assert standing.lost(events) == ["SOUTH"]  # NORTH was in the cohort
     assert look(submitted, flwr).loss == 9.0
     lines = [standing.line(event, {"pretrain": 3}) for event in events]
     held = "EAST withholds findings that are in no vocabulary"

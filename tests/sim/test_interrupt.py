@@ -118,7 +118,7 @@ def test_a_site_process_that_dies_in_a_round(command: Any, simulate: Any, two_wo
     assert "Traceback" not in errors
     assert "the process that works on site '" in told or "the process that last worked on site '" in told
     assert "killed by signal 9 (SIGKILL)" in told
-    assert "finished rounds are kept: run again with --resume" in told
+    assert "what is done is kept; go on with: chexfound-sim --out" in told
     wait_until_gone(workers)  # the others end with the run
 
     ran = simulate("--resume", out=out)
