@@ -93,6 +93,8 @@ class Site:
         gpus: how many of the machine's GPUs it pretrains on, or "all"; empty: as $CHEXFOUND_GPUS says.
         cells: patients below which a count, a figure or a row does not leave; 0 (a simulation): all leave.
         words: names of findings that may leave; None (a simulation): all.
+        limits: what its site.yaml grants, as it is told at enrolment; None (a simulation): whatever is asked.
+        least: patients and images with a label below which it trains no head; 0 (a simulation): any.
     """
 
     view: View
@@ -102,6 +104,8 @@ class Site:
     gpus: str = ""
     cells: int = 0
     words: frozenset[str] | None = None
+    limits: dict[str, Any] | None = None
+    least: tuple[int, int] = (0, 0)
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -159,14 +163,21 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
 
 def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     """Counts, versions and hashes; no image, no patient.  Under secure aggregation no count: of findings the names."""
-    versions = {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    granted = {} if site.limits is None else {"policy": site.limits}
     numbers = counts(site, recipe, request).values
     if recipe.aggregation == "secagg":
         if not numbers["train"]:  # which the coordinator cannot see
             raise DataError(f"site {site.name!r} has no training image; give it images, or leave it out")
-        return Reply(values={"site": site.name, "versions": versions, "findings": sorted(numbers["findings"])})
+        told = {"site": site.name, "versions": versions(), "findings": sorted(numbers["findings"])}
+        return Reply(values=told | granted)
     store_sha256 = site.view.store.digest()
-    return Reply(values={"site": site.name, **numbers, "versions": versions, "store_sha256": store_sha256})
+    values = {"site": site.name, **numbers, "versions": versions(), "store_sha256": store_sha256, **granted}
+    return Reply(values=values)
+
+
+def versions() -> dict[str, str]:
+    """Of what a site's numbers hang on."""
+    return {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def counts(site: Site, recipe: Recipe, request: Request) -> Reply:
@@ -297,7 +308,7 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     ids = site.training_ids(recipe)
     ids = ids[(labels >= 0).any(1)]
     folder = site.home / "features"
-    if not len(ids):
+    if not len(ids) or _too_few(site, recipe, labels):
         shutil.rmtree(folder, ignore_errors=True)
         return Reply(values={"images": 0})
     kept = features.extract(
@@ -318,9 +329,8 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
 def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     """K local steps of the head on the frozen features; per finding, by how many labelled images."""
     labels = site.training_labels(recipe, request.findings)
+    trainable = _trainable(site, recipe, labels) & ~np.isin(request.findings, request.left_out)
     labels = labels[(labels >= 0).any(1)]
-    trainable = trainable_findings(labels) if len(labels) else np.zeros(len(request.findings), bool)
-    trainable = trainable & ~np.isin(request.findings, request.left_out)
     labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
     counts = (labels >= 0).sum(0)
     values = {
@@ -388,6 +398,26 @@ PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
 }
 
 
+def _too_few(site: Site, recipe: Recipe, labels: np.ndarray) -> bool:
+    """Whether so few of its training images, or patients, have one of these labels that the site keeps out.
+
+    It then answers as one that has none, so that nobody can tell the two apart.
+    """
+    ids = site.training_ids(recipe)[(labels >= 0).any(1)]
+    patients, images = site.least
+    return len(ids) < images or len(set(site.patients(ids))) < patients
+
+
+def _trainable(site: Site, recipe: Recipe, labels: np.ndarray) -> np.ndarray:
+    """Which findings the site trains, of the labels (N, F) of its training images."""
+    if not len(labels):
+        return np.zeros(labels.shape[1], bool)
+    both = trainable_findings(labels)
+    if _too_few(site, recipe, np.where(both, labels, np.int8(-1))):
+        return np.zeros(labels.shape[1], bool)
+    return both
+
+
 def _labelled(request: Request, labels: np.ndarray) -> np.ndarray:
     """Which rows of labels (N, F) have one in a finding that is not left out."""
     rows: np.ndarray = np.any((labels >= 0) & ~np.isin(request.findings, request.left_out), axis=1)
@@ -412,7 +442,11 @@ def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
         labels = site.training_labels(recipe, request.findings)
     if not len(labels):
         return []
-    has = trainable_findings(labels) if request.phase == "adapt" else np.any(labels >= 0, axis=0)
+    has = np.any(labels >= 0, axis=0)
+    if request.phase == "adapt":
+        has = _trainable(site, recipe, labels)
+    elif request.phase == "features" and _too_few(site, recipe, labels):
+        has = np.zeros(len(request.findings), bool)
     return [finding for finding, one in zip(request.findings, has.tolist(), strict=True) if one]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError
 from chexfound.journal import new_folder
 from chexfound.names import shown
-from server import federation, follow, members, pki, runs, standing, up
+from server import federation, follow, members, pki, policies, runs, standing, up
 from server.federation import Federation
 from server.runs import RunFolder
 
@@ -27,6 +27,7 @@ def run(given: argparse.Namespace) -> int:
 
     held = federation.load(given.dir)
     recipe = recipes.load(given.recipe, recipes.parse_overrides(given.set))
+    policies.check(held, recipe)
     _check_up(held)
     for problem in (runs.check_batches(held, recipe), runs.check_beginning(held, recipe, given.backbone)):
         if problem:

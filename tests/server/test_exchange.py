@@ -8,6 +8,7 @@ import pytest
 
 from chexfound.errors import ProtocolError
 from chexfound.phases import Reply, Request
+from chexfound.schema import Recipe
 from server.exchange import DirectExchange, checked_roster
 
 ENROLMENT: dict[str, Any] = {
@@ -64,13 +65,15 @@ HOSTILE = [
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:40])
 def test_hostile_enrolments(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
-        checked_roster([enrolment(site="B"), enrolment(**change)], ["node 1", "node 2"])
+        checked_roster([enrolment(site="B"), enrolment(**change)], ["node 1", "node 2"], Recipe())
 
 
 @pytest.mark.parametrize("key", list(ENROLMENT))
 def test_incomplete_enrolments(key: str) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
-        checked_roster([Reply(values={name: value for name, value in ENROLMENT.items() if name != key})], ["node 1"])
+        checked_roster(
+            [Reply(values={name: value for name, value in ENROLMENT.items() if name != key})], ["node 1"], Recipe()
+        )
 
 
 def test_a_direct_exchange_is_one_site(make_site: Any, tiny_recipe: Any) -> None:
