@@ -27,6 +27,7 @@ from chexfound.schema import ARCHS, Recipe
 from client import declared
 
 log = logging.getLogger("chexfound.client")
+CLEAR = ("pretrain", "features", "adapt", "evaluate")  # phases whose replies are one site's own
 FIGURES = 64  # sections of a step's figures, and of counts, in a masked array; more than there are
 
 
@@ -64,6 +65,8 @@ class Gate:
             values = declared.read(phase, reply.values)
         except (ProtocolError, AttributeError, TypeError) as error:
             raise PolicyError(f"{phase}: the reply holds values which may not leave ({error})") from error
+        if self.recipe.aggregation == "secagg" and (phase in CLEAR or isinstance(values, declared.Counted)):
+            raise PolicyError(f"{phase}: a reply in the clear, of a run whose figures leave under masks only")
         self._check_words(phase, values)
         if phase in ("pretrain", "adapt"):
             self._check_history(phase, reply, values)
