@@ -42,7 +42,9 @@ def test_what_travels_is_of_the_policy_field_by_field() -> None:
     assert "findings" not in told.as_dict()
 
 
-@pytest.mark.parametrize("change", [{"x": 1}, {"masked": "yes"}, {"max_steps": 0}, {"model": {"x": 1}}, {"phases": ["x"]}])
+@pytest.mark.parametrize(
+    "change", [{"x": 1}, {"masked": "yes"}, {"max_steps": 0}, {"model": {"x": 1}}, {"phases": ["x"]}]
+)
 def test_what_arrives_is_checked(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         Limits.parse(Policy().limits(2).as_dict() | change, "it")
