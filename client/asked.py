@@ -22,6 +22,7 @@ from chexfound.pretrain import curriculum
 from chexfound.pretrain.meta_arch import build_student
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.schema import Recipe
+from chexfound.wire import LARGEST
 
 Shapes = dict[str, tuple[int, ...]]
 BEGIN = ("enrol", "counts")  # asked in every run, whatever its phases
@@ -76,7 +77,9 @@ def _check_work(recipe: Recipe, request: Request, limits: Limits, n_sites: int |
     if request.phase == "pretrain":
         config = curriculum.at(recipe, request.step)[0].train
     pooled, batch = config.pooled_batch_size, request.batch_size
-    shared = batch and pooled is not None and not pooled % batch and pooled // batch <= (n_sites or pooled)
+    shared = False
+    if batch and pooled is not None and not pooled % batch:
+        shared = min(recipe.federation.min_sites, n_sites or LARGEST) <= pooled // batch <= (n_sites or LARGEST)
     if batch != config.batch_size and not shared:
         raise _beyond(f"{batch} images a step, which is no site's share of its recipe's {pooled or config.batch_size}")
     if batch < limits.min_batch:

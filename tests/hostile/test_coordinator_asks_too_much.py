@@ -27,8 +27,12 @@ from chexfound.model import checkpoint
 from chexfound.phases import Request
 from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Recipe
+from chexfound.secagg.payload import Settings
 from client import site as client_site
 from client.app import handle
+from server.plan import frozen_gains
+
+pytest_plugins = ("tests.secagg.fixtures",)
 
 SMALL = {  # a model and a run that the default policy grants, and that two cores train in seconds
     "name": "small",
@@ -123,7 +127,7 @@ BEYOND: dict[str, dict[str, Any]] = {
     "a round after the last": {"round": 3, "step": 6},
     "a step that is not the round's": {"step": 4},
     "a step before the first": {"round": 1, "step": 0},
-    "all sites' images a step": {"batch_size": 32},
+    "all sites' images a step": {"batch_size": 8},
     "a batch that is no share": {"batch_size": 7},
     "findings that the recipe does not name": {"findings": ("Bar", "HIV")},
 }
@@ -304,3 +308,56 @@ def test_the_first_request_of_a_run_is_in_the_log_line_by_line(
     assert "REFUSED  model: {max_layerscale: 0.1}" in caplog.text
     assert "asked: student.layerscale 1" in caplog.text
     assert "ok       min_steps: 2" in caplog.text
+
+
+# -- under masks
+
+PERMISSIVE = """
+model: {min_tokens: 1, min_crop_tokens: 1}
+min_patients: 0
+min_images: 0
+min_batch: 2
+min_steps: 1
+"""
+
+
+@pytest.fixture
+def deployed(fed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The four hospitals of tests/secagg as they are deployed, each with a site.yaml for so small a recipe."""
+    home = fed.folder / "deployed"
+    home.mkdir()
+    (home / "sites").symlink_to(fed.folder / "homes")
+    monkeypatch.setenv("CHEXFOUND_HOME", str(home))
+    for name, node in fed.nodes.items():
+        del node["home"]
+        (fed.homes[name] / "site.yaml").write_text(PERMISSIVE)
+    return fed
+
+
+def pretraining(fed: Any, **changed: Any) -> Any:
+    weights = initial_weights(fed.recipe)
+    gains = frozen_gains(fed.recipe, weights)
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items() if name not in gains}
+    settings = Settings(ring=32, images=60, ranges=dict.fromkeys(shapes, 1.0))
+    given = {"steps": 1, "batch_size": 2, "tensors": weights, "settings": settings, "shapes": shapes}
+    return fed.attempt("pretrain", **(given | changed))
+
+
+def test_an_honest_sum_passes_and_no_other_work_under_masks(deployed: Any) -> None:
+    fed = deployed
+    assert int(fed.attempt("counts").finish()["images"]) > 60
+    one = pretraining(fed)
+    for change in ({"steps": 2 * 10**9}, {"round": 7}, {"batch_size": 8}):
+        assert one.ask("advertise", "alpha", **change) == "request.beyond"
+    one = pretraining(fed).until("masked")
+    more = one.request.tensors | {"student.images": torch.zeros(4)}
+    assert one.ask("masked", "alpha", tensors=more) == "request.tensors"
+    assert one.ask("masked", "alpha", tensors={}) == "request.tensors"
+    assert pretraining(fed, number=2).finish()["images"] > 0
+
+
+def test_a_recipe_that_is_not_granted_gets_no_key_under_masks(deployed: Any) -> None:
+    for home in deployed.homes.values():
+        (home / "site.yaml").unlink()
+    assert pretraining(deployed).ask("advertise", "alpha") == "policy.model"
+    assert not deployed.attempt_folder("alpha").exists()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from chexfound.errors import ProtocolError
+from chexfound import recipe as recipes
+from chexfound.errors import ProtocolError, RefusedError
 from chexfound.phases import Reply, Request
 from chexfound.schema import Recipe
+from client.policy import Policy
 from server.exchange import DirectExchange, checked_roster
 
 ENROLMENT: dict[str, Any] = {
@@ -81,3 +84,40 @@ def test_a_direct_exchange_is_one_site(make_site: Any, tiny_recipe: Any) -> None
     (member,) = exchange.enrol(tiny_recipe)
     assert (member.name, member.values["images"]) == ("alpha", 29)
     assert [reply.values for reply in exchange.ask([Request(phase="enrol")])] == [member.values]
+
+
+# ---- what a site grants
+
+
+def granted(**changed: Any) -> dict[str, Any]:
+    return replace(Policy(**changed).limits(2), masked=False).as_dict()
+
+
+def test_what_a_site_grants_is_no_part_of_what_it_is() -> None:
+    """So a site may change it between two starts of one run."""
+    (member,) = checked_roster([enrolment(policy=granted())], ["node 1"], recipes.load("demo"))
+    assert member.values == ENROLMENT
+    assert member.limits is not None
+    assert member.limits.max_runs == 5
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["with its counts", "with nothing else"])
+def test_a_site_that_refuses_the_recipe_is_told_with_its_line(only: bool) -> None:
+    told = enrolment(policy=granted(max_rounds=3)).values
+    if only:
+        told = {key: told[key] for key in ("site", "versions", "policy")}
+    with pytest.raises(RefusedError, match=r"site 'A' refuses .*'max_rounds: 3', .* rounds of pretrain 20") as refused:
+        checked_roster([Reply(values=told | {"site": "A"})], ["node 1"], recipes.load("demo"))
+    assert refused.value.code == "policy.work"
+
+
+@pytest.mark.parametrize("policy", [None, {}, "all", granted() | {"masked": "no"}, granted() | {"Jane": 1}])
+def test_what_is_no_policy_is_that_site_s_fault(policy: Any) -> None:
+    with pytest.raises(ProtocolError):
+        checked_roster([enrolment(policy=policy)], ["node 1"], recipes.load("demo"))
+
+
+def test_a_site_that_tells_its_policy_alone_must_refuse_by_it() -> None:
+    told = {key: value for key, value in enrolment(policy=granted()).values.items() if key not in ("train", "images")}
+    with pytest.raises(ProtocolError):
+        checked_roster([Reply(values=told)], ["node 1"], recipes.load("demo"))
