@@ -139,18 +139,19 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
     gate.words = here.words
     if grant is not None:
         here.limits, here.least = grant.limits.as_dict(), (grant.policy.min_patients, grant.policy.min_images)
-    if request.stage:
-        assert home is not None  # or the request was refused
-        reply = secure.answer(here, run_recipe, request, run_id, home)
-    else:
+    try:
+        if request.stage:
+            assert home is not None  # or the request was refused
+            return secure.answer(here, run_recipe, request, run_id, home)
         reply = phases.run(here, run_recipe, request)
-        log.info(
-            "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
-            request.phase, request.round + 1, request.step, request.step + request.steps, here.name,
-            reply.values.get("images", "-"), time.monotonic() - started,
-        )  # fmt: skip
-    if grant is not None:
-        grant.worked(run_id, time.monotonic() - started)
+    finally:
+        if grant is not None:
+            grant.worked(run_id, time.monotonic() - started)
+    log.info(
+        "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
+        request.phase, request.round + 1, request.step, request.step + request.steps, here.name,
+        reply.values.get("images", "-"), time.monotonic() - started,
+    )  # fmt: skip
     return reply
 
 

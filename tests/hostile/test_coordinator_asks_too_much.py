@@ -24,7 +24,9 @@ from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.limits import Limits
 from chexfound.model import checkpoint
+from chexfound.model.glori import build_head
 from chexfound.phases import Request
+from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Recipe
 from chexfound.secagg.payload import Settings
@@ -207,6 +209,25 @@ def test_a_recipe_that_asks_too_much_learns_nothing_but_the_policy(
 def test_what_the_operator_writes_holds(ask: Any, hospital: Hospital, untouched: None, text: str, code: str) -> None:
     hospital.demand(text)
     assert ask(round_of(small()), small()) == code
+
+
+@pytest.mark.parametrize("text", ["min_patients: 100", "min_images: 100"])
+def test_few_patients_with_a_label_are_answered_for_as_none(ask: Any, hospital: Hospital, text: str) -> None:
+    """No features, no moments, no head: the reply is that of a site that labels nothing."""
+    recipe = small()
+    head = build_head(recipe, 2)
+    backbone = checkpoint.with_prefix(initial_weights(recipe), "student.backbone.")
+    named = {"findings": ("Bar", "Blob")}
+    adapt = Request(phase="adapt", tensors=dict(head.state_dict()) | zero_moments(head), steps=2, batch_size=4, **named)
+    assert ask(Request(phase="enrol"), recipe).values["train"] > 20
+    assert ask(Request(phase="features", tensors=backbone, **named), recipe).values["images"] > 20
+    assert ask(adapt, recipe).values["images"] > 20
+    hospital.demand(text)
+    features = ask(Request(phase="features", tensors=backbone, **named), recipe)
+    assert (features.values, features.tensors) == ({"images": 0}, {})
+    assert not (hospital.home / "features").exists()
+    reply = ask(adapt, recipe)
+    assert (reply.values, reply.tensors) == ({"images": 0, "labelled": [0, 0], "history": []}, {})
 
 
 def test_a_run_that_has_had_its_hours_is_refused(ask: Any, hospital: Hospital) -> None:
