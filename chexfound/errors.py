@@ -131,6 +131,7 @@ REFUSALS = {  # by the code that leaves the site: what the request was, or would
     "weights.change": "weights that moved further in a round than this site's own steps allow for",
     "policy.phase": "a phase that the site's policy does not take part in",
     "policy.model": "a model that the site's policy does not train",
+    "policy.tensors": "tensors of which the site's policy lets none leave",
     "policy.rate": "learning rates beyond the site's policy",
     "policy.work": "more or fewer rounds, steps or images than the site's policy allows",
     "policy.runs": "one run more than the site's policy allows in a month",

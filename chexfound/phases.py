@@ -99,6 +99,8 @@ class Site:
         split_key: by which its patients fall into parts; None (a simulation): by the recipe's seed.
         fractions: of its patients; None (a simulation): the recipe's.
         digest_key: under which the digest of its store leaves.
+        limits: what its site.yaml grants, as it is told at enrolment; None (a simulation): whatever is asked.
+        least: patients and images with a label below which it trains no head; 0 (a simulation): any.
     """
 
     view: View
@@ -111,6 +113,8 @@ class Site:
     split_key: bytes | None = field(default=None, repr=False)
     fractions: Split | None = None
     digest_key: bytes = field(default=SIMULATED, repr=False)
+    limits: dict[str, Any] | None = None
+    least: tuple[int, int] = (0, 0)
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -189,8 +193,9 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
 
 def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     """Counts, versions and hashes; no image, no patient.  Under secure aggregation no count: of findings the names."""
-    versions = {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    about = {"site": site.name, "versions": versions, "cells": site.cells, "withheld": _withholds(site)}
+    about = {"site": site.name, "versions": versions(), "cells": site.cells, "withheld": _withholds(site)}
+    if site.limits is not None:
+        about["policy"] = site.limits
     if recipe.aggregation == "secagg":
         numbers = counts(site, recipe, request).values
         if not numbers["train"]:  # which the coordinator cannot see
@@ -200,6 +205,11 @@ def enrol(site: Site, recipe: Recipe, request: Request) -> Reply:
     values = {**about, **_totals(site, parts), **parts, "findings": _listed(site, recipe)}
     store_hmac = hmac.new(site.digest_key, site.view.store.digest().encode(), "sha256").hexdigest()
     return Reply(values={**values, "store_hmac": store_hmac})
+
+
+def versions() -> dict[str, str]:
+    """Give the releases that a site's numbers hang on."""
+    return {"chexfound": chexfound.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _withholds(site: Site) -> bool:
@@ -362,7 +372,7 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     ids = site.training_ids(recipe)
     ids = ids[(labels >= 0).any(1)]
     folder = site.home / "features"
-    if not len(ids):
+    if not len(ids) or _too_few(site, recipe, labels):
         shutil.rmtree(folder, ignore_errors=True)
         return Reply()
     features.extract(
@@ -380,9 +390,8 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
 def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     """K local steps of the head on the frozen features; per finding, by how many labelled images."""
     labels = site.training_labels(recipe, request.findings)
+    trainable = _trainable(site, recipe, labels) & ~np.isin(request.findings, request.left_out)
     labels = labels[(labels >= 0).any(1)]
-    trainable = trainable_findings(labels) if len(labels) else np.zeros(len(request.findings), bool)
-    trainable = trainable & ~np.isin(request.findings, request.left_out)
     labels = np.where(trainable, labels, np.int8(-1)).astype(np.int8)
     counts = (labels >= 0).sum(0)
     none = _none(site, recipe)
@@ -458,6 +467,26 @@ def _none(site: Site, recipe: Recipe) -> Told:
     return 0 if recipe.aggregation == "secagg" else cells.told(0, 0, site.cells)
 
 
+def _too_few(site: Site, recipe: Recipe, labels: np.ndarray) -> bool:
+    """Whether so few of its training images, or patients, have one of these labels that the site keeps out.
+
+    It then answers as one that has none, so that nobody can tell the two apart.
+    """
+    ids = site.training_ids(recipe)[(labels >= 0).any(1)]
+    patients, images = site.least
+    return len(ids) < images or len(set(site.patients(ids))) < patients
+
+
+def _trainable(site: Site, recipe: Recipe, labels: np.ndarray) -> np.ndarray:
+    """Which findings the site trains, of the labels (N, F) of its training images."""
+    if not len(labels):
+        return np.zeros(labels.shape[1], bool)
+    both = trainable_findings(labels)
+    if _too_few(site, recipe, np.where(both, labels, np.int8(-1))):
+        return np.zeros(labels.shape[1], bool)
+    return both
+
+
 def parted(recipe: Recipe, request: Request) -> list[str]:
     """What of a phase one site may have a part in and another none: findings; of pretraining the probe's figures."""
     if request.phase != "pretrain":
@@ -476,7 +505,11 @@ def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
         labels = site.training_labels(recipe, request.findings)
     if not len(labels):
         return []
-    has = trainable_findings(labels) if request.phase == "adapt" else np.any(labels >= 0, axis=0)
+    has = np.any(labels >= 0, axis=0)
+    if request.phase == "adapt":
+        has = _trainable(site, recipe, labels)
+    elif request.phase == "features" and _too_few(site, recipe, labels):
+        has = np.zeros(len(request.findings), bool)
     return [finding for finding, one in zip(request.findings, has.tolist(), strict=True) if one]
 
 

@@ -89,6 +89,8 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
     "NAME.federation.json, for chexfound-client roster approve",
 }
 INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
+TABLE_MAX, ROWS_MAX = 2**22, 2**14  # characters and rows of a list of tensors: five times those of the largest model
+JSON_MAX = 2**27  # characters of whatever else comes as JSON; it takes some ten times as much once it is read
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 STAGES = (*messages.STAGES, *parts.STAGES)
 Keep = Callable[[Laid], str | None]  # keeps arrays apart, for who asks, by SHA-256; or does not
@@ -289,14 +291,19 @@ def _number(text: str) -> float:
 
 def _table(content: RecordDict, key: str) -> Table:
     try:
-        return _table_adapter.validate_python(_json(content, key, "tensors").get("tensors"))
+        rows = _json(content, key, "tensors", TABLE_MAX).get("tensors")
+        if isinstance(rows, list) and len(rows) > ROWS_MAX:
+            raise ProtocolError(f"the message lists {len(rows)} tensors, and {ROWS_MAX} are the most of any model")
+        return _table_adapter.validate_python(rows)
     except ValidationError as error:
         raise ProtocolError("the message's list of tensors is malformed") from error
 
 
-def _json(content: RecordDict, key: str, part: str = "json") -> dict[str, Any]:
+def _json(content: RecordDict, key: str, part: str = "json", most: int = JSON_MAX) -> dict[str, Any]:
     try:
         text = content.config_records[key][part]
+        if len(text) > most:  # type: ignore[arg-type]
+            raise ValueError(f"longer than {most} characters")
         values = strict_json.loads(text, parse_constant=_number, parse_float=_number)  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"the message holds no readable {(key if part == 'json' else part)!r}") from error

@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,8 +15,12 @@ from chexfound import logs, parts, phases, recipe, wire
 from chexfound.errors import CodeError, ProtocolError
 from chexfound.parts import Laid
 from chexfound.phases import Reply, Request
+from chexfound.schema import Recipe
 from chexfound.secagg.messages import STAGES
 from client import egress, membership, secure, site
+from client.asked import forms
+from client.egress import Gate
+from client.grants import Grant
 from client.parts import Parts
 
 log = logging.getLogger("chexfound.client")
@@ -34,21 +39,29 @@ def handle(message: Message, context: Context, *, spend: bool = False) -> Messag
     """
     phase = PHASES.get(message.metadata.message_type, "unknown")
     outcome: Reply | BaseException
-    sign = keep = None
+    sign = keep = gate = None
     try:
         if "home" not in context.node_config:  # a simulated site has one, and the simulation its own display
             logs.show()
             site.on_progress = site.on_progress or logs.Steps(log)
         request = _admitted(message, context, phase)
-        if spend:
-            message.content.clear()
+        run_recipe, grant = recipe.from_run_config(context.run_config), Grant.of(context.node_config)
+        gate = _gate(run_recipe, request, context, grant)
         sign = _signer(message, context, request)
-        outcome = _answer(context, request, message.metadata.run_id)
+        run_id = message.metadata.run_id
+        refusing = grant.check(run_recipe, request, run_id) if grant is not None else None
+        if refusing is not None:
+            outcome = refusing
+        else:
+            request = _begun(context, run_recipe, request, run_id, grant)
+            if spend:
+                message.content.clear()
+            outcome = _answer(context, request, run_id, grant, gate)
         if request.part_bytes:
-            keep = functools.partial(_kept, _parts(context, message.metadata.run_id), request.part_bytes)
+            keep = functools.partial(_kept, _parts(context, run_id), request.part_bytes)
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
         outcome = error
-    return egress.release(message, phase, outcome, sign, keep)
+    return egress.release(message, phase, outcome, gate, sign, keep)
 
 
 def _admitted(message: Message, context: Context, phase: str) -> Request:
@@ -64,9 +77,18 @@ def _admitted(message: Message, context: Context, phase: str) -> Request:
         membership.check_equal(sites, None if home is None else membership.present(home))
     if (request.stage or request.phase) != phase:
         raise ProtocolError(f"a {message.metadata.message_type!r} message asks for phase {request.phase!r}")
-    if request.apart is not None:
-        request = wire.with_arrays(request, _parts(context, message.metadata.run_id).received(request.apart))
     return request
+
+
+def _begun(context: Context, run_recipe: Recipe, request: Request, run_id: int, grant: Grant | None) -> Request:
+    """The request with its arrays, once the site takes part in the run."""
+    if not request.stage or (request.stage in parts.STAGES and run_recipe.aggregation != "secagg"):
+        secure.check_plain(run_recipe, request, run_id, site.member_home(context.node_config))
+    if grant is not None:
+        grant.begin(run_recipe, request, run_id)
+    if request.apart is None:
+        return request
+    return wire.with_arrays(request, _parts(context, run_id).received(request.apart))
 
 
 def _parts(context: Context, run_id: int) -> Parts:
@@ -91,27 +113,43 @@ def _signer(message: Message, context: Context, request: Request) -> Callable[[R
     )
 
 
-def _answer(context: Context, request: Request, run_id: int) -> Reply:
-    started = time.monotonic()
-    run_recipe = recipe.from_run_config(context.run_config)
+def _gate(run_recipe: Recipe, request: Request, context: Context, grant: Grant | None) -> Gate:
+    """What the reply has to pass."""
     home = site.member_home(context.node_config)
-    of_parts = request.stage in parts.STAGES
-    if of_parts and request.phase not in phases.PHASES:
-        raise ProtocolError("a part for a phase that there is not")
-    if not request.stage or (of_parts and run_recipe.aggregation != "secagg"):
-        secure.check_plain(run_recipe, request, run_id, home)
-    if of_parts:
+    return Gate(
+        recipe=run_recipe,
+        request=replace(request, tensors={}, chunk=None),
+        sent=forms(request),
+        site=str(context.node_config.get("site", "")),
+        peers=frozenset() if home is None else frozenset(membership.present(home).sites.sites),
+        tensors=None if grant is None else grant.policy.tensors,
+    )
+
+
+def _answer(context: Context, request: Request, run_id: int, grant: Grant | None, gate: Gate) -> Reply:
+    started, run_recipe = time.monotonic(), gate.recipe
+    home = site.member_home(context.node_config)
+    if request.stage in parts.STAGES:
+        if request.phase not in phases.PHASES:
+            raise ProtocolError("a part for a phase that there is not")
         if home is not None:
             secure.sweep(home)
         return _parts(context, run_id).answer(request)
     here = site.site_of(context.node_config, run_recipe.image_px, enrolling=request.phase == "enrol")
-    if request.stage:
-        assert home is not None  # or the request was refused
-        return secure.answer(here, run_recipe, request, run_id, home)
-    if run_recipe.aggregation == "secagg" and request.phase == "features":
-        assert home is not None  # likewise
-        return secure.features(here, run_recipe, request, home)
-    reply = phases.run(here, run_recipe, request)
+    gate.words = here.words
+    if grant is not None:
+        here.limits, here.least = grant.limits.as_dict(), (grant.policy.min_patients, grant.policy.min_images)
+    try:
+        if request.stage:
+            assert home is not None  # or the request was refused
+            return secure.answer(here, run_recipe, request, run_id, home)
+        if run_recipe.aggregation == "secagg" and request.phase == "features":
+            assert home is not None  # likewise
+            return secure.features(here, run_recipe, request, home)
+        reply = phases.run(here, run_recipe, request)
+    finally:
+        if grant is not None:
+            grant.worked(run_id, time.monotonic() - started)
     log.info(
         "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
         request.phase, request.round + 1, request.step, request.step + request.steps, here.name,

@@ -15,7 +15,7 @@ from chexfound.errors import ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
-from client import approval, join, membership, secret
+from client import approval, join, membership, secret, template
 from client.home import close, named, site_home, sole_site
 from client.home import home as chexfound_home
 
@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--data", metavar="DIR", type=Path, help="the images, as for serving")
     check.add_argument("--gpus", metavar="N", help="as for serving (default: $CHEXFOUND_GPUS)")
     check.add_argument("--json", action="store_true", help="one JSON object")
+    check.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="a coordinator's recipe, or a preset: say line by line what it asks and whether site.yaml grants it, and "
+        "look at nothing else",
+    )
     check.set_defaults(run=_check)
     status = commands.add_parser(
         "status",
@@ -154,6 +160,8 @@ def _enrol(given: argparse.Namespace) -> int:
         f"site {given.name}: {'made its keys' if made else 'has its keys already'} in {home / 'keys'}; they never leave"
     )
     print(f"  its secret, by which its patients are named and split: {secret.path_of(home)}; back up both, together")
+    if (written := template.write(home)) is not None:
+        print(f"what it demands of any run is in {written}: read it, each line is a default that protects")
     print(f"  node     {fingerprint(keys.node)}\n    {keys.node}")
     print(f"  identity {fingerprint(keys.identity)}\n    {keys.identity}")
     print(f"next: give {out} to the coordinator, and tell the fingerprints by telephone or in person;")
@@ -241,6 +249,8 @@ def _check(given: argparse.Namespace) -> int:
 
     name = given.name or sole_site()
     check_name(name, "site name")
+    if given.recipe is not None:
+        return _check_recipe(given, name)
     data = given.data.resolve() if given.data else None
     subject = checks.Subject(name=name, home=site_home(name), data=data, gpus=given.gpus)
     if given.json:
@@ -250,6 +260,30 @@ def _check(given: argparse.Namespace) -> int:
         results = checks.run(subject, CHECKS, lambda result: print(checks.lines(result), flush=True))
         print(checks.summary(results))
     return 0 if checks.passed(results) else ConfigError.exit_code
+
+
+def _check_recipe(given: argparse.Namespace, name: str) -> int:
+    """Asked and granted; exit code 6 if something is not."""
+    from chexfound import limits, recipe
+    from client.grants import Grant
+
+    loaded = recipe.load(given.recipe)
+    secured = membership.approved(site_home(name)) is not None
+    grant = Grant.of({"site": name, "secured": secured})
+    assert grant is not None  # no simulation has a command line
+    verdicts = grant.judge(loaded)
+    if given.json:
+        rows = [{"line": one.line, "asked": one.asked, "ok": one.ok, "code": one.code} for one in verdicts]
+        print(json.dumps({"schema": 1, "site": name, "recipe": loaded.name, "lines": rows}, indent=2))
+    else:
+        print("\n".join(limits.table(verdicts)))
+    against = limits.refused(verdicts)
+    if against and not given.json:
+        print(
+            f"{len(against)} of {len(verdicts)} lines of {site_home(name) / 'site.yaml'} refuse it; change them only if"
+        )
+        print("the security officer agrees, or ask the coordinator for another recipe")
+    return PolicyError.exit_code if against else 0
 
 
 def _status(given: argparse.Namespace) -> int:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from chexfound import strict_yaml
 from chexfound.errors import ConfigError
 from chexfound.journal import canonical
+from chexfound.limits import STRICT, Amount, Count, Limits, Model, Phases, Positive, Tensors
 from chexfound.secagg.parameters import MINIMUM, Parameters
 
 SIZE_MAX = 2**20
 PLAIN = "plain: accepted"  # the line by which a site takes runs in the clear, where three sites or more could mask
-_strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-
-
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Amount = Annotated[float, Field(gt=0)]
+_strict = dataclass(frozen=True, kw_only=True, config=STRICT)
 
 
 @_strict
@@ -33,22 +31,6 @@ class SecAgg:
     colluders: Annotated[int, Field(ge=0)] | None = None  # sites that may collude with the coordinator; none: a quarter
     minimum: Annotated[int, Field(ge=MINIMUM)] = MINIMUM  # sites that a sum must be over
     attempt_s: Annotated[float, Field(gt=0)] = 86_400.0  # after which an attempt's secrets are dropped
-
-
-@_strict
-class Model:
-    """What a recipe's model may be: a wide patch, or a LayerScale of 1, makes of it a camera (docs/threat-model.md)."""
-
-    min_patch_px: Positive = 14
-    max_patch_px: Positive = 16
-    min_tokens: Positive = 49  # of an image, at each resolution that it is seen at
-    max_layerscale: Amount = 0.1
-    max_registers: Count = 8
-    min_image_px: Positive = 64
-    max_image_px: Positive = 1024
-    normalizations: tuple[str, ...] = ("zscore", "mean_std")
-    max_lr: Amount = 2e-3  # of pretraining, multipliers included
-    max_adapt_lr: Amount = 4e-3
 
 
 @_strict
@@ -92,16 +74,12 @@ class Fractions:
 class Policy:
     """All of site.yaml.  A coordinator may ask for less than it grants, never for more."""
 
-    phases: tuple[Literal["pretrain", "adapt", "evaluate"], ...] = ("pretrain", "adapt", "evaluate")
-    tensors: tuple[Literal["student", "teacher", "head", "optimizer"], ...] = (
-        "student",
-        "teacher",
-        "head",
-        "optimizer",
-    )
+    phases: Phases = ("pretrain", "adapt", "evaluate")
+    tensors: Tensors = ("student", "teacher", "head", "optimizer")  # that leave; under masks too
     model: Model = Model()
     min_patients: Count = 20  # with a training image, in each phase
     min_images: Count = 20  # for training
+    min_batch: Positive = 4  # images a step: of one image, the gradient is that image's
     min_steps: Positive = 2  # of a round
     max_steps: Positive = 10_000  # of a round
     max_rounds: Positive = 10_000  # of a phase
@@ -136,12 +114,14 @@ class Policy:
             # As JSON: strict, and yet a mapping is a section.
             return TypeAdapter(Policy).validate_json(canonical({} if values is None else values))
         except ValidationError as error:
-            what = "; ".join(
-                f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in error.errors()[:3]
-            )
-            raise ConfigError(f"{path}: {what}") from error
+            raise ConfigError(f"{path}: {'; '.join(map(_explain, error.errors()[:3]))}") from error
         except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{path}: not a site's policy: {error}") from error
+
+    def limits(self, n: int) -> Limits:
+        """What a coordinator is told of it, in a federation of n sites."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Limits) if field.name != "masked"}
+        return Limits(**shared, masked=self.masked(n))
 
     def masked(self, n: int) -> bool:
         """Whether a run in the clear is refused, in a federation of n sites."""
@@ -165,3 +145,16 @@ def clear(refused: bool) -> str:
     if refused:
         return f"runs in the clear are refused ({PLAIN} in site.yaml takes them)"
     return "runs in the clear are accepted"
+
+
+def _explain(entry: Any) -> str:
+    """What is wrong at one place of the file, with the field that was meant."""
+    path = [str(part) for part in entry["loc"]]
+    if entry["type"] != "unexpected_keyword_argument":
+        return f"{'.'.join(path) or 'all of it'}: {entry['msg']}"
+    section: Any = Policy
+    for part in path[:-1]:
+        section = type(next(field.default for field in fields(section) if field.name == part))
+    near = difflib.get_close_matches(path[-1], [field.name for field in fields(section)], n=1)
+    hint = f"; did you mean {'.'.join([*path[:-1], *near])!r}?" if near else "; docs/site.md lists the fields"
+    return f"unknown field {'.'.join(path)[:80]!r}{hint}"

@@ -17,7 +17,7 @@ from chexfound.errors import ChexfoundError
 from chexfound.processes import map_large
 from chexfound.roster import Roster
 from chexfound.wire import inflate_once
-from server import health, submission
+from server import health, policies, submission
 from server.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.grid import GridExchange
 from server.live import Live
@@ -145,12 +145,19 @@ def _run(grid: Grid, context: Context, sites: Roster | None = None) -> None:
     folder = run_folder(context)
     log.info("event=begin run=%s folder=%s recipe=%s", context.run_id, folder, recipe.name)
     backbone = context.run_config.get("backbone")
+
+    def hear(event: Event) -> None:
+        if event["event"] != "policy":
+            run.heard(event)
+        elif not isinstance(grid, LocalGrid):
+            policies.keep(Path(os.environ["CHEXFOUND_HOME"]), event["site"], event["limits"])
+
     exchange = GridExchange(
         grid,
         sites=sites,
         run_id=context.run_id,
         spool=None if isinstance(grid, LocalGrid) else folder / "parts",
-        on_event=lambda event: run.heard(event),
+        on_event=hear,
     )
     kind = SecureRun if recipe.aggregation == "secagg" else Run
     run = kind(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import chexfound
 from chexfound import cells, phases, wire
 from chexfound.errors import ChexfoundError, ConfigError, ProtocolError, VersionError
+from chexfound.limits import Limits, judge, refusal, refused
 from chexfound.phases import COUNTS, Reply, Request
 from chexfound.schema import Recipe
 
@@ -23,6 +24,7 @@ class Member:
 
     name: str
     values: dict[str, Any]
+    limits: Limits | None = None  # what its policy grants; None of one that has none, in a simulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +52,22 @@ class Exchange(Protocol):
         """Send one request to each site, or none; what comes of it in the order of the sites, one at a time."""
 
 
-def checked_roster(replies: Sequence[Reply], senders: Sequence[str], *, counted: bool = True) -> list[Member]:
+def checked_roster(
+    replies: Sequence[Reply], senders: Sequence[str], recipe: Recipe, n_sites: int | None = None
+) -> list[Member]:
     """Sort the enrolled by name; `senders` is what they are called until they have one.
 
     Args:
         replies: to `enrol`.
         senders: of each.
-        counted: they tell their counts; else (under secure aggregation) the names of their findings.
+        recipe: of the run; under secure aggregation sites tell no counts but the names of their findings.
+        n_sites: of the federation, where it has a roster.
 
-    Raises: ProtocolError for a reply that is not an enrolment; ConfigError for a name taken twice.
+    Raises: ProtocolError for a reply that is not an enrolment; ConfigError for a name taken twice; RefusedError for a
+        site whose policy refuses the recipe.
     """
-    check = _checked_member if counted else _checked_name
-    members = [check(reply.values, sender) for reply, sender in zip(replies, senders, strict=True)]
+    n_sites = n_sites or max(len(replies), recipe.federation.min_sites)
+    members = [_checked(reply.values, sender, recipe, n_sites) for reply, sender in zip(replies, senders, strict=True)]
     members.sort(key=lambda member: member.name)
     names = [member.name for member in members]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -70,10 +76,27 @@ def checked_roster(replies: Sequence[Reply], senders: Sequence[str], *, counted:
     return members
 
 
-def _checked_member(values: dict[str, Any], sender: str) -> Member:
-    name, findings, built = values.get("site"), values.get("findings"), values.get("versions")
+def _checked(values: dict[str, Any], sender: str, recipe: Recipe, n_sites: int) -> Member:
+    """An enrolment, of a site whose policy grants the recipe; that comes first: such a site tells nothing else."""
+    limits = None
+    if "policy" in values:
+        values = dict(values)
+        limits = Limits.parse(values.pop("policy"), f"{sender}: its policy")
+        if against := refused(judge(recipe, limits, n_sites)):
+            raise refusal(_name(values, sender), against)
+    member = _checked_name(values, sender) if recipe.aggregation == "secagg" else _checked_member(values, sender)
+    return replace(member, limits=limits)
+
+
+def _name(values: dict[str, Any], sender: str) -> str:
+    name = values.get("site")
     if not isinstance(name, str) or not wire.word(name):
         raise ProtocolError(f"{sender} enrolled without a usable name")
+    return name
+
+
+def _checked_member(values: dict[str, Any], sender: str) -> Member:
+    name, findings, built = _name(values, sender), values.get("findings"), values.get("versions")
     if set(values) != ENROLMENT or not all(_told(values[key]) for key in COUNTS):
         raise ProtocolError(f"site {name!r} enrolled without its counts")
     _check_about(name, values)
@@ -93,9 +116,7 @@ def _checked_member(values: dict[str, Any], sender: str) -> Member:
 
 
 def _checked_name(values: dict[str, Any], sender: str) -> Member:
-    name, findings = values.get("site"), values.get("findings")
-    if not isinstance(name, str) or not wire.word(name):
-        raise ProtocolError(f"{sender} enrolled without a usable name")
+    name, findings = _name(values, sender), values.get("findings")
     if set(values) != ABOUT:
         raise ProtocolError(f"site {name!r} enrolled with other values than secure aggregation asks for")
     _check_about(name, values)
@@ -164,7 +185,8 @@ class DirectExchange:
     def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
         """A roster of one."""
         self._recipe = recipe
-        return checked_roster([phases.run(self.site, recipe, Request(phase="enrol"))], [f"site {self.site.name!r}"])
+        enrolment = phases.run(self.site, recipe, Request(phase="enrol"))
+        return checked_roster([enrolment], [f"site {self.site.name!r}"], recipe)
 
     def ask(self, requests: Sequence[Request | None], timeout_s: float | None = None) -> Iterator[Reply | None]:
         """Do what is asked, here and now."""

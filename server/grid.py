@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from chexfound import signing, wire
 from chexfound.errors import ChexfoundError, CodeError, ConfigError, ProtocolError, RosterError, SiteError, VersionError
+from chexfound.limits import Limits
 from chexfound.phases import Reply, Request
 from chexfound.processes import trim
 from chexfound.roster import Roster
@@ -78,7 +79,7 @@ class GridExchange:
         sites: those of the federation, with the keys that replies are verified with; None: they have no keys.
         run_id: which the signatures are for.
         spool: folder where replies that come in parts are put together; None: each message is whole.
-        on_event: told "wait", "asked", "replied", "refused", "lost" and "back".
+        on_event: told "policy", "wait", "asked", "replied", "refused", "lost" and "back".
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class GridExchange:
         self._tell = on_event or (lambda event: None)
         self._names: list[str] = []
         self._nodes: list[int] = []  # 0: not connected yet
-        self._recipe, self._counted = Recipe(), True
+        self._recipe = Recipe()
         self._timeout_s = self._recipe.federation.round_timeout_s
         self._pulling = threading.BoundedSemaphore(PULLS_MAX)
         self._away: set[str] = set()  # sites that the last request to them has lost
@@ -106,7 +107,7 @@ class GridExchange:
 
         Raises: SiteError if too few come in time, or one of them cannot take part and no quorum does without it.
         """
-        self._recipe, self._counted = recipe, recipe.aggregation != "secagg"
+        self._recipe = recipe
         if self.spool is not None:
             shutil.rmtree(self.spool, ignore_errors=True)  # of a run that was killed
         names = [member.name for member in before]
@@ -122,7 +123,7 @@ class GridExchange:
             elif outcome is not None and recipe.federation.quorum_sites is None:
                 raise outcome.error
         labels = [f"node {senders[str(reply.values.get('site'))]}" for reply in replies]
-        members = {member.name: member for member in checked_roster(replies, labels, counted=self._counted)}
+        members = {member.name: member for member in self._roster(replies, labels)}
         quorum = recipe.federation.quorum_sites
         if len(members) < ((before and quorum) or recipe.federation.min_sites):
             raise SiteError(f"only {len(members)} of {len(nodes)} sites can take part; the others' own logs say why")
@@ -137,12 +138,18 @@ class GridExchange:
     def _checked(self, node: NodeInfo, reply: Reply) -> Reply | Missing:
         """An enrolment by itself: of several sites, one that cannot be is that site's fault alone."""
         try:
-            checked_roster([reply], [f"node {node.node_id}"], counted=self._counted)
+            if self.sites and "policy" in reply.values:
+                limits = Limits.parse(reply.values["policy"], f"node {node.node_id}: its policy")
+                self._tell({"event": "policy", "site": self._name_of(node), "limits": limits})
+            self._roster([reply], [f"node {node.node_id}"])
         except ChexfoundError as error:
             name = self._name_of(node)
             self._tell({"event": "refused", "phase": "enrol", "round": 0, "site": name, "reason": error.code})
             return Missing(reason=error.code, error=error)
         return reply
+
+    def _roster(self, replies: Sequence[Reply], senders: Sequence[str]) -> list[Member]:
+        return checked_roster(replies, senders, self._recipe, len(self.sites.sites) if self.sites else None)
 
     def _name_of(self, node: NodeInfo) -> str:
         """What a node is called until it has said who it is, and by its key if it has one."""

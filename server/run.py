@@ -167,9 +167,10 @@ class Run:
         }
         if not self.journal.entries:
             write_text(self.folder / "recipe.yaml", recipes.to_yaml(self.recipe))
-            self._record(event)
+            granted = {member.name: member.limits.as_dict() for member in self.roster if member.limits is not None}
+            self._record(event | ({"policies": granted} if granted else {}))
             return
-        self._check_same(event)
+        self._check_same(event)  # but for the policies, which a site may change between two of a run's starts
         if self.on_event is not None:
             self.on_event({"event": "resume", **{phase: len(self._rounds(phase)) for phase in ("pretrain", "adapt")}})
 

@@ -15,7 +15,7 @@ from chexfound.journal import new_folder
 from chexfound.names import shown
 from chexfound.schema import Recipe
 from chexfound.secagg.parameters import MINIMUM
-from server import federation, follow, members, pki, runs, standing, up
+from server import federation, follow, members, pki, policies, runs, standing, up
 from server.federation import Federation
 from server.runs import RunFolder
 
@@ -29,6 +29,7 @@ def run(given: argparse.Namespace) -> int:
 
     held = federation.load(given.dir)
     recipe = _recipe(held, given.recipe, recipes.parse_overrides(given.set))
+    policies.check(held, recipe)
     _check_up(held)
     for problem in (runs.check_batches(held, recipe), runs.check_beginning(held, recipe, given.backbone)):
         if problem:

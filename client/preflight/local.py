@@ -8,7 +8,8 @@ import shutil
 import stat
 from pathlib import Path
 
-from chexfound import signing
+from chexfound import limits, signing
+from chexfound import recipe as recipes
 from chexfound.data import vocabulary
 from chexfound.data.store import Store, is_store
 from chexfound.errors import ChexfoundError, ConfigError
@@ -18,8 +19,6 @@ from client.policy import Policy
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 GB, GIB = 10**9, 2**30
-MODELS_KEPT = 7  # a site's own: teacher and Adam's two moments, now and a round ago; and the run's backbone
-IN_PARTS = 4  # models more, of a run whose student and teacher travel in parts: what came last, and what left last
 DEMO_BYTES, VITL_BYTES = 14 * 10**6, 1_610 * 10**6  # with their heads, float32
 OF_NO_PATIENT = ("site.yaml", "federation.json", "ca.crt")  # which an operator may have written with his own umask
 MEMORY_MIN = 2 * GIB  # the preset demo takes 1.1 in the worker (measured), Flower's node and the rest 0.4
@@ -91,12 +90,15 @@ def policy(subject: Subject) -> Finding:
         demanded = Policy.load(subject.home)
     except ConfigError as error:
         return failed(str(error), f"mend {path}: until then every run is refused; docs/site.md says what it may hold")
-    refused = demanded.masked(n)
-    clear = f"runs in the clear are {'refused' if refused else 'accepted'}"
+    granted = demanded.limits(n)
+    presets = ((name, recipes.load(name)) for name in recipes.presets())
+    if impossible := limits.contradictions(granted, presets, n):
+        return failed(f"{path}: no recipe can be granted: {'; '.join(impossible)}", f"change that in {path}")
+    clear = "runs in the clear are refused" if granted.masked else "runs in the clear are accepted"
     try:
         held = demanded.parameters(n)
     except ConfigError as error:
-        if refused:
+        if granted.masked:
             return failed(f"{path}: {error}; {clear}, so there can be none", f"change secagg in {path}, or take it out")
         if path.exists():
             return warning(f"{path}: {error}", f"change secagg in {path}, or take it out")
@@ -181,8 +183,8 @@ def findings(subject: Subject) -> Finding:
 
 def disk(subject: Subject) -> Finding:
     """There is room for what a run leaves at a site."""
-    from chexfound import recipe as recipes
     from chexfound.schema import ARCHS, Recipe
+    from client.grants import IN_PARTS, MODELS_KEPT
 
     def needed(recipe: Recipe, model_bytes: int) -> int:
         images, px = (len(subject.store), subject.store.px) if subject.store else (0, recipe.image_px)

@@ -19,7 +19,7 @@ from chexfound.errors import ProtocolError
 from chexfound.parts import Apart, Laid
 from chexfound.phases import Request
 from chexfound.roster import Address, Keys, Roster
-from client import membership
+from client import egress, membership
 from client import site as site_module
 from client.app import app, handle
 
@@ -43,6 +43,7 @@ def test_it_enrols(make_message: Any, make_context: Any) -> None:
 def test_each_message_type_has_its_phase(make_message: Any, make_context: Any, monkeypatch: Any) -> None:
     seen = []
     monkeypatch.setattr(phases, "run", lambda site, recipe, request: seen.append(request.phase) or phases.Reply())
+    monkeypatch.setattr(egress.Gate, "admit", lambda gate, phase, reply: reply)
     for phase, message_type in wire.MESSAGE_TYPES.items():
         assert app(make_message(wire.pack_request(Request(phase=phase)), message_type), make_context()).has_content()
         wrong = "query.enrol" if phase != "enrol" else "evaluate"
@@ -278,7 +279,8 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site gives back twice what it was sent."""
 
     def run(site: Any, recipe: Any, request: Request) -> phases.Reply:
-        return phases.Reply(tensors={name: 2 * tensor for name, tensor in request.tensors.items()})
+        values = {"images": 1, "state": "travels", "history": []}
+        return phases.Reply(tensors={name: 2 * tensor for name, tensor in request.tensors.items()}, values=values)
 
     monkeypatch.setattr(phases, "run", run)
 

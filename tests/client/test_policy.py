@@ -41,9 +41,9 @@ def test_yaml_s_words_for_yes(tmp_path: Path, word: str) -> None:
 
 
 HOSTILE = [
-    ("secagg: {requierd: true}", "secagg.requierd: Unexpected"),
-    ("secag: {required: true}", "secag: Unexpected"),
-    ("required: true", "required: Unexpected"),
+    ("secagg: {requierd: true}", "unknown field 'secagg.requierd'; did you mean 'secagg.required'"),
+    ("secag: {required: true}", "unknown field 'secag'; did you mean 'secagg'"),
+    ("required: true", "unknown field 'required'"),
     ("secagg: {required: 'true'}", "secagg.required: .*valid boolean"),
     ("secagg: {required: 1}", "secagg.required"),
     ("secagg: {colluders: -1}", "secagg.colluders"),

@@ -20,7 +20,7 @@ import pytest
 from chexfound.bundle import Bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, flwr_private, link, membership, secret
+from client import approval, cli, commands, flwr_private, link, membership, secret
 from client.home import close, store_path
 from client.preflight import checks, local, remote
 from client.preflight.plan import CHECKS
@@ -154,6 +154,46 @@ def test_a_policy_that_this_federation_cannot_meet(prepare: Callable[..., Path])
     found = check(home)["policy"]
     assert (found.state, found.remedy) == ("ok", "")
     assert "runs in the clear are accepted; secure aggregation is for 3 to 128 sites" in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("min_steps: 9\nmax_steps: 8", "min_steps 9 is above max_steps 8"),
+        ("model: {max_lr: 0.0000001}", "none of the presets demo,"),
+        ("phases: []", "phases: none is granted"),
+    ],
+)
+def test_a_policy_that_no_recipe_can_meet(prepare: Callable[..., Path], text: str, said: str) -> None:
+    home = prepare()
+    (home / "site.yaml").write_text(text)
+    one = only(check(home), "policy")
+    assert "no recipe can be granted" in one.text
+    assert said in one.text
+    assert str(home / "site.yaml") in one.remedy
+
+
+@pytest.mark.parametrize("asked", ["demo", "laptop"])
+def test_a_recipe_is_held_against_the_policy_line_by_line(
+    prepare: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: str
+) -> None:
+    home = prepare()
+    assert commands.main(["check", "--recipe", asked]) == 0
+    said = capsys.readouterr().out
+    assert "ok       model: {max_patch_px: 16}                    asked: student.patch_size 16" in said
+    assert "REFUSED" not in said
+    (home / "site.yaml").write_text("max_rounds: 10")
+    assert commands.main(["check", "--recipe", asked]) == 6
+    said = capsys.readouterr().out
+    assert "REFUSED  max_rounds: 10 " in said
+    assert str(home / "site.yaml") in said
+    assert commands.main(["check", "--recipe", asked, "--json"]) == 6
+    rows = json.loads(capsys.readouterr().out)["lines"]
+    assert [row["code"] for row in rows if not row["ok"]] == ["policy.work"]
+    path = tmp_path / "own.yaml"
+    path.write_text("student: {patch_size: 48, stem: linear}\nimage_px: 96")
+    assert commands.main(["check", "--recipe", str(path)]) == 6
+    assert "asked: student.patch_size 48" in capsys.readouterr().out
 
 
 def test_a_policy_that_holds_is_told(prepare: Callable[..., Path], tmp_path: Path) -> None:

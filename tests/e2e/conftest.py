@@ -28,7 +28,7 @@ from client.secret import Secret, path_of
 from sim.arms import Plan, run_federated
 from sim.partition import partition
 from sim.pool import Pool
-from tests.e2e.hospitals import tell_of_few
+from tests.e2e.hospitals import allow_small
 
 SECRET = bytes(range(32))  # of all sites, and of the simulations that a run's model is held against
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +150,7 @@ class Federation:
             time.sleep(0.05)
 
     def client(self, site: str, data: Path, home: Path, px: int) -> Process:
-        tell_of_few(home, site)
+        allow_small(home, site)
         approve = [sys.executable, "-m", "client.cli", "approve", "--name", site]
         env = self.env | {"CHEXFOUND_HOME": str(home)}
         give_secret(home, site)
@@ -160,7 +160,7 @@ class Federation:
 
     def supernode(self, site: str, data: Path, home: Path) -> Process:
         """Flower's own, as someone would start it who has not heard of chexfound-client."""
-        tell_of_few(home, site)
+        allow_small(home, site)
         command = [program("flower-supernode"), "--insecure", "--superlink", self.address, "--port", str(free_port())]
         config = ["--node-config", f'site="{site}" data="{data}"']
         flower = self.folder / f"flower-{site}"

@@ -27,6 +27,7 @@ from server import federation as federations
 from server import members
 from tests.e2e import hospitals
 from tests.e2e.conftest import PART_MB, give_secret
+from tests.e2e.hospitals import allow_small
 
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")
@@ -47,6 +48,7 @@ class Disturbed:
         for name in NAMES:
             give_secret(processes.folder / name, name)
             self.client(name, "enrol", "--name", name)
+            allow_small(self.processes.folder / name, name)
             self.do("server.cli", self.folder.parent, "add-site", str(self.folder), name, f"{name}.pub")
         for name in NAMES:
             self.client(name, "roster", "approve", str(self.held.site_file), "--yes")

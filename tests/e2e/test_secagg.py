@@ -141,7 +141,7 @@ class InTheClear:
         for reply in replies:
             for finding in RARE:
                 reply.values["findings"].pop(finding, None)
-        return checked_roster(replies, [site.name for site in self.sites])
+        return checked_roster(replies, [site.name for site in self.sites], recipe)
 
     def ask(self, requests: Sequence[Request | None], timeout_s: float | None = None) -> Iterator[Any]:
         for site, request in zip(self.sites, requests, strict=True):

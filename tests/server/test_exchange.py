@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from chexfound import cells
-from chexfound.errors import ProtocolError
+from chexfound import recipe as recipes
+from chexfound.errors import ProtocolError, RefusedError
 from chexfound.phases import Reply, Request
+from chexfound.schema import Recipe
+from client.policy import Policy
 from server.exchange import DirectExchange, checked_roster
 
 ENROLMENT: dict[str, Any] = {
@@ -96,7 +100,7 @@ CARELESS = [  # of a site that suppresses
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:40])
 def test_hostile_enrolments(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
-        checked_roster([enrolment(site="B"), enrolment(**change)], ["node 1", "node 2"])
+        checked_roster([enrolment(site="B"), enrolment(**change)], ["node 1", "node 2"], Recipe())
 
 
 @pytest.mark.parametrize("change", CARELESS, ids=lambda change: str(change)[:40])
@@ -109,7 +113,9 @@ def test_a_count_is_a_number_or_the_word(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("key", list(ENROLMENT))
 def test_incomplete_enrolments(key: str) -> None:
     with pytest.raises(ProtocolError, match="enrolled without"):
-        checked_roster([Reply(values={name: value for name, value in ENROLMENT.items() if name != key})], ["node 1"])
+        checked_roster(
+            [Reply(values={name: value for name, value in ENROLMENT.items() if name != key})], ["node 1"], Recipe()
+        )
 
 
 def test_a_direct_exchange_is_one_site(make_site: Any, tiny_recipe: Any) -> None:
@@ -117,3 +123,40 @@ def test_a_direct_exchange_is_one_site(make_site: Any, tiny_recipe: Any) -> None
     (member,) = exchange.enrol(tiny_recipe)
     assert (member.name, member.values["images"]) == ("alpha", 29)
     assert [reply.values for reply in exchange.ask([Request(phase="enrol")])] == [member.values]
+
+
+# ---- what a site grants
+
+
+def granted(**changed: Any) -> dict[str, Any]:
+    return replace(Policy(**changed).limits(2), masked=False).as_dict()
+
+
+def test_what_a_site_grants_is_no_part_of_what_it_is() -> None:
+    """So a site may change it between two starts of one run."""
+    (member,) = checked_roster([enrolment(policy=granted())], ["node 1"], recipes.load("demo"))
+    assert member.values == ENROLMENT
+    assert member.limits is not None
+    assert member.limits.max_runs == 5
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["with its counts", "with nothing else"])
+def test_a_site_that_refuses_the_recipe_is_told_with_its_line(only: bool) -> None:
+    told = enrolment(policy=granted(max_rounds=3)).values
+    if only:
+        told = {key: told[key] for key in ("site", "versions", "policy")}
+    with pytest.raises(RefusedError, match=r"site 'A' refuses .*'max_rounds: 3', .* rounds of pretrain 20") as refused:
+        checked_roster([Reply(values=told | {"site": "A"})], ["node 1"], recipes.load("demo"))
+    assert refused.value.code == "policy.work"
+
+
+@pytest.mark.parametrize("policy", [None, {}, "all", granted() | {"masked": "no"}, granted() | {"Jane": 1}])
+def test_what_is_no_policy_is_that_site_s_fault(policy: Any) -> None:
+    with pytest.raises(ProtocolError):
+        checked_roster([enrolment(policy=policy)], ["node 1"], recipes.load("demo"))
+
+
+def test_a_site_that_tells_its_policy_alone_must_refuse_by_it() -> None:
+    told = {key: value for key, value in enrolment(policy=granted()).values.items() if key not in ("train", "images")}
+    with pytest.raises(ProtocolError):
+        checked_roster([Reply(values=told)], ["node 1"], recipes.load("demo"))

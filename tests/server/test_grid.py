@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,10 +21,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable import inflatable_utils
 
 from chexfound import signing, wire
-from chexfound.errors import ConfigError, DataError, ProtocolError, RefusedError, SiteError
+from chexfound.errors import ChexfoundError, ConfigError, DataError, ProtocolError, RefusedError, SiteError
 from chexfound.phases import Reply, Request
 from chexfound.roster import Keys, Roster
 from client.parts import Parts
+from client.policy import Policy
 from server import grid as grid_module
 from server.exchange import Member, Missing
 from server.flwr_private import LocalGrid, set_identity
@@ -355,6 +357,21 @@ def secured(
 
 def events(told: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(one["event"], one["site"]) for one in told if one["event"] in ("lost", "back")]
+
+
+def test_what_a_site_grants_is_told_under_the_name_of_its_key(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site that calls itself by another's name changes nothing of what is remembered of that one."""
+    granted = Policy().limits(2)
+    monkeypatch.setitem(ENROLMENT, "policy", granted.as_dict())
+    _, exchange, told = secured()
+    with contextlib.suppress(ChexfoundError):  # the recipe of these tests is too small for the policy
+        exchange.enrol(quick)
+    assert [(one["site"], one["limits"]) for one in told if one["event"] == "policy"][:1] == [("NORTH", granted)]
+    lone = GridExchange(exchange.grid, run_id=RUN, on_event=told.append)
+    told.clear()
+    with contextlib.suppress(ChexfoundError):
+        lone.enrol(quick)
+    assert not [one for one in told if one["event"] == "policy"]  # nobody's key says whose it is
 
 
 def test_signed_replies_count(quick: Any) -> None:

@@ -1,0 +1,111 @@
+"""A request is held against its recipe: what an honest coordinator sends fits, for every kind of recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from chexfound import recipe as recipes
+from chexfound.errors import ProtocolError, RefusedError
+from chexfound.model import checkpoint
+from chexfound.model.glori import build_head
+from chexfound.parts import Apart, Laid
+from chexfound.phases import Request
+from chexfound.pretrain import curriculum
+from chexfound.pretrain.optimizer import zero_moments
+from chexfound.pretrain.train import initial_weights
+from chexfound.wire import lay
+from client import asked
+from client.policy import Policy
+
+LIMITS = Policy().limits(2)
+KINDS: dict[str, dict[str, Any]] = {
+    "averaged": {},
+    "moments stay": {"train.optimizer_state": "local", "adapt.optimizer_state": "local"},
+    "teacher stays": {"teacher.policy": "local"},
+    "teacher derived": {"teacher.policy": "rederive"},
+    "sgd": {"optim.optimizer": "sgd"},
+    "linear head": {"adapt.head": "linear"},
+    "curriculum": {"curriculum": [{"rounds": 1, "global_crops_size": 64, "local_crops_size": 32}]},
+}
+
+
+def requests(recipe: Any) -> dict[str, Request]:
+    """Those of each phase of a run, in its last round."""
+    number = recipe.pretrain_rounds - 1
+    step = number * recipe.train.local_steps
+    weights = curriculum.enter(initial_weights(recipe), recipe, step)
+    backbone = checkpoint.with_prefix(weights, "student.backbone.")
+    head = build_head(recipe, 2)
+    state = dict(head.state_dict())
+    moments = zero_moments(head) if recipe.adapt.optimizer_state == "average" else {}
+    work = {"steps": recipe.train.local_steps, "batch_size": 6, "round": number, "step": step}
+    named = {"findings": ("Bar", "Blob")}
+    return {
+        "enrol": Request(phase="enrol"),
+        "pretrain": Request(phase="pretrain", tensors=weights, **work, **named),
+        "features": Request(phase="features", tensors=backbone, **named),
+        "adapt": Request(phase="adapt", tensors=state | moments, steps=3, batch_size=6, **named),
+        "evaluate": Request(phase="evaluate", tensors=checkpoint.add_prefix(state, "head."), **named),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_honest_request_fits_its_recipe(tiny_recipe_file: Any, kind: str) -> None:
+    recipe = recipes.load(tiny_recipe_file, KINDS[kind])
+    for request in requests(recipe).values():
+        asked.check(recipe, request, LIMITS, 2)
+        if request.tensors:
+            name = next(iter(request.tensors))
+            odd = {key: tensor for key, tensor in request.tensors.items() if key != name}
+            with pytest.raises(RefusedError, match="lack"):
+                asked.check(recipe, replace(request, tensors=odd), LIMITS, 2)
+
+
+def test_a_teacher_that_is_derived_may_come_and_not_in_part(tiny_recipe_file: Any) -> None:
+    recipe = recipes.load(tiny_recipe_file, KINDS["teacher derived"])
+    request = requests(recipe)["pretrain"]
+    students = {name: tensor for name, tensor in request.tensors.items() if not name.startswith("teacher.")}
+    asked.check(recipe, replace(request, tensors=students), LIMITS, 2)
+    part = students | {"teacher.backbone.cls_token": request.tensors["teacher.backbone.cls_token"]}
+    with pytest.raises(RefusedError):
+        asked.check(recipe, replace(request, tensors=part), LIMITS, 2)
+
+
+def test_a_list_of_what_comes_apart_is_judged_before_it_is_here(tiny_recipe: Any) -> None:
+    request = requests(tiny_recipe)["pretrain"]
+    arrays, table = lay(request.tensors)
+    laid = Laid(arrays)
+    apart = Apart(sha256="0" * 64, arrays=laid.arrays, table=table)
+    whole = replace(request, tensors={}, apart=apart)
+    asked.check(tiny_recipe, whole, LIMITS, 2)
+    wide = [(name, dtype, [10**9] if name.endswith("cls_token") else shape) for name, dtype, shape in table]
+    for other in (
+        replace(apart, table=wide),
+        replace(apart, table=[*table, table[0]]),
+        replace(apart, arrays={"float32": laid.arrays["float32"] + 4}),
+        replace(apart, arrays={"float64": laid.arrays["float32"]}),
+    ):
+        with pytest.raises(RefusedError):
+            asked.check(tiny_recipe, replace(whole, apart=other), LIMITS, 2)
+
+
+@pytest.mark.parametrize(("batch", "n_sites"), [(6, 2), (6, 3), (4, 3), (6, None), (4, None)])
+def test_a_share_of_the_pooled_batch(tiny_recipe: Any, batch: int, n_sites: int | None) -> None:
+    request = replace(requests(tiny_recipe)["pretrain"], batch_size=batch)
+    asked.check(tiny_recipe, request, LIMITS, n_sites)
+
+
+@pytest.mark.parametrize(("batch", "n_sites"), [(12, 2), (4, 2), (24, 2), (12, None), (5, None), (8, None)])
+def test_no_share_of_it(tiny_recipe: Any, batch: int, n_sites: int | None) -> None:
+    request = replace(requests(tiny_recipe)["pretrain"], batch_size=batch)
+    with pytest.raises(RefusedError) as refused:
+        asked.check(tiny_recipe, request, LIMITS, n_sites)
+    assert refused.value.code == "request.beyond"
+
+
+def test_a_phase_that_there_is_not(tiny_recipe: Any) -> None:
+    with pytest.raises(ProtocolError):
+        asked.check(tiny_recipe, Request(phase="pixels"), LIMITS, 2)

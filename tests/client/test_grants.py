@@ -1,0 +1,72 @@
+"""What a site notes of runs, and what it takes one to cost; what is refused by them is in tests/hostile."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from chexfound import recipe as recipes
+from chexfound.errors import ConfigError, RefusedError
+from chexfound.phases import Request
+from client import grants
+from client.grants import GB, Grant
+from client.policy import Policy
+
+ENROL = Request(phase="enrol")
+
+
+def grant(home: Path, **demands: object) -> Grant:
+    return Grant(home=home, name="NORTH", data=home / "data", policy=Policy(**demands), n_sites=None)
+
+
+def test_a_simulated_site_has_no_policy(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("max_runs: 1")
+    assert Grant.of({"site": "NORTH", "home": str(tmp_path), "secured": True}) is None
+
+
+def test_a_deployed_site_has_that_of_its_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
+    found = Grant.of({"site": "NORTH", "data": "/images"})
+    assert found is not None
+    assert (found.policy, found.n_sites, found.home) == (Policy(), None, tmp_path / "sites" / "NORTH")
+
+
+def test_runs_are_counted_once_each_and_for_thirty_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, now = recipes.load("demo"), time.time()
+    for _ in range(3):
+        grant(tmp_path, max_runs=1).begin(recipe, ENROL, 7)
+    with pytest.raises(RefusedError, match="max_runs: 1"):
+        grant(tmp_path, max_runs=1).begin(recipe, ENROL, 8)
+    monkeypatch.setattr(time, "time", lambda: now + 29 * 86400)
+    with pytest.raises(RefusedError):
+        grant(tmp_path, max_runs=1).begin(recipe, ENROL, 8)
+    monkeypatch.setattr(time, "time", lambda: now + 31 * 86400)
+    grant(tmp_path, max_runs=1).begin(recipe, ENROL, 8)
+
+
+def test_hours_are_those_of_one_run(tmp_path: Path) -> None:
+    recipe, held = recipes.load("demo"), {"machine": Policy().machine.__class__(hours=2.0)}
+    grant(tmp_path, **held).begin(recipe, ENROL, 7)
+    grant(tmp_path).worked(7, 3600.0)
+    grant(tmp_path, **held).begin(recipe, ENROL, 7)
+    grant(tmp_path).worked(7, 3601.0)
+    with pytest.raises(RefusedError, match=r"2\.0 hours were worked"):
+        grant(tmp_path, **held).begin(recipe, ENROL, 7)
+    grant(tmp_path, **held).begin(recipe, ENROL, 8)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"7": {}}', '{"7": {"began": 1.0, "last": -1.0}}', '{"7": 1}', "{"])
+def test_a_damaged_list_of_runs_is_told_and_not_begun_anew(tmp_path: Path, text: str) -> None:
+    (tmp_path / "runs.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"runs\.json"):
+        grant(tmp_path).begin(recipes.load("demo"), ENROL, 7)
+
+
+def test_what_a_run_takes_is_near_what_was_measured() -> None:
+    """In docs/deployed.md: 1.1 GB in the worker for the preset demo; 16 GiB are asked for by `check` for ViT-L."""
+    assert 1.0 < grants.memory_bytes(recipes.load("demo")) / GB < 1.3
+    assert 15 < grants.memory_bytes(recipes.load("vitl16-cxr1m")) / GB < 18
+    assert grants.disk_bytes(recipes.load("demo"), 0) < GB
+    assert grants.disk_bytes(recipes.load("demo"), 10_000) > GB

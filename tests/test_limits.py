@@ -1,0 +1,98 @@
+"""What a site grants, and a recipe held against it: the same judgement at both ends."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import yaml
+
+from chexfound import limits, recipe
+from chexfound.errors import REFUSALS, ProtocolError
+from chexfound.limits import Limits, judge, refused
+from client.policy import Policy
+
+PRESETS = [(name, recipe.load(name)) for name in recipe.presets()]
+
+
+@pytest.mark.parametrize("name", recipe.presets())
+@pytest.mark.parametrize("n_sites", [2, 4])
+def test_every_preset_is_granted_by_a_policy_that_nobody_wrote(name: str, n_sites: int) -> None:
+    plain = replace(Policy().limits(n_sites), masked=False)
+    assert refused(judge(recipe.load(name), plain, n_sites)) == []
+
+
+@pytest.mark.parametrize("n_sites", [3, 4])
+def test_from_three_sites_on_a_preset_is_refused_in_the_clear_alone(n_sites: int) -> None:
+    against = refused(judge(recipe.load("demo"), Policy().limits(n_sites), n_sites))
+    assert [one.code for one in against] == ["secagg.plain"]
+    masked = replace(recipe.load("demo"), aggregation="secagg")
+    assert refused(judge(masked, Policy().limits(n_sites), n_sites)) == []
+
+
+def test_what_travels_is_of_the_policy_field_by_field() -> None:
+    policy = Policy(max_steps=7, phases=("pretrain",))
+    told = policy.limits(2)
+    for field in fields(Limits):
+        if field.name != "masked":
+            assert getattr(told, field.name) == getattr(policy, field.name)
+    assert Limits.parse(told.as_dict(), "it") == told
+    assert "findings" not in told.as_dict()
+
+
+@pytest.mark.parametrize(
+    "change", [{"x": 1}, {"masked": "yes"}, {"max_steps": 0}, {"model": {"x": 1}}, {"phases": ["x"]}]
+)
+def test_what_arrives_is_checked(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        Limits.parse(Policy().limits(2).as_dict() | change, "it")
+
+
+def test_a_verdict_has_the_line_of_the_file_the_code_and_both_numbers() -> None:
+    asked = recipe.load("demo", {"optim.lr": 0.5})
+    (one,) = refused(judge(asked, Policy().limits(2), 2))
+    assert (one.line, one.asked, one.code) == ("model: {max_lr: 0.002}", "optim.lr 0.5", "policy.rate")
+    for one in judge(asked, Policy().limits(2), 2):
+        assert one.code in REFUSALS
+        section, _, key = one.key.rpartition(".")
+        values = yaml.safe_load(one.line)
+        assert key in (values[section] if section else values)
+
+
+def test_rates_are_those_of_each_stage_with_scaling_and_multipliers() -> None:
+    over = {"curriculum": [{"rounds": 1, "global_crops_size": 96, "local_crops_size": 48, "lr": 0.01}]}
+    scaled = {"optim.base_lr": 0.004, "optim.scaling_rule": "sqrt_wrt_1024", "train.pooled_batch_size": 1024}
+    for change in (over, scaled, {"optim.patch_embed_lr_mult": 1.5}):
+        codes = [one.code for one in refused(judge(recipe.load("demo", change), Policy().limits(2), 2))]
+        assert codes == ["policy.rate"]
+    below = scaled | {"train.pooled_batch_size": 256}
+    assert refused(judge(recipe.load("demo", below), Policy().limits(2), 2)) == []
+
+
+def test_images_a_step_are_those_of_one_site() -> None:
+    for n_sites, codes in ((8, []), (16, ["policy.work"])):
+        plain = replace(Policy().limits(n_sites), masked=False)
+        assert [one.code for one in refused(judge(recipe.load("demo"), plain, n_sites))] == codes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"min_steps": 5, "max_steps": 4}, "min_steps 5 is above max_steps 4"),
+        ({"phases": ()}, "phases: none is granted"),
+        ({"model": limits.Model(min_patch_px=17)}, "model.min_patch_px 17 is above model.max_patch_px 16"),
+        ({"model": limits.Model(max_image_px=64)}, "model.min_tokens 49 are more than"),
+        ({"min_steps": 9_000}, "none of the presets demo,"),
+        ({"model": limits.Model(max_lr=1e-9)}, r"is refused by model: \{max_lr: 1e-09\}"),
+    ],
+)
+def test_a_policy_that_no_recipe_can_meet_is_found(change: dict[str, Any], said: str) -> None:
+    (found,) = limits.contradictions(Policy(**change).limits(2), PRESETS, 2)
+    assert re.search(said, found)
+
+
+def test_the_defaults_contradict_nothing() -> None:
+    for n_sites in (1, 2, 3, 8):
+        assert limits.contradictions(Policy().limits(n_sites), PRESETS, n_sites) == []
