@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -12,9 +13,13 @@ from pathlib import Path
 import flwr
 import pytest
 import uvicorn
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
 from chexfound import __version__
+from chexfound.parts import PART_MAX
 from server import guard, places
 from tests.server.doors import FORBIDDEN, FORGED, Behind, Node, ask, free_port, request, running, write_roster
 
@@ -156,11 +161,14 @@ def test_a_body_beyond_the_limit_is_cut_off(
     assert [seen[3] for seen in behind.seen] == [10]
 
 
-def test_only_objects_may_be_large() -> None:
-    """What honest sites send is within both limits with room: tests/hostile/test_stranger.py measures it."""
-    assert guard.CONTROL_MAX == 64 * 2**10
-    assert {guard.OBJECT_PATH} < guard.FLEET_PATHS
-    assert guard.OBJECT_MAX < 16 * 2**20
+def test_what_honest_sites_send_is_within_the_limits_with_room() -> None:
+    """The largest: a reply in parts of 1 GB (parts.PART_MAX) is announced by the numbers of its objects."""
+    number = "0" * 64
+    chunks = [ObjectTree(object_id=number) for _ in range(math.ceil(PART_MAX / FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE))]
+    tree = ObjectTree(object_id=number, children=[ObjectTree(object_id=number, children=chunks)])
+    announced = PushMessagesRequest(message_object_trees=[tree]).ByteSize()
+    assert 10_000 < announced < guard.CONTROL_MAX / 3
+    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < guard.OBJECT_MAX / 1.5
 
 
 def test_a_peer_that_hangs_up_costs_nothing(door: int, behind: Behind, post) -> None:
