@@ -12,7 +12,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +34,7 @@ from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
 from chexfound.parts import Apart
 from chexfound.pretrain import curriculum, health, ranks, saves, teacher, watch
+from chexfound.pretrain.beginning import FILE
 from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.train import DTYPES, Pretrainer
 from chexfound.schema import Recipe
@@ -93,6 +94,8 @@ class Site:
         gpus: how many of the machine's GPUs it pretrains on, or "all"; empty: as $CHEXFOUND_GPUS says.
         cells: patients below which a count, a figure or a row does not leave; 0 (a simulation): all leave.
         words: names of findings that may leave; None (a simulation): all.
+        lineage: whether weights are held against where they may come from (client/weights.py); not in a simulation,
+            whose coordinator is oneself.
     """
 
     view: View
@@ -102,6 +105,7 @@ class Site:
     gpus: str = ""
     cells: int = 0
     words: frozenset[str] | None = None
+    lineage: bool = False
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -145,6 +149,7 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
     Raises: ChexfoundError; the site's state is then what it was before.
     """
     torch.set_num_threads(recipe.threads)
+    request = replace(request, tensors={n: t for n, t in request.tensors.items() if n != FILE})  # looked at before
     if site.view.store.px != recipe.image_px:
         raise DataError(
             f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks "

@@ -89,7 +89,7 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
     "NAME.federation.json, for chexfound-client roster approve",
 }
 INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "uint8": torch.uint8}  # uint8: a file
 STAGES = (*messages.STAGES, *parts.STAGES)
 Keep = Callable[[Laid], str | None]  # keeps arrays apart, for who asks, by SHA-256; or does not
 _Message = TypeVar("_Message", Request, Reply)
@@ -205,7 +205,7 @@ def with_arrays(message: _Message, path: Path) -> _Message:
         start += nbytes
     for empty in {kind for _, kind, _ in apart.table} & DTYPES.keys() - arrays.keys():
         arrays[empty] = np.zeros(0, empty)  # of tensors without a value
-    rings = {int(name.removeprefix("uint")): arrays.pop(name) for name in list(arrays) if name.startswith("uint")}
+    rings = {int(name.removeprefix("uint")): arrays.pop(name) for name in list(arrays) if name not in DTYPES}
     given: dict[str, Any] = {"tensors": _cut(apart.table, arrays)} | ({"masked": rings} if rings else {})
     return replace(message, apart=None, **given)
 

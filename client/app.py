@@ -15,7 +15,7 @@ from chexfound.errors import CodeError, ProtocolError
 from chexfound.parts import Laid
 from chexfound.phases import Reply, Request
 from chexfound.secagg.messages import STAGES
-from client import egress, membership, secure, site
+from client import egress, membership, secure, site, weights
 from client.parts import Parts
 
 log = logging.getLogger("chexfound.client")
@@ -108,7 +108,10 @@ def _answer(context: Context, request: Request, run_id: int) -> Reply:
     if request.stage:
         assert home is not None  # or the request was refused
         return secure.answer(here, run_recipe, request, run_id, home)
+    held = weights.admit(here, run_recipe, request)
+    request = held.request
     reply = phases.run(here, run_recipe, request)
+    held.keep(reply)
     log.info(
         "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
         request.phase, request.round + 1, request.step, request.step + request.steps, here.name,

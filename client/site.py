@@ -26,8 +26,9 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
     Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
     the site's home), `gpus` (how many to pretrain on, or "all"), `secured` (true: it has keys, and signs); and
-    for the simulation `home` (of its keys too), `patients` (a JSON file with the shard's patients) and
-    `shuffle-labels`.  New images are taken in at enrolment only: a run's images must not change between its rounds.
+    for the simulation `home` (of its keys too), `lineage` (true: weights are checked as in a deployment), `patients` (a
+    JSON file with the shard's patients) and `shuffle-labels`.  New images are taken in at enrolment only: a run's
+    images must not change between its rounds.
 
     Raises: ConfigError if `site` or `data` is missing; DataError.
     """
@@ -91,4 +92,5 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
         home=folder,
         shuffle_labels=bool(node_config.get("shuffle-labels", False)),
         gpus=str(node_config.get("gpus", "")),
+        lineage="home" not in node_config or node_config.get("lineage") is True,
     )

@@ -19,7 +19,7 @@ from chexfound.journal import write_json
 from chexfound.model import checkpoint
 from chexfound.names import ALL_SITES
 from chexfound.phases import ARM, COUNTS, TRAINED_ON, Request
-from chexfound.pretrain import curriculum
+from chexfound.pretrain.bounds import UpdateBound, largest
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.secagg import payload
 from chexfound.secagg.parameters import MINIMUM, labelling
@@ -113,12 +113,14 @@ class SecureRun(Run):
         batch: int,
         *,
         stays: dict[str, Tensor] | None = None,
+        beside: dict[str, Tensor] | None = None,
         finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
         started, taken = time.monotonic(), range(number * steps, (number + 1) * steps)
-        request = self._request(phase, weights, number, steps, batch)
+        request = self._request(phase, weights | (beside or {}), number, steps, batch)
         trained = [name for name in weights if name not in frozen and not name.startswith(PREFIX)]
-        bounds = self._bounds(phase, weights, trained, taken)
+        bound = UpdateBound.of(self.recipe, phase, taken)
+        bounds = {name: max(bound.largest(name, weights), 1e-9) for name in trained}
         settings = Settings(
             ring=self.recipe.secagg.ring,
             images=self.totals["train"],
@@ -138,9 +140,7 @@ class SecureRun(Run):
         moved = summed.plan.update(summed.sums)
         mean = {name: moved[name] for name in weights}
         try:
-            checks.check_update(
-                mean, weights, frozen, checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase), taken
-            )
+            checks.check_update(mean, weights, frozen, bound, summed.plan.rounding(summed.sums))
         except ProtocolError as error:
             raise ProtocolError(
                 f"{phase}, round {number + 1}: the sum of {len(summed.survivors)} sites: {error}"
@@ -199,26 +199,6 @@ class SecureRun(Run):
 
     # -- ranges
 
-    def _bounds(self, phase: str, weights: Mapping[str, Tensor], trained: list[str], taken: range) -> dict[str, float]:
-        """How far each tensor can go in these steps, by the recipe."""
-        recipe = curriculum.at(self.recipe, taken.start)[0]
-        pace = checks.Pace.of(recipe, phase)
-        if phase == "adapt":
-            decay = recipe.adapt.lr * recipe.adapt.weight_decay
-        else:
-            rate = recipe.optim.lr * max(1.0, recipe.optim.patch_embed_lr_mult)
-            decay = rate * max(recipe.optim.weight_decay, recipe.optim.weight_decay_end)
-
-        def bound(name: str) -> float:
-            own = len(taken) * (pace.step + decay * checks.largest(weights[name]))
-            student = name.replace("teacher.", "student.", 1)
-            if name.startswith("teacher.") and student in weights:  # goes towards the student, and no further
-                own = len(taken) * (pace.step + decay * checks.largest(weights[student]))
-                return own + checks.largest(weights[student] - weights[name])
-            return own
-
-        return {name: max(bound(name), 1e-9) for name in trained}
-
     def _ranges(self, phase: str, number: int, bounds: Mapping[str, float]) -> dict[str, float]:
         """By the last round's update where there was one, within what the recipe bounds."""
         kept = self._kept_ranges().get(f"{phase}/{number}", {})
@@ -238,7 +218,7 @@ class SecureRun(Run):
         after: Mapping[str, Tensor],
     ) -> None:
         margin = self.recipe.secagg.range_margin
-        moved = {name: checks.largest(after[name] - before[name]) for name in bounds}
+        moved = {name: largest(after[name] - before[name]) for name in bounds}
         ranges = {name: margin * step for name, step in moved.items() if step > 0}
         # With those of the round before: until that is in the journal it may be asked for again, with the same ranges.
         present = f"{phase}/{number - 1}"
@@ -269,7 +249,7 @@ class SecureRun(Run):
         ranges = {name: highest if name.endswith(".sum") else highest**2 for name in payload.moment_names()}
         settings = Settings(ring=self.recipe.secagg.ring, images=self.totals["train"], ranges=ranges)
         shapes = dict.fromkeys(payload.moment_names(), (channels,))
-        return self.sums.sum(self._request("features", backbone), settings, shapes)
+        return self.sums.sum(self._request("features", backbone | self._first_file(backbone)), settings, shapes)
 
     def _on_backbone(self, ask: Callable[[], Summed]) -> Summed:
         """What `ask` gives; the backbone is sent once more if the sites hold another run's by now.

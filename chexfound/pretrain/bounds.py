@@ -1,8 +1,8 @@
 """How far a recipe's steps can lead, whatever the gradients: the box that no honest weight is outside.
 
 AdamW's moments are sums over the same gradients, so m² ≤ S_t · v with S_t = (1 − β₁)²/(1 − β₂) · (1 − rᵗ)/(1 − r) and
-r = β₁²/β₂ < 1 (Cauchy-Schwarz), and its step t is at most lr · c_t with c_t = √(S_t (1 − β₂ᵗ)) / (1 − β₁ᵗ).  Hence after
-the steps j from w0
+r = β₁²/β₂ < 1 (Cauchy-Schwarz), and its step t is at most lr · c_t with c_t = √(S_t (1 − β₂ᵗ)) / (1 − β₁ᵗ).  Hence
+after the steps j from w0
 
     |w − w0| ≤ Σ_j lr_j · m · (c_j + wd_j · |w0|) + rounding
 
@@ -100,7 +100,6 @@ class UpdateBound:
         exact: the optimizer takes each of the steps, and leaves none out.
         stage: how many times position embeddings have been resized since the run began.
         resized: how many times since the weights that these steps begin with.
-        coarse: of a box, by how much a masked sum's fixed point may lead beyond it.
     """
 
     steps: range
@@ -116,13 +115,12 @@ class UpdateBound:
     exact: bool = True
     stage: int = 0
     resized: int = 0
-    coarse: float = 0.0
 
     @staticmethod
-    def of(recipe: Recipe, phase: str, steps: range, *, resized: int = 0, coarse: float = 0.0) -> UpdateBound:
+    def of(recipe: Recipe, phase: str, steps: range, *, resized: int = 0) -> UpdateBound:
         """That of pretraining, or of the head in `adapt`."""
         if phase == "adapt":
-            return _of_head(recipe, steps, coarse)
+            return _of_head(recipe, steps)
         optim, values = recipe.optim, [schedules.at(recipe, step) for step in steps]
         clip, depth = optim.clip_grad or math.inf, ARCHS[recipe.student.arch][1]
         rates = np.array([[value.lr for value in values], [value.last_layer_lr for value in values]]).reshape(2, -1)
@@ -151,7 +149,6 @@ class UpdateBound:
             exact=not scaled,
             stage=curriculum.index_at(recipe, steps.start) + resized,
             resized=resized,
-            coarse=coarse,
         )
 
     def box(self, name: str, start: Tensor) -> Tensor:
@@ -175,7 +172,7 @@ class UpdateBound:
             if self.resized:  # each is a sum over its neighbours, rounded a few times
                 own = RESIZED**self.resized * (own + (per + 7 * self._ulps) * largest(start))
                 per = 0.0
-        return per * (1 + self.coarse), own * (1 + self.coarse)
+        return per, own
 
     @property
     def _ulps(self) -> float:
@@ -276,6 +273,8 @@ class UpdateBound:
             most = self.gradient * self._resized(parameter)
             return bool(((value >= 0) & (value <= most * most * MOMENT)).all())
         # below 1e-15 squares fall out of float32, and Adam's eps of 1e-8 leaves nothing of them
+        if math.isinf(self.settled):
+            return bool(value.isfinite().all())
         times = self.settled if self._resized(parameter) > 1 else self.squared
         squares = moments[f"{parameter}.exp_avg_sq"]
         return all(
@@ -303,7 +302,7 @@ class _Norms:
         if rate:
             explained = size * (rate * decay * bound.decay[last] * share + 2 * bound._ulps)
             explained += allowance + bound.norm * bound._ulps
-            rest = (away - explained).clamp_(min=0).div_(rate * (1 + bound.coarse))
+            rest = (away - explained).clamp_(min=0).div_(rate)
             self.sums[".".join(name.split(".")[:2]), share] += float(rest.square_().sum())
 
     def check(self) -> None:
@@ -322,7 +321,7 @@ def largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _of_head(recipe: Recipe, steps: range, coarse: float) -> UpdateBound:
+def _of_head(recipe: Recipe, steps: range) -> UpdateBound:
     from chexfound.adapt.train import is_decayed  # which trains with this package's optimizer
 
     config = recipe.adapt
@@ -339,7 +338,6 @@ def _of_head(recipe: Recipe, steps: range, coarse: float) -> UpdateBound:
         settled=_most_squared(*HEAD_BETAS, math.inf),
         begun=_most_squared(*HEAD_BETAS, steps.start + 1),
         gradient=config.clip_grad or math.inf,
-        coarse=coarse,
     )
 
 

@@ -255,6 +255,17 @@ class Plan:
             del total  # before the next one comes: in float64 a tensor is twice as large
         return result
 
+    def rounding(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """By how much fixed point moves a tensor's mean at most: n · R / (L · Σw), of its lightest row."""
+        least = int(sums["images"]) / self.settings.images
+        by_row = [int(n) / most for n, most in zip(sums.get("labelled", []), self.settings.labelled, strict=True) if n]
+        step = self.n / fixed.levels(self.settings.ring, self.n)
+        weights = {name: min(by_row, default=0.0) if name in self.rows else least for name in self.shapes}
+        return {
+            name: step * self.settings.ranges[name] / weight if (weight := weights[name]) else 0.0
+            for name in self.shapes
+        }
+
     def moments(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         """Of all sites together, as `features.standardization` takes them: each image counts as one."""
         weight, images = int(sums["images"]) / self.settings.images, int(sums["images"])
