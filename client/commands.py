@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
         description="A run comes with a bundle of code, which this site never executes: it runs its own, installed "
         "release, and only for runs whose bundle was approved. Without a word this approves the bundle of the "
         "installed release; after an update of both ends, approve again. A bundle that came with a run and was refused "
-        "is named by its first digits: what sets it apart from the installed release is shown first. With --weights it approves "
-        "a file of weights that a run may begin with, or the digest of weights that a refusal named.",
+        "is named by its first digits: what sets it apart from the installed release is shown first. With --weights it "
+        "approves a file of weights that a run may begin with, or the digest of weights that a refusal named.",
     )
     code.add_argument("bundle", metavar="DIGITS", nargs="?", help="of a bundle that was refused (see --list)")
     code.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")

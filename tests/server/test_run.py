@@ -368,11 +368,11 @@ HOSTILE: list[Any] = [
     ("pretrain", lambda reply: values(history=reply.values["history"] * 2)(reply), "a row for each"),
     *((phase, values(history=[]), "a row for each") for phase in ("pretrain", "adapt")),
     ("adapt", curve(dino=1.0), "must be rows of finite numbers: loss, step"),
-    ("pretrain", filled("weight", lambda x: torch.full_like(x, 3e38)), "holds a weight of 3e.38, beyond"),
-    ("pretrain", filled(".weight_g", lambda x: x * 2), "weight_g', which is not trained, is not what was sent"),
-    ("adapt", filled("pooling", lambda x: x - 1e3), "'duplicate_pooling' holds a weight of 1e.03, beyond"),
+    ("pretrain", filled("weight", lambda x: torch.full_like(x, 3e38)), "holds a weight that is 3e.38 beyond where"),
+    ("pretrain", filled(".weight_g", lambda x: x * 2), "weight_g', which is not trained, is another than before"),
+    ("adapt", filled("pooling", lambda x: x - 1e3), "'duplicate_pooling' holds a weight that is 1e.03 beyond where"),
     *(
-        ("adapt", filled(name, lambda x: -10 * torch.ones_like(x)), f"{name}', which is not trained, is not what was")
+        ("adapt", filled(name, lambda x: -10 * torch.ones_like(x)), f"{name}', which is not trained, is another")
         for name in ("token_norm.mean", "token_norm.std", "cls_norm.mean", "cls_norm.std", "query_embed.weight")
     ),
     *(
