@@ -89,7 +89,7 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
     "NAME.federation.json, for chexfound-client roster approve",
 }
 INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "uint8": torch.uint8}  # uint8: a file
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "uint8": torch.uint8}  # uint8: a file, to sites only
 STAGES = (*messages.STAGES, *parts.STAGES)
 Keep = Callable[[Laid], str | None]  # keeps arrays apart, for who asks, by SHA-256; or does not
 _Message = TypeVar("_Message", Request, Reply)
@@ -386,6 +386,8 @@ def pack_reply(reply: Reply, keep: Keep | None = None) -> RecordDict:
         reply: to be packed.
         keep: its arrays apart from it, if it will, and if there are any.
     """
+    if any(tensor.dtype == torch.uint8 for tensor in reply.tensors.values()):
+        raise ProtocolError("a reply's tensor: dtype uint8 does not travel this way")
     text = json.dumps(reply.values, allow_nan=False)
     if keep is not None and (reply.tensors or reply.masked):
         flat, table = lay(reply.tensors)

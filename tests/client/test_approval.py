@@ -278,6 +278,7 @@ def test_a_file_that_is_no_safetensors_is_not_approved(
 
 @pytest.mark.parametrize("text", ["[]", '{"format": 1}', '{"format": 1, "approved": {"x": ""}, "refused": {}}'])
 def test_damaged_weights_approvals(home: Path, text: str) -> None:
+    home.mkdir(parents=True, exist_ok=True)
     (home / "weights.json").write_text(text)
     with pytest.raises(ConfigError, match="approve the weights again"):
         approval.approved_weights(home)

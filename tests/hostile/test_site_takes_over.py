@@ -113,6 +113,7 @@ def test_under_masks_a_mean_beyond_the_box_is_refused(fed: Federation, tmp_path:
     def shout(sent: Weights, reply: Weights, recipe: Any) -> Weights:
         return {n: t + 1e4 if n == BLOCK else t for n, t in reply.items()}
 
+    fed.recipe = recipes.changed(fed.recipe, train=recipes.changed(fed.recipe.train, local_steps=2))
     ranges = SecureRun._ranges
 
     def wider(*given: Any) -> dict[str, float]:  # an attacker is not held by the range that clips
