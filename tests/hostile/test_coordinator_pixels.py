@@ -24,8 +24,8 @@ from chexfound.pretrain.beginning import FILE, file_tensor, load_backbone, taken
 from chexfound.pretrain.bounds import UpdateBound
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.pretrain.train import initial_weights
-from client import acceptance, approval
-from tests.hostile.weights_door import Hospital, honest
+from client import acceptance, approval, status
+from tests.hostile.weights_door import NAME, Hospital, honest
 
 Weights = dict[str, Tensor]
 BLOCK = "student.backbone.blocks.0.mlp.fc1.weight"
@@ -239,6 +239,7 @@ def test_drifting_by_a_box_a_round_is_possible(hospital: Hospital) -> None:
     policy.unlink()
     assert isinstance(hospital.pretrain(worst, 1), Reply)
     assert "all weights" in acceptance.warnings(hospital.home)[0]
+    assert "own steps: round 2: all weights" in "\n".join(status.lines(status.read(NAME, hospital.home)))
 
 
 # -- the disk is lost
