@@ -41,7 +41,12 @@ from client.policy import Policy
 log = logging.getLogger("chexfound.client")
 TOLERANCE = 1e-6  # of weights that both ends derive: other instructions of a processor give others by 5e-8
 LIGHTEST = 0.01  # of all images, that a masked sum is over at least
-BUFFERS = ("token_norm.mean", "token_norm.std", "cls_norm.mean", "cls_norm.std")  # given by the sites' moments, not
+BUFFERS = (
+    "token_norm.mean",
+    "token_norm.std",
+    "cls_norm.mean",
+    "cls_norm.std",
+)  # a head's, from moments
 
 
 @dataclass(kw_only=True)
@@ -50,8 +55,8 @@ class Held:
 
     Args:
         request: as the phase takes it.
-        name: digest of the weights that were derived here in place of those sent; empty where they were not.  Two
-            digits of a last place are two digests of the same weights.
+        name: digest of the weights that were derived here, in place of those sent; empty where none were.  With other
+            last digits the same weights would have another digest, and a second sum on them could be opened.
     """
 
     request: Request
@@ -118,8 +123,8 @@ class _Judge:
             self._check_names(expected)
             self._check_equal(expected)
             name = checkpoint.digest({name: expected[name] for name in self.tensors})
-            before = self.shelf.accepted
-            again = before is not None and before.sent == _digests(self.tensors)  # not a run more
+            last = self.shelf.accepted
+            again = last is not None and last.sent == _digests(self.tensors)  # not a run more
             return self._held(_weights(self.tensors), begins=not again, name=name)
         self._no_file()
         accepted = self.shelf.accepted
@@ -341,9 +346,10 @@ class _Judge:
             raise RefusedError("request.tensors", "a weights file comes with a run's first weights only")
 
     def _check_names(self, expected: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> None:
-        """That all tensors are there, of their shapes, and no others; only a teacher may be left out."""
+        """That all tensors are there, of their shapes, and no others; but a teacher that each site derives itself."""
         given = self.tensors if given is None else given
-        missing = sorted(name for name in set(expected) - set(given) if not name.startswith("teacher."))
+        derived = self.recipe.teacher.policy == "rederive" and self.request.phase == "pretrain"
+        missing = sorted(n for n in set(expected) - set(given) if not (derived and n.startswith("teacher.")))
         if odd := sorted(set(given) - set(expected)):
             raise RefusedError("request.tensors", f"{len(odd)} that the recipe does not have: {odd[:3]}")
         if missing:
@@ -433,7 +439,7 @@ class _Judge:
             phase=self.request.phase,
             round=self.request.round,
             step=self.request.step,
-            sent=_digests(kept) | _digests(self.tensors),
+            sent=_digests({**kept, **self.tensors}),
             backbone=backbone,
             warnings=[*earlier, *(warnings or [])][-10:],
         )

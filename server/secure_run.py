@@ -19,7 +19,7 @@ from chexfound.journal import write_json
 from chexfound.model import checkpoint
 from chexfound.names import ALL_SITES
 from chexfound.phases import ARM, COUNTS, TRAINED_ON, Request
-from chexfound.pretrain.bounds import UpdateBound, largest
+from chexfound.pretrain.bounds import UpdateBound, check_bounded, largest
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.secagg import payload
 from chexfound.secagg.parameters import MINIMUM, labelling
@@ -50,6 +50,7 @@ class SecureRun(Run):
         """
         sites = self.exchange.sites
         composition.check(self.recipe, len(sites.sites) if sites else self.recipe.federation.min_sites)
+        check_bounded(self.recipe)  # whose steps the ranges of fixed point are of
         if sites is None:
             raise DataError("secure aggregation needs sites with keys: make a federation with chexfound-server init")
         self.own = self.folder / "secagg"
