@@ -232,6 +232,8 @@ class UpdateBound:
         student = name.replace("teacher.", "student.", 1)
         start, worst = before[student], -math.inf
         per, own = self._walls(student, start)
+        if math.isinf(own):
+            return 0.0 if bool(tensor.isfinite().all()) else math.nan
         if name == student:
             share, pieces = 1.0, _together(tensor, start)
         else:

@@ -260,11 +260,8 @@ class Plan:
         least = int(sums["images"]) / self.settings.images
         by_row = [int(n) / most for n, most in zip(sums.get("labelled", []), self.settings.labelled, strict=True) if n]
         step = self.n / fixed.levels(self.settings.ring, self.n)
-        weights = {name: min(by_row, default=0.0) if name in self.rows else least for name in self.shapes}
-        return {
-            name: step * self.settings.ranges[name] / weight if (weight := weights[name]) else 0.0
-            for name in self.shapes
-        }
+        weights = {name: min(by_row, default=0.0) if name in self.rows else least for name in self.settings.ranges}
+        return {name: step * self.settings.ranges[name] / one if one else 0.0 for name, one in weights.items()}
 
     def moments(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         """Of all sites together, as `features.standardization` takes them: each image counts as one."""
