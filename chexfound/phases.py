@@ -13,7 +13,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +37,7 @@ from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
 from chexfound.parts import Apart
 from chexfound.pretrain import curriculum, health, ranks, saves, teacher, watch
+from chexfound.pretrain.beginning import FILE
 from chexfound.pretrain.probe import Probe
 from chexfound.pretrain.train import DTYPES, Pretrainer
 from chexfound.schema import Recipe, Split
@@ -101,6 +102,8 @@ class Site:
         digest_key: under which the digest of its store leaves.
         limits: what its site.yaml grants, as it is told at enrolment; None (a simulation): whatever is asked.
         least: patients and images with a label below which it trains no head; 0 (a simulation): any.
+        lineage: whether weights are held against where they may come from (client/weights.py); not in a simulation,
+            whose coordinator is oneself.
     """
 
     view: View
@@ -115,6 +118,7 @@ class Site:
     digest_key: bytes = field(default=SIMULATED, repr=False)
     limits: dict[str, Any] | None = None
     least: tuple[int, int] = (0, 0)
+    lineage: bool = False
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 
     @property
@@ -179,6 +183,7 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
     Raises: ChexfoundError; the site's state is then what it was before.
     """
     torch.set_num_threads(recipe.threads)
+    request = replace(request, tensors={n: t for n, t in request.tensors.items() if n != FILE})  # looked at before
     if site.view.store.px != recipe.image_px:
         raise DataError(
             f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks "

@@ -91,7 +91,7 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
 INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
 TABLE_MAX, ROWS_MAX = 2**22, 2**14  # characters and rows of a list of tensors: five times those of the largest model
 JSON_MAX = 2**27  # characters of whatever else comes as JSON; it takes some ten times as much once it is read
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "uint8": torch.uint8}  # uint8: a file, to sites only
 STAGES = (*messages.STAGES, *parts.STAGES)
 Keep = Callable[[Laid], str | None]  # keeps arrays apart, for who asks, by SHA-256; or does not
 _Message = TypeVar("_Message", Request, Reply)
@@ -207,7 +207,7 @@ def with_arrays(message: _Message, path: Path) -> _Message:
         start += nbytes
     for empty in {kind for _, kind, _ in apart.table} & DTYPES.keys() - arrays.keys():
         arrays[empty] = np.zeros(0, empty)  # of tensors without a value
-    rings = {int(name.removeprefix("uint")): arrays.pop(name) for name in list(arrays) if name.startswith("uint")}
+    rings = {int(name.removeprefix("uint")): arrays.pop(name) for name in list(arrays) if name not in DTYPES}
     given: dict[str, Any] = {"tensors": _cut(apart.table, arrays)} | ({"masked": rings} if rings else {})
     return replace(message, apart=None, **given)
 
@@ -393,6 +393,8 @@ def pack_reply(reply: Reply, keep: Keep | None = None) -> RecordDict:
         reply: to be packed.
         keep: its arrays apart from it, if it will, and if there are any.
     """
+    if any(tensor.dtype == torch.uint8 for tensor in reply.tensors.values()):
+        raise ProtocolError("a reply's tensor: dtype uint8 does not travel this way")
     text = json.dumps(reply.values, allow_nan=False)
     if keep is not None and (reply.tensors or reply.masked):
         flat, table = lay(reply.tensors)

@@ -17,7 +17,7 @@ from chexfound.parts import Laid
 from chexfound.phases import Reply, Request
 from chexfound.schema import Recipe
 from chexfound.secagg.messages import STAGES
-from client import egress, membership, secure, site
+from client import egress, membership, secure, site, weights
 from client.asked import forms
 from client.egress import Gate
 from client.grants import Grant
@@ -146,7 +146,10 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
         if run_recipe.aggregation == "secagg" and request.phase == "features":
             assert home is not None  # likewise
             return secure.features(here, run_recipe, request, home)
+        held = weights.admit(here, run_recipe, request)
+        request = held.request
         reply = phases.run(here, run_recipe, request)
+        held.keep(reply)
     finally:
         if grant is not None:
             grant.worked(run_id, time.monotonic() - started)

@@ -1,7 +1,9 @@
-"""Which code's bundles the site's operator approved, and which were refused and wait for a word.
+"""Which code and which weights the site's operator approved, and which were refused and wait for a word.
 
-SITE/code.json             digests that were approved
+SITE/code.json             digests of bundles of code that were approved
 SITE/refused/DIGEST.fab    what came and was not; kept to be looked at, never unpacked
+SITE/weights.json          digests of weights that were approved, and of those that were refused: of a file, of its
+                           bytes; of weights whose lineage was lost, of what was sent
 """
 
 from __future__ import annotations
@@ -94,3 +96,63 @@ def refused(home: Path) -> dict[str, Bundle]:
             if came.digest() == path.stem:
                 held[path.stem] = came
     return held
+
+
+def approved_weights(home: Path) -> dict[str, str]:
+    """When each file of weights was approved, by digest.
+
+    Raises: ConfigError if the file was damaged.
+    """
+    return _weights(home)["approved"]
+
+
+def refused_weights(home: Path) -> dict[str, str]:
+    """Which rule was broken by weights that came and were not approved, by digest, the latest last."""
+    return _weights(home)["refused"]
+
+
+def approve_weights(home: Path, digest: str) -> None:
+    """From now on these weights may begin a run, or go on with one that was lost."""
+    now, held = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), _weights(home)
+    held["refused"].pop(digest, None)
+    _write_weights(home, held["approved"] | {digest: now}, held["refused"])
+
+
+def withdraw_weights(home: Path, digest: str) -> None:
+    """These weights are refused again.
+
+    Raises: ConfigError if they were not approved.
+    """
+    held = _weights(home)
+    if held["approved"].pop(digest, None) is None:
+        raise ConfigError(f"{digest}: was not approved")
+    _write_weights(home, held["approved"], held["refused"])
+
+
+def keep_weights(home: Path, digest: str, code: str) -> None:
+    """Remember weights that were refused, the latest of them."""
+    held = _weights(home)
+    held["refused"].pop(digest, None)
+    latest = list(held["refused"].items())[1 - KEPT :]
+    _write_weights(home, held["approved"], dict(latest) | {digest: code})
+
+
+def _weights(home: Path) -> dict[str, dict[str, str]]:
+    path = home / "weights.json"
+    if not path.exists():
+        return {"approved": {}, "refused": {}}
+    values = roster.read_json(path)
+    if (
+        not isinstance(values, dict)
+        or values.get("format") != FORMAT
+        or not all(isinstance(values.get(key), dict) for key in ("approved", "refused"))
+        or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (*values["approved"], *values["refused"]))
+    ):
+        raise ConfigError(
+            f"{path}: damaged; remove it, and approve the weights again: chexfound-client approve --weights"
+        )
+    return {key: {str(d): str(v) for d, v in values[key].items()} for key in ("approved", "refused")}
+
+
+def _write_weights(home: Path, approved: dict[str, str], refused: dict[str, str]) -> None:
+    write_json(home / "weights.json", {"format": FORMAT, "approved": approved, "refused": refused})

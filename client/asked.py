@@ -19,6 +19,7 @@ from chexfound.model import vit
 from chexfound.model.glori import build_head
 from chexfound.phases import Request
 from chexfound.pretrain import curriculum
+from chexfound.pretrain.beginning import BESIDE, FILE, TIMES
 from chexfound.pretrain.meta_arch import build_student
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.schema import Recipe
@@ -95,7 +96,8 @@ def check_tensors(recipe: Recipe, request: Request) -> None:
     Raises: RefusedError.
     """
     must, may = expected(recipe, request)
-    given = forms(request)
+    given = dict(forms(request))
+    _check_file(recipe, request, given.pop(FILE, None))
     if lacking := [name for name in must if name not in given]:
         raise RefusedError("request.tensors", f"{request.phase}: {len(lacking)} lack, {lacking[0]!r} for one")
     groups = [group for group in may if any(name in given for name in group)]
@@ -106,6 +108,22 @@ def check_tensors(recipe: Recipe, request: Request) -> None:
     for name, shape in known.items():
         if given.get(name) != ("float32", shape):
             raise RefusedError("request.tensors", f"{request.phase}: {name!r} is {given.get(name)}, not {shape}")
+
+
+def _check_file(recipe: Recipe, request: Request, form: tuple[str, tuple[int, ...]] | None) -> None:
+    """That a weights file comes with the first weights of a run only, and is no larger than their model makes one."""
+    if form is None:
+        return
+    dtype, shape = form
+    if not (dtype == "uint8" and len(shape) == 1 and shape[0] <= _file_bytes(recipe, request)):
+        raise RefusedError("request.tensors", f"{request.phase}: a weights file of {form}, where none of it can be")
+
+
+def _file_bytes(recipe: Recipe, request: Request) -> int:
+    """How large a weights file may be that comes with a request: none, but with the first of its run."""
+    first = request.phase == "features" and "pretrain" not in recipe.phases
+    first = first or (request.phase == "pretrain" and not request.step)
+    return TIMES * nbytes(expected(recipe, request)[0]) + BESIDE if first else 0
 
 
 def forms(request: Request) -> Mapping[str, tuple[str, tuple[int, ...]]]:
@@ -119,8 +137,10 @@ def forms(request: Request) -> Mapping[str, tuple[str, tuple[int, ...]]]:
             for name, tensor in request.tensors.items()
         }
     given = {name: (dtype, tuple(shape)) for name, dtype, shape in request.apart.table}
-    values = sum(math.prod(shape) for _, shape in given.values())
-    if len(given) != len(request.apart.table) or dict(request.apart.arrays) != {"float32": 4 * values}:
+    arrays: dict[str, int] = {}
+    for dtype, shape in given.values():
+        arrays[dtype] = arrays.get(dtype, 0) + math.prod(shape) * (1 if dtype == "uint8" else 4)
+    if len(given) != len(request.apart.table) or dict(request.apart.arrays) != arrays:
         raise RefusedError("request.tensors", "a table that is not of the arrays which come apart from it")
     return given
 
@@ -192,6 +212,6 @@ def _check_part(recipe: Recipe, request: Request) -> None:
     if request.stage != "deliver":
         return
     must, may = expected(recipe, request)
-    most, size = nbytes(must) + sum(map(nbytes, may)), request.told.get("size")
+    most, size = nbytes(must) + sum(map(nbytes, may)) + _file_bytes(recipe, request), request.told.get("size")
     if not isinstance(size, int) or size > most:
         raise RefusedError("request.tensors", f"{size!r} bytes are to be delivered, and its recipe's are {most}")

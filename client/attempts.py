@@ -248,13 +248,15 @@ class Attempts:
     def _work(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> dict[str, str]:
         """On which weights a sum is, over which sites, and of what work; digests.
 
-        Which findings are left out of the counts hangs on each run's split, and one's counts tell nothing of another's.
+        Weights that this site derives itself have the name of those, not of the bytes that were sent: within the
+        tolerance there are many of these, and one sum.  Which findings are left out of the counts hangs on each run's
+        split, and one's counts tell nothing of another's.
         """
-        shared = self._kept("share")
+        shared, masked = self._kept("share"), self._kept("masked")
         asked = [shared["question"], [] if attempt.phase == "counts" else summed]
         return {
             "phase": attempt.phase,
-            "weights": shared["base"],
+            "weights": masked["weights"],
             "over": messages.names_digest(survivors).hex(),
             "asked": hashlib.sha256(canonical(asked)).hexdigest(),
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import chexfound
 from chexfound import units
-from chexfound.errors import ConfigError, PolicyError
+from chexfound.errors import REFUSALS, ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
@@ -52,16 +54,22 @@ def parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     code = commands.add_parser(
         "approve",
-        help="approve the code that runs may have",
+        help="approve the code that runs may have, and weights that they may begin with",
         description="A run comes with a bundle of code, which this site never executes: it runs its own, installed "
         "release, and only for runs whose bundle was approved. Without a word this approves the bundle of the "
         "installed release; after an update of both ends, approve again. A bundle that came with a run and was refused "
-        "is named by its first digits: what sets it apart from the installed release is shown first.",
+        "is named by its first digits: what sets it apart from the installed release is shown first. With --weights it "
+        "approves a file of weights that a run may begin with, or the digest of weights that a refusal named.",
     )
     code.add_argument("bundle", metavar="DIGITS", nargs="?", help="of a bundle that was refused (see --list)")
     code.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    code.add_argument(
+        "--weights",
+        metavar="FILE|SHA256",
+        help="a safetensors file, which is hashed here, or a SHA-256; of one that was refused the first digits do",
+    )
     code.add_argument("--list", action="store_true", help="show what was approved, and what was refused")
-    code.add_argument("--withdraw", metavar="DIGITS", help="approve no longer")
+    code.add_argument("--withdraw", metavar="DIGITS", help="approve no longer: code, or weights")
     code.add_argument("--yes", action="store_true", help="do not ask")
     code.set_defaults(run=_approve_code)
     check = commands.add_parser(
@@ -186,11 +194,18 @@ def _approve(given: argparse.Namespace) -> int:
 def _approve_code(given: argparse.Namespace) -> int:
     from client.flwr_private import release_bundle
 
+    if given.weights is not None:
+        return _approve_weights(given)
     name = given.name or sole_site()
     check_name(name, "site name")
     home = site_home(name)
     if given.withdraw is not None:
-        digest = _one_of(approval.approved(home), given.withdraw, "approved")
+        weights = approval.approved_weights(home)
+        digest = _one_of([*approval.approved(home), *weights], given.withdraw, "approved")
+        if digest in weights:
+            approval.withdraw_weights(home, digest)
+            print(f"weights {digest}: not approved any more; a run that began with them goes on")
+            return 0
         approval.withdraw(home, digest)
         print(f"code {digest}: not approved any more; a run that was begun with it goes on until the site is restarted")
         return 0
@@ -201,6 +216,10 @@ def _approve_code(given: argparse.Namespace) -> int:
             print(f"approved {digest} since {when}{which}")
         for digest, bundle in refused.items():
             print(f"refused  {digest}: {len(bundle.differences(release))} files differ from the installed release")
+        for digest, when in approval.approved_weights(home).items():
+            print(f"approved weights {digest} since {when}")
+        for digest, code in approval.refused_weights(home).items():
+            print(f"refused  weights {digest}: {REFUSALS[code]} ({code})")
         return 0
     if given.bundle is None:
         digest, differences = release.digest(), []
@@ -224,12 +243,45 @@ def _approve_code(given: argparse.Namespace) -> int:
     return 0
 
 
-def _one_of(digests: Iterable[str], start: str, what: str) -> str:
+def _approve_weights(given: argparse.Namespace) -> int:
+    """Approve a file, hashed here, or a digest in full; of weights that were refused the first digits do."""
+    name = given.name or sole_site()
+    check_name(name, "site name")
+    home, path = site_home(name), Path(given.weights)
+    refused = approval.refused_weights(home)
+    if path.is_file():
+        from chexfound.model import checkpoint
+
+        tensors = checkpoint.load(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        said = f"{path}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
+    else:
+        full = re.fullmatch("[0-9a-f]{64}", given.weights) is not None
+        if not full and not re.fullmatch("[0-9a-f]+", given.weights):
+            raise ConfigError(f"--weights {given.weights!r}: no such file, and no SHA-256 in hexadecimal digits")
+        digest = given.weights if full else _one_of(refused, given.weights, "refused", "file")
+        code = refused.get(digest)
+        said = f"refused when it came: {REFUSALS[code]} ({code})" if code else "has not come here yet"
+    print(f"weights {digest}")
+    print(f"  {said}")
+    print(
+        "  A run may read images out of what it gets back for weights that were made for it: approve them only if you"
+    )
+    print("  know who trained them, and were told this digest by them.")
+    if not given.yes and not join.confirmed("Approve them?"):
+        raise PolicyError("not approved; nothing was changed")
+    approval.approve_weights(home, digest)
+    print("approved: a run may begin with these weights, or go on with them where this site's own are lost")
+    return 0
+
+
+def _one_of(digests: Iterable[str], start: str, what: str, of: str = "bundle") -> str:
     found = [digest for digest in digests if start and digest.startswith(start)]
     if not found:
-        raise ConfigError(f"no {what} bundle begins with {start!r}; see --list")
+        raise ConfigError(f"no {what} {of} begins with {start!r}; see --list")
     if len(found) > 1:
-        raise ConfigError(f"{start!r}: the first digits of {len(found)} bundles that were {what}; see --list")
+        raise ConfigError(f"{start!r}: the first digits of {len(found)} {of}s that were {what}; see --list")
     return found[0]
 
 

@@ -28,10 +28,14 @@ def base(site: Site, phase: str, weights: str) -> str:
     """
     if phase not in ("adapt", "evaluate"):
         return weights
-    return weights_of(weights, _backbone_digest(site))
+    return weights_of(weights, backbone_digest(site))
 
 
-def _backbone_digest(site: Site) -> str:
+def backbone_digest(site: Site) -> str:
+    """Digest of the backbone that the site was sent last; hex.
+
+    Raises: RefusedError if there is none.
+    """
     path = site.home / "backbone.safetensors"
     try:
         about = path.stat()
@@ -97,7 +101,7 @@ def _features_file(site: Site) -> Path:
 
 
 def _features_of(site: Site, recipe: Recipe, request: Request) -> str:
-    fields = [recipes.to_json(recipe), list(request.findings), _backbone_digest(site)]
+    fields = [recipes.to_json(recipe), list(request.findings), backbone_digest(site)]
     return hashlib.sha256(canonical(fields)).hexdigest()
 
 

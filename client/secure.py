@@ -25,6 +25,7 @@ from chexfound.secagg.messages import Advert, Attempt, Packet
 from chexfound.secagg.payload import Plan, Settings
 from chexfound.secagg.site import Side, WrongSharesError, advertise, check_adverts
 from client import lineage, membership
+from client import weights as lines
 from client.attempts import Attempts, Stage
 from client.policy import PLAIN, Policy
 
@@ -55,8 +56,10 @@ def features(site: Site, recipe: Recipe, request: Request, home: Path) -> Reply:
     Raises: any ChexfoundError of the phase itself.
     """
     with closing(_desk(home, site.name)) as desk:
-        work = replace(request, roster_index=desk.index())
-    reply = phases.run(site, recipe, work)
+        work, n = replace(request, roster_index=desk.index()), desk.parameters.n
+    held = lines.admit(site, recipe, work, n)
+    reply = phases.run(site, recipe, held.request)
+    held.keep(reply)
     lineage.record_features(site, recipe, work)
     return reply
 
@@ -219,6 +222,8 @@ class Desk(Attempts):
             raise RefusedError("secagg.weights", f"the tensor {odd[0]!r} has no part in it, and hides equal weights")
         if self._base(site, recipe, request, weights) != shared["base"]:
             raise RefusedError("secagg.weights", "the backbone here is another one by now")
+        held = lines.admit(site, recipe, request, self.parameters.n)
+        request = held.request
         plan = self._plan(recipe, request, shared["told"])
         zeroed = side.zeroed(phases.parted(recipe, request), sharers)
         states = {advert.state for advert in side.adverts.values()}
@@ -230,6 +235,7 @@ class Desk(Attempts):
         )
         lineage.begin(site, recipe, work)
         reply = phases.run(site, recipe, work)
+        held.keep(reply)
         lineage.record(site, recipe, work, shared["base"])
         values, weight = plan.values(reply, zeroed, spend=True)
         arrays = self._arrays(plan.layout.sizes)
@@ -242,6 +248,7 @@ class Desk(Attempts):
             "packets": [asdict(packet) for packet in packets],
             "summed": [name for name in phases.parted(recipe, request) if name not in zeroed],
             "sizes": {str(ring): array.size for ring, array in arrays.items()},
+            "weights": lineage.base(site, request.phase, held.name) if held.name else shared["base"],
         }
         return {
             "context": side.context.hex(),

@@ -32,9 +32,9 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
     Keys: `site` (name), `data` (a store, or a folder of images, which is taken into a store under
     the site's home), `gpus` (how many to pretrain on, or "all"), `secured` (true: it has keys, and signs); and
-    for the simulation `home` (of its keys too), `patients` (a JSON file with the shard's patients), `split-key` (in
-    the place of the seed's, hex) and `shuffle-labels`.  New images are taken in at enrolment only: a run's images must
-    not change between its rounds.
+    for the simulation `home` (of its keys too), `lineage` (true: weights are checked as in a deployment), `patients` (a
+    JSON file with the shard's patients), `split-key` (in the place of the seed's, hex) and `shuffle-labels`.  New
+    images are taken in at enrolment only: a run's images must not change between its rounds.
 
     Raises: ConfigError if `site` or `data` is missing; DataError; RefusedError, see `_hospital`.
     """
@@ -93,6 +93,7 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
         home=folder,
         shuffle_labels=bool(node_config.get("shuffle-labels", False)),
         gpus=gpus,
+        lineage=node_config.get("lineage") is True,
         split_key=bytes.fromhex(str(node_config["split-key"])) if "split-key" in node_config else None,
     )
 
@@ -122,6 +123,7 @@ def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: boo
         view=view,
         home=folder,
         gpus=gpus,
+        lineage=True,
         cells=policy.cells.patients,
         words=vocabulary.permitted(policy.findings),
         split_key=own.split,

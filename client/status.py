@@ -14,7 +14,7 @@ from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.names import shown
 from chexfound.roster import read_json
 from chexfound.spans import span
-from client import approval, membership
+from client import acceptance, approval, membership
 from client.home import named
 from client.policy import Policy, clear
 
@@ -56,6 +56,12 @@ def read(name: str, home: Path) -> dict[str, Any]:
             "sites": sorted(federation.sites.sites),
         },
         "policy": _policy(home, federation),
+        "weights": {
+            "approved": approval.approved_weights(home),
+            "refused": approval.refused_weights(home),
+            "warnings": acceptance.warnings(home),
+            "runs": len(acceptance.runs(home)),
+        },
         "code": {"approved": approval.approved(home), "refused": list(approval.refused(home))},
         "stores": [_store(path, _words(home)) for path in sorted(home.glob(f"store-*/{INDEX}"))],
         "disk": {"free_bytes": shutil.disk_usage(home).free if home.exists() else None},
@@ -161,6 +167,13 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(f"  code          none approved yet: chexfound-client approve{option}")
     for digest in refused:
         said.append(f"  code          {digest[:12]}… REFUSED: chexfound-client approve {digest[:12]}{option}")
+    weights = found["weights"]
+    said += [f"  weights       {digest[:12]}… approved on {when[:10]}" for digest, when in weights["approved"].items()]
+    for digest, code in weights["refused"].items():
+        said.append(
+            f"  weights       {digest[:12]}… REFUSED ({code}): chexfound-client approve --weights {digest[:12]}{option}"
+        )
+    said += [f"  weights       moved further than this site's own steps: {text}" for text in weights["warnings"]]
     for store in found["stores"]:
         what = store.get("error") or f"{store['images']} images of {store['patients']} patients, {store['px']} px"
         said.append(f"  store         {what}")

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chexfound import cells, wire
-from chexfound.errors import ProtocolError
+from chexfound.errors import ProtocolError, RefusedError
 from chexfound.phases import ARM, TRAINED_ON, Reply
 from chexfound.pretrain import health
-from chexfound.pretrain.optimizer import PREFIX
+from chexfound.pretrain.bounds import UpdateBound
 from chexfound.schema import ARCHS, Recipe
 from server.exchange import Member
 
@@ -38,7 +37,6 @@ RESULT_KEYS = (
 )
 LARGEST = float(torch.finfo(torch.float32).max)
 ROUNDING = 1 + 1e-3  # float32 over many operations
-UNBOUNDED = 2.0**20  # of a step over its learning rate, where the optimizer sets no bound
 
 
 # -- counts
@@ -78,88 +76,22 @@ def check_counts(phase: str, reply: Reply, member: Member, findings: Sequence[st
 # -- weights and moments of a round
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How far an optimizer can go.
-
-    Adam's moments m and v are sums over the same gradients, so m² ≤ `squared` · v (Cauchy-Schwarz) with
-    squared = (1 − β₁)² / ((1 − β₂)(1 − β₁²/β₂)), from whatever state that holds it already.  Means over
-    sites keep it: the square is convex.  Hence a step is at most lr · √squared, times what the bias
-    corrections add; weight decay only shrinks.  None of this depends on the gradients.
-    """
-
-    step: float  # of a weight, at most
-    squared: float  # inf: no bound
-    gradient: float  # of a weight, at most; inf if not clipped
-
-    @staticmethod
-    def of(recipe: Recipe, phase: str) -> Pace:
-        """The pace of pretraining, or of the head (AdamW with torch's betas)."""
-        if phase == "adapt":
-            return _adam(recipe.adapt.lr, *betas(recipe, phase), recipe.adapt.clip_grad or math.inf)
-        config, clip = recipe.optim, recipe.optim.clip_grad or math.inf
-        lr = config.lr * max(1.0, config.patch_embed_lr_mult)
-        if config.optimizer == "sgd":
-            return Pace(step=lr * min(clip, UNBOUNDED), squared=math.inf, gradient=clip)
-        return _adam(lr, *betas(recipe, phase), clip)
-
-
-def betas(recipe: Recipe, phase: str) -> tuple[float, float]:
-    """Adam's decay rates; of the head torch's own."""
-    return (0.9, 0.999) if phase == "adapt" else (recipe.optim.adamw_beta1, recipe.optim.adamw_beta2)
-
-
-def _adam(lr: float, beta1: float, beta2: float, clip: float) -> Pace:
-    if beta1**2 >= beta2:
-        return Pace(step=lr * UNBOUNDED, squared=math.inf, gradient=clip)
-    squared = (1 - beta1) ** 2 / (1 - beta2) / (1 - beta1**2 / beta2)
-    corrections = 2 * max(1.0, math.sqrt(1 - beta2) / (1 - beta1))
-    return Pace(step=lr * math.sqrt(squared) * corrections, squared=squared, gradient=clip)
-
-
 def check_update(
-    update: Mapping[str, Tensor], sent: Mapping[str, Tensor], frozen: Collection[str], pace: Pace, steps: range
+    update: Mapping[str, Tensor],
+    sent: Mapping[str, Tensor],
+    frozen: Collection[str],
+    bound: UpdateBound,
+    rounding: Mapping[str, float] | None = None,
 ) -> None:
-    """An update, of the names and shapes that were sent, is one that these steps can lead to.
+    """An update, of the names and shapes that were sent, is one that the bound's steps can lead to.
 
-    No weight is beyond the largest that was sent by more than the steps can add (the teacher, a mean of
-    students, neither); what is not trained is as it was sent; the optimizer's moments can be moments.
+    `rounding`: what a masked sum adds to a tensor, by name.
     """
-    trained = [name for name in update if not name.startswith(PREFIX) and name not in frozen]
-    limit = max((largest(sent[name]) for name in trained), default=0.0) + len(steps) * pace.step
-    for name, tensor in update.items():
-        if name in frozen:
-            if not torch.equal(tensor, sent[name]):
-                raise ProtocolError(f"a reply's {name!r}, which is not trained, is not what was sent")
-        elif name in trained:
-            if largest(tensor) > limit * ROUNDING:
-                raise ProtocolError(
-                    f"a reply's {name!r} holds a weight of {largest(tensor):.3g}, beyond {limit:.3g}: "
-                    f"as far as {len(steps)} steps can lead"
-                )
-        else:
-            _check_moment(name, update, sent, pace, steps)
-
-
-def _check_moment(
-    name: str, update: Mapping[str, Tensor], sent: Mapping[str, Tensor], pace: Pace, steps: range
-) -> None:
-    parameter, _, key = name.rpartition(".")
-    value = update[name].double()
-    if key == "step":
-        fits = bool(((value >= 0) & (value <= steps.stop)).all())
-    elif key == "exp_avg_sq":
-        highest = max(largest(sent[name]), pace.gradient * pace.gradient)
-        fits = bool(((value >= 0) & (value <= highest * ROUNDING)).all())
-    else:  # below 1e-15 squares fall out of float32, and Adam's eps of 1e-8 leaves nothing of them
-        fits = not bool((value**2 > pace.squared * ROUNDING * update[f"{parameter}.exp_avg_sq"].double() + 1e-30).any())
-    if not fits:
-        raise ProtocolError(f"a reply's {name!r} holds what cannot be a moment of the optimizer")
-
-
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude of its values; 0 if it has none."""
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    try:
+        bound.check(update, sent, frozen, rounding)
+        bound.check_moments(update)
+    except RefusedError as error:
+        raise ProtocolError(f"a reply's {error}") from error
 
 
 # -- learning curves

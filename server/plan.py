@@ -1,21 +1,15 @@
-"""What a run asks of these sites: images a step, which findings, which weights to begin with and which stay."""
+"""What a run asks of these sites: images a step, and which findings."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from chexfound import cells, wire
 from chexfound import recipe as recipes
-from chexfound.errors import CheckpointError, ConfigError, Problems
-from chexfound.model import checkpoint
-from chexfound.model.weights import published
+from chexfound.errors import ConfigError, Problems
 from chexfound.pretrain import curriculum
 from chexfound.schema import Adapt, Recipe, Train
 
@@ -109,32 +103,3 @@ def bounded(
     holders = Counter(name for site in sites for name in site)
     ranked = sorted(names, key=lambda name: (-holders[name], -(images or {}).get(name, 0), name))
     return tuple(sorted(ranked[: wire.FINDINGS_MAX]))
-
-
-def frozen_gains(recipe: Recipe, weights: dict[str, Tensor]) -> set[str]:
-    """The prototypes' gains that are not trained, see model/heads.py."""
-    fixed = {"dino_head": recipe.dino.head_norm_last_layer, "ibot_head": recipe.ibot.head_norm_last_layer}
-    ends = tuple(f"{head}.last_layer.weight_g" for head, kept in fixed.items() if kept)
-    return {name for name in weights if name.endswith(ends)} if ends else set()
-
-
-def load_backbone(weights: dict[str, Tensor], path: Path) -> None:
-    """Put a saved backbone (in our names, or DINOv2's) into both student and teacher, its positions interpolated.
-
-    Raises: CheckpointError if its names or shapes are not the recipe's.
-    """
-    given = checkpoint.load(path)
-    given = published.backbone_names(checkpoint.with_prefix(given, "backbone.") or given)
-    expected = checkpoint.with_prefix(weights, "student.backbone.")
-    given = curriculum.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
-    odd = sorted(
-        name
-        for name in set(given) | set(expected)
-        if name not in given or name not in expected or given[name].shape != expected[name].shape
-    )
-    if odd:
-        raise CheckpointError(f"{path}: is not the recipe's backbone: {len(odd)} tensors differ, {odd[:3]}")
-    for name in weights:
-        for whose in ("student.backbone.", "teacher.backbone."):
-            if name.startswith(whose):
-                weights[name] = given[name.removeprefix(whose)].clone()

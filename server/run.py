@@ -26,6 +26,8 @@ from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request
 from chexfound.pretrain import curriculum, teacher
+from chexfound.pretrain.beginning import file_tensor, frozen_gains, load_backbone, taken_backbone
+from chexfound.pretrain.bounds import UpdateBound
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Recipe
@@ -33,7 +35,7 @@ from server import checks
 from server.cohort import Cohort
 from server.exchange import ENROLMENT, Exchange, Member
 from server.health import Watch
-from server.plan import Batches, choose_findings, frozen_gains, load_backbone
+from server.plan import Batches, choose_findings
 from strategies import robust
 from strategies.ceiling import Ceiling
 from strategies.fedavg import FedAvg
@@ -289,6 +291,7 @@ class Run:
                 config.local_steps,
                 batch,
                 stays=stays if step else None,
+                beside={} if step else self._file(weights),
                 finish=functools.partial(_with_teacher, self.recipe, step + config.local_steps, weights),
             )
         return weights
@@ -304,15 +307,17 @@ class Run:
         batch: int,
         *,
         stays: dict[str, Tensor] | None = None,
+        beside: dict[str, Tensor] | None = None,
         finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
         """Ask for a round and commit what `finish` makes of its mean.
 
-        `stays` is what a site derives by itself from round to round, for those that may not have what it takes.
+        `stays` is what a site derives by itself from round to round, for those that may not have what it takes;
+        `beside`, what is sent to be looked at, and is not trained.
         """
         started, replies, norms = time.monotonic(), [], dict[str, float]()
         strategy.hold(self._ceiling(phase), self._bound(phase))
-        requests = self._requests(phase, weights, number, steps, batch)
+        requests = self._requests(phase, weights | (beside or {}), number, steps, batch)
         if stays:
             whole = weights | stays
             requests = [
@@ -320,12 +325,12 @@ class Run:
                 for member, request in zip(self.roster, requests, strict=True)
             ]
         taken = range(number * steps, (number + 1) * steps)
-        pace = checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase)
+        bound = UpdateBound.of(self.recipe, phase, taken)
 
         def check(member: Member, reply: Reply) -> None:
             checks.check_counts(phase, reply, member, self.findings)
             fold = strategy.admit(reply)
-            checks.check_update(reply.tensors, weights, frozen, pace, taken)
+            checks.check_update(reply.tensors, weights, frozen, bound)
             checks.check_history(reply, self.recipe, phase, taken)
             fold()
             if self.recipe.robust.clip is not None and reply.tensors:
@@ -371,15 +376,22 @@ class Run:
         return robust.bound(self.recipe.robust.clip, before[0].get("norms", {}).values() if before else ())
 
     def _take_backbone(self, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The backbone that goes on: the teacher where there is one for all, else the student (DINOv2: the teacher)."""
+        """The backbone that goes on, of the weights after pretraining, or of those that the run begins with."""
         if weights is None:
             weights = curriculum.with_grid(
                 initial_weights(self.recipe), self.recipe.position_px // self.recipe.student.patch_size
             )
             if self.backbone is not None:
                 load_backbone(weights, self.backbone)
-        whose = "teacher" if any(name.startswith("teacher.") for name in weights) else "student"
-        return checkpoint.with_prefix(weights, f"{whose}.backbone.")
+        return taken_backbone(weights)
+
+    def _file(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The file that the run's first weights are from, which goes with them."""
+        return file_tensor(self.backbone, weights) if self.backbone is not None else {}
+
+    def _first_file(self, backbone: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same where the run begins with its features."""
+        return {} if "pretrain" in self.recipe.phases else self._file(backbone)
 
     def _adapt(self, backbone: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.recipe.adapt
@@ -406,7 +418,8 @@ class Run:
             backbone: that the features are of.
             first: the run's features are not in its journal yet.
         """
-        started, requests = time.monotonic(), self._requests("features", backbone)
+        started = time.monotonic()
+        requests = self._requests("features", backbone | self._first_file(backbone))
         cohort = self._ask(requests, lambda _, reply: checks.check_nothing(reply), "features")
         for _ in cohort:
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import shutil
@@ -35,6 +36,10 @@ def run(given: argparse.Namespace) -> int:
         if problem:
             print(f"warning: {problem}", file=sys.stderr)
     made = runs.create(held, recipe, given.name, given.backbone)
+    if given.backbone is not None:
+        digest = hashlib.sha256(given.backbone.read_bytes()).hexdigest()
+        print(f"weights {digest}: each site's operator approves them, with the same file:")
+        print(f"  chexfound-client approve --weights {given.backbone.name}")
     return _submitted(made, runs.submit(made), given.detach)
 
 

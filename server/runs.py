@@ -231,8 +231,10 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
     """Make a run's folder, with all that is submitted.
 
     Raises: ConfigError if there is one of that name, or the federation has too few sites for the recipe, or it asks for
-    what its aggregation cannot do.
+    what its aggregation cannot do, or has an optimizer that no site can bound.
     """
+    from chexfound.pretrain.bounds import check_bounded
+
     registered = len(federation.sites().sites)
     if registered < recipe.federation.min_sites:
         raise ConfigError(
@@ -240,6 +242,7 @@ def create(federation: Federation, recipe: Recipe, name: str | None, backbone: P
             f"{registered}: chexfound-server add-site, or --set federation.min_sites={max(registered, 1)}"
         )
     composition.check(recipe, registered)
+    check_bounded(recipe)  # or every site refuses it
     if backbone is not None:
         backbone = backbone.absolute()
         if not backbone.is_file():

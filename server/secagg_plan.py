@@ -48,8 +48,8 @@ def _model(given: argparse.Namespace) -> tuple[str, int, int, int, int | None]:
     import torch
 
     from chexfound import recipe as recipes
+    from chexfound.pretrain.beginning import frozen_gains
     from chexfound.pretrain.meta_arch import build_student
-    from server.plan import frozen_gains
 
     recipe = recipes.load(given.recipe or PRESET)
     with torch.device("meta"):

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from chexfound.journal import write_json
 from chexfound.model import checkpoint
 from chexfound.names import ALL_SITES
 from chexfound.phases import ARM, COUNTS, TRAINED_ON, Request
-from chexfound.pretrain import curriculum
+from chexfound.pretrain.bounds import UpdateBound, betas, check_bounded, largest
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.secagg import moments, payload
 from chexfound.secagg.parameters import MINIMUM, labelling
@@ -51,6 +51,7 @@ class SecureRun(Run):
         """
         sites = self.exchange.sites
         composition.check(self.recipe, len(sites.sites) if sites else self.recipe.federation.min_sites)
+        check_bounded(self.recipe)  # whose steps the ranges of fixed point are of
         if sites is None:
             raise DataError("secure aggregation needs sites with keys: make a federation with chexfound-server init")
         self.own = self.folder / "secagg"
@@ -121,12 +122,14 @@ class SecureRun(Run):
         batch: int,
         *,
         stays: dict[str, Tensor] | None = None,
+        beside: dict[str, Tensor] | None = None,
         finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
         started, taken = time.monotonic(), range(number * steps, (number + 1) * steps)
-        request = self._request(phase, weights, number, steps, batch)
+        request = self._request(phase, weights | (beside or {}), number, steps, batch)
         trained = [name for name in weights if name not in frozen]
-        bounds = self._bounds(phase, weights, trained, taken)
+        bound = UpdateBound.of(self.recipe, phase, taken)
+        bounds = _ranges_of(bound, trained, weights)
         settings = Settings(
             ring=self.recipe.secagg.ring,
             images=self._most(self.totals["train"]),
@@ -144,12 +147,10 @@ class SecureRun(Run):
         summed = self._on_backbone(ask) if phase == "adapt" else ask()
         self._check_quorum(summed)
         moved = summed.plan.update(summed.sums)
-        moments.lift(moved, *checks.betas(self.recipe, phase))
+        moments.lift(moved, *betas(self.recipe, phase))
         mean = {name: moved[name] for name in weights}
         try:
-            checks.check_update(
-                mean, weights, frozen, checks.Pace.of(curriculum.at(self.recipe, taken.start)[0], phase), taken
-            )
+            checks.check_update(mean, weights, frozen, bound, summed.plan.rounding(summed.sums))
         except ProtocolError as error:
             raise ProtocolError(
                 f"{phase}, round {number + 1}: the sum of {len(summed.survivors)} sites: {error}"
@@ -214,28 +215,6 @@ class SecureRun(Run):
 
     # -- ranges
 
-    def _bounds(self, phase: str, weights: Mapping[str, Tensor], trained: list[str], taken: range) -> dict[str, float]:
-        """How far each tensor can go in these steps, by the recipe."""
-        recipe = curriculum.at(self.recipe, taken.start)[0]
-        pace = checks.Pace.of(recipe, phase)
-        if phase == "adapt":
-            decay = recipe.adapt.lr * recipe.adapt.weight_decay
-        else:
-            rate = recipe.optim.lr * max(1.0, recipe.optim.patch_embed_lr_mult)
-            decay = rate * max(recipe.optim.weight_decay, recipe.optim.weight_decay_end)
-
-        def bound(name: str) -> float:
-            if name.startswith(PREFIX):  # neither a gradient nor a mean of gradients is beyond the clipping
-                return pace.gradient + checks.largest(moments.summed(name, weights[name]))
-            own = len(taken) * (pace.step + decay * checks.largest(weights[name]))
-            student = name.replace("teacher.", "student.", 1)
-            if name.startswith("teacher.") and student in weights:  # goes towards the student, and no further
-                own = len(taken) * (pace.step + decay * checks.largest(weights[student]))
-                return own + checks.largest(weights[student] - weights[name])
-            return own
-
-        return {name: max(bound(name), 1e-9) for name in trained if not moments.is_step(name)}
-
     def _ranges(self, phase: str, number: int, bounds: Mapping[str, float]) -> dict[str, float]:
         """By the last round's update where there was one, within what the recipe bounds."""
         kept = self._kept_ranges().get(f"{phase}/{number}", {})
@@ -256,8 +235,7 @@ class SecureRun(Run):
     ) -> None:
         margin = self.recipe.secagg.range_margin
         moved = {
-            name: checks.largest(moments.summed(name, after[name]) - moments.summed(name, before[name]))
-            for name in bounds
+            name: largest(moments.summed(name, after[name]) - moments.summed(name, before[name])) for name in bounds
         }
         ranges = {name: margin * step for name, step in moved.items() if step > 0}
         # With those of the round before: until that is in the journal it may be asked for again, with the same ranges.
@@ -269,7 +247,8 @@ class SecureRun(Run):
 
     def _features(self, backbone: dict[str, Tensor], *, first: bool) -> None:
         self._backbone = checkpoint.digest(backbone)
-        self._again = functools.partial(self.sums.hand_out, self._request("features", backbone))
+        request = self._request("features", backbone | self._first_file(backbone))
+        self._again = functools.partial(self.sums.hand_out, request)
         if any(entry["event"] == "features" for entry in self.journal.entries):
             return
         started = time.monotonic()
@@ -303,3 +282,14 @@ class SecureRun(Run):
             for row in rows
         ]
         return told, summed.missing
+
+
+def _ranges_of(bound: UpdateBound, trained: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far each tensor can go in a round; of the optimizer's moments, which gradients' clipping holds, likewise."""
+
+    def most(name: str) -> float:
+        if name.startswith(PREFIX):
+            return bound.gradient + largest(moments.summed(name, weights[name]))
+        return bound.largest(name, weights)
+
+    return {name: max(most(name), 1e-9) for name in trained if not moments.is_step(name)}

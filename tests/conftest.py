@@ -237,7 +237,10 @@ def make_message() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid."""
+    """`make_exchange(recipe, ["alpha", "beta"], homes)`: these hospitals behind the in-process grid.
+
+    `more`: of a node's configuration.
+    """
     from chexfound import recipe as recipes
     from chexfound.data.store import Store
     from server.grid import GridExchange
@@ -248,10 +251,10 @@ def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactor
 
     shards = tmp_path_factory.mktemp("shards")
 
-    def make(recipe: Any, names: list[str], homes: Path | None = None) -> GridExchange:
+    def make(recipe: Any, names: list[str], homes: Path | None = None, **more: Any) -> GridExchange:
         nodes, homes = [], homes or tmp_path_factory.mktemp("homes")
         for name in names:
-            node = {"site": name, "data": str(tiny_store_path), "home": str(homes / name)}
+            node = {"site": name, "data": str(tiny_store_path), "home": str(homes / name), **more}
             if name != "all":
                 shard = shards / f"{name}.json"
                 shard.write_text(json.dumps([key for key in keys if key.startswith(f"{name}/")]))

@@ -55,8 +55,8 @@ class HeadTrainer:
         self.labels = torch.from_numpy(labels)
         self.labelled = np.flatnonzero((labels >= 0).any(1))
         self.head: nn.Module = build_head(recipe, labels.shape[1])
-        decayed = [p for n, p in self.head.named_parameters() if p.requires_grad and _decayed(n)]
-        plain = [p for n, p in self.head.named_parameters() if p.requires_grad and not _decayed(n)]
+        decayed = [p for n, p in self.head.named_parameters() if p.requires_grad and is_decayed(n)]
+        plain = [p for n, p in self.head.named_parameters() if p.requires_grad and not is_decayed(n)]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": recipe.adapt.weight_decay},
@@ -132,7 +132,8 @@ class HeadTrainer:
         return rows
 
 
-def _decayed(name: str) -> bool:
+def is_decayed(name: str) -> bool:
+    """Whether weight decay holds for a parameter of a head."""
     return not (name.endswith("bias") or "norm" in name or name == "position_embed")
 
 

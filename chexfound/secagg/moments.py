@@ -2,7 +2,7 @@
 
 Squares span twice as many orders of magnitude as gradients, more than fixed point holds; their roots span as many.  The
 mean of the roots is not the root of the mean, and lies below it where sites differ; yet what makes a step safe stays
-true of it: at each site m² ≤ S·v (Cauchy-Schwarz, see `squared`), so |m| ≤ √S·√v, and both sides may be averaged.
+true of it: at each site m² ≤ S·v (pretrain/bounds.py), so |m| ≤ √S·√v, and both sides may be averaged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from chexfound.pretrain.bounds import squared
 from chexfound.pretrain.optimizer import PREFIX
 
 KEYS = ("exp_avg", "exp_avg_sq", "step")
@@ -49,13 +50,6 @@ def summed(name: str, tensor: Tensor) -> Tensor:
     return tensor.sqrt() if is_square(name) else tensor
 
 
-def squared(beta1: float, beta2: float, steps: float) -> float:
-    """S: how many times v, at most, m² is after so many steps from zero, whatever the gradients."""
-    ratio = beta1**2 / beta2
-    series = steps if ratio == 1 else (1 - ratio**steps) / (1 - ratio)
-    return (1 - beta1) ** 2 / (1 - beta2) * series
-
-
 def lift(tensors: dict[str, Tensor], beta1: float, beta2: float) -> None:
     """Raise squares, in place, to what their first moments allow: no root that was rounded down makes a step too long.
 
@@ -67,7 +61,7 @@ def lift(tensors: dict[str, Tensor], beta1: float, beta2: float) -> None:
     for name in tensors:
         if is_square(name):
             parameter = name.rpartition(".")[0]
-            most = squared(beta1, beta2, float(tensors[f"{parameter}.step"]))
+            most = float(squared(beta1, beta2, float(tensors[f"{parameter}.step"])))
             if most > 0:
                 least = tensors[f"{parameter}.exp_avg"].double().square_().div_(most)
                 tensors[name] = tensors[name].maximum(least.to(tensors[name].dtype))

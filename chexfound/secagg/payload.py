@@ -241,6 +241,14 @@ class Plan:
             del total, mean  # before the next one comes: in float64 a tensor is twice as large
         return result
 
+    def rounding(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """By how much fixed point moves a tensor's mean at most: n · R / (L · Σw), of its lightest row."""
+        least = int(sums["images"]) / self.settings.images
+        by_row = [int(n) / most for n, most in zip(sums.get("labelled", []), self.settings.labelled, strict=True) if n]
+        step = self.n / fixed.levels(self.settings.ring, self.n)
+        weights = {name: min(by_row, default=0.0) if name in self.rows else least for name in self.settings.ranges}
+        return {name: step * self.settings.ranges[name] / one if one else 0.0 for name, one in weights.items()}
+
     def history(self, sums: Mapping[str, np.ndarray], constants: Mapping[str, float]) -> list[dict[str, float]]:
         """A row for each step that a site took: the mean of each figure over the sites that have it, by images.
 

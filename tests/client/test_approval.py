@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import sys
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from chexfound import bundle
 from chexfound.bundle import Bundle
-from chexfound.errors import ConfigError
+from chexfound.errors import REFUSALS, ConfigError
+from chexfound.model import checkpoint
 from client import approval, cli, flwr_private
 
 
@@ -218,3 +221,64 @@ def test_withdraw(approve: Callable[..., tuple[int, str]], home: Path) -> None:
     assert code == 0
     assert f"code {RELEASE.digest()}: not approved any more" in said
     assert approval.approved(home) == {}
+
+
+# -- weights
+
+
+def test_a_file_of_weights_is_approved_by_its_hash_and_taken_back(
+    approve: Callable[..., tuple[int, str]], home: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "backbone.safetensors"
+    checkpoint.save(path, {"cls_token": torch.ones(1, 1, 4)})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    code, said = approve("--weights", str(path), "--yes")
+    assert code == 0
+    assert f"weights {digest}" in said
+    assert "1 tensors, 4 numbers" in said
+    assert list(approval.approved_weights(home)) == [digest]
+    assert f"approved weights {digest} since" in approve("--list")[1]
+    assert approve("--withdraw", digest[:8])[0] == 0
+    assert approval.approved_weights(home) == {}
+    assert approval.approved(home) == {}
+
+
+def test_weights_that_were_refused_are_shown_and_approved_by_their_first_digits(
+    approve: Callable[..., tuple[int, str]], home: Path
+) -> None:
+    for number in range(8):
+        approval.keep_weights(home, f"{number}{'a' * 63}", "weights.lost")
+    assert len(approval.refused_weights(home)) == approval.KEPT
+    assert f"refused  weights 7{'a' * 63}: {REFUSALS['weights.lost']} (weights.lost)" in approve("--list")[1]
+    code, said = approve("--weights", "7aa", "--yes")
+    assert code == 0
+    assert "refused when it came" in said
+    assert f"7{'a' * 63}" not in approval.refused_weights(home)
+    assert approve("--weights", "b" * 64, "--yes")[0] == 0
+    assert set(approval.approved_weights(home)) == {f"7{'a' * 63}", "b" * 64}
+
+
+@pytest.mark.parametrize("given", ["no-such.safetensors", "", "0aa", "A" * 64])
+def test_weights_that_are_neither_a_file_nor_digits(
+    approve: Callable[..., tuple[int, str]], home: Path, given: str
+) -> None:
+    code, said = approve("--weights", given, "--yes")
+    assert code == 2
+    assert given in said
+    assert approval.approved_weights(home) == {}
+
+
+def test_a_file_that_is_no_safetensors_is_not_approved(
+    approve: Callable[..., tuple[int, str]], home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.pth").write_bytes(b"pickle")
+    assert approve("--weights", str(tmp_path / "x.pth"), "--yes")[0] == 4
+    assert approval.approved_weights(home) == {}
+
+
+@pytest.mark.parametrize("text", ["[]", '{"format": 1}', '{"format": 1, "approved": {"x": ""}, "refused": {}}'])
+def test_damaged_weights_approvals(home: Path, text: str) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "weights.json").write_text(text)
+    with pytest.raises(ConfigError, match="approve the weights again"):
+        approval.approved_weights(home)

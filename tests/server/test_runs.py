@@ -277,3 +277,11 @@ def test_a_run_by_hand_is_known_by_its_folder_or_by_what_it_says(thorax, live, f
     live(run, "pretrain", flower_run="77")
     assert run.flower_run() == "77"
     assert json.loads((run.path / "live.json").read_text())["schema"] == 1
+
+
+def test_a_recipe_whose_optimizer_has_no_box_is_not_submitted(thorax: Any) -> None:
+    """Every site would refuse it."""
+    recipe = recipes.load("demo", {"optim.optimizer": "sgd", "optim.clip_grad": 0.0})
+    with pytest.raises(ConfigError, match="optim.clip_grad: SGD without clipping"):
+        runs.create(thorax, recipe, None, None)
+    assert runs.all_runs(thorax) == []

@@ -85,9 +85,9 @@ def test_a_recipe_is_counted_and_its_ring_taken(tmp_path, capsys) -> None:
 
 
 def test_the_count_is_that_of_the_tensors_that_a_run_sums(capsys) -> None:
+    from chexfound.pretrain.beginning import frozen_gains
     from chexfound.pretrain.optimizer import PREFIX
     from chexfound.pretrain.train import initial_weights
-    from server.plan import frozen_gains
 
     weights = initial_weights(load("demo"))
     left = set(weights) - frozen_gains(load("demo"), weights)

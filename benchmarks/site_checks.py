@@ -1,0 +1,115 @@
+"""What a site's checks of its weights cost: a round of pretraining without them over one with them.
+
+    python benchmarks/site_checks.py --data DIR [--preset vits16-224] [--steps 250] [--batch 8] [--rounds 3] [--json]
+
+One site on the images of DIR, the preset's model, its rounds in the clear: a round with `lineage` and one without in
+turn, from the same weights.  With them the site holds what it is sent against the box of the recipe's steps, keeps it
+on its disk, and measures how far its own steps led.  The first round, which derives the recipe's own weights, is told
+apart (`first`): a run has one.  Values of a line: `ours` (with) and `rival` (without), medians of seconds; `ratio`,
+rival over ours; `checks`, seconds of the checks alone in the median round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from chexfound import phases
+from chexfound import recipe as recipes
+from chexfound.data.sources import ingest
+from chexfound.data.split import View
+from chexfound.data.store import Store
+from chexfound.errors import ChexfoundError
+from chexfound.machine import RUN_PACKAGES, benchmark_line
+from chexfound.phases import Reply, Request, Site
+from chexfound.pretrain.train import initial_weights
+from chexfound.schema import Recipe
+from client import weights
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder to ingest")
+    parser.add_argument("--preset", default="vits16-224", help="whose model and schedule (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="of a round (default: the preset's)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="beside the first (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args()
+    changes = {"train.saveckp_freq": 0, "health.eval_period_iterations": 0}
+    changes |= {"train.local_steps": options.steps} if options.steps else {}
+    try:
+        recipe = recipes.load(options.preset, changes)
+        with tempfile.TemporaryDirectory() as scratch:
+            ingest(options.data, Path(scratch) / "store", recipe.image_px)
+            row = measure(recipe, Path(scratch), options.batch, options.rounds)
+    except ChexfoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(benchmark_line("site_checks", RUN_PACKAGES, **row) if options.json else _line(row))
+    return 0
+
+
+def measure(recipe: Recipe, scratch: Path, batch: int, rounds: int) -> dict[str, Any]:
+    """The figures of a line; `scratch` has the store."""
+    store = Store.open(scratch / "store")
+    sites = {
+        checked: Site(view=View.of(store, "here", None), home=scratch / str(checked), lineage=checked)
+        for checked in (True, False)
+    }
+    times: dict[bool, list[float]] = {True: [], False: []}
+    checks, tensors = [], initial_weights(recipe)
+    tensors = {n: t for n, t in tensors.items() if recipe.teacher.policy != "rederive" or n.startswith("student.")}
+    for number in range(rounds + 1):
+        for checked in (True, False) if number % 2 else (False, True):
+            began = time.perf_counter()
+            reply, spent = _round(sites[checked], recipe, tensors, number, batch)
+            times[checked].append(time.perf_counter() - began)
+            checks += [spent] if checked else []
+        tensors = reply.tensors
+    ours, rival = (statistics.median(times[checked][1:]) for checked in (True, False))
+    return {
+        "ours": round(ours, 2),
+        "rival": round(rival, 2),
+        "unit": "s",
+        "ratio": round(rival / ours, 4),
+        "first": [round(times[checked][0], 2) for checked in (True, False)],
+        "checks": round(statistics.median(checks[1:]), 2),
+        "preset": recipe.name,
+        "steps": recipe.train.local_steps,
+        "batch": batch,
+    }
+
+
+def _round(site: Site, recipe: Recipe, tensors: dict[str, Tensor], number: int, batch: int) -> tuple[Reply, float]:
+    """What client/app.py does between a message and its reply, and the seconds of it that are not the phase's own."""
+    steps = recipe.train.local_steps
+    request = Request(
+        phase="pretrain", round=number, step=number * steps, steps=steps, batch_size=batch, tensors=dict(tensors)
+    )
+    began = time.perf_counter()
+    held = weights.admit(site, recipe, request)
+    spent = time.perf_counter() - began
+    reply = phases.run(site, recipe, held.request)
+    began = time.perf_counter()
+    held.keep(reply)
+    return reply, spent + time.perf_counter() - began
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"a round of {row['steps']} steps of {row['batch']} images ({row['preset']}): {row['ours']:.2f} s with checks, "
+        f"{row['rival']:.2f} s without, ratio {row['ratio']:.4f}; the checks alone {row['checks']:.2f} s; "
+        f"the first round {row['first'][0]:.2f} and {row['first'][1]:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
