@@ -61,7 +61,7 @@ OBJECT_PATH = b"/v1/fleet/push-object"  # the one that carries what is large
 ACTIVATE_PATH = b"/v1/fleet/activate-node"
 OBJECT_MAX = 8 * 2**20  # bytes of its body; Flower cuts what is large into objects of 5 MiB
 CONTROL_MAX = 64 * 2**10  # of every other body; the largest honest one, a reply of 1 GB announced, has 15 kB
-PIECE = 2**18  # bytes of an object that are passed on together
+PIECE = 2**20  # bytes of an object that are passed on together
 GRACE_S, LEAST_BYTES_S = (
     60.0,
     4000.0,
@@ -110,7 +110,7 @@ class Guard:
             trust_env=False,  # no proxy between us and our own machine
             timeout=httpx.Timeout(SILENCE_S, connect=10.0, pool=None),
             limits=httpx.Limits(  # an idle one is closed before the SuperLink does, after 5 s
-                max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0
             ),
         )
 
@@ -257,6 +257,7 @@ async def _body(receive: Receive, limit: int) -> AsyncIterator[bytes]:
     clock = asyncio.get_running_loop().time
     size, waited, more, held = 0, 0.0, True, bytearray()
     while more:
+        await asyncio.sleep(0)  # more may come meanwhile, in one event
         start = clock()
         try:
             async with asyncio.timeout(min(GRACE_S + size / LEAST_BYTES_S, BODY_S) - waited):
