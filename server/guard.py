@@ -21,7 +21,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chexfound import __version__
 from server import places, proof
-from server.places import Gate, Places
+from server.places import Places
 from server.proof import NoProof, Proof, UnknownKey
 
 log = logging.getLogger("chexfound.guard")
@@ -257,7 +257,6 @@ async def _body(receive: Receive, limit: int) -> AsyncIterator[bytes]:
     clock = asyncio.get_running_loop().time
     size, waited, more, held = 0, 0.0, True, bytearray()
     while more:
-        await asyncio.sleep(0)  # more may come meanwhile, in one event
         start = clock()
         try:
             async with asyncio.timeout(min(GRACE_S + size / LEAST_BYTES_S, BODY_S) - waited):
@@ -320,19 +319,56 @@ def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with the places of its connections taken as they are accepted."""
+    """uvicorn's, but each connection has its place before TLS."""
 
     def __init__(self, config: uvicorn.Config, places: Places) -> None:
         super().__init__(config)
         self._places = places
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bound: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
         _allow_files()
-        bound = sockets or [self.config.bind_socket()]
-        await super().startup([Gate.over(one, self._places) for one in bound])
-        if not sockets:
-            bound[0].close()
+        self._bound = [] if sockets else [self.config.bind_socket()]
+        for listener in sockets or self._bound:
+            listener.setblocking(False)
+            listener.listen(BACKLOG)
+            self._begin(self._accept(listener))
+        await super().startup([])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and wait for what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await super().shutdown([*(sockets or []), *self._bound])
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, address = await loop.sock_accept(listener)
+            except OSError as error:
+                log.error("event=not-accepted reason=%r", error.strerror)
+                await asyncio.sleep(1.0)
+            else:
+                self._begin(self._shake_hands(places.Held(accepted, address[:2], self._places)))
+
+    async def _shake_hands(self, held: places.Held) -> None:
+        limit = {"ssl_handshake_timeout": HEADERS_S} if self.config.ssl else {}
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._protocol, held, ssl=self.config.ssl, **limit)
+        except OSError:  # no TLS, or not in time
+            held.close()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return _Prompt(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 def _allow_files() -> None:
@@ -370,7 +406,6 @@ def server(
         Guard(f"{'https' if ca else 'http'}://{superlink}", verify, Proof(roster), held),
         host=host,
         port=port,
-        loop="asyncio",  # whose sockets are Python's, as places.py needs them
         http=_Prompt,
         ws="none",
         lifespan="on",
@@ -380,7 +415,6 @@ def server(
         proxy_headers=False,  # a peer's word on where it comes from is not taken
         access_log=False,
         log_config=None,
-        backlog=BACKLOG,
         h11_max_incomplete_event_size=HEADERS_BYTES,
         timeout_graceful_shutdown=10,
     )
