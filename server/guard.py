@@ -21,7 +21,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chexfound import __version__
 from server import places, proof
-from server.places import Gate, Places
+from server.places import Places
 from server.proof import NoProof, Proof, UnknownKey
 
 log = logging.getLogger("chexfound.guard")
@@ -61,7 +61,7 @@ OBJECT_PATH = b"/v1/fleet/push-object"  # the one that carries what is large
 ACTIVATE_PATH = b"/v1/fleet/activate-node"
 OBJECT_MAX = 8 * 2**20  # bytes of its body; Flower cuts what is large into objects of 5 MiB
 CONTROL_MAX = 64 * 2**10  # of every other body; the largest honest one, a reply of 1 GB announced, has 15 kB
-PIECE = 2**18  # bytes of an object that are passed on together
+PIECE = 2**20  # bytes of an object that are passed on together
 GRACE_S, LEAST_BYTES_S = (
     60.0,
     4000.0,
@@ -110,7 +110,7 @@ class Guard:
             trust_env=False,  # no proxy between us and our own machine
             timeout=httpx.Timeout(SILENCE_S, connect=10.0, pool=None),
             limits=httpx.Limits(  # an idle one is closed before the SuperLink does, after 5 s
-                max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0
             ),
         )
 
@@ -319,19 +319,56 @@ def _headers(body: bytes) -> list[tuple[bytes, bytes]]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with the places of its connections taken as they are accepted."""
+    """uvicorn's, but each connection has its place before TLS."""
 
     def __init__(self, config: uvicorn.Config, places: Places) -> None:
         super().__init__(config)
         self._places = places
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bound: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
         _allow_files()
-        bound = sockets or [self.config.bind_socket()]
-        await super().startup([Gate.over(one, self._places) for one in bound])
-        if not sockets:
-            bound[0].close()
+        self._bound = [] if sockets else [self.config.bind_socket()]
+        for listener in sockets or self._bound:
+            listener.setblocking(False)
+            listener.listen(BACKLOG)
+            self._begin(self._accept(listener))
+        await super().startup([])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and wait for what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await super().shutdown([*(sockets or []), *self._bound])
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, address = await loop.sock_accept(listener)
+            except OSError as error:
+                log.error("event=not-accepted reason=%r", error.strerror)
+                await asyncio.sleep(1.0)
+            else:
+                self._begin(self._shake_hands(places.Held(accepted, address[:2], self._places)))
+
+    async def _shake_hands(self, held: places.Held) -> None:
+        limit = {"ssl_handshake_timeout": HEADERS_S} if self.config.ssl else {}
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._protocol, held, ssl=self.config.ssl, **limit)
+        except OSError:  # no TLS, or not in time
+            held.close()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return _Prompt(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 def _allow_files() -> None:
@@ -369,7 +406,6 @@ def server(
         Guard(f"{'https' if ca else 'http'}://{superlink}", verify, Proof(roster), held),
         host=host,
         port=port,
-        loop="asyncio",  # whose sockets are Python's, as places.py needs them
         http=_Prompt,
         ws="none",
         lifespan="on",
@@ -379,7 +415,6 @@ def server(
         proxy_headers=False,  # a peer's word on where it comes from is not taken
         access_log=False,
         log_config=None,
-        backlog=BACKLOG,
         h11_max_incomplete_event_size=HEADERS_BYTES,
         timeout_graceful_shutdown=10,
     )

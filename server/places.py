@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 STRANGERS_MAX = 512  # connections at once that have shown no key, of all addresses
 ADDRESS_MAX = 64  # of these from one address (of IPv6, one /64)
@@ -88,34 +86,14 @@ def _network(host: str) -> str:
     return host if address.version == 4 else str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
-class Gate(socket.socket):
-    """A listening socket whose connections have their places from before TLS on."""
+class Held(socket.socket):
+    """An accepted connection, in its place until it is closed."""
 
-    places: Places
-
-    @staticmethod
-    def over(listener: socket.socket, places: Places) -> Gate:
-        """The gate of a socket that is bound."""
-        gate = Gate(listener.family, listener.type, listener.proto, fileno=os.dup(listener.fileno()))
-        gate.places = places
-        return gate
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection."""
-        accepted, address = super().accept()
-        held = _Held(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-        held.places, held.peer = self.places, (address[0], address[1])
-        hang_up = held.hang_up
-        self.places.enter(held.peer, hang_up)
-        asyncio.get_running_loop().call_later(HEADERS_S, self.places.expire, held.peer, hang_up)
-        return held, address
-
-
-class _Held(socket.socket):
-    """A connection, which leaves its place when it is closed."""
-
-    places: Places
-    peer: Peer
+    def __init__(self, accepted: socket.socket, peer: Peer, places: Places) -> None:
+        super().__init__(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+        self._peer, self._places, self._ends = peer, places, self.hang_up
+        places.enter(peer, self._ends)
+        asyncio.get_running_loop().call_later(HEADERS_S, places.expire, peer, self._ends)
 
     def hang_up(self) -> None:
         """End it under whoever reads and writes it, who then closes it."""
@@ -123,7 +101,12 @@ class _Held(socket.socket):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close it."""
+        """Close it, as asyncio does at its end."""
         if self.fileno() >= 0:
-            self.places.leave(self.peer)
+            self._places.leave(self._peer)
         super().close()
+
+    def detach(self) -> int:
+        """Give its number back, as uvloop does to close it itself."""
+        self._places.leave(self._peer)
+        return super().detach()
