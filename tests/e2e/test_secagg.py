@@ -111,7 +111,7 @@ def test_who_came_back_answers_in_the_same_attempt(secured: Hospitals) -> None:
     assert not [one for one in events if one["event"] == "attempt"]
     home = secured.home(secured.back) / "sites" / secured.back
     begun = [one for one in read_journal(home / "secagg" / "journal.jsonl") if one["event"] == "begun"]
-    assert len({one["of"] for one in begun}) == len(begun) == 6  # counts, two rounds, features, one round, evaluate
+    assert len({one["of"] for one in begun}) == len(begun) == 5  # counts, two rounds, one round, evaluate
     assert {one["attempt"] for one in begun} == {1}
 
 

@@ -18,6 +18,7 @@ from chexfound.errors import RefusedError, SiteError
 from chexfound.journal import Journal, read_journal
 from chexfound.model import checkpoint
 from chexfound.phases import Reply, Request
+from chexfound.pretrain.train import initial_weights
 from chexfound.secagg.keys import Secrets
 from chexfound.secagg.payload import Settings
 from chexfound.secagg.site import Side, WrongSharesError
@@ -101,6 +102,36 @@ def test_one_site_lost_at_any_stage(stage: str, asked: bool, sums: Callable[...,
     masked = STAGES.index(stage) > STAGES.index("masked")
     assert summed.sums["images"] == (4 if masked else 3) * EACH
     assert summed.survivors == [name for name in NAMES if masked or name != "beta"]
+
+
+def backbone(fed: Federation) -> Request:
+    tensors = checkpoint.with_prefix(initial_weights(fed.recipe), "student.backbone.")
+    return Request(phase="features", findings=("Bar", "Blob"), tensors=tensors)
+
+
+@pytest.mark.parametrize("fault", ["lost", "tells"])
+def test_a_backbone_is_handed_out_to_as_many_as_a_sum_needs(
+    fault: str, sums: Callable[..., SecureSums], fed: Federation
+) -> None:
+    """A site that is not heard, or whose reply holds something, is named; with two of four there is no sum after it."""
+
+    def unlucky(*names: str) -> SecureSums:
+        if fault == "lost":
+            return sums(lost={"": names})
+        return sums(change={("", name): lambda reply: Reply(values={"images": 3}) for name in names})
+
+    assert unlucky().hand_out(backbone(fed)) == []
+    reason = "gone" if fault == "lost" else "protocol"
+    assert unlucky("beta").hand_out(backbone(fed)) == [{"site": "beta", "reason": reason}]
+    with pytest.raises(SiteError, match=f"features: only 2 of 4 .* 3 are needed; missing: beta .{reason}., delta"):
+        unlucky("beta", "delta").hand_out(backbone(fed))
+
+
+def test_a_backbone_goes_to_no_site_that_is_left_out(sums: Callable[..., SecureSums], fed: Federation) -> None:
+    run = sums()
+    run.left_out = {"gamma": "secagg.blame"}
+    assert run.hand_out(backbone(fed)) == [{"site": "gamma", "reason": "secagg.blame"}]
+    assert not (fed.homes["gamma"] / "backbone.safetensors").exists()
 
 
 def test_a_run_begins_with_the_same_numbers_at_all_sites(
