@@ -85,6 +85,8 @@ def main() -> int:
 def checkout(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     """The rival's sources."""
     if options.worktree:
+        if not (options.worktree / "server" / "guard.py").is_file():
+            raise ChexfoundError(f"{options.worktree}: no checkout with a server/guard.py")
         yield options.worktree.resolve()
         return
     git = ["git", "-C", str(ROOT), "worktree"]
@@ -107,7 +109,8 @@ def measure(before: Path, folder: Path, rounds: int) -> tuple[float, float]:
     doors["rival"][0].path("ca.crt").write_bytes(first.path("ca.crt").read_bytes())  # the SuperLink is one
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     identity = public_line(ed25519.Ed25519PrivateKey.generate().public_key())
-    first.write_sites(first.sites().with_site("NORTH", Keys(line, identity)))
+    for held, _ in doors.values():
+        held.write_sites(held.sites().with_site("NORTH", Keys(line, identity)))
     for name in ("server.crt", "server.key"):
         doors["rival"][0].path(name).write_bytes(first.path(name).read_bytes())
     sink = [
