@@ -1,4 +1,4 @@
-"""docs/threat-model.md: each promise names its test, each test that it names is there, and each attack is in the list."""
+"""docs/threat-model.md: each promise names its test, each test named is there, and each attack is in the list."""
 
 import ast
 import re
