@@ -26,6 +26,7 @@ from client import home, secret
 from client.app import app
 from client.site import site_of
 from tests.data.conftest import dicom_file, picture
+from tests.hostile.weights_door import demand
 
 PATIENTS = [str(1000 + number) for number in range(60)]
 VICTIM = "1007"
@@ -34,7 +35,10 @@ PLAIN = {phase: wire.MESSAGE_TYPES[phase] for phase in ("enrol", "pretrain", "fe
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites whose policy is that of the defaults, but that so small a recipe passes."""
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    for name in ("A", "B", "none", "one", "few", "many"):
+        demand(home.site_home(name))
 
 
 @pytest.fixture
