@@ -13,6 +13,7 @@ from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.names import shown
 from chexfound.roster import read_json
+from chexfound.secagg.parameters import MINIMUM
 from chexfound.spans import span
 from client import acceptance, approval, ledger, membership
 from client.home import named
@@ -71,7 +72,10 @@ def _policy(home: Path, federation: membership.Federation | None) -> dict[str, A
     """Whether the site refuses runs in the clear, and how many it took part in; an error, if that cannot be read."""
     try:
         policy, runs = Policy.load(home), ledger.begun(ledger.read(home))
-        required = policy.masked(0 if federation is None else len(federation.sites.sites))
+        # Without a roster there are few and many: where both give one answer, it is that.
+        numbers = {0, MINIMUM} if federation is None else {len(federation.sites.sites)}
+        answers = {policy.masked(n) for n in numbers}
+        required = answers.pop() if len(answers) == 1 else None
         return {"required": required, "runs": runs, "max_runs": policy.max_runs, "error": None}
     except ConfigError as error:
         return {"required": None, "runs": None, "max_runs": None, "error": str(error)}
@@ -150,7 +154,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         if node["refused"]:
             said.append(f"  refused       the last run: {shown(node['refused'])}")
     said.append(
-        f"  federation    none approved yet: chexfound-client roster approve FILE{option}"
+        f"  federation    none approved yet: chexfound-client join FILE{option}"
         if federation is None
         else f"  federation    {federation['name']} at {federation['server']}, roster {federation['roster']}: "
         + ", ".join(federation["sites"])
@@ -160,6 +164,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"  policy        every run is refused: {policy['error']}"
         if policy["error"]
         else f"  policy        {clear(policy['required'])}"
+        if policy["required"] is not None
+        else "  policy        runs in the clear are accepted or refused by how many sites the roster has"
     )
     if not policy["error"]:
         full = policy["runs"] >= policy["max_runs"]

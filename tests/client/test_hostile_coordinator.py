@@ -252,9 +252,8 @@ def test_every_other_refusal_is_met_in_a_test_of_an_adversary_or_of_the_site(cod
 
 def pretraining(fed: Federation, number: int = 1, **changed: Any) -> Try:
     """An attempt at a round of pretraining, with an honest coordinator's settings."""
-    weights = server_run.initial_weights(fed.recipe)
-    travels = {name: tensor for name, tensor in weights.items() if name.startswith("student.")}
-    gains = server_run.frozen_gains(fed.recipe, weights)
+    travels = server_run.initial_weights(fed.recipe)
+    gains = server_run.frozen_gains(fed.recipe, travels)
     shapes = {name: list(tensor.shape) for name, tensor in travels.items() if name not in gains}
     settings = Settings(ring=32, images=60, ranges=dict.fromkeys(shapes, 1.0))
     given = {"steps": 1, "batch_size": 2, "tensors": travels, "settings": settings, "shapes": shapes} | changed

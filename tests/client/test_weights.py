@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from chexfound import recipe as recipes
+from chexfound.model.glori import build_head
+from chexfound.pretrain import curriculum
+from chexfound.pretrain.beginning import taken_backbone
+from chexfound.pretrain.train import initial_weights
 from client import acceptance
 from client import site as client_site
 from server.run import Run
 from server.secure_run import SecureRun
-from tests.client.test_hostile_coordinator import pretraining
+from tests.client.test_hostile_coordinator import featuring, pretraining
 from tests.secagg.federation import Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -74,6 +78,21 @@ def test_first_weights_that_differ_in_the_last_place_are_one_set_of_weights(fed:
     nudged = {n: t + 3e-8 if n.endswith("cls_token") else t for n, t in pretraining(fed).request.tensors.items()}
     others = ("alpha", "beta", "gamma")
     again = pretraining(fed, run=2, tensors=nudged).until("unmask", others)
+    assert again.ask("unmask", "alpha") == "secagg.differencing"
+
+
+def test_a_first_backbone_that_differs_in_the_last_place_is_one_backbone(fed: Federation) -> None:
+    """Of a run that begins with its features: likewise."""
+    for node in fed.nodes.values():
+        node["lineage"] = True
+    fed.recipe = recipes.changed(fed.recipe, phases=("adapt", "evaluate"))
+    grid = fed.recipe.position_px // fed.recipe.student.patch_size
+    backbone = taken_backbone(curriculum.with_grid(initial_weights(fed.recipe), grid))
+    head = {f"head.{name}": value for name, value in build_head(fed.recipe, 2).state_dict().items()}
+    featuring(fed, tensors=backbone)
+    fed.attempt("evaluate", tensors=head).finish()
+    featuring(fed, tensors=backbone | {"cls_token": backbone["cls_token"] + 3e-8})
+    again = fed.attempt("evaluate", run=2, tensors=head).until("unmask", ("alpha", "beta", "gamma"))
     assert again.ask("unmask", "alpha") == "secagg.differencing"
 
 

@@ -67,13 +67,13 @@ def file(deployed: Federation) -> Path:
 
 @pytest.fixture
 def begin(deployed: Federation, file: Path) -> Callable[..., Any]:
-    """`begin("first", kind)`: a run in a folder of this name, that begins with the file."""
+    """`begin(kind)`: the run that begins with the file, from its start or from where it was refused."""
 
-    def run(name: str, kind: str) -> Any:
+    def run(kind: str) -> Any:
         changes = dict(KINDS[kind])
         federation = recipes.changed(deployed.recipe.federation, part_mb=changes.pop("part_mb", 32.0))
         deployed.recipe = recipes.changed(deployed.recipe, federation=federation, **changes)
-        folder = deployed.folder / name
+        folder = deployed.folder / "run"
         program = SecureRun if deployed.recipe.aggregation == "secagg" else Run
         spool = folder / "spool" if "in parts" in kind else None
         return program(deployed.recipe, deployed.exchange(spool), folder, backbone=file).run()
@@ -89,14 +89,14 @@ def test_a_run_begins_with_a_file_that_its_operators_approved_and_with_no_other(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "pixels", lambda *_: pytest.fail("an image was looked at"))
         with pytest.raises(SiteError, match=r"weights\.file"):
-            begin("refused", kind)
+            begin(kind)
     for home in deployed.homes.values():
         assert set(approval.refused_weights(home).values()) <= {"weights.file"}
         assert not (home / "backbone.safetensors").exists()
         assert not (home / "weights").exists()
         approval.approve_weights(home, digest)
     assert digest in {found for home in deployed.homes.values() for found in approval.approved_weights(home)}
-    assert begin("approved", kind).model_sha256
+    assert begin(kind).model_sha256
 
 
 @pytest.fixture

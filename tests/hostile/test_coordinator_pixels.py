@@ -304,6 +304,11 @@ def test_a_head_of_the_coordinators_making_is_refused(hospital: Hospital) -> Non
     last = honest(hospital.adapt(after, 1)).tensors
     assert hospital.evaluate(last | {name: last[name] + 0.1}) == "weights.box"
     assert isinstance(hospital.evaluate(last), Reply)
+    hospital.restart()
+    assert (
+        hospital.evaluate(last | {name: last[name] + 1e-7}) == "weights.box"
+    )  # of one head, or their difference tells
+    assert isinstance(hospital.evaluate(last), Reply)
 
 
 # -- a file

@@ -26,7 +26,7 @@ from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request
 from chexfound.schema import Recipe
-from client import site
+from client import secret, site
 from client.app import handle
 from tests.hostile.weights_door import demand, short, whole_run
 
@@ -112,7 +112,9 @@ def hospital(
         site.forget()
         if name:
             monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / f"home-{name}"))
-        demand(site.folder_of({"site": "north"}), MODEL)
+        home = site.folder_of({"site": "north"})
+        demand(home, MODEL)
+        secret.path_of(home).write_bytes(bytes(range(32)))  # by which images are in the same order at each of them
         return Hospital(write(tmp_path / "images" / (name or "north"), change), short(tiny_recipe), make_message)
 
     return make
