@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # the command line stands on this module, and imports nothing
     from chexfound.schema import Recipe
 
 FORMAT = 1
-RUNS_MAX = 1000  # beginnings that are remembered
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -39,6 +37,8 @@ class Accepted:
         step: the global step that they are of.
         sent: digests of the student, its teacher, the optimizer's moments or the head.
         backbone: digest of what the run's features are of, once they are.
+        derived: the same of that backbone as it is derived here, where it was.
+        judged: digest of the head that the run's results are of, once there are some.
         norms: how far the site's own steps led from them, by tensor; of all together under the empty name.
         warnings: where the model moved further than the site's own steps make likely, the latest.
     """
@@ -48,6 +48,8 @@ class Accepted:
     step: int
     sent: dict[str, str]
     backbone: str = ""
+    derived: str = ""
+    judged: str = ""
     norms: dict[str, float] | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -93,9 +95,6 @@ class Shelf:
                 for other in self.home.glob("weights/*/"):
                     if other != self.folder:
                         shutil.rmtree(other)
-        if begins:
-            begun = [*runs(self.home), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")]
-            _write(self.home / "weights" / "runs.json", {"begun": begun[-RUNS_MAX:]})
         remove_unfinished(self.folder)
 
     def _path(self, accepted: Accepted) -> Path:
@@ -109,15 +108,6 @@ def read(folder: Path) -> Accepted | None:
         if isinstance(values, dict) and values.pop("format", None) == FORMAT:
             return Accepted(**values)
     return None
-
-
-def runs(home: Path) -> list[str]:
-    """When each run began that this site took part in, the oldest first."""
-    with contextlib.suppress(ConfigError, OSError):
-        values = read_json(home / "weights" / "runs.json")
-        if isinstance(values, dict) and isinstance(values.get("begun"), list):
-            return [when for when in values["begun"] if isinstance(when, str)]
-    return []
 
 
 def warnings(home: Path) -> list[str]:

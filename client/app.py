@@ -15,6 +15,7 @@ from chexfound import logs, parts, phases, recipe, wire
 from chexfound.errors import CodeError, ProtocolError
 from chexfound.parts import Laid
 from chexfound.phases import Reply, Request
+from chexfound.pretrain.beginning import FILE
 from chexfound.schema import Recipe
 from chexfound.secagg.messages import STAGES
 from client import egress, membership, secure, site, weights
@@ -77,6 +78,8 @@ def _admitted(message: Message, context: Context, phase: str) -> Request:
         membership.check_equal(sites, None if home is None else membership.present(home))
     if (request.stage or request.phase) != phase:
         raise ProtocolError(f"a {message.metadata.message_type!r} message asks for phase {request.phase!r}")
+    if request.phase not in phases.PHASES:
+        raise ProtocolError(f"a stage of {request.phase!r}, which is no phase")
     return request
 
 
@@ -119,7 +122,7 @@ def _gate(run_recipe: Recipe, request: Request, context: Context, grant: Grant |
     return Gate(
         recipe=run_recipe,
         request=replace(request, tensors={}, chunk=None),
-        sent=forms(request),
+        sent={name: form for name, form in forms(request).items() if name != FILE},
         site=str(context.node_config.get("site", "")),
         peers=frozenset() if home is None else frozenset(membership.present(home).sites.sites),
         tensors=None if grant is None else grant.policy.tensors,
@@ -130,8 +133,6 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
     started, run_recipe = time.monotonic(), gate.recipe
     home = site.member_home(context.node_config)
     if request.stage in parts.STAGES:
-        if request.phase not in phases.PHASES:
-            raise ProtocolError("a part for a phase that there is not")
         if home is not None:
             secure.sweep(home)
         return _parts(context, run_id).answer(request)

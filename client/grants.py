@@ -1,55 +1,35 @@
 """What a site does before a run touches an image: its policy against the recipe, the machine, and how many runs.
 
-    HOME/runs.json    the runs of the last 30 days: when each was begun, when it last asked, and the hours of its work
-
 The same for runs in the clear and under masks.  A simulation on one's own images (`home` in the node's configuration)
 has no policy, and is bound by none of it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
-from pydantic.dataclasses import dataclass as checked
+from typing import Any
 
 from chexfound import limits as limiting
 from chexfound import parts, phases
 from chexfound.data.store import INDEX, Store
-from chexfound.errors import ConfigError, ProtocolError, RefusedError
-from chexfound.journal import replace_file, storage
-from chexfound.limits import STRICT, Limits, Verdict
+from chexfound.errors import RefusedError
+from chexfound.limits import Limits, Verdict
 from chexfound.phases import Reply, Request
-from chexfound.roster import read_json
 from chexfound.schema import ARCHS, Recipe
-from chexfound.secagg import messages
-from client import asked, membership, site
+from client import asked, ledger, membership, site
 from client.home import store_path
+from client.ledger import Begun
 from client.policy import Policy
 
 log = logging.getLogger("chexfound.client")
-RUNS_S = 30 * 86400.0
 GB = 10**9
 COPIES = 10  # of the model in memory: weights, gradients, two moments and teacher; as much for messages
 BESIDE = 11 * GB // 10  # the programs themselves: the preset demo takes that (measured)
 MODELS_KEPT = 7  # a site's own: teacher and Adam's two moments, now and a round ago; and the run's backbone
 IN_PARTS = 4  # models more, of a run whose student and teacher travel in parts: what came last, and what left last
-Moment = Annotated[float, Field(ge=0)]
-
-
-@checked(frozen=True, kw_only=True, config=STRICT)
-class _Begun:
-    """One run, as runs.json has it: seconds since 1970, and of work."""
-
-    began: Moment
-    last: Moment
-    seconds: Moment = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +83,7 @@ class Grant:
         """
         verdicts = self.judge(recipe)
         against = [one for one in limiting.refused(verdicts) if one.code != "secagg.plain"]  # whose time is later
-        if str(run_id) not in self._runs() and (not against or request.phase == "enrol"):
+        if str(run_id) not in ledger.read(self.home) and (not against or request.phase == "enrol"):
             log.info("event=asked run=%d", run_id)
             for line in limiting.table(verdicts):
                 log.info("event=asked run=%d %s", run_id, line)
@@ -121,27 +101,21 @@ class Grant:
 
         Raises: RefusedError for one run too many, or more than the machine may give.
         """
-        runs, now, key = self._runs(), time.time(), str(run_id)
-        if key not in runs:
-            begun = sum(one.began > now - RUNS_S for one in runs.values())
-            if begun >= self.policy.max_runs:
-                raise RefusedError(
-                    "policy.runs",
-                    f"{begun} runs were begun in 30 days; site.yaml says 'max_runs: {self.policy.max_runs}'",
-                )
+        runs, key = ledger.read(self.home), str(run_id)
+        if key not in runs and (before := ledger.begun(runs)) >= self.policy.max_runs:
+            raise RefusedError(
+                "policy.runs",
+                f"{before} runs were begun in 30 days; site.yaml says 'max_runs: {self.policy.max_runs}'",
+            )
         self._check_machine(recipe, runs.get(key))
         if key not in runs or request.stage not in parts.STAGES:
-            before = runs.get(key, _Begun(began=now, last=now))
-            self._keep(runs | {key: _Begun(began=before.began, last=now, seconds=before.seconds)})
+            ledger.asked(self.home, run_id)
 
     def worked(self, run_id: int, seconds: float) -> None:
         """Take note of the time that an answer took."""
-        runs, key = self._runs(), str(run_id)
-        if (one := runs.get(key)) is not None:
-            runs[key] = _Begun(began=one.began, last=time.time(), seconds=one.seconds + seconds)
-            self._keep(runs)
+        ledger.worked(self.home, run_id, seconds)
 
-    def _check_machine(self, recipe: Recipe, run: _Begun | None) -> None:
+    def _check_machine(self, recipe: Recipe, run: Begun | None) -> None:
         machine = self.policy.machine
         if machine.hours is not None and run is not None and run.seconds >= 3600 * machine.hours:
             raise _too_much("hours", machine.hours, f"{run.seconds / 3600:.1f} hours were worked on this run")
@@ -154,28 +128,6 @@ class Grant:
         """In the store that the run would use; none where there is no such store yet."""
         found = [path for path in (self.data, store_path(self.home, recipe.image_px)) if (path / INDEX).exists()]
         return len(Store.open(found[0])) if found else 0
-
-    def _runs(self) -> dict[str, _Begun]:
-        """The runs that asked for something in the last 30 days.
-
-        Raises: ConfigError for a file that was damaged.
-        """
-        path = self.home / "runs.json"
-        if not path.exists():
-            return {}
-        try:
-            runs = messages.parse(dict[str, _Begun], read_json(path), "the runs")
-        except ProtocolError as error:
-            raise ConfigError(f"{path}: damaged; see which runs this site took part in, then remove it") from error
-        return {key: one for key, one in runs.items() if one.last > time.time() - RUNS_S}
-
-    def _keep(self, runs: Mapping[str, _Begun]) -> None:
-        path = self.home / "runs.json"
-        values = {key: {"began": one.began, "last": one.last, "seconds": one.seconds} for key, one in runs.items()}
-        with storage(path):
-            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replace_file(path, 0o600) as temporary:
-            temporary.write_text(json.dumps(values))
 
 
 def _too_much(key: str, most: float, text: str) -> RefusedError:

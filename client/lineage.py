@@ -21,14 +21,20 @@ from chexfound.schema import Recipe
 from chexfound.secagg.messages import weights_of
 
 
-def base(site: Site, phase: str, weights: str) -> str:
+def base(site: Site, phase: str, weights: str, backbone: str = "") -> str:
     """Digest of all weights that a phase starts from: those sent (`weights`), and the backbone sent before; hex.
+
+    Args:
+        site: whose backbone it is.
+        phase: that starts.
+        weights: digest of those sent.
+        backbone: the same of the backbone, if it is not to be named by its bytes.
 
     Raises: RefusedError if there is none.
     """
     if phase not in ("adapt", "evaluate"):
         return weights
-    return weights_of(weights, backbone_digest(site))
+    return weights_of(weights, backbone or backbone_digest(site))
 
 
 def backbone_digest(site: Site) -> str:

@@ -248,7 +248,7 @@ class Desk(Attempts):
             "packets": [asdict(packet) for packet in packets],
             "summed": [name for name in phases.parted(recipe, request) if name not in zeroed],
             "sizes": {str(ring): array.size for ring, array in arrays.items()},
-            "weights": lineage.base(site, request.phase, held.name) if held.name else shared["base"],
+            "weights": lineage.base(site, request.phase, held.name or weights, held.backbone),
         }
         return {
             "context": side.context.hex(),

@@ -113,11 +113,12 @@ def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: boo
     view = View.of(store, name)
     ids = view.split(Membership(key=own.split, fractions=fractions), "train")
     images, patients = len(ids), len({store.keys[place] for place in ids})
-    if images < policy.min_images or patients < policy.min_patients:
+    least = max(policy.min_patients, policy.cells.patients)  # below which not even their number leaves
+    if images < policy.min_images or patients < least:
         raise RefusedError(
             "policy.patients",
             f"site {name!r}: {images} images of {patients} patients to train on; {folder / 'site.yaml'} asks for "
-            f"{policy.min_images} of {policy.min_patients} (min_images, min_patients)",
+            f"{policy.min_images} of {least} (min_images, min_patients, cells.patients)",
         )
     return Site(
         view=view,

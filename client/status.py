@@ -13,8 +13,9 @@ from chexfound.data.store import INDEX, Store
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.names import shown
 from chexfound.roster import read_json
+from chexfound.secagg.parameters import MINIMUM
 from chexfound.spans import span
-from client import acceptance, approval, membership
+from client import acceptance, approval, ledger, membership
 from client.home import named
 from client.policy import Policy, clear
 
@@ -60,7 +61,6 @@ def read(name: str, home: Path) -> dict[str, Any]:
             "approved": approval.approved_weights(home),
             "refused": approval.refused_weights(home),
             "warnings": acceptance.warnings(home),
-            "runs": len(acceptance.runs(home)),
         },
         "code": {"approved": approval.approved(home), "refused": list(approval.refused(home))},
         "stores": [_store(path, _words(home)) for path in sorted(home.glob(f"store-*/{INDEX}"))],
@@ -69,12 +69,16 @@ def read(name: str, home: Path) -> dict[str, Any]:
 
 
 def _policy(home: Path, federation: membership.Federation | None) -> dict[str, Any]:
-    """Whether the site refuses runs in the clear; an error in place of that, if site.yaml cannot be read."""
+    """Whether the site refuses runs in the clear, and how many it took part in; an error, if that cannot be read."""
     try:
-        required = Policy.load(home).masked(0 if federation is None else len(federation.sites.sites))
-        return {"required": required, "error": None}
+        policy, runs = Policy.load(home), ledger.begun(ledger.read(home))
+        # Without a roster there are few and many: where both give one answer, it is that.
+        numbers = {0, MINIMUM} if federation is None else {len(federation.sites.sites)}
+        answers = {policy.masked(n) for n in numbers}
+        required = answers.pop() if len(answers) == 1 else None
+        return {"required": required, "runs": runs, "max_runs": policy.max_runs, "error": None}
     except ConfigError as error:
-        return {"required": None, "error": str(error)}
+        return {"required": None, "runs": None, "max_runs": None, "error": str(error)}
 
 
 def _node(path: Path) -> dict[str, Any] | None:
@@ -150,7 +154,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         if node["refused"]:
             said.append(f"  refused       the last run: {shown(node['refused'])}")
     said.append(
-        f"  federation    none approved yet: chexfound-client roster approve FILE{option}"
+        f"  federation    none approved yet: chexfound-client join FILE{option}"
         if federation is None
         else f"  federation    {federation['name']} at {federation['server']}, roster {federation['roster']}: "
         + ", ".join(federation["sites"])
@@ -160,7 +164,15 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"  policy        every run is refused: {policy['error']}"
         if policy["error"]
         else f"  policy        {clear(policy['required'])}"
+        if policy["required"] is not None
+        else "  policy        runs in the clear are accepted or refused by how many sites the roster has"
     )
+    if not policy["error"]:
+        full = policy["runs"] >= policy["max_runs"]
+        said.append(
+            f"  runs          {policy['runs']} of {policy['max_runs']} begun in 30 days"
+            + (": another is REFUSED; max_runs in site.yaml allows more" if full else "")
+        )
     approved, refused = found["code"]["approved"], found["code"]["refused"]
     said += [f"  code          {digest[:12]}… approved on {when[:10]}" for digest, when in approved.items()]
     if not approved:

@@ -2,7 +2,6 @@
 
     HOME/weights/RUN/accepted.json     what was accepted last, in which round; and how far this site's own steps led
     HOME/weights/RUN/PHASE-ROUND.safetensors      the student and its teacher, or the head
-    HOME/weights/runs.json             when each run began
 
 RUN is the recipe's digest, since a run that is resumed has another number.  At a run's beginning the weights are those
 that the recipe gives here, or those of a file that the site's operator approved (client/approval.py); in later rounds
@@ -51,10 +50,12 @@ class Held:
         request: as the phase takes it.
         name: digest of the weights that were derived here, in place of those sent; empty where none were.  With other
             last digits the same weights would have another digest, and a second sum on them could be opened.
+        backbone: the same of the backbone that they stand on.
     """
 
     request: Request
     name: str = ""
+    backbone: str = ""
     shelf: Shelf | None = None
     accepted: Accepted | None = None  # to be kept with the reply
     tensors: Mapping[str, Tensor] | None = None
@@ -167,7 +168,7 @@ class _Judge:
         backbone = beginning.taken_backbone(expected)
         self._check_names(backbone)
         self._check_equal(backbone)
-        return self._held({}, backbone=digest, begins=True, name=checkpoint.digest(backbone))
+        return self._held({}, backbone=digest, begins=True, derived=checkpoint.digest(backbone))
 
     def adapt(self) -> Held:
         """The head, on the backbone that was pinned."""
@@ -181,7 +182,7 @@ class _Judge:
         if not request.step:
             self._check_equal(fresh)
             name = checkpoint.digest({name: fresh[name] for name in self.tensors})
-            return self._held(_weights(self.tensors), backbone=accepted.backbone, name=name)
+            return self._on(accepted, name)
         own = accepted if accepted.phase == "adapt" else None
         if own is not None and own.round == request.round:
             return self._again(own)
@@ -190,10 +191,10 @@ class _Judge:
         except _Lost:
             return self._lost(backbone=accepted.backbone)
         bound.check_moments(self.tensors)
-        return self._held(_weights(self.tensors), backbone=accepted.backbone)
+        return self._on(accepted)
 
     def evaluate(self) -> Held:
-        """The finished head, on the backbone that was pinned."""
+        """The finished head, on the backbone that was pinned; of a second, near one results are a second sum."""
         self._no_file()
         head = checkpoint.with_prefix(self.tensors, "head.")
         backbone = checkpoint.with_prefix(self.tensors, "backbone.")
@@ -211,7 +212,11 @@ class _Judge:
             self._check_head(head, fresh, own, self.recipe.adapt.rounds)
         except _Lost:
             return self._lost(backbone=accepted.backbone)
-        return Held(request=self.request)
+        judged = checkpoint.digest(head)
+        if accepted.judged not in ("", judged):
+            raise RefusedError("weights.box", "another head than the one that this run's results are of")
+        kept = replace(accepted, judged=judged)
+        return Held(request=self.request, backbone=accepted.derived, shelf=self.shelf, accepted=kept)
 
     # -- what they stand on
 
@@ -402,7 +407,11 @@ class _Judge:
         """A round that is asked for again, with the same weights."""
         if any(accepted.sent.get(whose) != digest for whose, digest in _digests(self.tensors).items()):
             raise RefusedError("weights.box", f"other weights than it accepted for round {accepted.round + 1}")
-        return Held(request=self.request, shelf=self.shelf, accepted=accepted)
+        return Held(request=self.request, backbone=accepted.derived, shelf=self.shelf, accepted=accepted)
+
+    def _on(self, accepted: Accepted, name: str = "") -> Held:
+        """A head, on the backbone that was pinned."""
+        return self._held(_weights(self.tensors), backbone=accepted.backbone, derived=accepted.derived, name=name)
 
     def _lost(self, backbone: str = "") -> Held:
         """What was accepted is gone: on by the operator's word alone."""
@@ -422,6 +431,7 @@ class _Judge:
         kept: Mapping[str, Tensor],
         *,
         backbone: str = "",
+        derived: str = "",
         begins: bool = False,
         name: str = "",
         warnings: list[str] | None = None,
@@ -434,9 +444,18 @@ class _Judge:
             step=self.request.step,
             sent=_digests({**kept, **self.tensors}),
             backbone=backbone,
+            derived=derived,
             warnings=[*earlier, *(warnings or [])][-10:],
         )
-        return Held(request=self.request, name=name, shelf=self.shelf, accepted=accepted, tensors=kept, begins=begins)
+        return Held(
+            request=self.request,
+            name=name,
+            backbone=derived,
+            shelf=self.shelf,
+            accepted=accepted,
+            tensors=kept,
+            begins=begins,
+        )
 
 
 class _Lost(Exception):  # noqa: N818 (no error: the operator's word may stand in its place)

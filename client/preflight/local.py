@@ -13,7 +13,7 @@ from chexfound import recipe as recipes
 from chexfound.data import vocabulary
 from chexfound.data.store import Store, is_store
 from chexfound.errors import ChexfoundError, ConfigError
-from client import approval, membership, secret
+from client import approval, ledger, membership, secret
 from client.home import UMASK, exposed, named
 from client.policy import Policy
 from client.preflight.checks import Finding, Subject, failed, ok, warning
@@ -50,7 +50,8 @@ def roster(subject: Subject) -> Finding:
     if federation is None:
         return failed(
             "no federation was approved yet",
-            f"give the coordinator this site's .pub file; then approve the one that comes back: {_approve(subject)}",
+            f"give the coordinator this site's .pub file; with the one that comes back: "
+            f"chexfound-client join FILE{named(subject.name)}",
         )
     try:
         membership.check_own(
@@ -95,6 +96,15 @@ def policy(subject: Subject) -> Finding:
     if impossible := limits.contradictions(granted, presets, n):
         return failed(f"{path}: no recipe can be granted: {'; '.join(impossible)}", f"change that in {path}")
     clear = "runs in the clear are refused" if granted.masked else "runs in the clear are accepted"
+    try:
+        runs = ledger.begun(ledger.read(subject.home))
+    except ConfigError as error:
+        return failed(str(error), "every run is refused until then")
+    if runs >= demanded.max_runs:
+        return warning(
+            f"{runs} runs were begun in 30 days, as many as {path} allows: another is refused",
+            f"if the security officer agrees, raise max_runs in {path}",
+        )
     try:
         held = demanded.parameters(n)
     except ConfigError as error:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from chexfound import recipe as recipes
 from chexfound.errors import ProtocolError, RefusedError
@@ -14,6 +15,7 @@ from chexfound.model.glori import build_head
 from chexfound.parts import Apart, Laid
 from chexfound.phases import Request
 from chexfound.pretrain import curriculum
+from chexfound.pretrain.beginning import BESIDE, FILE, TIMES
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.wire import lay
@@ -109,3 +111,61 @@ def test_no_share_of_it(tiny_recipe: Any, batch: int, n_sites: int | None) -> No
 def test_a_phase_that_there_is_not(tiny_recipe: Any) -> None:
     with pytest.raises(ProtocolError):
         asked.check(tiny_recipe, Request(phase="pixels"), LIMITS, 2)
+
+
+# -- a file of weights
+
+
+def with_file(request: Request, size: int, dtype: torch.dtype = torch.uint8) -> Request:
+    return replace(request, tensors=request.tensors | {FILE: torch.zeros(size, dtype=dtype)})
+
+
+def apart(request: Request) -> Request:
+    """The same, where its arrays come in parts."""
+    arrays, table = lay(request.tensors)
+    return replace(request, tensors={}, apart=Apart(sha256="0" * 64, arrays=Laid(arrays).arrays, table=table))
+
+
+def most(recipe: Any, request: Request) -> int:
+    return TIMES * asked.nbytes(asked.expected(recipe, request)[0]) + BESIDE
+
+
+def first(recipe: Any) -> Request:
+    return replace(requests(recipe)["pretrain"], round=0, step=0, tensors=initial_weights(recipe))
+
+
+@pytest.mark.parametrize("come", [lambda request: request, apart], ids=["whole", "in parts"])
+def test_a_file_comes_with_a_runs_first_weights_and_is_no_larger_than_they_make_one(
+    tiny_recipe: Any, come: Any
+) -> None:
+    heads = recipes.changed(tiny_recipe, phases=("adapt", "evaluate"))
+    for recipe, request in ((tiny_recipe, first(tiny_recipe)), (heads, requests(heads)["features"])):
+        large = most(recipe, request)
+        asked.check(recipe, come(with_file(request, large)), LIMITS, 2)
+        for size, dtype in ((large + 1, torch.uint8), (10, torch.float32)):
+            with pytest.raises(RefusedError, match="a weights file") as refused:
+                asked.check(recipe, come(with_file(request, size, dtype)), LIMITS, 2)
+            assert refused.value.code == "request.tensors"
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "features", "adapt", "evaluate"])
+def test_a_file_comes_with_nothing_else(tiny_recipe: Any, phase: str) -> None:
+    """Not in a later round; not with the features of what was pretrained, nor with a head."""
+    with pytest.raises(RefusedError, match="a weights file"):
+        asked.check(tiny_recipe, with_file(requests(tiny_recipe)[phase], 1), LIMITS, 2)
+
+
+@pytest.mark.parametrize("phase", ["enrol", "counts"])
+def test_a_file_is_not_taken_where_no_weights_are(tiny_recipe: Any, phase: str) -> None:
+    with pytest.raises(RefusedError):
+        asked.check(tiny_recipe, with_file(Request(phase=phase), 1), LIMITS, 2)
+
+
+def test_a_delivery_has_room_for_a_file_where_one_may_come(tiny_recipe: Any) -> None:
+    later = requests(tiny_recipe)["pretrain"]
+    for request, room in ((first(tiny_recipe), most(tiny_recipe, later)), (later, 0)):
+        size = asked.nbytes(asked.expected(tiny_recipe, request)[0]) + room
+        deliver = replace(request, tensors={}, stage="deliver", told={"size": size})
+        asked.check(tiny_recipe, deliver, LIMITS, 2)
+        with pytest.raises(RefusedError, match="are to be delivered"):
+            asked.check(tiny_recipe, replace(deliver, told={"size": size + 1}), LIMITS, 2)

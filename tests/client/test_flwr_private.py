@@ -673,7 +673,8 @@ def test_with_a_message_in_hand_that_will_not_come_it_leaves(site: Site) -> None
 
 def test_without_a_parent_it_leaves_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def orphan() -> None:
-        monkeypatch.setattr(os, "getppid", lambda: 1 if os.getpid() != 1 else 2)
+        before = os.getppid()
+        monkeypatch.setattr(os, "getppid", lambda: before + 1)
         sigterm()
         pytest.fail("it stayed")
 

@@ -46,7 +46,7 @@ def test_one_question_leaves_what_the_steps_by_hand_leave(home, coordinator, ans
     for told in (held.authority_fingerprint, release_bundle().digest()):
         assert told in out
     assert f"NORTH (this site): {fingerprint(membership.public_keys(home).identity)}" in out
-    assert "policy the defaults (" in out
+    assert f"policy {home / 'site.yaml'}\n  runs in the clear are accepted, with 1 sites\n" in out
     assert out.endswith("runs with this code are accepted; next: chexfound-client --data DIR\n")
 
 

@@ -20,7 +20,7 @@ import pytest
 from chexfound.bundle import Bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, commands, flwr_private, link, membership, secret
+from client import approval, cli, commands, flwr_private, ledger, link, membership, secret
 from client.home import close, store_path
 from client.preflight import checks, local, remote
 from client.preflight.plan import CHECKS
@@ -101,7 +101,7 @@ def test_names_that_stay(prepare: Callable[..., Path], tmp_path: Path) -> None:
     images.mkdir()
     cv2.imwrite(str(images / "9.png"), np.random.default_rng(9).integers(0, 256, (20, 20), np.uint8))
     (images / "manifest.csv").write_text("file,source,patient_id,findings\n9.png,b,p9,Valve replaced")
-    ingest(images, store_path(home, 16), 16)
+    ingest(images, store_path(home, 16), 16, naming=secret.of_site(home).naming)
     one = check(home)["findings"]
     assert one.state == "warning"
     assert "Valve replaced (1 images)" in one.text
@@ -133,7 +133,17 @@ def test_nothing_was_approved(prepare: Callable[..., Path]) -> None:
     (home / "federation.json").unlink()
     one = only(check(home), "roster")
     assert "no federation was approved yet" in one.text
-    assert "roster approve" in one.remedy
+    assert one.remedy.endswith("chexfound-client join FILE")
+
+
+def test_runs_that_are_used_up(prepare: Callable[..., Path]) -> None:
+    home = prepare()
+    for run in range(5):
+        ledger.asked(home, run)
+    one = check(home)["policy"]
+    assert (one.state, one.remedy.endswith(f"raise max_runs in {home / 'site.yaml'}")) == ("warning", True)
+    (home / "runs.json").write_text("{")
+    assert str(home / "runs.json") in only(check(home), "policy").text
 
 
 def test_a_policy_that_cannot_be_read(prepare: Callable[..., Path]) -> None:
@@ -251,7 +261,7 @@ def test_where_several_sites_share_the_home_commands_name_the_site(prepare: Call
     (home.parent / "SOUTH" / "keys").mkdir(parents=True)
     assert check(home)["code"].remedy == "chexfound-client approve --name NORTH"
     (home / "federation.json").unlink()
-    assert check(home)["roster"].remedy.endswith("chexfound-client roster approve FILE --name NORTH")
+    assert check(home)["roster"].remedy.endswith("chexfound-client join FILE --name NORTH")
 
 
 def test_no_store_yet_is_no_fault(prepare: Callable[..., Path], images: Path) -> None:
@@ -476,6 +486,7 @@ def test_a_site_that_was_removed_is_told_what_helps(prepare: Callable[..., Path]
     seconds = (home / "keys" / "node.key").stat().st_mtime + 60
     contact = datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
     (home / "node.json").write_text(json.dumps({"contact": contact}))
+    close(home)
     one = only(check(home), "key")
     assert "any more" in one.text
     assert "has removed this site" in one.text

@@ -18,7 +18,7 @@ import pytest
 from chexfound import bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, status
+from client import approval, cli, ledger, status
 from client.home import store_path
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -129,7 +129,8 @@ def test_where_several_sites_share_the_home_commands_name_the_site(
         if name == "NORTH":
             assert f"REFUSED: chexfound-client approve {digest[:12]} --name NORTH\n" in out
         else:
-            assert f"chexfound-client roster approve FILE --name {option}\n" in out
+            assert f"chexfound-client join FILE --name {option}\n" in out
+            assert "policy        runs in the clear are accepted or refused by how many sites the roster has\n" in out
         assert f"has not been served yet: chexfound-client --data DIR --name {option}\n" in out
     tell(pid=2**22 + 1)
     assert cli.main(["status", "--name", "NORTH"]) == 0
@@ -178,6 +179,18 @@ def test_the_policy(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "site.yaml").write_text("secagg: {required: ture}")
     assert cli.main(["status"]) == 0
     assert f"every run is refused: {home / 'site.yaml'}: secagg.required" in capsys.readouterr().out
+
+
+def test_runs_of_the_last_thirty_days(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status"]) == 0
+    assert "runs          0 of 5 begun in 30 days\n" in capsys.readouterr().out
+    for run in range(5):
+        ledger.asked(home, run)
+    assert cli.main(["status"]) == 0
+    assert "runs          5 of 5 begun in 30 days: another is REFUSED" in capsys.readouterr().out
+    (home / "runs.json").write_text("{")
+    assert cli.main(["status"]) == 0
+    assert f"every run is refused: {home / 'runs.json'}: " in capsys.readouterr().out
 
 
 def test_for_programs(home: Path, tell: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,8 +176,8 @@ def test_a_damaged_attempt_is_no_crash(home: Path, capsys: pytest.CaptureFixture
 
 def open_sum(desk: Desk, names: Sequence[str]) -> None:
     """What a site does before it answers the last stage."""
-    shared = {"asked": "", "values": {}, "kept": {"base": WEIGHTS, "question": ""}}
-    write_json(desk.folder / "share.json", shared)
+    for stage, kept in (("share", {"base": WEIGHTS, "question": ""}), ("masked", {"weights": WEIGHTS})):
+        write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})
     desk._check_differencing(ATTEMPT, list(names), [])
 
 
@@ -206,7 +206,7 @@ def refuse_sum(desk: Desk, names: Sequence[str], question: str = "") -> None:
     """As a site does that is asked for a second sum."""
     shared = {"asked": "", "values": {}, "kept": {"base": WEIGHTS, "question": question}}
     write_json(desk.folder / "share.json", shared)
-    for stage, kept in (("masked", {"summed": []}), ("consistency", {"survivors": list(names)})):
+    for stage, kept in (("masked", {"summed": [], "weights": WEIGHTS}), ("consistency", {"survivors": list(names)})):
         write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})
     with pytest.raises(RefusedError, match="second sum") as caught:
         desk._check_differencing(ATTEMPT, list(names), [])

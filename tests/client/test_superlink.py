@@ -16,6 +16,7 @@ import pytest
 from chexfound.bundle import Bundle
 from chexfound.roster import Address, Roster
 from client import approval, flwr_private, link, membership, supernode
+from client.home import close
 from client.preflight import checks, remote
 from client.preflight.plan import CHECKS
 from server import federation as federations
@@ -102,6 +103,7 @@ def test_all_is_well_but_for_a_key_that_is_not_registered(
     sites = Roster(federation="thorax", serial=1, sites={"NORTH": keys})
     text = federation.path("ca.crt").read_text()
     membership.approve(home, membership.Federation(name="thorax", server=server, authority=text, sites=sites))
+    close(home)  # as if the umask had been a site's
     found = checks.run(checks.Subject("NORTH", home), CHECKS)
     assert [one.name for one in found if one.state == "failed"] == (["key"] if name == "stranger" else [])
     assert [one.name for one in found if one.state == "skipped"] == (["uplink"] if name == "stranger" else [])

@@ -19,13 +19,19 @@ from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.data.dicom import pseudonym
 from chexfound.data.store import Store
+from chexfound.model import checkpoint
+from chexfound.model.glori import build_head
 from chexfound.phases import Request
+from chexfound.pretrain.beginning import taken_backbone
+from chexfound.pretrain.optimizer import zero_moments
+from chexfound.pretrain.train import initial_weights
 from chexfound.rng import unit_interval
 from chexfound.schema import Recipe
 from client import home, secret
 from client.app import app
 from client.site import site_of
 from tests.data.conftest import dicom_file, picture
+from tests.hostile.weights_door import demand
 
 PATIENTS = [str(1000 + number) for number in range(60)]
 VICTIM = "1007"
@@ -34,7 +40,10 @@ PLAIN = {phase: wire.MESSAGE_TYPES[phase] for phase in ("enrol", "pretrain", "fe
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites whose policy is that of the defaults, but that so small a recipe passes."""
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    for name in ("A", "B", "none", "one", "few", "many"):
+        demand(home.site_home(name))
 
 
 @pytest.fixture
@@ -58,10 +67,25 @@ def ask(make_message: Callable[..., Any]) -> Callable[..., Any]:
     def say(node: dict[str, Any], recipe: Recipe, phase: str = "enrol") -> Any:
         run = {"recipe": recipes.to_json(recipe)}
         context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
-        reply = app(make_message(wire.pack_request(Request(phase=phase, steps=2, batch_size=4)), PLAIN[phase]), context)
+        reply = app(make_message(wire.pack_request(first(recipe, phase)), PLAIN[phase]), context)
         return reply.error.reason if reply.has_error() else wire.unpack_reply(reply.content).values
 
     return say
+
+
+def first(recipe: Recipe, phase: str) -> Request:
+    """A phase's first request, as an honest coordinator has it."""
+    head = build_head(recipe, 1)
+    tensors = {
+        "pretrain": lambda: initial_weights(recipe),
+        "features": lambda: taken_backbone(initial_weights(recipe)),
+        "adapt": lambda: {**head.state_dict(), **zero_moments(head)},
+        "evaluate": lambda: checkpoint.add_prefix(head.state_dict(), "head."),
+    }
+    steps = {"pretrain": recipe.train.local_steps, "adapt": recipe.adapt.local_steps}.get(phase, 0)
+    given = tensors[phase]() if phase in tensors else {}
+    findings = ("Nodule",) if phase in ("features", "adapt", "evaluate") else ()
+    return Request(phase=phase, steps=steps, batch_size=4 if steps else 0, findings=findings, tensors=given)
 
 
 def chosen(recipe: Recipe) -> list[Recipe]:

@@ -25,7 +25,7 @@ from chexfound.pretrain.bounds import UpdateBound
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.pretrain.train import initial_weights
 from client import acceptance, approval, status
-from tests.hostile.weights_door import NAME, Hospital, honest
+from tests.hostile.weights_door import NAME, SMALL, Hospital, honest
 
 Weights = dict[str, Tensor]
 BLOCK = "student.backbone.blocks.0.mlp.fc1.weight"
@@ -37,6 +37,7 @@ def hospital(
 ) -> Iterator[Hospital]:
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "chexfound"))
     one = Hospital(recipes.load(tiny_recipe_file, {"train.rounds": 3}), tiny_store_path)
+    one.demand(SMALL)
     yield one
     one.restart()
 
@@ -63,6 +64,8 @@ def test_a_backbone_that_copies_pixels_is_refused(hospital: Hospital) -> None:
         crops=recipes.changed(hospital.recipe.crops, global_crops_size=64, local_crops_size=64),
     )
     backbone = curriculum.with_grid(taken_backbone(initial_weights(recipe)), 1)
+    assert hospital.features(camera(backbone), recipe) == "policy.model"
+    hospital.demand(SMALL.replace("min_tokens: 1", "min_tokens: 1, max_patch_px: 64"))
     assert hospital.features(camera(backbone), recipe) == "weights.initial"
     assert not (hospital.home / "features").exists()
     assert not (hospital.home / "backbone.safetensors").exists()
@@ -99,7 +102,7 @@ FIRST: dict[str, Callable[[Weights], Weights]] = {
 @pytest.mark.parametrize("what", FIRST)
 def test_first_weights_that_are_not_the_recipes_are_refused(hospital: Hospital, what: str) -> None:
     assert hospital.pretrain(FIRST[what](hospital.first())) == "weights.initial"
-    assert acceptance.runs(hospital.home) == []
+    assert not (hospital.home / "weights").exists()
 
 
 OTHERS: dict[str, Callable[[Weights], Weights]] = {
@@ -233,10 +236,9 @@ def test_drifting_by_a_box_a_round_is_possible(hospital: Hospital) -> None:
     for name in after:
         if name.startswith("student.") and not name.endswith("weight_g"):
             worst[name] = (weights[name] + 0.99 * bound.box(name, weights[name])).float()
-    policy = hospital.home / "site.yaml"
-    policy.write_text("weights: {refuse_change: true}\n")
+    hospital.demand(SMALL + "weights: {refuse_change: true}\n")
     assert hospital.pretrain(worst, 1) == "weights.change"
-    policy.unlink()
+    hospital.demand(SMALL)
     assert isinstance(hospital.pretrain(worst, 1), Reply)
     assert "all weights" in acceptance.warnings(hospital.home)[0]
     assert "own steps: round 2: all weights" in "\n".join(status.lines(status.read(NAME, hospital.home)))
@@ -302,6 +304,11 @@ def test_a_head_of_the_coordinators_making_is_refused(hospital: Hospital) -> Non
     last = honest(hospital.adapt(after, 1)).tensors
     assert hospital.evaluate(last | {name: last[name] + 0.1}) == "weights.box"
     assert isinstance(hospital.evaluate(last), Reply)
+    hospital.restart()
+    assert (
+        hospital.evaluate(last | {name: last[name] + 1e-7}) == "weights.box"
+    )  # of one head, or their difference tells
+    assert isinstance(hospital.evaluate(last), Reply)
 
 
 # -- a file
@@ -351,8 +358,8 @@ def test_a_file_of_another_architecture_or_too_large_is_refused_in_words(
         assert hospital.pretrain(sent) == "checkpoint"
         assert said in caplog.text
     large = sum(tensor.nbytes for tensor in weights.values()) * 5 + 2**20
-    assert hospital.pretrain(weights | {FILE: torch.zeros(large, dtype=torch.uint8)}) == "checkpoint"
-    assert "give one with this model's backbone" in caplog.text
+    assert hospital.pretrain(weights | {FILE: torch.zeros(large, dtype=torch.uint8)}) == "request.tensors"
+    assert "where none of it can be" in caplog.text
 
 
 def test_a_run_that_begins_with_its_features_begins_with_an_approved_file(hospital: Hospital, file: Path) -> None:

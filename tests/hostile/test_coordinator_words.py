@@ -1,7 +1,8 @@
 """A coordinator that listens for words and for single patients: what an honest site's replies tell it of them.
 
 Over the product's own path: a message in, `client.app.handle`, a message out.  The site is a deployed one with the
-policy that it has without a `site.yaml`, and its labels hold a name that somebody typed where a finding belongs.
+policy that it has without a `site.yaml` (but that so small a model passes), and its labels hold a name that somebody
+typed where a finding belongs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from chexfound import recipe as recipes
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request
-from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Recipe
-from client import site
+from client import secret, site
 from client.app import handle
+from tests.hostile.weights_door import demand, short, whole_run
 
 NAME = "MUELLER Hans 12.3.1954 HIV"
+MODEL = "model: {min_tokens: 1, min_crop_tokens: 1}\n"  # of the tests' recipe
 UNHEARD = "No such finding anywhere 12345"
 TRAIN, TEST = 44, 26  # patients, of one image each; none validates
 Row = dict[str, str]
@@ -53,6 +55,11 @@ class Hospital:
         answered = self.ask(request, recipe)
         assert answered.has_content(), answered.error
         return wire.unpack_reply(answered.content)
+
+    def run(self, findings: tuple[str, ...], recipe: Recipe | None = None) -> list[Reply]:
+        """What it answers in an honest run over these findings, to one request of each phase."""
+        recipe = recipe or self.recipe
+        return whole_run(lambda request: self.reply(request, recipe), recipe, findings)
 
 
 def write(folder: Path, change: Callable[[list[Row]], Any] = lambda rows: None) -> Path:
@@ -105,7 +112,10 @@ def hospital(
         site.forget()
         if name:
             monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / f"home-{name}"))
-        return Hospital(write(tmp_path / "images" / (name or "north"), change), tiny_recipe, make_message)
+        home = site.folder_of({"site": "north"})
+        demand(home, MODEL)
+        secret.path_of(home).write_bytes(bytes(range(32)))  # by which images are in the same order at each of them
+        return Hospital(write(tmp_path / "images" / (name or "north"), change), short(tiny_recipe), make_message)
 
     return make
 
@@ -119,30 +129,10 @@ def sent(message: Message) -> bytes:
     return whole
 
 
-def model(recipe: Recipe, findings: Sequence[str]) -> dict[str, Any]:
-    """Backbone and head, fresh."""
-    weights = checkpoint.with_prefix(initial_weights(recipe), "student.backbone.")
-    head = build_head(recipe, len(findings)).state_dict()
-    return checkpoint.add_prefix(weights, "backbone.") | checkpoint.add_prefix(head, "head.")
-
-
-def requests(recipe: Recipe, findings: tuple[str, ...]) -> list[Request]:
-    """One of each phase, in order, that names these findings."""
-    whole = model(recipe, findings)
-    backbone, head = (checkpoint.with_prefix(whole, f"{part}.") for part in ("backbone", "head"))
-    steps = {"steps": recipe.adapt.local_steps, "batch_size": 4}
-    return [
-        Request(phase="pretrain", findings=findings, tensors=initial_weights(recipe), steps=1, batch_size=4),
-        Request(phase="features", findings=findings, tensors=backbone),
-        Request(phase="adapt", findings=findings, tensors=head, **steps),
-        Request(phase="evaluate", findings=findings, tensors=whole),
-    ]
-
-
 @pytest.fixture
 def probing(tiny_recipe: Recipe) -> Recipe:
     """A recipe that looks at the model after each step."""
-    return replace(tiny_recipe, health=replace(tiny_recipe.health, eval_period_iterations=1))
+    return replace(short(tiny_recipe), health=replace(tiny_recipe.health, eval_period_iterations=1))
 
 
 # -- words
@@ -177,7 +167,7 @@ def test_a_name_typed_as_a_label_is_in_no_reply_to_who_guesses_it(hospital: Any,
     place, answers = hospital(labelled(*range(24))), []
     place.reply(Request(phase="enrol"), probing)
     for guess in (NAME, UNHEARD):
-        replies = [place.reply(one, probing) for one in requests(probing, ("Nodule", guess))]
+        replies = place.run(("Nodule", guess), probing)
         rows = [row for row in replies[-1].values["results"] if row.pop("finding") == guess]
         assert [row["n"] for row in rows] == [cells.SUPPRESSED]
         answers.append([([*one.values.items()], checkpoint.digest(one.tensors)) for one in replies])
@@ -189,7 +179,7 @@ def test_the_health_probe_judges_no_name_that_may_not_leave(hospital: Any, probi
     place = hospital(lambda rows: [row.update(source="notes") for row in rows] and labelled(*range(0, 44, 2))(rows))
     (place.folder / "labelled.json").write_text(json.dumps({"notes": [NAME]}))
     place.reply(Request(phase="enrol"), probing)
-    reply = place.reply(requests(probing, ())[0], probing)
+    reply = place.run((), probing)[0]
     assert "rankme" in reply.values["history"][0]
     assert "knn_auroc" not in reply.values["history"][0]
 
@@ -201,8 +191,7 @@ def test_an_auroc_over_two_patients_is_suppressed(hospital: Any, tiny_recipe: Re
     """One has a mass and one has none: 1 or 0 says which of them scored higher."""
     place = hospital()
     place.reply(Request(phase="enrol"))
-    request = requests(tiny_recipe, ("Nodule", "Mass"))[-1]
-    nodule, mass = place.reply(request).values["results"]
+    nodule, mass = place.run(("Nodule", "Mass"))[-1].values["results"]
     assert (nodule["n"], nodule["positives"]) == (26, 10)
     assert 0 <= nodule["auroc"] <= 1
     assert {mass[key] for key in cells.FIGURES} == {cells.SUPPRESSED}
@@ -222,7 +211,7 @@ def test_a_cell_of_one_is_not_told_from_an_empty_one(hospital: Any, probing: Rec
         place = hospital(without, name=name)
         enrolled = place.reply(Request(phase="enrol"), probing).values
         assert enrolled["findings"]["Effusion"] == {"positives": cells.SUPPRESSED, "negatives": cells.SUPPRESSED}
-        replies = [place.reply(one, probing) for one in requests(probing, findings)]
+        replies = place.run(findings, probing)
         assert replies[2].values["labelled"] == [TRAIN, cells.SUPPRESSED]
         values = [one.values for one in replies]
         told.append(json.dumps([{**enrolled, "store_hmac": ""}, *values]))
@@ -245,9 +234,7 @@ def test_a_finding_of_few_patients_moves_no_head(hospital: Any, tiny_recipe: Rec
     """Its rows come back as they were sent: no gradient of two patients is in them."""
     place = hospital()
     place.reply(Request(phase="enrol"))
-    request = requests(tiny_recipe, ("Nodule", "Effusion"))
-    place.reply(request[1])
-    given, back = request[2].tensors, place.reply(request[2]).tensors
+    given, back = build_head(tiny_recipe, 2).state_dict(), place.run(("Nodule", "Effusion"))[2].tensors
     rows = build_head(tiny_recipe, 2).row_parameters
     assert rows
     decay = {name: tensor for name, tensor in given.items() if name in rows}
@@ -259,18 +246,15 @@ def test_a_finding_of_few_patients_moves_no_head(hospital: Any, tiny_recipe: Rec
 def test_a_policy_lets_out_the_names_that_its_operator_wrote(hospital: Any) -> None:
     """And no other; a name of few patients stays where it is."""
     place = hospital(lambda rows: (labelled(*range(0, 44, 2), finding="Trap")(rows), labelled(5)(rows)))
-    home = Path(str(site.folder_of({"site": "north"})))
-    home.mkdir(parents=True)
-    (home / "site.yaml").write_text(f"findings: ['Trap', '{NAME}']\n")
+    demand(site.folder_of({"site": "north"}), f"{MODEL}findings: ['Trap', '{NAME}']\n")
     told = place.reply(Request(phase="enrol")).values["findings"]
     assert sorted(told) == ["Effusion", "No Finding", "Nodule", "Trap"]
 
 
 def test_a_wrong_policy_tells_nothing_at_all(hospital: Any) -> None:
     """A site.yaml that cannot be read is refused, not taken for none."""
-    home = Path(str(site.folder_of({"site": "north"})))
-    home.mkdir(parents=True)
-    (home / "site.yaml").write_text("cells: {patients: none}\n")
-    answered = hospital().ask(Request(phase="enrol"))
+    place = hospital()
+    demand(site.folder_of({"site": "north"}), f"{MODEL}cells: {{patients: none}}\n")
+    answered = place.ask(Request(phase="enrol"))
     assert answered.has_error()
     assert answered.error.reason == "config"

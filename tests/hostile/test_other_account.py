@@ -13,14 +13,12 @@ from flwr.app import Context, RecordDict
 
 from chexfound import recipe as recipes
 from chexfound import wire
-from chexfound.model import checkpoint
-from chexfound.model.glori import build_head
-from chexfound.phases import Request
-from chexfound.pretrain.train import initial_weights
+from chexfound.phases import Reply, Request
 from client import cli, site
 from client.app import app
 from client.preflight import local
 from client.preflight.checks import Subject
+from tests.hostile.weights_door import demand, short, whole_run
 
 FINDINGS = ("Bar", "Blob")
 
@@ -59,24 +57,22 @@ def test_pixels_labels_features_and_scores_of_a_run_are_closed(
     served: Path, tiny_images: Path, tiny_recipe: Any, make_message: Any
 ) -> None:
     """All phases, in the processes' umask."""
-    run = {"recipe": recipes.to_json(tiny_recipe)}
+    recipe = short(tiny_recipe)
+    demand(served)
+    run = {"recipe": recipes.to_json(recipe)}
     node = {"site": "A", "data": str(tiny_images)}
     context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
 
-    def ask(phase: str, kind: str, **fields: Any) -> None:
-        reply = app(make_message(wire.pack_request(Request(phase=phase, **fields)), kind), context)
-        assert reply.has_content(), (phase, reply.error)
+    def ask(request: Request) -> Reply:
+        reply = app(make_message(wire.pack_request(request), wire.MESSAGE_TYPES[request.phase]), context)
+        assert reply.has_content(), (request.phase, reply.error)
+        return wire.unpack_reply(reply.content)
 
-    start = initial_weights(tiny_recipe)
-    head = build_head(tiny_recipe, len(FINDINGS)).state_dict()
-    work = {"steps": 2, "batch_size": 4}
-    ask("enrol", "query.enrol")
-    ask("pretrain", "train.pretrain", tensors=start, **work)
-    backbone = checkpoint.with_prefix(start, "student.backbone.")
-    ask("features", wire.MESSAGE_TYPES["features"], findings=FINDINGS, tensors=backbone)
-    ask("adapt", wire.MESSAGE_TYPES["adapt"], findings=FINDINGS, tensors=head, **work)
-    ask("evaluate", "evaluate", findings=FINDINGS, tensors=checkpoint.add_prefix(head, "head."))
-    assert {path.name for path in served.rglob("*")} >= {"index.sqlite", "patches.npy", "backbone.safetensors"}
+    ask(Request(phase="enrol"))
+    whole_run(ask, recipe, FINDINGS)
+    kept = {"index.sqlite", "patches.npy", "backbone.safetensors", "accepted.json", "runs.json"}
+    assert {path.name for path in served.rglob("*")} >= kept
+    (served / "site.yaml").unlink()  # the operator's own, of no patient
     assert readable(served) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,39 @@ from server.flwr_private import set_identity, set_message_id
 
 NAME = "NORTH"
 FINDINGS = ("Bar", "Blob")
+SMALL = """
+model: {min_tokens: 1, min_crop_tokens: 1}
+min_batch: 2
+findings: [Bar, Blob]
+"""  # for the recipe and the images of the tests; else the defaults
+
+
+def demand(home: Path, text: str = SMALL) -> None:
+    """What the operator of a site writes into site.yaml."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "site.yaml").write_text(text)
+
+
+def short(recipe: Recipe) -> Recipe:
+    """The recipe with one round of each phase."""
+    train, adapt = (recipes.changed(part, rounds=1) for part in (recipe.train, recipe.adapt))
+    return recipes.changed(recipe, train=train, adapt=adapt)
+
+
+def whole_run(
+    ask: Callable[[Request], Reply], recipe: Recipe, findings: tuple[str, ...], batch: int = 4
+) -> list[Reply]:
+    """What a site answers to an honest coordinator in a run of a `short` recipe, to each phase in order."""
+    head = build_head(recipe, len(findings))
+    fresh = {name: tensor.clone() for name, tensor in head.state_dict().items()} | zero_moments(head)
+    work = {"findings": findings, "batch_size": batch}
+    trained = ask(Request(phase="pretrain", steps=recipe.train.local_steps, tensors=initial_weights(recipe), **work))
+    backbone = taken_backbone(trained.tensors)
+    made = ask(Request(phase="features", findings=findings, tensors=backbone))
+    adapted = ask(Request(phase="adapt", steps=recipe.adapt.local_steps, tensors=fresh, **work))
+    last = adapted.tensors or fresh
+    last = {f"head.{name}": tensor for name, tensor in last.items() if not name.startswith(PREFIX)}
+    return [trained, made, adapted, ask(Request(phase="evaluate", findings=findings, tensors=last))]
 
 
 class Hospital:
@@ -42,6 +76,10 @@ class Hospital:
     def home(self) -> Path:
         """Its folder."""
         return site_home(NAME)
+
+    def demand(self, text: str) -> None:
+        """What its operator writes into site.yaml."""
+        demand(self.home, text)
 
     def ask(self, request: Request, recipe: Recipe | None = None) -> Reply | str:
         """Its reply, or the code that it refuses with."""
