@@ -139,7 +139,7 @@ class Teacher:
 
 @_frozen
 class Optim:
-    """The optimizer of pretraining; its moments stay at the site."""
+    """The optimizer of pretraining; whether its moments travel is `train.optimizer_state`."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Rate = 2e-3

@@ -24,11 +24,12 @@ def test_every_preset_is_granted_by_a_policy_that_nobody_wrote(name: str, n_site
     assert refused(judge(recipe.load(name), plain, n_sites)) == []
 
 
+@pytest.mark.parametrize("name", recipe.presets())
 @pytest.mark.parametrize("n_sites", [3, 4])
-def test_from_three_sites_on_a_preset_is_refused_in_the_clear_alone(n_sites: int) -> None:
-    against = refused(judge(recipe.load("demo"), Policy().limits(n_sites), n_sites))
+def test_from_three_sites_on_a_preset_is_refused_in_the_clear_alone(name: str, n_sites: int) -> None:
+    against = refused(judge(recipe.load(name), Policy().limits(n_sites), n_sites))
     assert [one.code for one in against] == ["secagg.plain"]
-    masked = replace(recipe.load("demo"), aggregation="secagg")
+    masked = recipe.load(name, {"aggregation": "secagg"})
     assert refused(judge(masked, Policy().limits(n_sites), n_sites)) == []
 
 

@@ -61,6 +61,8 @@ def _write(folder: Path, site: Site, recipe: Recipe, request: Request) -> None:
         "home": str(site.home),
         "store": str(site.view.store.path),
         "shuffle_labels": site.shuffle_labels,
+        "cells": site.cells,
+        "words": None if site.words is None else sorted(site.words),
         "split_key": site.split_key.hex() if site.split_key else None,
         "fractions": vars(site.fractions) if site.fractions else None,
     }
@@ -76,6 +78,8 @@ def _read(folder: Path) -> tuple[Site, Recipe, Request]:
         view=view,
         home=Path(here["home"]),
         shuffle_labels=here["shuffle_labels"],
+        cells=here["cells"],
+        words=None if here["words"] is None else frozenset(here["words"]),
         split_key=bytes.fromhex(here["split_key"]) if here["split_key"] else None,
         fractions=recipes.changed(Split(), **here["fractions"]) if here["fractions"] else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ import torch
 from chexfound import phases
 from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError
-from chexfound.phases import Request
+from chexfound.phases import Request, Site
 from chexfound.pretrain import rank
 from chexfound.pretrain.train import initial_weights
+from chexfound.schema import Split
 
 SETTINGS = [
     "train.local_steps=2",
@@ -71,6 +72,29 @@ def test_a_batch_that_cannot_be_shared_out_is_told_before_anything_starts(make_s
     request = Request(phase="pretrain", steps=2, batch_size=5, tensors=initial_weights(recipe))
     with pytest.raises(ConfigError, match="a batch of 5 images cannot be divided equally among the 2 GPUs"):
         phases.run(site, recipe, request)
+
+
+NOT_OF_A_STEP = {"view", "progress", "gpus", "digest_key", "limits", "least", "lineage", "remembered"}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {},
+        {"cells": 10, "words": frozenset({"Blob"}), "split_key": bytes(range(32)), "fractions": Split(train=0.5)},
+    ],
+)
+def test_each_gpu_s_process_has_what_the_site_may_tell_and_of_whom(make_site, recipe, tmp_path, policy):
+    """Else the probe of a site with two GPUs would judge names, and cells, that the site keeps to itself."""
+    site, sent = replace(make_site("all", None), **policy), {"w": torch.ones(2)}
+    rank._write(tmp_path / "ranks", site, recipe, Request(phase="pretrain", left_out=("knn_auroc",), tensors=sent))
+    found, read_recipe, request = rank._read(tmp_path / "ranks")
+    assert read_recipe == recipe
+    assert list(request.left_out) == ["knn_auroc"]
+    assert found.view.ids.tolist() == site.view.ids.tolist()
+    kept = {field.name for field in fields(Site)} - NOT_OF_A_STEP
+    assert {name: getattr(found, name) for name in kept} == {name: getattr(site, name) for name in kept}
+    assert found.training_ids(recipe).tolist() == site.training_ids(recipe).tolist()
 
 
 def test_whose_failure_it_was(tmp_path):

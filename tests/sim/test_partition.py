@@ -21,7 +21,7 @@ def make_store(rows: list[Row]) -> Store:
     listed = [set(row[3].split("|")) - {""} for row in rows]
     findings = set().union(*listed)
     labels = {name: np.array([1 if name in found else 0 for found in listed], np.int8) for name in findings}
-    return Store(Path("memory"), 8, images, labels, [])
+    return Store(Path("memory"), 8, images, labels, [], key_id="")
 
 
 def of_sizes(**sizes: int) -> Store:
@@ -177,7 +177,7 @@ def test_real_sources(require, tmp_path):
 
     entries = find(require("shared") / "data" / "cxr").entries
     images = [entry.image for entry in entries]
-    store = Store(tmp_path, 8, images, {}, [])
+    store = Store(tmp_path, 8, images, {}, [], key_id="")
     assert sizes(store, "source") == {
         "covid-chestxray": 94,
         "guangzhou-pediatric": 389,

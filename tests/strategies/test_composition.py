@@ -80,6 +80,13 @@ def test_a_good_recipe_passes_for_every_number_of_sites() -> None:
         check(averaged(), n)
 
 
+@pytest.mark.parametrize("name", recipes.presets())
+@pytest.mark.parametrize("n", [3, 4])
+def test_every_preset_runs_under_masks_as_it_is(name: str, n: int) -> None:
+    """No option but the aggregation's own, which `chexfound-server run` takes by itself from three sites on."""
+    check(recipes.load(name, {"aggregation": "secagg"}), n)
+
+
 def test_every_rule_has_its_case() -> None:
     assert [rule.key for rule in SECAGG] == list(RULES)
 
