@@ -23,14 +23,12 @@ from chexfound.data.sources import ingest
 from chexfound.data.store import Store
 from chexfound.rng import numpy_generator
 from chexfound.schema import Recipe
-from client.home import close
-from client.secret import Secret, path_of
+from client.secret import Secret
 from sim.arms import Plan, run_federated
 from sim.partition import partition
 from sim.pool import Pool
-from tests.e2e.hospitals import allow_small
+from tests.e2e.hospitals import SECRET, allow_small, give_secret
 
-SECRET = bytes(range(32))  # of all sites, and of the simulations that a run's model is held against
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 240.0  # how long a machine may take that does much else; on an idle one a test takes a tenth of it
 
@@ -48,13 +46,6 @@ def free_ports() -> Callable[[int], tuple[int, ...]]:
 
 def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
-
-
-def give_secret(home: Path, site: str) -> None:
-    """Have a site that was never served name and split its patients as the simulation does (`in_process`)."""
-    folder = home / "sites" / site
-    close(folder)
-    path_of(folder).write_bytes(SECRET)
 
 
 class Process:

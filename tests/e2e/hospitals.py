@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.conftest import give_secret
+from client.home import close
+from client.secret import path_of
 from tests.server.doors import free_port
 
+SECRET = bytes(range(32))  # of all sites, and of the simulations that a run's model is held against
 # What the operators of these hospitals write: a recipe so small that two cores train it in seconds, over few patients,
 # in as many runs as there are tests.
 ALLOWED = """
@@ -33,6 +35,13 @@ def allow_small(home: Path, site: str) -> None:
     folder = home / "sites" / site
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "site.yaml").write_text(ALLOWED)
+
+
+def give_secret(home: Path, site: str) -> None:
+    """Have a site that was never served name and split its patients as the simulation does (`in_process`)."""
+    folder = home / "sites" / site
+    close(folder)
+    path_of(folder).write_bytes(SECRET)
 
 
 class Hospitals:

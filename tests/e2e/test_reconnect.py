@@ -26,8 +26,8 @@ from chexfound.schema import Recipe
 from server import federation as federations
 from server import members
 from tests.e2e import hospitals
-from tests.e2e.conftest import PART_MB, give_secret
-from tests.e2e.hospitals import allow_small
+from tests.e2e.conftest import PART_MB
+from tests.e2e.hospitals import allow_small, give_secret
 
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")

@@ -29,8 +29,8 @@ from client.home import store_path
 from client.secret import Secret
 from server.exchange import Member, Missing, checked_roster
 from server.run import Run
-from tests.e2e.conftest import PART_MB, PATIENCE_S, SECRET
-from tests.e2e.hospitals import Hospitals, kill
+from tests.e2e.conftest import PART_MB, PATIENCE_S
+from tests.e2e.hospitals import SECRET, Hospitals, kill
 
 pytestmark = pytest.mark.e2e
 SITES = 4  # c = 1, t = 3
