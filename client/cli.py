@@ -262,7 +262,7 @@ def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -
         path = store_path(home, image_px)
         _say(name, f"taking in the images of {data}")
         with _bar() as progress:
-            summary = ingest(data, path, image_px, progress=progress, naming=naming)
+            summary = ingest(data, path, image_px, progress=progress, naming=naming, site=name)
         _say(
             name,
             f"{summary.images} new images of {summary.patients} patients, "
@@ -272,7 +272,7 @@ def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -
             print(f"  {count} refused: {reason}", flush=True)
     store = Store.open(path)
     _say(name, f"{len(store)} images of {len(set(store.keys))} patients, {store.px} px, in {path}")
-    strangers = sum(image.root != str(data) for image in store.images) if path != data else 0
+    strangers = sum(image.root != naming.hide(str(data)) for image in store.images) if path != data else 0
     if strangers:
         print(
             f"warning: images of another folder that site {name!r} was served from before take part too: "

@@ -2,9 +2,10 @@
 
     HOME/secret.key    32 random bytes, 0600; made at `enrol`, or when the site is served first
 
-Three keys come of it, by HKDF-SHA256: one that names the patients in the site's own stores (a number that somebody
-knows finds nobody there), one that decides who trains, validates and tests (data/split.py), and one for the digest
-of the store, by which a coordinator sees that images have changed, and cannot try whether they are those it guesses.
+Four keys come of it, by HKDF-SHA256: one that names the patients in the site's own stores (a number that somebody
+knows finds nobody there), one that stands in for paths and labels in their index (data/texts.py), one that decides who
+trains, validates and tests (data/split.py), and one for the digest of the store, by which a coordinator sees that
+images have changed, and cannot try whether they are those it guesses.
 
 It never leaves.  With another one each patient has another name and another part, and whom a model has learned from
 would test it: so a site whose stores were made with another secret, or with one that is gone, does nothing.
@@ -37,7 +38,7 @@ class Secret:
     """The keys that one secret gives.
 
     Args:
-        naming: of patients, in the site's own stores.
+        naming: of patients, and of all else that has a name, in the site's own stores.
         split: by which patients fall into parts.
         digest: by which the store's digest leaves.
     """
@@ -53,7 +54,11 @@ class Secret:
         def key(info: str) -> bytes:
             return HKDF(algorithm=SHA256(), length=BYTES, salt=None, info=info.encode()).derive(secret)
 
-        naming = Naming(key_id=key("chexfound key id v1").hex()[:16], key=key("chexfound pseudonym v1"))
+        naming = Naming(
+            key_id=key("chexfound key id v1").hex()[:16],
+            key=key("chexfound pseudonym v1"),
+            texts=key("chexfound texts v1"),
+        )
         return Secret(naming=naming, split=key("chexfound split v1"), digest=key("chexfound store v1"))
 
 

@@ -106,7 +106,7 @@ def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: boo
     close(folder)
     own, policy = secret.of_site(folder), Policy.load(folder)
     try:
-        store = _store(data, folder, image_px, enrolling, own.naming)
+        store = _store(data, folder, image_px, enrolling, own.naming, name)
     except EmptyError as error:
         raise RefusedError("policy.patients", str(error)) from error
     fractions = changed(Split(), train=policy.split.train, val=policy.split.val)
@@ -133,11 +133,13 @@ def _hospital(name: str, data: Path, folder: Path, image_px: int, enrolling: boo
     )
 
 
-def _store(data: Path, folder: Path, image_px: int, enrolling: bool, naming: Naming | None = None) -> Store:
+def _store(
+    data: Path, folder: Path, image_px: int, enrolling: bool, naming: Naming | None = None, name: str = ""
+) -> Store:
     """The store that `data` is, as it is; or the site's own, that its images are taken into."""
     if is_store(data):
         return Store.open(data)
     path = store_path(folder, image_px)
     if enrolling or not path.exists() or (naming is not None and not key_id(path)):
-        ingest(data, path, image_px, naming=naming)
+        ingest(data, path, image_px, naming=naming, site=name)
     return Store.open(path)

@@ -1,4 +1,4 @@
-"""How a hospital's own store names its patients: by a key, so that a number that somebody knows finds nobody."""
+"""How a hospital's own store names patients, files and labels: by keys, so that what somebody knows finds nobody."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ class Naming:
 
     Args:
         key_id: tells the key from others, and nothing else of it; stands in the store.
-        key: of the hospital.
+        key: of the hospital, for its patients.
+        texts: likewise, for all else that its index would say in words (`chexfound.data.texts`).
     """
 
     key_id: str
     key: bytes = field(repr=False)
+    texts: bytes = field(repr=False)
 
     def name(self, patient: str) -> str:
         """The name in the store."""
         return hmac.digest(self.key, patient.encode(), "sha256").hex()[:DIGITS]
+
+    def hide(self, text: str) -> str:
+        """What stands in the index in place of a text; of none, none."""
+        return hmac.digest(self.texts, text.encode(), "sha256").hex()[:DIGITS] if text else ""

@@ -56,6 +56,7 @@ def ingest(
     *,
     progress: Callable[[int, int], None] | None = None,
     naming: Naming | None = None,
+    site: str = "",
 ) -> Summary:
     """Add the images under `source` to the store at `store`, which is made if it is absent.
 
@@ -67,8 +68,10 @@ def ingest(
         store: a store, or a folder to be.
         image_px: side of the stored images, pixels.
         progress: called with (files done, files in all).
-        naming: by which key the store names its patients (default: none; a manifest's names are kept, and of a
-            PatientID `chexfound.data.dicom.pseudonym`).
+        naming: by which keys the store names its patients, and all else (default: none; a manifest's names are kept,
+            and of a PatientID `chexfound.data.dicom.pseudonym`).
+        site: the source of DICOM files that no manifest lists (default: of each the first folder below `source`,
+            which in a PACS may be a patient's).
 
     Raises:
         ConfigError: image_px is out of range, or a path is not UTF-8 or cannot be.
@@ -84,22 +87,22 @@ def ingest(
             raise ConfigError(f"{written(path)}: the path is not UTF-8 as the index must be; rename the folder")
     if not is_store(source) and not os.path.isdir(source):  # the first tells what may not be read
         raise DataError(f"{source}: no such folder; give the folder that holds the images")
-    found = find(source, leave=store)
+    found = find(source, leave=store, site=site)
     if not found.entries:
         hint = f"; {found.loose} PNG or JPEG files lie there, and need a {MANIFEST} beside them" if found.loose else ""
         raise EmptyError(f"{source}: no images: neither DICOM files nor a {MANIFEST}{hint}")
-    with writing(store, image_px, naming) as writer:
+    with writing(store, image_px, naming, site) as writer:
         return _fill(writer, source, found.entries, progress)
 
 
-def find(root: Path, leave: Path | None = None) -> _Found:
+def find(root: Path, leave: Path | None = None, site: str = "") -> _Found:
     """List the images below `root`, sorted by path; names that start with a dot are left out.
 
     A link to a folder elsewhere is followed; what cannot be read is listed, with the reason.
 
     Raises: DataError with every fault of a manifest.
     """
-    walk = _Walk(root, leave)
+    walk = _Walk(root, leave, site)
     for folder, folders, files in os.walk(root, onerror=walk.unreadable, followlinks=True):
         here = Path(folder)
         if MANIFEST in files:
@@ -117,14 +120,14 @@ def find(root: Path, leave: Path | None = None) -> _Found:
 class _Walk:
     """A walk that follows links to folders: enters each once, by its own name if it has one below the root."""
 
-    def __init__(self, root: Path, leave: Path | None) -> None:
-        self.found = _Found()
+    def __init__(self, root: Path, leave: Path | None, site: str) -> None:
+        self.found, self.site = _Found(), site
         self.root, self.real = root, Path(os.path.realpath(root))
         self.leave = None if leave is None else Path(os.path.realpath(leave))
         self.seen = {self.real}
 
     def refuse(self, path: Path, reason: str) -> None:
-        self.found.entries.append(replace(_loose_dicom(path, self.root), refusal=reason))
+        self.found.entries.append(replace(_loose_dicom(path, self.root, self.site), refusal=reason))
 
     def unreadable(self, error: OSError) -> None:
         self.refuse(Path(error.filename), "the folder may not be read")
@@ -134,7 +137,7 @@ class _Walk:
         if reason := _not_utf8(path) or unreadable_file(path):
             self.refuse(path, reason)
         elif _is_dicom(path):
-            self.found.entries.append(_loose_dicom(path, self.root))
+            self.found.entries.append(_loose_dicom(path, self.root, self.site))
         self.found.loose += path.suffix.lower() in (".png", ".jpg", ".jpeg")
 
     def enters(self, path: Path) -> bool:
@@ -171,9 +174,9 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _loose_dicom(path: Path, root: Path) -> Entry:
+def _loose_dicom(path: Path, root: Path, site: str) -> Entry:
     relative = path.relative_to(root)
-    source = relative.parts[0] if len(relative.parts) > 1 else root.resolve().name
+    source = site or (relative.parts[0] if len(relative.parts) > 1 else root.resolve().name)
     image = Image(source=written(source), patient="", root=str(root.resolve()), file=written(relative.as_posix()))
     refusal = "" if word(image.source) else f"its source would be {image.source!r}, not {RULE}; rename the folder"
     return Entry(path=path, image=image, labels={}, refusal=refusal)
@@ -185,7 +188,8 @@ def _fill(
     entries: list[Entry],
     progress: Callable[[int, int], None] | None,
 ) -> Summary:
-    known = writer.known(str(root.resolve()))
+    files = [entry.image.file for entry in entries]
+    known = writer.known(str(root.resolve()), files)
     fates: dict[str, _Fate] = {}
     for done, (entry, result) in enumerate(_decoded(entries, known, writer.px), start=1):
         file = entry.image.file
@@ -198,7 +202,7 @@ def _fill(
         if progress is not None:
             progress(done, len(entries))
     # A duplicate stands in for its twin if that was refused or changed, now or since.
-    bereft = writer.bereft(str(root.resolve()))
+    bereft = writer.bereft(str(root.resolve()), files)
     for entry, result in _decoded((entry for entry in entries if entry.image.file in bereft), {}, writer.px):
         assert result is not None  # nothing is known to it
         fates[entry.image.file] = _store(writer, entry, result)

@@ -3,7 +3,8 @@
 STORE/index.sqlite        who, where, which labels, where the pixels lie, and what was refused
 STORE/shard-00000.npy     uint8 (N, px, px), at most `SHARD_IMAGES` each
 
-Patients are named as they came in, or in a hospital's own store by its key (`Naming`); a store says by which.
+Patients are named as they came in, or in a hospital's own store by its key (`Naming`); a store says by which.  Of that
+index no other text is one to read either: keys stand there, and STORE/texts.sqlite has what they stand for (texts.py).
 
 An image's **id** is its place in the canonical order (source, patient, hash of the pixels), so the
 same content has the same ids in whatever order it came in; adding images renumbers.
@@ -32,6 +33,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from chexfound.data import texts
 from chexfound.data.naming import Naming
 from chexfound.data.shards import Shards, map_shard, sync
 from chexfound.errors import DataError
@@ -81,7 +83,7 @@ class Image:
 
     source: str
     patient: str
-    file: str  # relative to `root`
+    file: str  # relative to `root`; read from a keyed store, the key of that (`Store.file`), and so is `root`
     root: str = ""  # the folder that was ingested, absolute: files of two folders may have one name
     size: int = 0  # of the file, bytes
     mtime_ns: int = 0
@@ -161,14 +163,11 @@ class Store:
         with _damage_told(path), contextlib.closing(_connect(path)) as index:
             _check_schema(path, index)
             px = index.execute("SELECT px FROM meta").fetchone()[0]
-            rows = index.execute(
-                f"SELECT id, {_COLUMNS} FROM images ORDER BY source, patient, sha256"  # noqa: S608 (our own names)
-            ).fetchall()
-            names = [field.name for field in fields(Image)]
-            images = [Image(**dict(zip(names, row[1:], strict=True))) for row in rows]
-            labels = _read_labels(index, {row[0]: place for place, row in enumerate(rows)})
-            shards = [map_shard(path, number, count, px) for number, count in _read_shards(index)]
             key_id = _key_id(index)
+            told = texts.told(index, _KEYS) if key_id else {}
+            numbers, images = _read_images(index, told)
+            labels = _read_labels(index, {number: place for place, number in enumerate(numbers)}, told)
+            shards = [map_shard(path, number, count, px) for number, count in _read_shards(index)]
         return Store(path, px, images, labels, shards, key_id)
 
     def __len__(self) -> int:
@@ -181,7 +180,19 @@ class Store:
     def refused(self) -> list[tuple[str, str]]:
         """The files that were left out, each with the reason, sorted."""
         with _damage_told(self.path), contextlib.closing(_connect(self.path)) as index:
-            return index.execute("SELECT file, reason FROM refused ORDER BY file, root").fetchall()
+            rows = index.execute("SELECT file, reason, root FROM refused").fetchall()
+            keys = "SELECT file FROM refused UNION SELECT reason FROM refused UNION SELECT root FROM refused"
+            told = texts.told(index, keys) if self.key_id else {}
+        listed = sorted((told.get(file, file), told.get(root, root), told.get(why, why)) for file, why, root in rows)
+        return [(file, reason) for file, _, reason in listed]
+
+    def file(self, image: int) -> str:
+        """The file of an image, relative to the folder that was ingested."""
+        name = self.images[image].file
+        if not self.key_id:
+            return name
+        with _damage_told(self.path), contextlib.closing(_connect(self.path)) as index:
+            return texts.text(index, name)
 
     def labels(self, ids: Iterable[int] | np.ndarray, findings: Sequence[str]) -> np.ndarray:
         """Labels int8 (n, F): 1, 0, or -1 if unknown, as is a finding that the store does not have."""
@@ -225,10 +236,34 @@ class Store:
         return ids
 
 
-def _read_labels(index: sqlite3.Connection, places: Mapping[int, int]) -> dict[str, np.ndarray]:
+# Of a keyed store, the texts that whoever opens it needs; those of files only `Store.file` and `Store.refused` do.
+_SAID = ("source", "site", "view", "sex")
+_KEYS = " UNION ".join([*(f"SELECT {column} FROM images" for column in _SAID), "SELECT name FROM findings"])  # noqa: S608
+
+
+def _read_images(index: sqlite3.Connection, told: Mapping[str, str]) -> tuple[list[int], list[Image]]:
+    """The rows in canonical order, each with its number in the index."""
+    names = [field.name for field in fields(Image)]
+    rows = index.execute(f"SELECT id, {_COLUMNS} FROM images ORDER BY source, patient, sha256").fetchall()  # noqa: S608
+    found = [(row[0], Image(**dict(zip(names, row[1:], strict=True)))) for row in rows]
+    if told:
+        found = [(number, _read_texts(image, told)) for number, image in found]
+        found.sort(key=lambda row: (row[1].source, row[1].patient, row[1].sha256))
+    return [number for number, _ in found], [image for _, image in found]
+
+
+def _read_texts(image: Image, told: Mapping[str, str]) -> Image:
+    said: dict[str, Any] = {name: told[key] for name in _SAID if (key := getattr(image, name))}
+    return replace(image, **said)
+
+
+def _read_labels(
+    index: sqlite3.Connection, places: Mapping[int, int], told: Mapping[str, str]
+) -> dict[str, np.ndarray]:
     labels: dict[str, np.ndarray] = {}
     rows = index.execute("SELECT image, name, value FROM labels JOIN findings ON findings.id = finding")
-    for image, finding, value in rows:
+    for image, key, value in rows:
+        finding = told.get(key, key)
         if finding not in labels:
             labels[finding] = np.full(len(places), UNKNOWN, np.int8)
         labels[finding][places[image]] = value
@@ -275,13 +310,17 @@ def key_id(path: Path) -> str:
 def _connect(path: Path, mode: str = "ro") -> sqlite3.Connection:
     """Open the index.  Rolls back first what a process that died in its commit left half-done."""
     address = f"file:{quote(str((path / INDEX).absolute()))}?mode="
-    if mode == "ro" and (path / f"{INDEX}-journal").exists():
+    if mode == "ro" and any((path / f"{name}-journal").exists() for name in (INDEX, texts.TEXTS)):
         # Only a connection that may write can roll back; where we may not, the reading below tells so.
         with contextlib.suppress(sqlite3.OperationalError):
             with contextlib.closing(sqlite3.connect(f"{address}rw", uri=True, timeout=30)) as index:
+                texts.attach(index, path, "rw")
                 index.execute("SELECT px FROM meta").fetchone()
+                index.execute("SELECT 1 FROM apart.texts").fetchone()
     index = sqlite3.connect(address + mode, uri=True, timeout=30, isolation_level=None)
     index.execute("PRAGMA foreign_keys = ON")
+    if mode == "ro":
+        texts.attach(index, path, mode)
     return index
 
 
@@ -291,27 +330,32 @@ def _connect(path: Path, mode: str = "ro") -> sqlite3.Connection:
 class Writer:
     """Adds to a store; made by `writing`, and seen by others only when that block ends well."""
 
-    def __init__(self, folder: Path, px: int, index: sqlite3.Connection, naming: Naming | None) -> None:
+    def __init__(self, folder: Path, px: int, index: sqlite3.Connection, naming: Naming | None, site: str) -> None:
         self.px = px
         self._index = index
         self._naming = naming
         # Pages stay in memory until the commit, so readers are not locked out while images are decoded.
         # What is overwritten is zeroed: the names of before must not be read from the file.
-        index.executescript(
-            "PRAGMA cache_spill = OFF; PRAGMA synchronous = EXTRA; PRAGMA secure_delete = ON; BEGIN IMMEDIATE;"
-        )
+        index.executescript("PRAGMA cache_spill = OFF; PRAGMA synchronous = EXTRA; PRAGMA secure_delete = ON;")
+        if naming is not None:
+            texts.attach(index, folder, "rwc")
+            index.execute("PRAGMA apart.synchronous = EXTRA")
+            if not _key_id(index):
+                index.execute("VACUUM")  # nor from what earlier releases freed without zeroing it
+        index.execute("BEGIN IMMEDIATE")
         index.execute(_DUPLICATES)
         if naming is not None:
-            self._name_all(naming)
+            self._name_all(naming, site)
         self.shards = Shards(folder, px, _read_shards(index))
         self._findings: dict[str, int] = dict(index.execute("SELECT name, id FROM findings").fetchall())
 
-    def _name_all(self, naming: Naming) -> None:
-        """Name by the key who is in the store without one; a store that has it already is left as it is."""
+    def _name_all(self, naming: Naming, site: str) -> None:
+        """Put keys in the place of patients' names and of texts; a store that has them already is left as it is."""
         if _key_id(self._index):
             return
         self._index.create_function("named", 1, naming.name, deterministic=True)
         self._index.execute("UPDATE images SET patient = named(patient)")
+        texts.move(self._index, naming, site)
         self._index.execute("CREATE TABLE naming (key TEXT NOT NULL)")
         self._index.execute("INSERT INTO naming VALUES (?)", (naming.key_id,))
         self._index.execute(f"PRAGMA user_version = {KEYED}")
@@ -319,50 +363,71 @@ class Writer:
     def _name(self, patient: str) -> str:
         return patient if self._naming is None else self._naming.name(patient)
 
-    def known(self, root: str) -> dict[str, tuple[str, int, int, bool]]:
-        """File -> (source, size, mtime_ns, whether it was refused) of all ever ingested from `root`."""
+    def _key(self, text: str) -> str:
+        """What stands in the index for a text: a keyed store's key, which may not be there yet, or the text itself."""
+        return text if self._naming is None else self._naming.hide(text)
+
+    def _hide(self, text: str) -> str:
+        """Likewise, and the text stands beside the index from now on."""
+        return text if self._naming is None else texts.hide(self._index, self._naming, text)
+
+    def _hidden(self, image: Image) -> Image:
+        said: dict[str, Any] = {name: self._hide(getattr(image, name)) for name in texts.COLUMNS["images"]}
+        return replace(image, patient=self._name(image.patient), **said)
+
+    def known(self, root: str, files: Iterable[str]) -> dict[str, tuple[str, int, int, bool]]:
+        """File -> (source, size, mtime_ns, whether it was refused) of those that were ever ingested from `root`."""
         rows = self._index.execute(
             "SELECT file, source, size, mtime_ns, 0 FROM images WHERE root = ?1"
             " UNION ALL SELECT file, source, size, mtime_ns, 1 FROM refused WHERE root = ?1",
-            (root,),
+            (self._key(root),),
         )
-        return {file: (source, size, mtime_ns, bool(refused)) for file, source, size, mtime_ns, refused in rows}
+        told = self._told("SELECT source FROM images UNION SELECT source FROM refused")
+        found = {
+            file: (told.get(source, source), size, mtime_ns, bool(refused))
+            for file, source, size, mtime_ns, refused in rows
+        }
+        return {file: found[key] for file in files if (key := self._key(file)) in found}
 
-    def bereft(self, root: str) -> set[str]:
-        """The files of `root` that were refused as duplicates of pixels that their source no longer has."""
+    def _told(self, keys: str) -> dict[str, str]:
+        return {} if self._naming is None else texts.told(self._index, keys)
+
+    def bereft(self, root: str, files: Iterable[str]) -> set[str]:
+        """Those files of `root` that were refused as duplicates of pixels that their source no longer has."""
         rows = self._index.execute(
             "SELECT file FROM refused LEFT JOIN duplicates USING (root, file)"
             " WHERE root = ? AND (sha256 IS NOT NULL OR reason LIKE 'duplicate of %') AND NOT EXISTS"
             " (SELECT 1 FROM images WHERE images.source = refused.source AND images.sha256 = duplicates.sha256)",
-            (root,),
+            (self._key(root),),
         )
-        return {file for (file,) in rows}
+        found = {file for (file,) in rows}
+        return {file for file in files if self._key(file) in found}
 
     def add(self, image: Image, pixels: np.ndarray, labels: Mapping[str, int]) -> str | None:
         """Add an image, in place of an earlier one of the same file.
 
         Args:
-            image: its row; hash and place are filled in here, and a key's name for its patient.
+            image: its row; hash and place are filled in here, and keys where the store has them.
             pixels: uint8 (px, px).
             labels: finding -> 1 or 0; what is not named is unknown.
 
         Returns: None; or, when the source already has these very pixels from another file, that file
         (then nothing was added).
         """
-        sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
+        sha256, image = hashlib.sha256(pixels.tobytes()).hexdigest(), self._hidden(image)
         # The same file with the same pixels: touched, or moved with its root.  Its pixels stay put.
         same = self._index.execute(
             "SELECT root, shard, row FROM images WHERE source = ? AND file = ? AND sha256 = ?",
             (image.source, image.file, sha256),
         ).fetchone()
-        self.forget(image.root, image.file)
+        self._forget(image.root, image.file)
         if same is not None:
-            self.forget(same[0], image.file)
+            self._forget(same[0], image.file)
         twin = self._index.execute(
             "SELECT file FROM images WHERE source = ? AND sha256 = ?", (image.source, sha256)
         ).fetchone()
         if twin is not None:
-            return str(twin[0])
+            return str(twin[0]) if self._naming is None else texts.text(self._index, twin[0])
         shard, row = same[1:] if same is not None else self.shards.append(pixels)
         self._index.execute(
             "INSERT INTO shards VALUES (?, ?) ON CONFLICT (number) DO UPDATE SET rows = max(rows, excluded.rows)",
@@ -370,7 +435,7 @@ class Writer:
         )
         cursor = self._index.execute(
             f"INSERT INTO images ({_COLUMNS}) VALUES ({_MARKS})",  # noqa: S608 (names of our own fields)
-            astuple(replace(image, patient=self._name(image.patient), sha256=sha256, shard=shard, row=row)),
+            astuple(replace(image, sha256=sha256, shard=shard, row=row)),
         )
         assert cursor.lastrowid is not None
         self._label(cursor.lastrowid, labels)
@@ -378,13 +443,14 @@ class Writer:
 
     def describe(self, image: Image, labels: Mapping[str, int]) -> None:
         """Give an image that is there the manifest's present labels and fields (blank: as it was)."""
+        image = self._hidden(image)
         number = self._index.execute(
             "SELECT id FROM images WHERE root = ? AND file = ?", (image.root, image.file)
         ).fetchone()[0]
         self._index.execute(
             "UPDATE images SET patient = ?, site = ?, split = ?, age = coalesce(?, age),"
             " view = coalesce(nullif(?, ''), view), sex = coalesce(nullif(?, ''), sex) WHERE id = ?",
-            (self._name(image.patient), image.site, image.split, image.age, image.view, image.sex, number),
+            (image.patient, image.site, image.split, image.age, image.view, image.sex, number),
         )
         self._index.execute("DELETE FROM labels WHERE image = ?", (number,))
         self._label(number, labels)
@@ -394,8 +460,9 @@ class Writer:
 
         `twin`: the pixels, if the reason is that another file has the same.
         """
-        self.forget(image.root, image.file)
-        row = (image.source, image.root, image.file, image.size, image.mtime_ns, reason)
+        image = self._hidden(image)
+        self._forget(image.root, image.file)
+        row = (image.source, image.root, image.file, image.size, image.mtime_ns, self._hide(reason))
         self._index.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?)", row)
         if twin is not None:
             sha256 = hashlib.sha256(twin.tobytes()).hexdigest()
@@ -403,21 +470,28 @@ class Writer:
 
     def forget(self, root: str, file: str) -> None:
         """Take a file's row out of the index (its pixels stay in the shard, unnamed)."""
+        self._forget(self._key(root), self._key(file))
+
+    def _forget(self, root: str, file: str) -> None:
         for table in ("images", "refused", "duplicates"):
             self._index.execute(f"DELETE FROM {table} WHERE root = ? AND file = ?", (root, file))  # noqa: S608
 
     def names(self) -> tuple[list[str], list[str]]:
         """The findings with any label and the sources, as they now stand, sorted."""
-        findings = "SELECT DISTINCT name FROM labels JOIN findings ON findings.id = finding ORDER BY name"
-        sources = "SELECT DISTINCT source FROM images ORDER BY source"
-        return [row[0] for row in self._index.execute(findings)], [row[0] for row in self._index.execute(sources)]
+        findings = "SELECT DISTINCT name FROM labels JOIN findings ON findings.id = finding"
+        return self._texts(findings), self._texts("SELECT DISTINCT source FROM images")
+
+    def _texts(self, keys: str) -> list[str]:
+        told = self._told(keys)
+        return sorted(told.get(key, key) for (key,) in self._index.execute(keys))
 
     def _label(self, number: int, labels: Mapping[str, int]) -> None:
         for finding, value in sorted(labels.items()):
-            if finding not in self._findings:
-                cursor = self._index.execute("INSERT INTO findings (name) VALUES (?)", (finding,))
-                self._findings[finding] = cursor.lastrowid or 0
-            self._index.execute("INSERT INTO labels VALUES (?, ?, ?)", (number, self._findings[finding], value))
+            key = self._key(finding)
+            if key not in self._findings:
+                cursor = self._index.execute("INSERT INTO findings (name) VALUES (?)", (self._hide(finding),))
+                self._findings[key] = cursor.lastrowid or 0
+            self._index.execute("INSERT INTO labels VALUES (?, ?, ?)", (number, self._findings[key], value))
 
     def check(self) -> None:
         """Raise DataError if a patient now stands in two splits."""
@@ -425,7 +499,8 @@ class Writer:
             "SELECT source, patient FROM images GROUP BY source, patient HAVING count(DISTINCT split) > 1"
         ).fetchall()
         if rows:
-            named = ", ".join(repr(f"{source}/{patient}") for source, patient in rows[:5])
+            told = self._told("SELECT source FROM images")
+            named = ", ".join(repr(f"{told.get(source, source)}/{patient}") for source, patient in rows[:5])
             raise DataError(f"with these images, patients would be in two splits: {named}; mend the manifests")
 
     def commit(self) -> None:
@@ -437,10 +512,15 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(path: Path, px: int, naming: Naming | None = None) -> Iterator[Writer]:
+def writing(path: Path, px: int, naming: Naming | None = None, site: str = "") -> Iterator[Writer]:
     """Open a store for adding, or make it; commits when the block ends well, else leaves all as it was.
 
-    `naming`: by which key patients are named; who is in the store without one is named anew, in the same transaction.
+    Args:
+        path: of the store.
+        px: side of its images, pixels.
+        naming: by which keys patients and all else are named; what is in the store without them is named anew, in the
+            same transaction.
+        site: likewise, as `chexfound.data.sources.ingest` has it.
 
     Raises: DataError if the store is damaged, holds images of another size or names by another key, is being
     written by another process, or if `path` is something else; StorageError if the disk is full or refuses;
@@ -460,14 +540,14 @@ def writing(path: Path, px: int, naming: Naming | None = None) -> Iterator[Write
                         f"{path}: names its patients by {'another' if naming else 'a'} key of the site that made it, "
                         "so new images cannot be added to theirs; give another folder"
                     )
-                with _transaction(path, px, naming) as writer:
+                with _transaction(path, px, naming, site) as writer:
                     yield writer
             return
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise DataError(f"{path}: exists and is not a store; give a folder that is new or empty")
         with _building(path) as folder:
             _create(folder, px)
-            with _transaction(folder, px, naming) as writer:
+            with _transaction(folder, px, naming, site) as writer:
                 yield writer
             os.rename(folder, path)
             sync(path.parent)
@@ -533,9 +613,9 @@ def _create(folder: Path, px: int) -> None:
 
 
 @contextlib.contextmanager
-def _transaction(folder: Path, px: int, naming: Naming | None) -> Iterator[Writer]:
+def _transaction(folder: Path, px: int, naming: Naming | None, site: str) -> Iterator[Writer]:
     with contextlib.closing(_connect(folder, "rw")) as index:
-        writer = Writer(folder, px, index, naming)
+        writer = Writer(folder, px, index, naming, site)
         try:
             yield writer
             writer.commit()

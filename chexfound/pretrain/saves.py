@@ -211,7 +211,7 @@ def diverged(home: Path, store: Store, ids: np.ndarray, trainer: Pretrainer, err
         trainer: as the failed step left it.
         error: what it raised.
     """
-    files = [store.images[ids[place]].file for place in error.places]
+    files = [store.file(ids[place]) for place in error.places]
     path = home / "diverged" / f"step-{error.step:08d}.safetensors"
     state = trainer.state()
     if ranks.first():

@@ -516,7 +516,7 @@ class TestLooseDicom:
 
     def test_a_key_names_who_was_named_by_the_number(self, tmp_path, make_dicom, make_picture):
         make_dicom(tmp_path / "in" / "1.dcm", make_picture(0))
-        naming = Naming(key_id="k", key=bytes(32))
+        naming = Naming(key_id="k", key=bytes(32), texts=bytes(32))
         ingest(tmp_path / "in", tmp_path / "s", PX, naming=naming)
         assert Store.open(tmp_path / "s").patients == [naming.name("8bb0cf6eb9b17d0f")]
 
