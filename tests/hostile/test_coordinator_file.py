@@ -34,9 +34,7 @@ cells: {{patients: 2}}
 plain: accepted
 """
 KINDS: dict[str, dict[str, Any]] = {
-    "in the clear": {"aggregation": "fedavg"},
     "in the clear, in parts": {"aggregation": "fedavg", "part_mb": 0.05},
-    "under masks": {},
     "under masks, in parts": {"part_mb": 0.05},
     "under masks, without pretraining": {"phases": ("adapt", "evaluate")},
     "in the clear, in parts, without pretraining": {
@@ -53,7 +51,8 @@ def deployed(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> Federation:
     for name, node in fed.nodes.items():
         del node["home"]
         demand(fed.homes[name], POLICY)
-    fed.recipe = recipes.changed(fed.recipe, train=recipes.changed(fed.recipe.train, local_steps=2))
+    train, adapt = recipes.changed(fed.recipe.train, local_steps=2), recipes.changed(fed.recipe.adapt, rounds=1)
+    fed.recipe = recipes.changed(fed.recipe, train=train, adapt=adapt)
     return fed
 
 

@@ -31,9 +31,9 @@ from client import home, secret
 from client.app import app
 from client.site import site_of
 from tests.data.conftest import dicom_file, picture
-from tests.hostile.weights_door import demand
+from tests.hostile.weights_door import SMALL, demand
 
-PATIENTS = [str(1000 + number) for number in range(60)]
+PATIENTS = [str(1000 + number) for number in range(120)]  # so many that no part is small
 VICTIM = "1007"
 PLAIN = {phase: wire.MESSAGE_TYPES[phase] for phase in ("enrol", "pretrain", "features", "adapt", "evaluate")}
 
@@ -43,7 +43,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites whose policy is that of the defaults, but that so small a recipe passes."""
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
     for name in ("A", "B", "none", "one", "few", "many"):
-        demand(home.site_home(name))
+        demand(home.site_home(name), f"{SMALL}split: {{train: 0.5, val: 0.25}}\n")
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def chosen(recipe: Recipe) -> list[Recipe]:
 def test_a_seed_and_a_fraction_chosen_for_one_patient_tell_nothing(hospital, ask, tiny_recipe: Recipe) -> None:
     node = hospital("A", PATIENTS)
     told = [ask(node, recipe) for recipe in chosen(tiny_recipe)]
-    assert (told[0]["images"], told[0]["train"] + told[0]["val"] + told[0]["test"]) == (60, 60)
+    assert (told[0]["images"], told[0]["train"] + told[0]["val"] + told[0]["test"]) == (120, 120)
     assert told == [told[0]] * len(told)
 
 
@@ -142,11 +142,11 @@ def test_a_manifest_s_patients_are_not_in_the_index(make_images, ask, tiny_recip
         for row in rows:
             row["patient_id"] = f"Mueller-Hans-{row['patient_id']}"
 
-    node = {"site": "A", "data": str(make_images(tmp_path / "images", {"alpha": 40}, change=named))}
-    assert ask(node, tiny_recipe)["patients"] == 40
+    node = {"site": "A", "data": str(make_images(tmp_path / "images", {"alpha": 120}, change=named))}
+    assert ask(node, tiny_recipe)["patients"] == 120
     path = home.store_path(home.site_home("A"), tiny_recipe.image_px)
     assert not [file for file in path.iterdir() if b"Mueller" in file.read_bytes()]
-    assert ask(node, tiny_recipe)["patients"] == 40  # the manifest is read anew, and names the same
+    assert ask(node, tiny_recipe)["patients"] == 120  # the manifest is read anew, and names the same
 
 
 def test_none_and_few_patients_have_one_answer(hospital, ask, tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_none_and_few_patients_have_one_answer(hospital, ask, tiny_recipe: Recip
         for aggregation in ("fedavg", "secagg"):
             assert ask(node, replace(tiny_recipe, aggregation=aggregation)) == "policy.patients", (node, aggregation)
         assert {ask(node, tiny_recipe, phase) for phase in PLAIN} == {"policy.patients"}
-    assert ask(hospital("many", PATIENTS), tiny_recipe)["images"] == 60
+    assert ask(hospital("many", PATIENTS), tiny_recipe)["images"] == 120
 
 
 def test_a_store_as_it_is_has_the_same_answer(hospital, ask, tiny_recipe: Recipe, tmp_path: Path) -> None:
