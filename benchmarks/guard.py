@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chexfound.errors import ChexfoundError
+from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.machine import benchmark_line
 from chexfound.roster import Address, Keys
 from chexfound.signing import public_line
@@ -85,6 +85,9 @@ def main() -> int:
 def checkout(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     """The rival's sources."""
     if options.worktree:
+        # Without its own sources there the rival would be whatever is installed.
+        if not (options.worktree / "server" / "guard.py").is_file():
+            raise ConfigError(f"{options.worktree}: no checkout with a guard (no server/guard.py); give another")
         yield options.worktree.resolve()
         return
     git = ["git", "-C", str(ROOT), "worktree"]
@@ -107,7 +110,8 @@ def measure(before: Path, folder: Path, rounds: int) -> tuple[float, float]:
     doors["rival"][0].path("ca.crt").write_bytes(first.path("ca.crt").read_bytes())  # the SuperLink is one
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     identity = public_line(ed25519.Ed25519PrivateKey.generate().public_key())
-    first.write_sites(first.sites().with_site("NORTH", Keys(line, identity)))
+    for held, _ in doors.values():
+        held.write_sites(held.sites().with_site("NORTH", Keys(line, identity)))
     for name in ("server.crt", "server.key"):
         doors["rival"][0].path(name).write_bytes(first.path(name).read_bytes())
     sink = [
