@@ -62,11 +62,6 @@ def row(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**result, **dict.fromkeys(FIGURES, SUPPRESSED), "reason": None}
 
 
-def figure(value: Any) -> Any:
-    """A figure of a row of results, None where it was suppressed."""
-    return None if value == SUPPRESSED else value
-
-
 def shown(value: Any, least: int | None = None) -> str:
     """A count as people read it; `least`, if it is known, as the site's operator set it."""
     if value == SUPPRESSED:
