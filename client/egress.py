@@ -119,7 +119,7 @@ class Gate:
         for ring, array in reply.masked.items():
             if ring not in wire.RINGS or array.dtype.name != f"uint{ring}" or array.ndim != 1:
                 raise PolicyError("masked: the reply holds an array that is not of a ring")
-        most = sum(math.prod(shape) for _, shape in self.sent.values())
+        most = sum(math.prod(shape) + 1 for _, shape in self.sent.values())  # and how many of them were clipped
         most += FIGURES * (1 + self.request.steps) + len(self.request.findings) * (2 * BINS + FIGURES)
         if (size := sum(array.size for array in reply.masked.values())) > most:
             raise PolicyError(f"masked: the reply holds {size} numbers under masks, and {most} are the most of its sum")

@@ -17,14 +17,13 @@ from chexfound.errors import ChexfoundError
 from chexfound.processes import map_large
 from chexfound.roster import Roster
 from chexfound.wire import inflate_once
-from server import health, policies, submission
+from server import health, policies, submission, weight
 from server.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.grid import GridExchange
 from server.live import Live
 from server.result import write_metrics
 from server.run import Event, Run
 from server.secure_run import SecureRun
-from strategies import ceiling
 
 log = logging.getLogger("chexfound.server")
 
@@ -76,7 +75,7 @@ def log_event(event: Event) -> None:
         log.info("event=wait sites=%d of=%d", event["sites"], event["of"])
     elif event["event"] == "done":
         log.info("event=done model_sha256=%s", event["model_sha256"])
-    for text in ceiling.warnings(event):
+    for text in weight.warnings(event):
         log.warning("event=warning %s", text)
     for one in event.get("missing", ()):
         log.warning(

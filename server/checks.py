@@ -42,31 +42,31 @@ ROUNDING = 1 + 1e-3  # float32 over many operations
 # -- counts
 
 
-def labelled_of(member: Member, findings: Sequence[str], *, both: bool = False) -> list[int]:
-    """Labelled training images by finding, as enrolled; 0 if not told; with `both`, if a class is absent."""
+def labelled_of(member: Member, findings: Sequence[str]) -> list[int]:
+    """Labelled training images by finding, as enrolled; 0 if that is not told, or a class is absent."""
     result = []
     for finding in findings:
         counts = member.values["findings"].get(finding, {"positives": 0, "negatives": 0})
         numbers = [cells.known(number) for number in counts.values()]
-        result.append(sum(numbers) if not both or all(numbers) else 0)
+        result.append(sum(numbers) if all(numbers) else 0)
     return result
 
 
 def check_counts(phase: str, reply: Reply, member: Member, findings: Sequence[str]) -> None:
     """A reply's images, and in `adapt` its labels by finding, are those of the enrolment."""
     images, train = reply.values.get("images"), member.values["train"]
-    none = cells.told(0, 0, member.values["cells"])
-    if not wire.count(images) and (images != none or phase == "pretrain"):
-        raise ProtocolError("a reply's images must be a count")
     if phase == "pretrain":
-        if images != train:
-            raise ProtocolError(f"a reply counts {images} images, its enrolment {train} for training")
+        if not wire.count(images) or images != train:
+            raise ProtocolError(f"a reply counts {str(images)[:40]} images, its enrolment {train} for training")
         return
-    labelled = labelled_of(member, findings, both=phase == "adapt")
+    none = cells.told(0, 0, member.values["cells"])
+    if not wire.count(images) and images != none:
+        raise ProtocolError("a reply's images must be a count")
+    labelled = labelled_of(member, findings)
     expected = [number or none for number in labelled]
     if member.limits is not None and images == none and reply.values.get("labelled") == [none] * len(findings):
         return  # fewer patients or images than it works on, by its own policy: it answers as one that has none
-    if phase == "adapt" and reply.values.get("labelled") != expected:
+    if reply.values.get("labelled") != expected:
         raise ProtocolError(f"a reply's labelled are not the counts enrolled, {expected}")
     fits = max(labelled) <= images <= min(train, sum(labelled)) if any(labelled) else images == none  # type: ignore[operator]
     if not fits:

@@ -14,9 +14,9 @@ from chexfound.model import release
 from chexfound.model.card import card
 from chexfound.names import ALL_SITES
 from chexfound.schema import Recipe
+from server import weight
 from server.plan import Batches
 from server.run import Outcome
-from strategies import ceiling
 
 SCHEMA = 1
 
@@ -60,7 +60,7 @@ def subsets(folder: Path) -> list[str]:
 def weights(folder: Path) -> list[str]:
     """A sentence for each site of a run's journal that weighs much."""
     entries = read_journal(folder / "journal.jsonl")
-    return list(dict.fromkeys(f"{text}." for entry in entries for text in ceiling.warnings(entry)))
+    return list(dict.fromkeys(f"{text}." for entry in entries for text in weight.warnings(entry)))
 
 
 def secagg(entries: Sequence[dict[str, Any]]) -> dict[str, int] | None:

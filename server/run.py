@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chexfound import cells, wire
@@ -367,7 +368,7 @@ class Run:
         images = {member.name: member.values["train"] for member in asked}
         if phase == "pretrain":
             return Ceiling.of(images)
-        labelled = {member.name: checks.labelled_of(member, self.findings, both=True) for member in asked}
+        labelled = {member.name: checks.labelled_of(member, self.findings) for member in asked}
         return Ceiling.of({name: min(images[name], sum(counts)) for name, counts in labelled.items()}, labelled)
 
     def _bound(self, phase: str) -> float | None:
@@ -407,8 +408,16 @@ class Run:
         frozen = set(head_module.state_dict()) - trained
         assert self.batches is not None
         for number in range(done, config.rounds):
-            strategy = FedAvg("adapt", head, len(self.findings), [*head_module.row_parameters, *moments])
-            head = self._train_round("adapt", strategy, head, frozen, number, config.local_steps, self.batches.adapt)
+            head = self._train_round(
+                "adapt",
+                FedAvg("adapt", head, len(self.findings), [*head_module.row_parameters, *moments]),
+                head,
+                frozen,
+                number,
+                config.local_steps,
+                self.batches.adapt,
+                finish=functools.partial(_at_step, (number + 1) * config.local_steps),
+            )
         return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
 
     def _features(self, backbone: dict[str, Tensor], *, first: bool) -> None:
@@ -470,6 +479,14 @@ def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: di
     if recipe.teacher.policy != "rederive":
         return mean
     return mean | teacher.rederived(recipe, step, before, curriculum.enter(mean, recipe, step))
+
+
+def _at_step(step: int, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A head's mean, whose moments have the run's steps behind them: also those of a round that no site trained in."""
+    return {
+        name: torch.full_like(tensor, step) if name.startswith(PREFIX) and name.endswith(".step") else tensor
+        for name, tensor in mean.items()
+    }
 
 
 def _without_figures(row: dict[str, Any], unscored: dict[str, str]) -> dict[str, Any]:

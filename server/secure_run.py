@@ -149,18 +149,15 @@ class SecureRun(Run):
         moved = summed.plan.update(summed.sums)
         moments.lift(moved, *betas(self.recipe, phase))
         mean = {name: moved[name] for name in weights}
-        try:
-            checks.check_update(mean, weights, frozen, bound, summed.plan.rounding(summed.sums))
-        except ProtocolError as error:
-            raise ProtocolError(
-                f"{phase}, round {number + 1}: the sum of {len(summed.survivors)} sites: {error}"
-            ) from error
+        images = int(summed.sums["images"])
+        if images:  # else no site had a part in it, and all is as it was
+            self._check_mean(mean, weights, frozen, bound, summed)
         self._keep_ranges(phase, number + 1, bounds, weights, mean)
         constants = {"log_k": math.log(self.recipe.dino.head_n_prototypes)} if phase == "pretrain" else {}
         entry = {
             "site": ALL_SITES,
             "bytes": summed.up,
-            "images": int(summed.sums["images"]),
+            "images": images,
             "labelled": [int(value) for value in summed.sums["labelled"]] if phase == "adapt" else [],
             "history": summed.plan.history(summed.sums, constants),
         }
@@ -170,6 +167,28 @@ class SecureRun(Run):
         weights = finish(mean)
         self._commit(phase, number, weights, started, [entry], summed.down, told)
         return weights
+
+    def _check_mean(
+        self,
+        mean: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        frozen: set[str],
+        bound: UpdateBound,
+        summed: Summed,
+    ) -> None:
+        """Hold a mean, its moments too, against the box: fixed point leaves it by no more than `rounding` says.
+
+        Moments need none of that: `lift` raised the squares to what the first moments have become.
+
+        Raises: ProtocolError; who is at fault cannot be known.
+        """
+        request = summed.plan.request
+        try:
+            checks.check_update(mean, weights, frozen, bound, summed.plan.rounding(summed.sums))
+        except ProtocolError as error:
+            raise ProtocolError(
+                f"{request.phase}, round {request.round + 1}: the sum of {len(summed.survivors)} sites: {error}"
+            ) from error
 
     def _request(
         self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0

@@ -10,11 +10,10 @@ from typing import Any
 
 from chexfound.errors import CODES, ChexfoundError, SiteError
 from chexfound.names import shown
-from server import flower, runs
+from server import flower, runs, weight
 from server.federation import CONNECTION
 from server.records import count, figure, read, rows, site, texts
 from server.runs import Event, RunFolder
-from strategies import ceiling
 
 ENDED = ("done", "failed", "stopped", "died", "unsubmitted")
 CALLED = {
@@ -108,7 +107,7 @@ def look(run: RunFolder, statuses: Mapping[str, str] | None, journal: Sequence[E
         error=ours.get("error") if ours and state == "failed" else None,
         model_sha256=end.get("model_sha256") if state == "done" else None,
         withholding=withholding(events),
-        warnings=list(dict.fromkeys(text for event in events for text in ceiling.warnings(event))),
+        warnings=list(dict.fromkeys(text for event in events for text in weight.warnings(event))),
     )
 
 
@@ -307,7 +306,7 @@ def _held(event: Event) -> str:
 
 
 def _weighty(event: Event) -> str:
-    return shown("".join(f"; {text}" for text in ceiling.warnings(event)))
+    return shown("".join(f"; {text}" for text in weight.warnings(event)))
 
 
 def _symptoms(event: Event) -> str:

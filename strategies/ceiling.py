@@ -9,9 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from chexfound import cells
 
 OUTSIZED = 10  # times the median of the sites' images, from which on a site is looked at
 
@@ -72,17 +69,3 @@ def outsized(images: Mapping[str, int]) -> dict[str, float]:
     return {
         site: round(number / median, 1) for site, number in images.items() if median and number >= OUTSIZED * median
     }
-
-
-def warnings(event: Mapping[str, Any]) -> list[str]:
-    """What a journal's record says of sites that weigh much: their images at the start, their share in a round."""
-    if event["event"] == "start":
-        images = {one["site"]: cells.known(one["train"]) for one in event["roster"] if "train" in one}
-        return [
-            f"{site} has {times:g} times as many training images as the median of the sites: ask whether that is so"
-            for site, times in outsized(images).items()
-        ]
-    return [
-        f"{site} would be {part:.0%} of the sum: its weight is cut to the ceiling"
-        for site, part in event.get("capped", {}).items()
-    ]

@@ -107,6 +107,21 @@ def test_what_a_site_can_still_do_is_bounded_by_its_steps(
     assert Run(recipe, make_exchange(recipe, SITES), tmp_path / "run").run().model_sha256
 
 
+def test_under_masks_moments_of_steps_that_nobody_took_are_refused(
+    fed: Federation, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A count of steps that is too large: no site would correct its next step for how young the moments are."""
+
+    def older(sent: Weights, reply: Weights, recipe: Any) -> Weights:
+        return {n: t + 1000 if n.endswith(".step") else t for n, t in reply.items()}
+
+    train = recipes.changed(fed.recipe.train, local_steps=2, optimizer_state="average")
+    fed.recipe = recipes.changed(fed.recipe, train=train)
+    poison(monkeypatch, "beta", older)
+    with pytest.raises(ProtocolError, match=r"pretrain, round 1: the sum of 4 sites: a reply's 'optimizer\..*\.step'"):
+        SecureRun(fed.recipe, fed.exchange(), tmp_path / "run").run()
+
+
 def test_under_masks_a_mean_beyond_the_box_is_refused(fed: Federation, tmp_path: Path, monkeypatch: Any) -> None:
     """Only the sum is seen, so nobody can be named; the round does not count."""
 

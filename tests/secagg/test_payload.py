@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chexfound.errors import ProtocolError
+from chexfound import recipe as recipes
+from chexfound.errors import ProtocolError, RefusedError
 from chexfound.evaluate.histograms import BINS
 from chexfound.journal import canonical
 from chexfound.model.glori import build_head
 from chexfound.phases import COUNTS, Reply, Request
-from chexfound.pretrain.bounds import squared
+from chexfound.pretrain.bounds import UpdateBound, squared
 from chexfound.schema import ARCHS, Adapt, Recipe
 from chexfound.secagg import fixed, mask, messages, moments, payload
 from chexfound.secagg.payload import FIGURE_RANGE, FIGURES, PHASES, Plan, plan
@@ -639,6 +640,29 @@ def test_averaged_moments_are_the_means_of_the_firsts_and_of_the_roots(
     assert root - error <= found[MOMENTS[1]][0].item() ** 0.5 <= root + (1 + most**-0.5) * error
     m, v = (found[name].double() for name in MOMENTS[:2])
     assert bool((m**2 <= most * v * (1 + 1e-6) + 1e-30).all())
+
+
+@given(
+    gradients | st.just([CLIP] * 5000),
+    st.lists(st.tuples(st.integers(1, 100), gradients | st.just([CLIP] * 2)), min_size=1, max_size=N),
+)
+def test_averaged_moments_stand_in_the_box_whatever_fixed_point_made_of_them(
+    before: list[float], sites: list[tuple[int, list[float]]]
+) -> None:
+    """Also where one weight has had all of a clipped gradient for so long that its square is as large as it can be."""
+    done = len(before)
+    made = with_moments(state(*stepped(before), float(done)))
+    ends = [(images, stepped(own, *stepped(before))) for images, own in sites]
+    replies = [
+        Reply(tensors=state(m, v, done + 2.0), values={"images": images, "history": []}) for images, (m, v) in ends
+    ]
+    found = made.update(summed(made, replies))
+    moments.lift(found, *BETAS)
+    recipe = recipes.load("demo", {"optim.adamw_beta2": BETAS[1], "optim.clip_grad": CLIP, "train.rounds": 1001})
+    bound = UpdateBound.of(recipe, "pretrain", range(done, done + 2))
+    bound.check_moments({name: found[name] for name in MOMENTS})
+    with pytest.raises(RefusedError, match="exp_avg_sq"):
+        bound.check_moments({name: found[name] + 9.1 * (name == MOMENTS[1]) for name in MOMENTS})
 
 
 def test_a_root_that_falls_to_nothing_does_not_blow_a_step_up() -> None:

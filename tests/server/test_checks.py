@@ -121,8 +121,7 @@ def test_a_batch_without_masked_patches_has_no_ibot() -> None:
 def test_counts_of_a_site_without_a_finding() -> None:
     both = {"A": {"positives": 2, "negatives": 3}, "B": {"positives": 4, "negatives": 0}}
     member = Member(name="x", values={"train": 9, "cells": 0, "findings": both})
-    assert checks.labelled_of(member, ["A", "B", "C"]) == [5, 4, 0]
-    assert checks.labelled_of(member, ["A", "B", "C"], both=True) == [5, 0, 0]
+    assert checks.labelled_of(member, ["A", "B", "C"]) == [5, 0, 0]
     checks.check_counts("adapt", Reply(values={"images": 5, "labelled": [5, 0, 0]}), member, ["A", "B", "C"])
     checks.check_counts("adapt", Reply(values={"images": 0, "labelled": [0]}), member, ["C"])
 
@@ -160,7 +159,7 @@ def row_of(finding: str, **figures: Any) -> dict[str, Any]:
 def test_a_suppressed_finding_is_one_that_the_site_does_not_train() -> None:
     """Its weight is 0 to the coordinator, and its word in the reply the one of the enrolment."""
     names = ["A", "B", "C"]
-    assert checks.labelled_of(CAREFUL, names, both=True) == [32, 0, 0]
+    assert checks.labelled_of(CAREFUL, names) == [32, 0, 0]
     labelled = [32, cells.SUPPRESSED, cells.SUPPRESSED]
     checks.check_counts("adapt", Reply(values={"images": 32, "labelled": labelled}), CAREFUL, names)
     checks.check_counts(

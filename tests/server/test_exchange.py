@@ -105,9 +105,9 @@ def test_hostile_enrolments(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("change", CARELESS, ids=lambda change: str(change)[:40])
 def test_a_count_is_a_number_or_the_word(change: dict[str, Any]) -> None:
-    checked_roster([Reply(values=CAREFUL)], ["node 1"])
+    checked_roster([Reply(values=CAREFUL)], ["node 1"], Recipe())
     with pytest.raises(ProtocolError, match="'A' enrolled without"):
-        checked_roster([Reply(values=CAREFUL | change)], ["node 1"])
+        checked_roster([Reply(values=CAREFUL | change)], ["node 1"], Recipe())
 
 
 @pytest.mark.parametrize("key", list(ENROLMENT))

@@ -73,7 +73,7 @@ def test_what_the_journal_holds(undisturbed: Outcome, tmp_path: Path) -> None:
     assert start["backbone_sha256"] is None
     assert first["bytes"]["up"] == first["bytes"]["down"] > 0
     assert [(site["site"], len(site["history"])) for site in first["sites"]] == [("alpha", 1), ("beta", 1)]
-    assert [site["labelled"] for site in last["sites"]] == [[19, 19], [0, 13]]
+    assert [site["labelled"] for site in last["sites"]] == [[23, 23], [0, 15]]
     assert done["model_sha256"] == undisturbed.model_sha256
     assert done["unscored"] == {}
     assert len(done["results"]) == 4
@@ -360,8 +360,8 @@ HOSTILE: list[Any] = [
             [{"step": 0, "loss": 1, "a\nb": 1}],
         )
     ),
-    ("pretrain", values(images=2**39), "counts 549755813888 images, its enrolment 13 for training"),
-    ("pretrain", values(images=12), "its enrolment 13"),
+    ("pretrain", values(images=2**39), "counts 549755813888 images, its enrolment 15 for training"),
+    ("pretrain", values(images=14), "its enrolment 15"),
     *(("pretrain", curve(step=step), "a row for each of its 1 steps, in order") for step in (1, 2**30)),
     *(("pretrain", curve(step=step), "must be rows of finite numbers") for step in (0.5, -1e308, False)),
     ("pretrain", curve(**{"<b>x": 1.0}), "must be rows of finite numbers: dino, feature_std, koleo"),
@@ -393,11 +393,11 @@ HOSTILE: list[Any] = [
     ("pretrain", tensors(lambda t: {name: x * NAN for name, x in t.items()})),
     *(("adapt", values(labelled=value)) for value in (None, [1], [1, 1, 1], [1, -1], [1, NAN], "11")),
     *(
-        ("adapt", values(labelled=value), r"not the counts enrolled, .0, 13.")
-        for value in ([0, 0], [0, 2**39], [13, 13], [0, 12])
+        ("adapt", values(labelled=value), r"not the counts enrolled, .0, 15.")
+        for value in ([0, 0], [0, 2**39], [15, 15], [0, 14])
     ),
-    *(("adapt", values(images=value), "does not fit what it enrolled") for value in (0, 12, 14, 2**39)),
-    ("features", values(images=13), "holds something where nothing was asked for"),
+    *(("adapt", values(images=value), "does not fit what it enrolled") for value in (0, 14, 16, 2**39)),
+    ("features", values(images=15), "holds something where nothing was asked for"),
     ("features", tensors(lambda t: {"cls.sum": torch.zeros(1)}), "holds something where nothing was asked for"),
     ("features", lambda reply: Reply(masked={32: np.zeros(1, np.uint32)}), "holds something where nothing was asked"),
     ("adapt", tensors(lambda t: {name: x[:1] if x.ndim else x for name, x in t.items()})),
@@ -419,8 +419,8 @@ HOSTILE: list[Any] = [
     ("evaluate", row(1, positives=0), "has figures, but not both classes"),
     ("evaluate", row(1, auroc=None), "not a number between 0 and 1"),
     ("evaluate", row(1, auroc=None, auprc=None, auroc_ci=None, auprc_ci=None, reason="x"), "not a number between"),
-    ("evaluate", row(1, positives=11), "11 positives of 10 images; 10 are enrolled for the test"),
-    ("evaluate", row(1, n=11), "5 positives of 11 images; 10 are enrolled for the test"),
+    ("evaluate", row(1, positives=11), "11 positives of 9 images; 9 are enrolled for the test"),
+    ("evaluate", row(1, n=11), "5 positives of 11 images; 9 are enrolled for the test"),
     ("evaluate", row(1, reason="x"), "a reason exactly where"),
     ("evaluate", row(reason=None), "a reason exactly where"),
     ("evaluate", row(reason="\x1b[31m"), "reason is not text"),

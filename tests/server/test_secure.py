@@ -477,6 +477,24 @@ def test_a_finding_that_too_few_sites_can_train_ends_with_the_reason(
     assert all("fewer sites label it" in row["reason"] for row in outcome.results)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_sites_take_the_moments_of_a_round_that_nobody_trained_in(
+    masked: bool, whole: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the number of steps against the run's."""
+    true = client_site.Site.training_labels
+    monkeypatch.setattr(client_site.Site, "training_labels", lambda *given: true(*given).clip(-1, 0))
+    adapt = replace(whole.recipe.adapt, rounds=2, optimizer_state="average")
+    whole.recipe = replace(whole.recipe, phases=("adapt",), adapt=adapt)
+    if masked:
+        SecureRun(whole.recipe, whole.exchange(), tmp_path / "run").run()
+    else:
+        in_the_clear(whole, tmp_path)
+    (path,) = (tmp_path / ("run" if masked else "fedavg") / "rounds").glob("adapt-*.safetensors")
+    steps = {int(tensor) for name, tensor in checkpoint.load(path).items() if name.endswith(".step")}
+    assert steps == {2 * adapt.local_steps}
+
+
 def test_a_site_without_a_trainable_finding_has_no_part_and_no_say(
     whole: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

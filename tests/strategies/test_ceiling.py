@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chexfound.phases import Reply
-from strategies.ceiling import Ceiling, cut, most, outsized, share, warnings
+from strategies.ceiling import Ceiling, cut, most, outsized, share
 from strategies.fedavg import FedAvg
 
 weights = st.lists(st.integers(0, 10**9), min_size=1, max_size=12)
@@ -91,8 +91,3 @@ def test_ten_times_the_median_is_told() -> None:
     assert outsized({"a": 10, "b": 20, "c": 199}) == {}
     assert outsized({"a": 10, "b": 20, "c": 200}) == {"c": 10.0}
     assert outsized({"a": 1000}) == {}
-    roster = [{"site": "a", "train": 10}, {"site": "b", "train": 20}, {"site": "c", "train": 900}]
-    assert [text.split(" as many")[0] for text in warnings({"event": "start", "roster": roster})] == ["c has 45 times"]
-    assert warnings({"event": "start", "roster": [{"site": "a"}]}) == []  # under masks nobody knows
-    told = warnings({"event": "round", "sites": [], "capped": {"c": 0.9677}})
-    assert told == ["c would be 97% of the sum: its weight is cut to the ceiling"]
