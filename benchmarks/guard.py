@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.errors import ChexfoundError
 from chexfound.machine import benchmark_line
 from chexfound.roster import Address, Keys
 from chexfound.signing import public_line

@@ -43,7 +43,7 @@ def handle(message: Message, context: Context, *, spend: bool = False) -> Messag
     sign = keep = gate = None
     try:
         if "home" not in context.node_config:  # a simulated site has one, and the simulation its own display
-            logs.show()
+            logs.show(site.folder_of(context.node_config) / logs.REASONS)
             site.on_progress = site.on_progress or logs.Steps(log)
         request = _admitted(message, context, phase)
         run_recipe, grant = recipe.from_run_config(context.run_config), Grant.of(context.node_config)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import signal
 import sys
@@ -254,7 +255,7 @@ def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -
     """Bring the site's store up to date, and say what was refused and what is in it now."""
     from chexfound.data.sources import ingest
     from chexfound.data.store import Store, is_store
-    from client.home import store_path
+    from client.home import named, store_path
 
     if is_store(data):
         path = data
@@ -270,6 +271,8 @@ def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -
         )
         for reason, count in Counter(_kind(reason) for _, reason in summary.refused).most_common():
             print(f"  {count} refused: {reason}", flush=True)
+        if summary.refused:
+            print(f"  which they are: chexfound-client status --refused{named(name)}", flush=True)
     store = Store.open(path)
     _say(name, f"{len(store)} images of {len(set(store.keys))} patients, {store.px} px, in {path}")
     strangers = sum(image.root != naming.hide(str(data)) for image in store.images) if path != data else 0
@@ -282,8 +285,10 @@ def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -
 
 
 def _kind(reason: str) -> str:
-    """A reason without the file that it names, so that equal ones can be counted."""
-    return "duplicate of another image" if reason.startswith("duplicate of ") else reason
+    """A reason without the file or the text that it names, so that equal ones can be counted, and nobody is named."""
+    if reason.startswith("duplicate of "):
+        return "duplicate of another image"
+    return re.sub(r"""(['"]).*\1""", "…", reason)
 
 
 @contextlib.contextmanager

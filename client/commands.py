@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
     status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument("--refused", action="store_true", help="the files that were left out, each with the reason")
     status.set_defaults(run=_status)
     _secagg_parsers(commands)
     unit = commands.add_parser(
@@ -343,6 +344,9 @@ def _status(given: argparse.Namespace) -> int:
 
     name = given.name or sole_site()
     check_name(name, "site name")
+    if given.refused:
+        print("\n".join(status.refused(site_home(name))))
+        return 0
     found = status.read(name, site_home(name))
     print(json.dumps(found, indent=2) if given.json else "\n".join(status.lines(found)))
     return 0

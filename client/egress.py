@@ -17,7 +17,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from chexfound import cells, phases, wire
-from chexfound.errors import ChexfoundError, PolicyError, ProtocolError, StorageError
+from chexfound.errors import ChexfoundError, DataError, PolicyError, ProtocolError, StorageError
 from chexfound.evaluate.histograms import BINS
 from chexfound.limits import Tensors
 from chexfound.phases import Reply, Request
@@ -197,8 +197,8 @@ def release(
 ) -> Message:
     """Turn a reply, or what went wrong, into the message that leaves.
 
-    An error leaves as a code only; its text, which may name patients or paths, goes to the site's
-    own log.
+    An error leaves as a code only; its text goes to the site's own log, and to a file of the site where it may name
+    patients or paths (`logs.REASONS`).
 
     Args:
         request: which is answered.
@@ -219,10 +219,13 @@ def release(
         except Exception as error:  # not even a fault in a reply may raise: Flower would send the text
             reply = error
     if isinstance(reply, ChexfoundError):
-        log.error("phase=%s error=%s %s", phase, reply.code, reply)
+        of_images = isinstance(reply, DataError) or isinstance(reply.__cause__, DataError)
+        told = {"told": f"phase={phase} error={reply.code}"} if of_images else None
+        log.error("phase=%s error=%s %s", phase, reply.code, reply, extra=told)
         return wire.pack_error(reply, request)
     if isinstance(reply, OSError):
-        log.error("phase=%s error=storage %s", phase, reply)
+        log.error("phase=%s error=storage %s", phase, reply, extra={"told": f"phase={phase} error=storage"})
         return wire.pack_error(StorageError(), request)
-    log.error("phase=%s error=internal", phase, exc_info=reply)
+    told = {"told": f"phase={phase} error=internal {type(reply).__name__}"}
+    log.error("phase=%s error=internal", phase, exc_info=reply, extra=told)
     return wire.pack_error(ChexfoundError(), request)

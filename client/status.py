@@ -18,6 +18,7 @@ from chexfound.spans import span
 from client import acceptance, approval, ledger, membership
 from client.home import named
 from client.policy import Policy, clear
+from client.secret import own_stores
 
 SCHEMA = 1
 STALE_S = 90.0  # a node that runs writes every 30 s
@@ -138,6 +139,16 @@ def _store(index: Path, words: frozenset[str]) -> dict[str, Any]:
         "patients": len(set(opened.keys)),
         "withheld": vocabulary.withheld(opened, opened.ids, words),
     }
+
+
+def refused(home: Path) -> list[str]:
+    """The files that the site's stores have left out, each with the reason.
+
+    Raises: DataError for a store that was damaged.
+    """
+    found = [Store.open(path).refused for path in own_stores(home)]
+    listed = sorted({f"{shown(file)}: {shown(reason)}" for files in found for file, reason in files})
+    return listed or ["no file was left out"]
 
 
 def lines(found: dict[str, Any]) -> list[str]:

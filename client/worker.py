@@ -92,9 +92,9 @@ def work(home: Path, tasks: Tasks, keep_warm_s: float) -> None:
 def main() -> None:
     """Run until told to stop."""
     die_with_parent()
-    logs.show()
     inflate_once()
     home, address, secret, keep_warm_s = sys.argv[1:]
+    logs.show(Path(home) / logs.REASONS)
     work(Path(home), Tasks(address, Path(secret)), float(keep_warm_s))
 
 

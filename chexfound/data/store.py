@@ -243,18 +243,14 @@ _KEYS = " UNION ".join([*(f"SELECT {column} FROM images" for column in _SAID), "
 
 def _read_images(index: sqlite3.Connection, told: Mapping[str, str]) -> tuple[list[int], list[Image]]:
     """The rows in canonical order, each with its number in the index."""
-    names = [field.name for field in fields(Image)]
-    rows = index.execute(f"SELECT id, {_COLUMNS} FROM images ORDER BY source, patient, sha256").fetchall()  # noqa: S608
-    found = [(row[0], Image(**dict(zip(names, row[1:], strict=True)))) for row in rows]
-    if told:
-        found = [(number, _read_texts(image, told)) for number, image in found]
-        found.sort(key=lambda row: (row[1].source, row[1].patient, row[1].sha256))
+    names, found = [field.name for field in fields(Image)], []
+    for number, *values in index.execute(f"SELECT id, {_COLUMNS} FROM images"):  # noqa: S608 (our own names)
+        row = dict(zip(names, values, strict=True))
+        if told:
+            row |= {name: told[row[name]] for name in _SAID if row[name]}
+        found.append((number, Image(**row)))
+    found.sort(key=lambda one: (one[1].source, one[1].patient, one[1].sha256))
     return [number for number, _ in found], [image for _, image in found]
-
-
-def _read_texts(image: Image, told: Mapping[str, str]) -> Image:
-    said: dict[str, Any] = {name: told[key] for name in _SAID if (key := getattr(image, name))}
-    return replace(image, **said)
 
 
 def _read_labels(

@@ -87,6 +87,25 @@ def test_images_are_taken_in_and_the_node_started(
     assert "0 new images of 0 patients, 3 files were there already" in capsys.readouterr().out
 
 
+def test_refused_files_are_counted_and_named_to_who_asks(
+    serve: Served, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The terminal of a service is kept by the machine: what a table or a header says stays off it."""
+    head, *rows = (images / "manifest.csv").read_text().splitlines()[:4]
+    views = ("LL MUELLER", "LL O'Hara", "")
+    table = [f"{head},view", *(f"{row},{view}" for row, view in zip(rows, views, strict=True))]
+    (images / "manifest.csv").write_text("\n".join(table))
+    assert serve(*options(images, "--insecure")) == 0
+    out = capsys.readouterr().out
+    assert "2 refused: not frontal: view …\n" in out
+    assert "which they are: chexfound-client status --refused --name A" in out
+    assert "MUELLER" not in out
+    assert "Hara" not in out
+    assert cli.main(["status", "--refused", "--name", "A"]) == 0
+    named = "0.png: not frontal: view 'LL MUELLER'\n1.png: not frontal: view \"LL O'Hara\"\n"
+    assert capsys.readouterr().out == named
+
+
 def test_a_store_is_served_as_it_is(
     serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,33 @@ def test_no_text_of_an_exception_leaves(error: Exception, make_message: Any, cap
     assert SECRET in caplog.text  # the site's own log tells
 
 
+def refused_for_its_images() -> errors.RefusedError:
+    refused = errors.RefusedError("policy.patients", SECRET)
+    refused.__cause__ = errors.EmptyError(SECRET)
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.DataError(SECRET), "phase=adapt error=data"),
+        (errors.EmptyError(SECRET), "phase=adapt error=data"),
+        (refused_for_its_images(), "phase=adapt error=policy.patients"),
+        (OSError(SECRET), "phase=adapt error=storage"),
+        (ValueError(SECRET), "phase=adapt error=internal ValueError"),
+        (errors.RefusedError("policy.runs", "one run too many"), None),
+        (errors.ProtocolError("a message of another kind"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_may_name_patients_is_told_by_its_code(
+    error: Exception, told: str | None, make_message: Any, caplog: Any
+) -> None:
+    with caplog.at_level(logging.ERROR, "chexfound.client"):
+        egress.release(make_message(RecordDict()), "adapt", error)
+    assert [getattr(record, "told", None) for record in caplog.records] == [told]
+
+
 class Unprintable(Exception):
     def __str__(self) -> str:
         raise RuntimeError(SECRET)

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +165,24 @@ def test_killed_while_it_loses_its_words_it_has_all_of_them_or_none(images: Path
     assert (left.digest(), left.key_id, files(left)) == (before.digest(), "", files(before))
     ingest(images, store, PX, naming=NAMING, site="north")
     assert there(store) == []
+
+
+def test_killed_within_a_commit_of_both_files_it_is_as_it_was(images: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    ingest(images, store, PX, naming=NAMING, site="north")
+    before = Store.open(store)
+    code = (
+        "import sqlite3, os, sys; index = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "index.execute('ATTACH ? AS apart', (sys.argv[2],));"
+        "index.executescript('PRAGMA main.cache_size = 1; PRAGMA apart.cache_size = 1; BEGIN;"
+        "UPDATE images SET view = hex(randomblob(5000)); UPDATE apart.texts SET text = hex(randomblob(5000))');"
+        "os.kill(os.getpid(), 9)"
+    )
+    died = subprocess.run([sys.executable, "-c", code, str(store / INDEX), str(store / texts.TEXTS)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert all((store / f"{name}-journal").stat().st_size for name in (INDEX, texts.TEXTS))
+    left = Store.open(store)
+    assert (left.digest(), files(left), left.refused) == (before.digest(), files(before), before.refused)
 
 
 def test_without_its_texts_a_store_is_damaged(images: Path, tmp_path: Path) -> None:

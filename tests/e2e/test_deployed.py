@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from chexfound import logs
 from chexfound import recipe as recipes
 from chexfound.journal import read_journal
 from chexfound.model import checkpoint, release
@@ -150,7 +151,9 @@ def test_a_site_that_fails_sends_a_code_and_stays(deployed: Deployed, federation
         r"event=failed error=site exit_code=7 node \d+ in enrol: replied with error 'data' \(exit code 3\)",
         deployed.failed,
     )
-    assert SECRET in deployed.site_b  # its own log has the reason
+    reasons = federation.folder / "hospital-b" / "sites" / "B" / logs.REASONS
+    assert SECRET in reasons.read_text()  # of the site, for its account only; its log says where
+    assert f"phase=enrol error=data; the reason may name patients or files, and is in {reasons}" in deployed.site_b
     for text in (deployed.failed, deployed.superlink, *deployed.streams):
         assert SECRET not in text
         assert "no such folder" not in text
