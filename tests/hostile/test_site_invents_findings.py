@@ -35,8 +35,9 @@ def test_more_findings_than_a_request_can_name_are_the_senders_fault(masked: boo
     """The honest site is not named."""
     honest = enrolment("honest", ["Nodule"], masked=masked)
     liar = enrolment("liar", invented(5_000), masked=masked)
+    recipe = recipes.load("demo", {"aggregation": "secagg"} if masked else {})
     with pytest.raises(ProtocolError, match="5000 findings; 4096 are the most") as error:
-        checked_roster([honest, liar], ["node 1", "node 2"], counted=not masked)
+        checked_roster([honest, liar], ["node 1", "node 2"], recipe)
     assert "'liar'" in str(error.value)
     assert "honest" not in str(error.value)
 
@@ -46,7 +47,7 @@ def test_what_a_few_invent_together_makes_no_honest_site_fail(make_message: Any,
     """The request that comes of it is one that a site takes, and has the findings that honest sites share."""
     asked = [enrolment(f"liar {one}", invented(wire.FINDINGS_MAX, f"of {one}")) for one in range(liars)]
     asked += [enrolment(name, ["Nodule", "Zebra"]) for name in ("north", "south")]
-    roster = checked_roster(asked, ["node"] * len(asked))
+    roster = checked_roster(asked, ["node"] * len(asked), recipes.load("demo"))
     findings = choose_findings(recipes.load("demo"), [member.values["findings"] for member in roster])
     assert {"Nodule", "Zebra"} <= set(findings)
     assert len(findings) == wire.FINDINGS_MAX
