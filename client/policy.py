@@ -137,7 +137,7 @@ class Policy:
         try:
             return Parameters.of(n, self.secagg.colluders, self.secagg.minimum)
         except ConfigError as error:
-            raise ConfigError(f"site.yaml: {error}" if self != Policy() else str(error)) from error
+            raise ConfigError(f"site.yaml: {error}" if self.secagg != SecAgg() else str(error)) from error
 
 
 def clear(refused: bool) -> str:

@@ -15,7 +15,7 @@ from chexfound.data.store import Store, is_store
 from chexfound.errors import ChexfoundError, ConfigError
 from client import approval, ledger, membership, secret
 from client.home import UMASK, exposed, named
-from client.policy import Policy
+from client.policy import Policy, SecAgg
 from client.preflight.checks import Finding, Subject, failed, ok, warning
 
 GB, GIB = 10**9, 2**30
@@ -110,7 +110,7 @@ def policy(subject: Subject) -> Finding:
     except ConfigError as error:
         if granted.masked:
             return failed(f"{path}: {error}; {clear}, so there can be none", f"change secagg in {path}, or take it out")
-        if path.exists():
+        if demanded.secagg != SecAgg():
             return warning(f"{path}: {error}", f"change secagg in {path}, or take it out")
         return ok(f"{clear}; {error}")
     return ok(f"{clear}; a masked sum is over {held.survivors} of {n} sites or more, of which {held.c} may collude")

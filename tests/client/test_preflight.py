@@ -20,7 +20,7 @@ import pytest
 from chexfound.bundle import Bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, commands, flwr_private, ledger, link, membership, secret
+from client import approval, cli, commands, flwr_private, ledger, link, membership, secret, template
 from client.home import close, store_path
 from client.preflight import checks, local, remote
 from client.preflight.plan import CHECKS
@@ -161,6 +161,7 @@ def test_a_policy_that_this_federation_cannot_meet(prepare: Callable[..., Path])
     (home / "site.yaml").write_text("secagg: {minimum: 4}")
     assert check(home)["policy"].state == "warning"
     (home / "site.yaml").unlink()
+    template.write(home)  # as `enrol` does: nothing that an operator should change
     found = check(home)["policy"]
     assert (found.state, found.remedy) == ("ok", "")
     assert "runs in the clear are accepted; secure aggregation is for 3 to 128 sites" in found.text

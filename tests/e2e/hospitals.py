@@ -26,7 +26,6 @@ min_batch: 1
 min_steps: 1
 max_runs: 1000
 cells: {patients: 0}
-plain: accepted
 """
 
 

@@ -40,8 +40,8 @@ class Disturbed:
 
     def __init__(self, processes: Any, images: dict[str, Path], px: int, ports: tuple[int, int]) -> None:
         self.processes, self.images, self.px = processes, images, px
-        self.left = processes.folder / "run"
         self.folder = processes.folder / "thorax"
+        self.left = self.folder / "runs" / "run"
         public, superlink = (Address("127.0.0.1", port) for port in ports)
         self.held = federations.create(self.folder, "thorax", Address("localhost", public.port), public, superlink)
         self.env = self.held.environment() | {"PYTHONPATH": processes.env["PYTHONPATH"]}
