@@ -170,12 +170,16 @@ def test_progress_is_written_and_a_new_message_begins_without(tmp_path: Path, cl
 def test_what_it_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(worker, "die_with_parent", lambda: given.append("dies with its parent"))
-    monkeypatch.setattr(worker.logs, "show", lambda: None)
+    monkeypatch.setattr(worker.logs, "show", given.append)
     monkeypatch.setattr(worker, "Tasks", lambda address, secret: (address, secret))
     monkeypatch.setattr(worker, "work", lambda *got: given.append(got))
     monkeypatch.setattr("sys.argv", ["worker", str(tmp_path), "127.0.0.1:1", str(tmp_path / "secret"), "0.5"])
     worker.main()
-    assert given == ["dies with its parent", (tmp_path, ("127.0.0.1:1", tmp_path / "secret"), 0.5)]
+    assert given == [
+        "dies with its parent",
+        tmp_path / "reasons.log",
+        (tmp_path, ("127.0.0.1:1", tmp_path / "secret"), 0.5),
+    ]
 
 
 def test_it_takes_no_step_more_once_nobody_waits(tmp_path: Path, clock: Clock) -> None:
