@@ -55,6 +55,9 @@ def small(**changed: Any) -> Recipe:
     return recipes.validate({**SMALL, **changed}, "small")
 
 
+SECRET = bytes(range(32))  # by which patients fall into the same parts each time
+
+
 class Hospital:
     """One of two sites of a federation, by the defaults of its site.yaml.
 
@@ -69,6 +72,7 @@ class Hospital:
     def demand(self, text: str) -> None:
         """What its operator writes."""
         self.home.mkdir(parents=True, exist_ok=True)
+        (self.home / "secret.key").write_bytes(SECRET)
         (self.home / "site.yaml").write_text(FINDINGS * ("findings" not in text) + text)
 
     def ask(
