@@ -195,7 +195,9 @@ def test_auroc_is_that_of_plain_averaging_without_who_is_gone(
 
 def test_no_site_has_a_figure_of_its_own(secured: Hospitals) -> None:
     events = read_journal(secured.left / "journal.jsonl")
-    assert {key for one in events[0]["roster"] for key in one} == {"site", "versions", "findings"}
+    told = {"site", "versions", "findings", "cells", "withheld"}  # a line of its policy, and whether names are withheld
+    assert {key for one in events[0]["roster"] for key in one} == told
+    assert {one["withheld"] for one in events[0]["roster"]} == {False}
     assert {site["site"] for event in events if event["event"] == "round" for site in event["sites"]} == {ALL_SITES}
     metrics = json.loads((secured.left / "metrics.json").read_text())
     assert {row["tested_on"] for row in metrics["results"]} == {ALL_SITES}
