@@ -40,6 +40,8 @@ then:
 whenever something does not work:
   chexfound-client check --data /images                 what is wrong, and what to do about it
   chexfound-client status                               what this site is doing
+  chexfound-client check --recipe FILE                  what a recipe asks, and whether site.yaml grants it
+  chexfound-client approve --list                       code and weights that were approved, and refused
 
 where runs aggregate under masks (docs/secure-aggregation.md):
   chexfound-client secagg show                          the numbers that protect this site, sums opened, refusals

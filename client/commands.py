@@ -137,7 +137,7 @@ def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "more: with --last the one that was refused, and no other; given before any was refused, whichever comes next "
         "on these weights. Each site that refuses has to do so; then the coordinator resumes the run.",
     )
-    release.add_argument("phase", metavar="PHASE", nargs="?", help="of the sum: counts, pretrain, features, …")
+    release.add_argument("phase", metavar="PHASE", nargs="?", help="of the sum: counts, pretrain, adapt, evaluate")
     release.add_argument("weights", metavar="WEIGHTS", nargs="?", help="first digits of their digest, by secagg show")
     release.add_argument("--last", action="store_true", help="the one that was refused last")
     release.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")

@@ -18,7 +18,7 @@ from nothing to a model:
   chexfound-server init /srv/thorax --name thorax --public coordinator.example.org:8443
   chexfound-server up /srv/thorax                                     runs until Ctrl-C; the rest in another terminal
   chexfound-server add-site /srv/thorax NORTHFIELD NORTHFIELD.pub     chexfound-client enrol made the file
-  (/srv/thorax/thorax.federation.json goes to every site, which approves it and connects)
+  (/srv/thorax/thorax.federation.json goes to every site: chexfound-client join FILE, then it connects)
   chexfound-server run /srv/thorax vits16-224 --set train.rounds=50
   chexfound-server report /srv/thorax
   chexfound-server fetch-model /srv/thorax --out model

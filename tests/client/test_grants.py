@@ -65,7 +65,7 @@ def test_a_damaged_list_of_runs_is_told_and_not_begun_anew(tmp_path: Path, text:
 
 
 def test_what_a_run_takes_is_near_what_was_measured() -> None:
-    """In docs/deployed.md: 1.1 GB in the worker for the preset demo; 16 GiB are asked for by `check` for ViT-L."""
+    """1.1 GB in the worker for the preset demo; 16 GiB are asked for by `check` for ViT-L."""
     assert 1.0 < grants.memory_bytes(recipes.load("demo")) / GB < 1.3
     assert 15 < grants.memory_bytes(recipes.load("vitl16-cxr1m")) / GB < 18
     assert grants.disk_bytes(recipes.load("demo"), 0) < GB
