@@ -39,6 +39,9 @@ class Accepted:
         backbone: digest of what the run's features are of, once they are.
         derived: the same of that backbone as it is derived here, where it was.
         judged: digest of the head that the run's results are of, once there are some.
+        run: Flower's number of the run that they came in, the latest.
+        place: the site's number in the roster, as that run has it.
+        asked: digest of what was asked of them.
         norms: how far the site's own steps led from them, by tensor; of all together under the empty name.
         warnings: where the model moved further than the site's own steps make likely, the latest.
     """
@@ -50,6 +53,9 @@ class Accepted:
     backbone: str = ""
     derived: str = ""
     judged: str = ""
+    run: int = 0
+    place: int = 0
+    asked: str = ""
     norms: dict[str, float] | None = None
     warnings: list[str] = field(default_factory=list)
 

@@ -18,7 +18,7 @@ from chexfound.phases import Reply, Request
 from chexfound.pretrain.beginning import FILE
 from chexfound.schema import Recipe
 from chexfound.secagg.messages import STAGES
-from client import egress, membership, secure, site, weights
+from client import egress, lineage, membership, secure, site, weights
 from client.asked import forms
 from client.egress import Gate
 from client.grants import Grant
@@ -146,11 +146,15 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
             return secure.answer(here, run_recipe, request, run_id, home)
         if run_recipe.aggregation == "secagg" and request.phase == "features":
             assert home is not None  # likewise
-            return secure.features(here, run_recipe, request, home)
-        held = weights.admit(here, run_recipe, request)
+            return secure.features(here, run_recipe, request, run_id, home)
+        held = weights.admit(here, run_recipe, request, run_id)
         request = held.request
+        if here.lineage and request.phase == "adapt":
+            lineage.check_features(here, run_recipe, request)
         reply = phases.run(here, run_recipe, request)
         held.keep(reply)
+        if here.lineage and request.phase == "features":
+            lineage.record_features(here, run_recipe, request)
     finally:
         if grant is not None:
             grant.worked(run_id, time.monotonic() - started)

@@ -201,10 +201,8 @@ def nbytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def model_bytes(recipe: Recipe) -> int:
-    """The largest model of a run: with its heads where it pretrains."""
-    if "pretrain" in recipe.phases:
-        return max(nbytes(_student(stage)[0]) for stage in curriculum.stages(recipe))
-    return nbytes(_backbone(recipe))
+    """The largest model of a run, with its heads: one that only adapts derives them too, to see what it begins with."""
+    return max(nbytes(_student(stage)[0]) for stage in curriculum.stages(recipe))
 
 
 def _check_part(recipe: Recipe, request: Request) -> None:

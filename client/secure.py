@@ -47,7 +47,7 @@ def answer(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path
         return desk.answer(site, recipe, request, run_id)
 
 
-def features(site: Site, recipe: Recipe, request: Request, home: Path) -> Reply:
+def features(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path) -> Reply:
     """Take the backbone of a run under masks and make features of it, of which no sum is asked, and say nothing.
 
     To send one site another backbone is of no use: the context of every later sum holds its digest, so sites that have
@@ -56,9 +56,10 @@ def features(site: Site, recipe: Recipe, request: Request, home: Path) -> Reply:
     Raises: any ChexfoundError of the phase itself.
     """
     with closing(_desk(home, site.name)) as desk:
-        work, n = replace(request, roster_index=desk.index()), desk.parameters.n
-    held = lines.admit(site, recipe, work, n)
-    reply = phases.run(site, recipe, held.request)
+        index, n = desk.index(), desk.parameters.n
+    held = lines.admit(site, recipe, replace(request, roster_index=0), run_id, n)
+    work = replace(held.request, roster_index=index)
+    reply = phases.run(site, recipe, work)
     held.keep(reply)
     lineage.record_features(site, recipe, work)
     return reply
@@ -222,7 +223,7 @@ class Desk(Attempts):
             raise RefusedError("secagg.weights", f"the tensor {odd[0]!r} has no part in it, and hides equal weights")
         if self._base(site, recipe, request, weights) != shared["base"]:
             raise RefusedError("secagg.weights", "the backbone here is another one by now")
-        held = lines.admit(site, recipe, request, self.parameters.n)
+        held = lines.admit(site, recipe, replace(request, roster_index=0), side.attempt.run, self.parameters.n)
         request = held.request
         plan = self._plan(recipe, request, shared["told"])
         zeroed = side.zeroed(phases.parted(recipe, request), sharers)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from chexfound.errors import CheckpointError, ConfigError, RefusedError, StateError
+from chexfound.journal import canonical
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request, Site
@@ -38,6 +39,7 @@ from client.home import named
 from client.policy import Policy
 
 log = logging.getLogger("chexfound.client")
+STAND_ON_WEIGHTS = ("pretrain", "features", "adapt", "evaluate")
 TOLERANCE = 1e-6  # of weights that both ends derive: other instructions of a processor give others by 5e-8
 LIGHTEST = 0.01  # of all images, that a masked sum is over at least
 
@@ -70,34 +72,40 @@ class Held:
         self.shelf.put(self.accepted, self.tensors, begins=self.begins)
 
 
-def admit(site: Site, recipe: Recipe, request: Request, n: int = 0) -> Held:
+def admit(site: Site, recipe: Recipe, request: Request, run: int, n: int = 0) -> Held:
     """Hold a request's weights against their lineage, before any image is touched; in a simulation, take all.
 
     Args:
         site: whose home has what was accepted.
         recipe: whose steps count, whatever the request says.
         request: with its tensors.
+        run: Flower's number of it.  A run that is resumed has another, and may go back to its beginning.
         n: sites of the roster, where updates are summed under masks; else 0.
 
     Raises: RefusedError of `weights.…`, and of `policy.rate` for a recipe whose optimizer has no box.
     """
-    if not site.lineage:
+    if not site.lineage or request.phase not in STAND_ON_WEIGHTS:
         return Held(request=request)
     try:
         check_bounded(recipe)
     except ConfigError as error:
         raise RefusedError("policy.rate", str(error)) from error
-    judge = _Judge(site, recipe, request, n)
+    judge = _Judge(site, recipe, request, run, n)
     kinds = {"pretrain": judge.pretrain, "features": judge.features, "adapt": judge.adapt, "evaluate": judge.evaluate}
-    return kinds[request.phase]() if request.phase in kinds else Held(request=request)
+    return kinds[request.phase]()
 
 
 class _Judge:
     """Of one request."""
 
-    def __init__(self, site: Site, recipe: Recipe, request: Request, n: int) -> None:
-        self.site, self.recipe, self.policy = site, recipe, Policy.load(site.home)
+    def __init__(self, site: Site, recipe: Recipe, request: Request, run: int, n: int) -> None:
+        self.site, self.recipe, self.policy, self.run = site, recipe, Policy.load(site.home), run
         self.shelf = Shelf.of(site, recipe)
+        last = self.shelf.accepted
+        self.last = last if last is not None and last.run == run else None  # of this very run
+        if self.last is not None and self.last.place != request.roster_index:
+            raise RefusedError("request.beyond", "another place in the roster than this run gave the site before")
+        self.asked = hashlib.sha256(canonical(request.shared())).hexdigest()
         tensors = dict(request.tensors)
         self.file = tensors.pop(beginning.FILE, None)
         self.request = replace(request, tensors=tensors)
@@ -118,6 +126,7 @@ class _Judge:
             self._check_names(expected)
             self._check_equal(expected)
             name = checkpoint.digest({name: expected[name] for name in self.tensors})
+            self._check_beginning("pretrain")
             last = self.shelf.accepted
             again = last is not None and last.sent == _digests(self.tensors)  # not a run more
             return self._held(_weights(self.tensors), begins=not again, name=name)
@@ -162,6 +171,8 @@ class _Judge:
 
     def _first_backbone(self, digest: str) -> Held:
         """Of a run that begins with it."""
+        if self.last is not None:
+            raise RefusedError("weights.backbone")
         expected = initial_weights(self.recipe)
         expected = curriculum.with_grid(expected, self.recipe.position_px // self.recipe.student.patch_size)
         self._load_file(expected)
@@ -181,6 +192,7 @@ class _Judge:
             return self._lost(backbone=self._present_backbone())
         if not request.step:
             self._check_equal(fresh)
+            self._check_beginning("adapt")
             name = checkpoint.digest({name: fresh[name] for name in self.tensors})
             return self._on(accepted, name)
         own = accepted if accepted.phase == "adapt" else None
@@ -219,6 +231,28 @@ class _Judge:
         return Held(request=self.request, backbone=accepted.derived, shelf=self.shelf, accepted=kept)
 
     # -- what they stand on
+
+    def _check_beginning(self, phase: str) -> None:
+        """That a phase begins once in a run: who goes back may go on from there to other weights than before.
+
+        Raises: RefusedError.
+        """
+        last = self.last
+        if last is None or (phase == "adapt" and last.phase != "adapt"):
+            return
+        if last.phase != phase or last.round or last.judged or (phase == "pretrain" and last.backbone):
+            raise RefusedError("weights.box", f"this run has begun its {phase} here already, and went on")
+        self._check_same(last)
+
+    def _check_same(self, accepted: Accepted) -> None:
+        """That a round which comes again asks the same, of the same weights.
+
+        Raises: RefusedError.
+        """
+        if any(accepted.sent.get(whose) != digest for whose, digest in _digests(self.tensors).items()):
+            raise RefusedError("weights.box", f"other weights than it accepted for round {accepted.round + 1}")
+        if accepted.asked != self.asked:
+            raise RefusedError("request.beyond", f"another question than it answered in round {accepted.round + 1}")
 
     def _beginning(self) -> dict[str, Tensor]:
         """What the recipe begins with, with a teacher wherever there is one for all sites."""
@@ -405,9 +439,9 @@ class _Judge:
 
     def _again(self, accepted: Accepted) -> Held:
         """A round that is asked for again, with the same weights."""
-        if any(accepted.sent.get(whose) != digest for whose, digest in _digests(self.tensors).items()):
-            raise RefusedError("weights.box", f"other weights than it accepted for round {accepted.round + 1}")
-        return Held(request=self.request, backbone=accepted.derived, shelf=self.shelf, accepted=accepted)
+        self._check_same(accepted)
+        kept = replace(accepted, run=self.run, place=self.request.roster_index)
+        return Held(request=self.request, backbone=accepted.derived, shelf=self.shelf, accepted=kept)
 
     def _on(self, accepted: Accepted, name: str = "") -> Held:
         """A head, on the backbone that was pinned."""
@@ -445,6 +479,9 @@ class _Judge:
             sent=_digests({**kept, **self.tensors}),
             backbone=backbone,
             derived=derived,
+            run=self.run,
+            place=self.request.roster_index,
+            asked=self.asked,
             warnings=[*earlier, *(warnings or [])][-10:],
         )
         return Held(

@@ -272,12 +272,12 @@ def adapting(fed: Federation, number: int = 1, **changed: Any) -> Try:
     return fed.attempt("adapt", number, findings=findings, **(given | changed))
 
 
-def featuring(fed: Federation, names: Sequence[str] = NAMES, **changed: Any) -> None:
+def featuring(fed: Federation, names: Sequence[str] = NAMES, run: int = 1, **changed: Any) -> None:
     """Have these sites take a backbone, of which there is no sum."""
     weights = server_run.initial_weights(fed.recipe)
     given = {"findings": ("Bar", "Blob"), "tensors": checkpoint.with_prefix(weights, "student.backbone.")} | changed
     for name in names:
-        assert fed.ask(name, Request(phase="features", **given)) == Reply()
+        assert fed.ask(name, Request(phase="features", **given), run=run) == Reply()
 
 
 def widened(settings: Settings) -> Settings:

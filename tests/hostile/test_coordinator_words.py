@@ -41,14 +41,16 @@ class Hospital:
     """A deployed site in this process: its images, and what it answers."""
 
     def __init__(self, folder: Path, recipe: Recipe, message: Callable[..., Message]) -> None:
-        self.folder, self.recipe, self.message = folder, recipe, message
+        self.folder, self.recipe, self.message, self.number = folder, recipe, message, 1
 
     def ask(self, request: Request, recipe: Recipe | None = None) -> Message:
         """What it answers."""
         run = {"recipe": recipes.to_json(recipe or self.recipe)}
         node = {"site": "north", "data": str(self.folder)}
-        context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
-        return handle(self.message(wire.pack_request(request), wire.MESSAGE_TYPES[request.phase]), context)
+        context = Context(run_id=self.number, node_id=1, node_config=node, state=RecordDict(), run_config=run)
+        message = self.message(wire.pack_request(request), wire.MESSAGE_TYPES[request.phase])
+        message.metadata.__dict__["_run_id"] = self.number
+        return handle(message, context)
 
     def reply(self, request: Request, recipe: Recipe | None = None) -> Reply:
         """Likewise, unpacked."""
@@ -59,6 +61,7 @@ class Hospital:
     def run(self, findings: tuple[str, ...], recipe: Recipe | None = None) -> list[Reply]:
         """What it answers in an honest run over these findings, to one request of each phase."""
         recipe = recipe or self.recipe
+        self.number += 1
         return whole_run(lambda request: self.reply(request, recipe), recipe, findings)
 
 

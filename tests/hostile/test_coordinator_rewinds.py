@@ -1,0 +1,79 @@
+"""A coordinator that goes back to a run's beginning, to send other weights than it did, or asks a round twice.
+
+Under masks two sums on nearly the same weights, one without a hospital, leave that hospital's own update; in the clear
+many questions on the same weights leave the gradient of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from chexfound import recipe as recipes
+from chexfound.model import checkpoint
+from chexfound.phases import Reply
+from tests.client.test_hostile_coordinator import pretraining
+from tests.hostile.test_coordinator_pixels import hospital as hospital
+from tests.hostile.weights_door import Hospital, honest
+from tests.secagg.federation import Federation
+
+pytest_plugins = ("tests.secagg.fixtures",)
+BIAS = "student.backbone.blocks.0.mlp.fc1.bias"
+
+
+def test_a_run_that_went_on_does_not_begin_again(hospital: Hospital) -> None:
+    first = hospital.first()
+    weights = honest(hospital.pretrain(first)).tensors
+    assert isinstance(
+        hospital.pretrain(first), Reply
+    )  # as it was: the reply may have been lost
+    honest(hospital.pretrain(weights, 1))
+    assert hospital.pretrain(first) == "weights.box"
+    hospital.restart()
+    assert hospital.pretrain(first) == "weights.box"
+
+
+def test_features_are_not_made_of_another_backbone_by_way_of_the_beginning(hospital: Hospital) -> None:
+    backbone = hospital.pretrained()
+    assert isinstance(hospital.features(backbone), Reply)
+    other = backbone | {"cls_token": backbone["cls_token"] + 1e-6}
+    assert hospital.features(other) == "weights.backbone"
+    assert hospital.pretrain(hospital.first()) == "weights.box"
+    assert hospital.features(other) == "weights.backbone"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"roster_index": 1}, {"roster_index": 999}, {"batch_size": 4}, {"findings": ("Bar",)}], ids=str
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_a_round_s_weights_one_question_is_answered(
+    hospital: Hospital, changed: dict[str, Any], number: int
+) -> None:
+    weights = hospital.rounds(number)
+    reply = honest(hospital.pretrain(weights, number))
+    assert hospital.pretrain(weights, number, **changed) == "request.beyond"
+    again = honest(hospital.pretrain(weights, number))
+    assert checkpoint.digest(again.tensors) == checkpoint.digest(reply.tensors)
+
+
+def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) -> None:
+    """One bit of the weights changed, and one hospital left out: the difference would be its own update."""
+    config = fed.recipe
+    train, optim = recipes.changed(config.train, rounds=3), recipes.changed(config.optim, warmup_epochs=0)
+    fed.recipe = recipes.changed(config, train=train, optim=optim)
+    for node in fed.nodes.values():
+        node["lineage"] = True
+    one = pretraining(fed)
+    one.finish()
+    first = one.request.tensors
+    ask: Callable[..., Any] = lambda attempt, weights: pretraining(  # noqa: E731
+        fed, attempt, round=1, step=fed.recipe.train.local_steps, tensors=weights
+    )
+    ask(1, first | {BIAS: first[BIAS] + 2e-6}).finish()
+    for reply in pretraining(fed, 2).until("masked").stage("masked").values():
+        assert reply == "weights.box"
+    few = ("alpha", "beta", "delta")
+    second = ask(2, first | {BIAS: first[BIAS] + 3e-6}).until("masked", few)
+    assert set(second.stage("masked", few).values()) == {"weights.box"}
