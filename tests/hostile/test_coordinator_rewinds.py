@@ -26,9 +26,7 @@ BIAS = "student.backbone.blocks.0.mlp.fc1.bias"
 def test_a_run_that_went_on_does_not_begin_again(hospital: Hospital) -> None:
     first = hospital.first()
     weights = honest(hospital.pretrain(first)).tensors
-    assert isinstance(
-        hospital.pretrain(first), Reply
-    )  # as it was: the reply may have been lost
+    assert isinstance(hospital.pretrain(first), Reply)  # as it was: the reply may have been lost
     honest(hospital.pretrain(weights, 1))
     assert hospital.pretrain(first) == "weights.box"
     hospital.restart()
