@@ -410,7 +410,8 @@ class GridExchange:
                 return self._missing(one, ProtocolError.code, ProtocolError(text))
             if kind is ChexfoundError and message.error.code in (*LOST, CRASHED):
                 one.ids.remove(message_id)
-                self._lose(one, "gone")
+                if not one.ids:  # else it was asked again since, and this is of the time before
+                    self._lose(one, "gone")
                 return None
             text = f"{where}: {wire.explain_error(message)}; that site's own log says why"
             code = wire.error_code(message)
