@@ -95,7 +95,7 @@ def _round(site: Site, recipe: Recipe, tensors: dict[str, Tensor], number: int, 
         phase="pretrain", round=number, step=number * steps, steps=steps, batch_size=batch, tensors=dict(tensors)
     )
     began = time.perf_counter()
-    held = weights.admit(site, recipe, request)
+    held = weights.admit(site, recipe, request, run=1)
     spent = time.perf_counter() - began
     reply = phases.run(site, recipe, held.request)
     began = time.perf_counter()
