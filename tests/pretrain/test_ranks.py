@@ -16,7 +16,7 @@ import torch
 from chexfound import recipe as recipes
 from chexfound.errors import ConfigError
 from chexfound.model import checkpoint
-from chexfound.pretrain import ranks
+from chexfound.pretrain import curriculum, ranks
 from chexfound.pretrain.launch import Ranks
 from chexfound.pretrain.meta_arch import Batch
 from chexfound.pretrain.train import Pretrainer
@@ -224,15 +224,17 @@ def test_what_is_not_shared_is_the_mean_of_each_rank_s_own(done, worker, picture
 @pytest.mark.parametrize("name", ["ddp", "full"])
 def test_a_stage_begins_as_in_one_process(done, alone, recipe_of, name):
     recipe = recipe_of({**STAGED, **SCENARIOS[name]})
-    _, state = alone(recipe, steps=2)
-    rows, state = alone(recipe, first=2, steps=2, state=state)
+    _, before = alone(recipe, steps=2)
+    rows, state = alone(recipe, first=2, steps=2, state=before)
     told, there = found(done, f"staged_{name}_2")
     assert there["model.student.backbone.pos_embed"].shape[1] == 1 + 9
     assert [row["loss"] for row in told] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
     assert apart(state, there, "student") < 1e-4
     assert apart(state, there, "teacher") < 1e-4
     positions = "model.student.backbone.pos_embed"
-    assert torch.allclose(state[positions], there[positions], rtol=0, atol=1e-6)
+    here, other, begun = (of[positions] for of in (state, there, curriculum.with_grid(before, 3)))
+    # As a share of the way that the stage led them: the last bits of the numbers are the machine's.
+    assert (here - other).norm() < 1e-3 * (here - begun).norm()
 
 
 def test_shards_gone_on_with_are_uninterrupted_to_the_bit(done):
