@@ -7,7 +7,7 @@
 
 Each answer is on the disk before its first byte leaves, and is given again, the same, to the same request; to another
 request for the same stage nothing is given.  No attempt counts twice, none after its time; and no second sum on the
-same weights is opened, over other sites or of other work (differencing).
+same weights, or of the same step of the same training, is opened over other sites or of other work (differencing).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from chexfound.phases import Reply
 from chexfound.secagg import messages, payload
 from chexfound.secagg.messages import STAGES, Attempt
 from client.parts import Parts
-from client.sums import in_force
+from client.sums import WORK, differs, in_force, same_sum
 
 log = logging.getLogger("chexfound.client")
-WEIGHTS = ("phase", "weights")  # of an entry: which weights it is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,38 +226,43 @@ class Attempts:
     def _check_differencing(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> None:
         """Into the journal before the answer leaves: over which sites this sum on these weights is, and of what.
 
-        Two sums over the same sites tell of one as well, if the second counts its images otherwise, say.
+        Two sums over the same sites tell of one as well, if the second counts its images otherwise, say; and two on
+        weights that are nearly the same, as a run that begins anew can have them sent, tell almost as much.
 
         Raises: RefusedError if there was another, and the operator has not released it.
         """
         work = self._work(attempt, survivors, summed)
-        before = None
+        before: list[dict[str, str | None]] = []  # opened, and not released since
         for entry in in_force(self.journal.entries):
-            if {name: entry.get(name) for name in WEIGHTS} != {name: work[name] for name in WEIGHTS}:
+            if entry["event"] not in ("opened", "released") or not same_sum(entry, work):
                 continue
             if entry["event"] == "opened":
-                before = {name: entry[name] for name in work}
-            elif entry["event"] == "released" and all(entry.get(name, work[name]) == work[name] for name in work):
-                before = None  # a word for this very sum, or for whichever it is
-        if before not in (None, work):
+                before.append({name: entry.get(name) for name in WORK})
+            elif all(entry.get(name, work[name]) == work[name] for name in ("over", "asked")):
+                before = []  # a word for this very sum, or for whichever it is
+        if any(differs(one, work) for one in before):
             raise RefusedError("secagg.differencing")
-        if before is None:
+        if work not in before:
             self.journal.append({"event": "opened", **work, "of": _of(attempt)})
 
     def _work(self, attempt: Attempt, survivors: list[str], summed: list[str]) -> dict[str, str]:
-        """On which weights a sum is, over which sites, and of what work; digests.
+        """On which weights a sum is, of which step of a training, over which sites, and of what work; digests.
 
         Weights that this site derives itself have the name of those, not of the bytes that were sent: within the
         tolerance there are many of these, and one sum.  Which findings are left out of the counts hangs on each run's
         split, and one's counts tell nothing of another's.
         """
         shared, masked = self._kept("share"), self._kept("masked")
-        asked = [shared["question"], [] if attempt.phase == "counts" else summed]
+        left = [] if attempt.phase == "counts" else summed
+        settings = shared["told"]["settings"]
+        counted = [settings["images"], settings.get("labelled", []), left]
         return {
             "phase": attempt.phase,
             "weights": masked["weights"],
+            "place": shared["place"],
             "over": messages.names_digest(survivors).hex(),
-            "asked": hashlib.sha256(canonical(asked)).hexdigest(),
+            "asked": hashlib.sha256(canonical([shared["question"], left])).hexdigest(),
+            "counted": hashlib.sha256(canonical(counted)).hexdigest(),
         }
 
 

@@ -204,6 +204,7 @@ class Desk(Attempts):
             "context": context.hex(),
             "base": base,
             "question": plan.question(),
+            "place": plan.place(),
         }
         return {"context": context.hex(), "packets": [asdict(packet) for packet in side.deal()]}, kept
 

@@ -25,7 +25,9 @@ SCHEMA = 1  # of what --json prints
 SHOWN = 5  # opened sums, the latest
 LOST_MAX = 2  # sites that a sum is tried to have been without, to say which
 DIFFERENCING = "secagg.differencing"
-WORK = ("phase", "weights", "over", "asked")  # of an entry: on which weights a sum is, over which sites, of what
+# Of an entry: on which weights a sum is, of which step of a training, over which sites, of what work, and how images
+# count in it.  Entries of before a place was noted have none.
+WORK = ("phase", "weights", "place", "over", "asked", "counted")
 STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 
 Entry = dict[str, Any]
@@ -84,14 +86,14 @@ def _unused(entries: Sequence[Entry]) -> int | None:
     for place in reversed(range(len(entries))):
         one = entries[place]
         if one["event"] == "released" and not any(
-            later["event"] == "opened" and _same_weights(later, one) for later in entries[place + 1 :]
+            later["event"] == "opened" and same_sum(later, one) for later in entries[place + 1 :]
         ):
             return place
     return None
 
 
 def _sum(entry: Entry, sites: Roster) -> Entry:
-    found = {"event": entry["event"], "phase": entry["phase"], "weights": entry["weights"]}
+    found = {name: entry.get(name) for name in ("event", "phase", "weights", "place")}
     if entry["event"] == "opened":
         found |= {"over": entry["over"], "without": _without(entry["over"], sites)}
     return found
@@ -134,13 +136,26 @@ def waiting(entries: Sequence[Mapping[str, Any]]) -> Entry | None:
     for entry in entries:
         if entry["event"] == "refused" and entry["code"] == DIFFERENCING:
             found = {name: entry.get(name) for name in WORK}
-        elif found is not None and entry["event"] in ("released", "opened") and _same_weights(entry, found):
+        elif found is not None and entry["event"] in ("released", "opened") and same_sum(entry, found):
             found = None
     return found
 
 
-def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return (one["phase"], one["weights"]) == (other["phase"], other["weights"])
+def same_sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two sums are on the same weights, or of the same step of the same training on whichever weights."""
+    if one["phase"] != other["phase"]:
+        return False
+    return one["weights"] == other["weights"] or bool(one.get("place") and one["place"] == other.get("place"))
+
+
+def differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two such sums are over other sites, or of other work; together they tell more than each.
+
+    On other weights the work has other numbers too: how far each weight may lie from what was sent.  What a site's
+    images count for is held alike.
+    """
+    by = ("over", "asked") if one["weights"] == other["weights"] else ("over", "counted")
+    return any(one.get(name) != other.get(name) for name in by)
 
 
 def _waiting(entries: Sequence[Mapping[str, Any]], sites: Roster) -> Entry | None:
@@ -175,12 +190,12 @@ def choose(home: Path, *, last: bool, phase: str | None, weights: str | None) ->
             f"{phase} {weights}: the phase and first digits of {len(digests)} sums that were opened here; "
             "see chexfound-client secagg show"
         )
-    digest = digests.pop()
-    chosen = {"phase": phase, "weights": digest}
-    if found is not None and _same_weights(found, chosen) and found["over"] is not None:
+    of_phase = [entry for entry in of_phase if entry["weights"] == min(digests)]
+    chosen = {name: of_phase[-1].get(name) for name in ("phase", "weights", "place")}
+    if found is not None and same_sum(found, chosen) and found["over"] is not None:
         return found  # what was asked, and nothing else
-    if [entry for entry in of_phase if entry["weights"] == digest][-1]["event"] == "released":
-        raise ConfigError(f"{phase} {digest[:12]}: released already, and not opened since; the run can go on")
+    if of_phase[-1]["event"] == "released":
+        raise ConfigError(f"{phase} {chosen['weights'][:12]}: released already, and not opened since; the run can go on")
     return chosen
 
 
@@ -215,10 +230,10 @@ def withdraw(home: Path) -> Entry:
 
 def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
     """What a release means, for whoever has to say yes."""
-    before = [one for one in found["sums"] if one["event"] == "opened" and _same_weights(one, chosen)]
+    before = [one for one in found["sums"] if one["event"] == "opened" and same_sum(one, chosen)]
     said = [
         f"sum       {chosen['phase']} on weights {chosen['weights'][:12]}…",
-        *(f"  opened  over {_over(one)}" for one in before),
+        *(f"  opened  over {_over(one)}{_on_others(one, chosen)}" for one in before),
     ]
     asked = found["waiting"] if chosen.get("over") else None
     if asked is not None:
@@ -232,7 +247,7 @@ def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
         ]
     return [
         *said,
-        "If one more sum on the same weights is opened over other sites, the coordinator can take one from the other:",
+        "If one more sum on these weights, or on near ones, is opened over other sites, one can be taken from the other:",
         "the difference is what the sites have sent that are in one of them only; where that is one site, it is that",
         "site's own update, in clear. Release it only if the coordinator's people told you why the first sum was lost.",
     ]
@@ -268,6 +283,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if found["waiting"] is not None:
         said.append("  WAITING       for this operator's word: chexfound-client secagg release --last")
     return said
+
+
+def _on_others(one: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    return "" if one["weights"] == chosen["weights"] else ", on other weights of the same step of this training"
 
 
 def _absent(opened: Sequence[Mapping[str, Any]]) -> str:

@@ -143,14 +143,25 @@ class Plan:
 
         Of the counts nothing: they are asked for in every run, whatever its recipe.
         """
-        phase, recipe = self.request.phase, json.loads(recipes.to_json(self.recipe))
-        if phase == "counts":
+        if self.request.phase == "counts":
             return hashlib.sha256(b"").hexdigest()
-        if phase == "pretrain":
-            bearing = pretraining(self.recipe)
-        else:
-            bearing = {key: recipe[key] for key in (*IMAGES, "adapt")}
-        return hashlib.sha256(canonical([self.asked(), self.layout.as_list(), bearing])).hexdigest()
+        return hashlib.sha256(canonical([self.asked(), self.layout.as_list(), self._bearing()])).hexdigest()
+
+    def place(self) -> str:
+        """Digest of the step of which training this sum is, whatever its weights and numbers; hex, empty of counts.
+
+        A run that begins anew, or under another name, comes by here with weights that are nearly those of before.
+        """
+        if self.request.phase == "counts":
+            return ""
+        return hashlib.sha256(canonical([self.request.shared(), self._bearing()])).hexdigest()
+
+    def _bearing(self) -> dict[str, Any]:
+        """The sections of the recipe that a site's part hangs on."""
+        if self.request.phase == "pretrain":
+            return pretraining(self.recipe)
+        recipe = json.loads(recipes.to_json(self.recipe))
+        return {key: recipe[key] for key in (*IMAGES, "adapt")}
 
     # -- at a site
 

@@ -21,6 +21,7 @@ from server import pki
 NAMES = ["EAST", "NORTH", "SOUTH", "WEST"]
 WEIGHTS = "ab" * 32
 OTHER = "ac" * 32
+SHARE = {"base": WEIGHTS, "question": "", "place": "", "told": {"settings": {"images": 60}}}
 ATTEMPT = Attempt(run=7, phase="pretrain", round=2, attempt=1)
 
 
@@ -174,9 +175,9 @@ def test_a_damaged_attempt_is_no_crash(home: Path, capsys: pytest.CaptureFixture
     assert "not what this release writes" in capsys.readouterr().err
 
 
-def open_sum(desk: Desk, names: Sequence[str]) -> None:
+def open_sum(desk: Desk, names: Sequence[str], *, place: str = "", weights: str = WEIGHTS) -> None:
     """What a site does before it answers the last stage."""
-    for stage, kept in (("share", {"base": WEIGHTS, "question": ""}), ("masked", {"weights": WEIGHTS})):
+    for stage, kept in (("share", {**SHARE, "place": place}), ("masked", {"summed": [], "weights": weights})):
         write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})
     desk._check_differencing(ATTEMPT, list(names), [])
 
@@ -202,9 +203,34 @@ def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: 
     again.close()
 
 
+def test_a_sum_of_the_same_step_on_other_weights_is_released_by_its_own_word(home: Path, desk: Desk, capsys) -> None:
+    """Of a run that begins anew, say: its weights are near those of before, and it is without a site this time."""
+    place = {"place": "cd" * 32}
+    open_sum(desk, NAMES, **place)
+    near = {**place, "weights": "ef" * 32}
+    open_sum(desk, NAMES, **near)
+    with pytest.raises(RefusedError, match="second sum") as caught:
+        open_sum(desk, NAMES[:3], **near)
+    write_json(
+        desk.folder / "consistency.json", {"asked": "", "values": {}, "kept": {"survivors": list(NAMES[:3])}}
+    )
+    desk._end(ATTEMPT, caught.value)
+    desk.close()
+    assert do("release", "pretrain", WEIGHTS[:6], "--yes") == 0  # by the digits of any sum of that step
+    out = capsys.readouterr().out
+    assert "asked   over all sites but WEST" in out
+    assert "over all sites, on other weights of the same step of this training" in out
+    again = Desk(home, "NORTH", *_held(home))
+    open_sum(again, NAMES[:3], **near)
+    for names in (NAMES, NAMES[1:]):
+        with pytest.raises(RefusedError, match="second sum"):
+            open_sum(again, names, **place)
+    again.close()
+
+
 def refuse_sum(desk: Desk, names: Sequence[str], question: str = "") -> None:
     """As a site does that is asked for a second sum."""
-    shared = {"asked": "", "values": {}, "kept": {"base": WEIGHTS, "question": question}}
+    shared = {"asked": "", "values": {}, "kept": {**SHARE, "question": question}}
     write_json(desk.folder / "share.json", shared)
     for stage, kept in (("masked", {"summed": [], "weights": WEIGHTS}), ("consistency", {"survivors": list(names)})):
         write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})

@@ -7,6 +7,7 @@ many questions on the same weights leave the gradient of each image.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from chexfound.phases import Reply
 from tests.client.test_hostile_coordinator import pretraining
 from tests.hostile.test_coordinator_pixels import hospital as hospital
 from tests.hostile.weights_door import Hospital, honest
-from tests.secagg.federation import Federation
+from tests.secagg.federation import NAMES, Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)
 BIAS = "student.backbone.blocks.0.mlp.fc1.bias"
@@ -75,3 +76,26 @@ def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) 
     few = ("alpha", "beta", "delta")
     second = ask(2, first | {BIAS: first[BIAS] + 3e-6}).until("masked", few)
     assert set(second.stage("masked", few).values()) == {"weights.box"}
+
+
+@pytest.mark.parametrize("way", ["another name", "another run", "another name and fewer images told"])
+def test_under_masks_a_run_begun_anew_opens_no_second_sum_of_a_step(fed: Federation, way: str) -> None:
+    """The difference of the two sums, on weights that differ in one bit, was one hospital's update to .9999996."""
+    config = fed.recipe
+    train, optim = recipes.changed(config.train, rounds=3), recipes.changed(config.optim, warmup_epochs=0)
+    fed.recipe = recipes.changed(config, train=train, optim=optim)
+    for node in fed.nodes.values():
+        node["lineage"] = True
+    one = pretraining(fed)
+    one.finish()
+    first = one.request.tensors
+    second_round = {"round": 1, "step": fed.recipe.train.local_steps}
+    pretraining(fed, tensors=first | {BIAS: first[BIAS] + 2e-6}, **second_round).finish()
+    named = {"recipe": recipes.changed(fed.recipe, name="another")} if "name" in way else {}
+    pretraining(fed, run=2, **named).finish()  # on the same first weights, over the same sites: the same sum
+    few = ("alpha", "beta", "delta") if "images" not in way else NAMES
+    again = pretraining(fed, run=2, tensors=first | {BIAS: first[BIAS] + 3e-6}, **named, **second_round)
+    if "images" in way:
+        again.settings = replace(again.settings, images=again.settings.images - 1)
+    again.until("unmask", few)
+    assert {again.ask("unmask", name) for name in few} == {"secagg.differencing"}
