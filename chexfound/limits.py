@@ -65,10 +65,12 @@ class Limits:
     min_patients: Count
     min_images: Count
     min_batch: Positive
+    max_batch: Positive
     min_steps: Positive
     max_steps: Positive
     max_rounds: Positive
     max_runs: Positive
+    min_bootstrap: Positive
     max_missed_rounds: Count
     masked: bool  # runs in the clear are refused
 
@@ -125,6 +127,7 @@ def judge(recipe: Recipe, limits: Limits, n_sites: int) -> list[Verdict]:
     _judge_model(desk, recipe)
     _judge_rates(desk, recipe)
     _judge_work(desk, recipe, n_sites)
+    _judge_figures(desk, recipe)
     if limits.masked:
         masked = recipe.aggregation == "secagg"
         desk.add("secagg.required", "true", f"aggregation {recipe.aggregation}", masked, "secagg.plain")
@@ -241,9 +244,15 @@ def _judge_work(desk: _Desk, recipe: Recipe, n_sites: int) -> None:
         steps.append(("adapt.local_steps", recipe.adapt.local_steps))
         batches.append(("images a step in adapt", share(recipe.adapt, n_sites)))
     desk.least("min_batch", batches, "policy.work")
+    desk.most("max_batch", batches, "policy.work")
     desk.least("min_steps", steps, "policy.work")
     desk.most("max_steps", steps, "policy.work")
     desk.most("max_rounds", [(f"rounds of {phase}", number) for phase, number in recipe.rounds.items()], "policy.work")
+
+
+def _judge_figures(desk: _Desk, recipe: Recipe) -> None:
+    draws = [("evaluate.bootstrap_samples", recipe.evaluate.bootstrap_samples)] if "evaluate" in recipe.phases else []
+    desk.least("min_bootstrap", draws, "policy.work")
 
 
 def share(config: Train | Adapt, n_sites: int) -> int:
@@ -279,6 +288,7 @@ def contradictions(limits: Limits, presets: Iterable[tuple[str, Recipe]], n_site
     pairs = {
         ("model.min_patch_px", "model.max_patch_px"): (model.min_patch_px, model.max_patch_px),
         ("model.min_image_px", "model.max_image_px"): (model.min_image_px, model.max_image_px),
+        ("min_batch", "max_batch"): (limits.min_batch, limits.max_batch),
         ("min_steps", "max_steps"): (limits.min_steps, limits.max_steps),
     }
     said = [f"{low} {a} is above {high} {b}" for (low, high), (a, b) in pairs.items() if a > b]

@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": None if (there := memory()) is None else round(there / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -50,11 +50,15 @@ def _cpu() -> str:
     return names[0].strip() if names else platform.processor() or platform.machine() or "unknown"
 
 
-def _memory_gib() -> float | None:
+def memory() -> int | None:
+    """The machine's memory in bytes, or what its container may have of it; None where the system does not tell."""
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(whole, int(text)) if text.isdigit() else whole
 
 
 def device() -> str:

@@ -157,7 +157,7 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
             lineage.record_features(here, run_recipe, request)
     finally:
         if grant is not None:
-            grant.worked(run_id, time.monotonic() - started)
+            grant.worked(run_recipe, run_id, time.monotonic() - started)
     log.info(
         "phase=%s round=%d steps=%d-%d site=%s images=%s seconds=%.1f",
         request.phase, request.round + 1, request.step, request.step + request.steps, here.name,

@@ -83,8 +83,9 @@ def _check_work(recipe: Recipe, request: Request, limits: Limits, n_sites: int |
         shared = min(recipe.federation.min_sites, n_sites or LARGEST) <= pooled // batch <= (n_sites or LARGEST)
     if batch != config.batch_size and not shared:
         raise _beyond(f"{batch} images a step, which is no site's share of its recipe's {pooled or config.batch_size}")
-    if batch < limits.min_batch:
-        raise RefusedError("policy.work", f"{batch} images a step; site.yaml says 'min_batch: {limits.min_batch}'")
+    key = "min_batch" if batch < limits.min_batch else "max_batch"
+    if not limits.min_batch <= batch <= limits.max_batch:
+        raise RefusedError("policy.work", f"{batch} images a step; site.yaml says '{key}: {getattr(limits, key)}'")
 
 
 # -- tensors

@@ -7,17 +7,20 @@ has no policy, and is bound by none of it.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chexfound import limits as limiting
+from chexfound import machine as has
 from chexfound import parts, phases
 from chexfound.data.store import INDEX, Store
 from chexfound.errors import RefusedError
 from chexfound.limits import Limits, Verdict
 from chexfound.phases import Reply, Request
+from chexfound.pretrain import curriculum
 from chexfound.schema import ARCHS, Recipe
 from client import asked, ledger, membership, site
 from client.home import store_path
@@ -27,6 +30,8 @@ from client.policy import Policy
 log = logging.getLogger("chexfound.client")
 GB = 10**9
 COPIES = 10  # of the model in memory: weights, gradients, two moments and teacher; as much for messages
+# Numbers that a block keeps of each token and channel for the way back; measured: 17 (ViT-S, bf16) to 49 (preset demo).
+ACTIVATIONS = 16
 BESIDE = 11 * GB // 10  # the programs themselves: the preset demo takes that (measured)
 MODELS_KEPT = 7  # a site's own: teacher and Adam's two moments, now and a round ago; and the run's backbone
 IN_PARTS = 4  # models more, of a run whose student and teacher travel in parts: what came last, and what left last
@@ -71,7 +76,7 @@ class Grant:
 
     def judge(self, recipe: Recipe) -> list[Verdict]:
         """A verdict on each line of site.yaml that bears on a recipe."""
-        return limiting.judge(recipe, self.limits, self.n_sites or recipe.federation.min_sites)
+        return limiting.judge(recipe, self.limits, self._n_sites(recipe))
 
     def check(self, recipe: Recipe, request: Request, run_id: int) -> Reply | None:
         """Hold recipe and request against the policy.
@@ -83,7 +88,7 @@ class Grant:
         """
         verdicts = self.judge(recipe)
         against = [one for one in limiting.refused(verdicts) if one.code != "secagg.plain"]  # whose time is later
-        if str(run_id) not in ledger.read(self.home) and (not against or request.phase == "enrol"):
+        if ledger.key_of(recipe, run_id) not in ledger.read(self.home) and (not against or request.phase == "enrol"):
             log.info("event=asked run=%d", run_id)
             for line in limiting.table(verdicts):
                 log.info("event=asked run=%d %s", run_id, line)
@@ -101,7 +106,7 @@ class Grant:
 
         Raises: RefusedError for one run too many, or more than the machine may give.
         """
-        runs, key = ledger.read(self.home), str(run_id)
+        runs, key = ledger.read(self.home), ledger.key_of(recipe, run_id)
         if key not in runs and (before := ledger.begun(runs)) >= self.policy.max_runs:
             raise RefusedError(
                 "policy.runs",
@@ -109,20 +114,27 @@ class Grant:
             )
         self._check_machine(recipe, runs.get(key))
         if key not in runs or request.stage not in parts.STAGES:
-            ledger.asked(self.home, run_id)
+            ledger.asked(self.home, key)
 
-    def worked(self, run_id: int, seconds: float) -> None:
+    def worked(self, recipe: Recipe, run_id: int, seconds: float) -> None:
         """Take note of the time that an answer took."""
-        ledger.worked(self.home, run_id, seconds)
+        ledger.worked(self.home, ledger.key_of(recipe, run_id), seconds)
 
     def _check_machine(self, recipe: Recipe, run: Begun | None) -> None:
         machine = self.policy.machine
         if machine.hours is not None and run is not None and run.seconds >= 3600 * machine.hours:
             raise _too_much("hours", machine.hours, f"{run.seconds / 3600:.1f} hours were worked on this run")
-        if machine.memory_gb is not None and (memory := memory_bytes(recipe) / GB) > machine.memory_gb:
-            raise _too_much("memory_gb", machine.memory_gb, f"it takes about {memory:.1f} GB of memory")
-        if machine.disk_gb is not None and (disk := disk_bytes(recipe, self._images(recipe)) / GB) > machine.disk_gb:
-            raise _too_much("disk_gb", machine.disk_gb, f"it leaves about {disk:.1f} GB on the disk")
+        disk = disk_bytes(recipe, self._images(recipe))
+        memory = memory_bytes(recipe, self._n_sites(recipe), on_gpu=has.device() != "cpu")
+        _check_room(
+            "memory_gb", machine.memory_gb, memory, has.memory(), f"it takes about {memory / GB:.1f} GB of memory"
+        )
+        _check_room(
+            "disk_gb", machine.disk_gb, disk, _disk(self.home), f"it leaves about {disk / GB:.1f} GB on the disk"
+        )
+
+    def _n_sites(self, recipe: Recipe) -> int:
+        return self.n_sites or recipe.federation.min_sites
 
     def _images(self, recipe: Recipe) -> int:
         """In the store that the run would use; none where there is no such store yet."""
@@ -134,14 +146,48 @@ def _too_much(key: str, most: float, text: str) -> RefusedError:
     return RefusedError("policy.machine", f"{text}; site.yaml says 'machine: {{{key}: {most:g}}}'")
 
 
-def memory_bytes(recipe: Recipe) -> int:
-    """What a run takes of a site's memory, about, where it trains on the processor: without a step's images."""
-    return COPIES * asked.model_bytes(recipe) + BESIDE
+def _check_room(key: str, most: float | None, taken: float, there: float | None, text: str) -> None:
+    """Raise RefusedError for more than site.yaml grants; or, where it grants all, than the machine has (bytes)."""
+    if most is not None and taken / GB > most:
+        raise _too_much(key, most, text)
+    if most is None and there is not None and taken > there:
+        raise RefusedError("policy.machine", f"{text}, and this machine has {there / GB:.1f} GB in all")
+
+
+def _disk(home: Path) -> int:
+    """How large the disk is that a site's home is on, or will be; bytes."""
+    return shutil.disk_usage(next(path for path in (home, *home.absolute().parents) if path.exists())).total
+
+
+def memory_bytes(recipe: Recipe, n_sites: int, *, on_gpu: bool = False) -> int:
+    """What a run takes of a site's memory, about, and never much more; what a step keeps is in a GPU's own, if any."""
+    model = COPIES * asked.model_bytes(recipe) + BESIDE
+    if on_gpu:
+        return model
+    steps = [_step_bytes(stage, n_sites) for stage in curriculum.stages(recipe)] if "pretrain" in recipe.phases else []
+    if "adapt" in recipe.phases:
+        width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
+        steps.append(4 * limiting.share(recipe.adapt, n_sites) * _tokens(recipe, recipe.image_px) * width)
+    return model + max(steps, default=0)
+
+
+def _step_bytes(recipe: Recipe, n_sites: int) -> int:
+    """Of one step of pretraining, about: what its blocks keep of each token for the way back."""
+    crops, (width, depth, _) = recipe.crops, ARCHS[recipe.student.arch]
+    tokens = 2 * _tokens(recipe, crops.global_crops_size)
+    tokens += crops.local_crops_number * _tokens(recipe, crops.local_crops_size)
+    blocks = 1 if recipe.train.checkpointing else depth
+    size = 4 if recipe.compute_precision.param_dtype == "fp32" else 2
+    return size * ACTIVATIONS * limiting.share(recipe.train, n_sites) * tokens * width * blocks
+
+
+def _tokens(recipe: Recipe, px: int) -> int:
+    return (px // recipe.student.patch_size) ** 2 + 1
 
 
 def disk_bytes(recipe: Recipe, images: int) -> int:
     """What a run leaves on a site's disk, about: the features of its images, and its state from round to round."""
-    tokens = (recipe.image_px // recipe.student.patch_size) ** 2 + 1
+    tokens = _tokens(recipe, recipe.image_px)
     width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
     model = asked.model_bytes(recipe)
     models = MODELS_KEPT + IN_PARTS * (2 * model > 1e6 * recipe.federation.part_mb)

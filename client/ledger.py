@@ -8,6 +8,7 @@ command line stands on it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from pydantic.dataclasses import dataclass
 from chexfound.errors import ConfigError, ProtocolError
 from chexfound.journal import replace_file, storage
 from chexfound.limits import STRICT
+from chexfound.recipe import to_json
 from chexfound.roster import read_json
+from chexfound.schema import Recipe
 from chexfound.secagg import messages
 
 RUNS_S = 30 * 86400.0
@@ -38,7 +41,7 @@ class Begun:
 
 
 def read(home: Path) -> dict[str, Begun]:
-    """The runs that asked for something in the last 30 days, by Flower's number.
+    """The runs that asked for something in the last 30 days; see `key_of`.
 
     Raises: ConfigError for a file that was damaged.
     """
@@ -52,20 +55,25 @@ def read(home: Path) -> dict[str, Begun]:
     return {key: one for key, one in runs.items() if one.last > time.time() - RUNS_S}
 
 
+def key_of(recipe: Recipe, run_id: int) -> str:
+    """Flower's number of a run, and the digest of its recipe: under one number a coordinator may send others."""
+    return f"{run_id}-{hashlib.sha256(to_json(recipe).encode()).hexdigest()[:16]}"
+
+
 def begun(runs: Mapping[str, Begun]) -> int:
     """How many of them were begun in the last 30 days."""
     return sum(one.began > time.time() - RUNS_S for one in runs.values())
 
 
-def asked(home: Path, run_id: int) -> None:
+def asked(home: Path, key: str) -> None:
     """Note that a run asks for something, and begins if it did not before."""
-    runs, now, key = read(home), time.time(), str(run_id)
+    runs, now = read(home), time.time()
     _write(home, runs | {key: replace(runs.get(key, Begun(began=now, last=now)), last=now)})
 
 
-def worked(home: Path, run_id: int, seconds: float) -> None:
+def worked(home: Path, key: str, seconds: float) -> None:
     """Note the time that an answer took."""
-    runs, key = read(home), str(run_id)
+    runs = read(home)
     if (one := runs.get(key)) is not None:
         _write(home, runs | {key: replace(one, last=time.time(), seconds=one.seconds + seconds)})
 

@@ -51,7 +51,7 @@ class Weights:
 
 @_strict
 class Machine:
-    """What a run may take of the machine; none: whatever there is."""
+    """What a run may take of the machine; none: no more than it has."""
 
     hours: Amount | None = None  # of work on one run
     disk_gb: Amount | None = None
@@ -80,10 +80,14 @@ class Policy:
     min_patients: Count = 20  # with a training image, in each phase
     min_images: Count = 20  # for training
     min_batch: Positive = 4  # images a step: of one image, the gradient is that image's
+    max_batch: Positive = 4096  # images a step
     min_steps: Positive = 2  # of a round
     max_steps: Positive = 10_000  # of a round
     max_rounds: Positive = 10_000  # of a phase
     max_runs: Positive = 5  # begun in 30 days
+    min_bootstrap: Positive = (
+        200  # draws of an interval: of few, each is the figure of a few patients of a known choice
+    )
     max_missed_rounds: Count = 3  # that may pass without this site
     machine: Machine = Machine()
     cells: Cells = Cells()

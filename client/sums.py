@@ -190,12 +190,13 @@ def choose(home: Path, *, last: bool, phase: str | None, weights: str | None) ->
             f"{phase} {weights}: the phase and first digits of {len(digests)} sums that were opened here; "
             "see chexfound-client secagg show"
         )
-    of_phase = [entry for entry in of_phase if entry["weights"] == min(digests)]
-    chosen = {name: of_phase[-1].get(name) for name in ("phase", "weights", "place")}
+    digest = digests.pop()
+    of_phase = [entry for entry in of_phase if entry["weights"] == digest]
+    chosen: Entry = {name: of_phase[-1].get(name) for name in ("phase", "weights", "place")}
     if found is not None and same_sum(found, chosen) and found["over"] is not None:
         return found  # what was asked, and nothing else
     if of_phase[-1]["event"] == "released":
-        raise ConfigError(f"{phase} {chosen['weights'][:12]}: released already, and not opened since; the run can go on")
+        raise ConfigError(f"{phase} {digest[:12]}: released already, and not opened since; the run can go on")
     return chosen
 
 
@@ -247,7 +248,7 @@ def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
         ]
     return [
         *said,
-        "If one more sum on these weights, or on near ones, is opened over other sites, one can be taken from the other:",
+        "If one more sum on these weights, or near ones, is opened over other sites, one can be taken from the other:",
         "the difference is what the sites have sent that are in one of them only; where that is one site, it is that",
         "site's own update, in clear. Release it only if the coordinator's people told you why the first sum was lost.",
     ]

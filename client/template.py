@@ -38,13 +38,15 @@ TEXT = """\
 #min_patients: 20  # with a training image; for a head, with a label
 #min_images: 20
 #min_batch: 4  # images a step
+#max_batch: 4096  # images a step
 #min_steps: 2  # of a round
 #max_steps: 10000  # of a round
 #max_rounds: 10000  # of a phase
 #max_runs: 5  # begun in 30 days; a run that is resumed counts again
+#min_bootstrap: 200  # draws of a figure's interval
 #max_missed_rounds: 3  # that may pass without this site
 
-# What a run may take of the machine; null: whatever there is.
+# What a run may take of the machine; null: no more than it has.
 #machine:
 #  hours: null  # of work on one run
 #  disk_gb: null

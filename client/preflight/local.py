@@ -6,9 +6,8 @@ import os
 import shlex
 import shutil
 import stat
-from pathlib import Path
 
-from chexfound import limits, signing
+from chexfound import limits, machine, signing
 from chexfound import recipe as recipes
 from chexfound.data import vocabulary
 from chexfound.data.store import Store, is_store
@@ -221,7 +220,9 @@ def disk(subject: Subject) -> Finding:
 
 def memory(subject: Subject) -> Finding:
     """There is memory for the smallest model at all, and for ViT-L."""
-    total = memory_bytes()
+    total = machine.memory()
+    if total is None:
+        return warning("the system does not tell how much there is", f"{MEMORY_MIN / GIB:.0f} GiB are the least")
     text = f"{total / GIB:.1f} GiB; {MEMORY_MIN / GIB:.0f} are the least, ViT-L takes {MEMORY_VITL / GIB:.0f}"
     if total < MEMORY_MIN:
         return failed(text, "give the machine, or the container, more memory")
@@ -230,19 +231,9 @@ def memory(subject: Subject) -> Finding:
     return ok(text)
 
 
-def memory_bytes() -> int:
-    """The machine's memory, or what its container may have of it."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(whole, int(text)) if text.isdigit() else whole
-
-
 def gpu(subject: Subject) -> Finding:
     """The GPUs that are asked for are there."""
     import torch
-
-    from chexfound import machine
 
     asked = subject.gpus or os.environ.get("CHEXFOUND_GPUS")
     found = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.phases import Request
-from client import grants
+from client import grants, ledger
 from client.grants import GB, Grant
 from client.policy import Policy
 
@@ -49,9 +50,9 @@ def test_runs_are_counted_once_each_and_for_thirty_days(tmp_path: Path, monkeypa
 def test_hours_are_those_of_one_run(tmp_path: Path) -> None:
     recipe, held = recipes.load("demo"), {"machine": Policy().machine.__class__(hours=2.0)}
     grant(tmp_path, **held).begin(recipe, ENROL, 7)
-    grant(tmp_path).worked(7, 3600.0)
+    grant(tmp_path).worked(recipe, 7, 3600.0)
     grant(tmp_path, **held).begin(recipe, ENROL, 7)
-    grant(tmp_path).worked(7, 3601.0)
+    grant(tmp_path).worked(recipe, 7, 3601.0)
     with pytest.raises(RefusedError, match=r"2\.0 hours were worked"):
         grant(tmp_path, **held).begin(recipe, ENROL, 7)
     grant(tmp_path, **held).begin(recipe, ENROL, 8)
@@ -65,8 +66,38 @@ def test_a_damaged_list_of_runs_is_told_and_not_begun_anew(tmp_path: Path, text:
 
 
 def test_what_a_run_takes_is_near_what_was_measured() -> None:
-    """1.1 GB in the worker for the preset demo; 16 GiB are asked for by `check` for ViT-L."""
-    assert 1.0 < grants.memory_bytes(recipes.load("demo")) / GB < 1.3
-    assert 15 < grants.memory_bytes(recipes.load("vitl16-cxr1m")) / GB < 18
+    """1.1 GB in the worker for the preset demo; ViT-L's preset is for GPUs, and `check` asks for 16 GiB beside them."""
+    assert 1.0 < grants.memory_bytes(recipes.load("demo"), 4) / GB < 1.3
+    assert 15 < grants.memory_bytes(recipes.load("vitl16-cxr1m"), 4, on_gpu=True) / GB < 18
     assert grants.disk_bytes(recipes.load("demo"), 0) < GB
     assert grants.disk_bytes(recipes.load("demo"), 10_000) > GB
+
+
+def test_what_a_step_keeps_is_of_its_images_crops_and_depth() -> None:
+    demo = recipes.load("demo")
+    base = grants.memory_bytes(demo, 1, on_gpu=True)
+
+    def step(n_sites: int = 1, **sections: dict[str, object]) -> int:
+        changed = {name: recipes.changed(getattr(demo, name), **values) for name, values in sections.items()}
+        return grants.memory_bytes(recipes.changed(demo, phases=("pretrain",), **changed), n_sites) - base
+
+    assert step() == 4 * step(4) == 4 * 16 * 32 * (2 * 37 + 2 * 10) * 96 * 4  # see presets/demo.yaml
+    assert step(train={"pooled_batch_size": 64}) == 2 * step()
+    assert step(crops={"local_crops_number": 0}) < step() < step(crops={"local_crops_number": 256})
+    assert step(train={"checkpointing": True}) * 4 == step()
+
+
+def test_more_than_the_machine_has_is_refused_though_no_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = recipes.load("demo")
+    few, many = (recipes.changed(demo, crops=recipes.changed(demo.crops, local_crops_number=n)) for n in (2, 256))
+    monkeypatch.setattr(machine, "memory", lambda: 4 * GB)
+    grant(tmp_path).begin(few, ENROL, 7)
+    large = recipes.changed(many, train=recipes.changed(many.train, pooled_batch_size=4096))
+    with pytest.raises(RefusedError, match=r"GB of memory, and this machine has 4\.0 GB in all"):
+        grant(tmp_path).begin(large, ENROL, 8)
+    monkeypatch.setattr(grants, "_disk", lambda home: 10**6)
+    with pytest.raises(RefusedError, match="GB on the disk, and this machine has"):
+        grant(tmp_path).begin(few, ENROL, 9)
+    assert set(ledger.read(tmp_path)) == {ledger.key_of(few, 7)}

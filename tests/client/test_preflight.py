@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+from chexfound import machine
 from chexfound.bundle import Bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
@@ -139,7 +140,7 @@ def test_nothing_was_approved(prepare: Callable[..., Path]) -> None:
 def test_runs_that_are_used_up(prepare: Callable[..., Path]) -> None:
     home = prepare()
     for run in range(5):
-        ledger.asked(home, run)
+        ledger.asked(home, str(run))
     one = check(home)["policy"]
     assert (one.state, one.remedy.endswith(f"raise max_runs in {home / 'site.yaml'}")) == ("warning", True)
     (home / "runs.json").write_text("{")
@@ -313,7 +314,7 @@ def test_the_disk_that_a_run_takes_grows_with_the_images(prepare: Callable[..., 
 
 def test_too_little_memory(prepare: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     home = prepare()
-    monkeypatch.setattr(local, "memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(machine, "memory", lambda: 2**30)
     assert "1.0 GiB; 2 are the least" in only(check(home), "memory").text
 
 

@@ -185,7 +185,7 @@ def test_runs_of_the_last_thirty_days(home: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["status"]) == 0
     assert "runs          0 of 5 begun in 30 days\n" in capsys.readouterr().out
     for run in range(5):
-        ledger.asked(home, run)
+        ledger.asked(home, str(run))
     assert cli.main(["status"]) == 0
     assert "runs          5 of 5 begun in 30 days: another is REFUSED" in capsys.readouterr().out
     (home / "runs.json").write_text("{")

@@ -211,9 +211,7 @@ def test_a_sum_of_the_same_step_on_other_weights_is_released_by_its_own_word(hom
     open_sum(desk, NAMES, **near)
     with pytest.raises(RefusedError, match="second sum") as caught:
         open_sum(desk, NAMES[:3], **near)
-    write_json(
-        desk.folder / "consistency.json", {"asked": "", "values": {}, "kept": {"survivors": list(NAMES[:3])}}
-    )
+    write_json(desk.folder / "consistency.json", {"asked": "", "values": {}, "kept": {"survivors": list(NAMES[:3])}})
     desk._end(ATTEMPT, caught.value)
     desk.close()
     assert do("release", "pretrain", WEIGHTS[:6], "--yes") == 0  # by the digits of any sum of that step

@@ -23,6 +23,7 @@ model: {min_tokens: 1, min_crop_tokens: 1}
 min_patients: 0
 min_images: 0
 min_batch: 1
+min_bootstrap: 1
 min_steps: 1
 max_runs: 1000
 cells: {patients: 0}

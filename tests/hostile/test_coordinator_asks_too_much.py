@@ -187,6 +187,8 @@ TOO_MUCH: dict[str, tuple[str, dict[str, Any]]] = {
     "one step": ("policy.work", {"train": {**SMALL["train"], "local_steps": 1}}),
     "a million steps": ("policy.work", {"train": {**SMALL["train"], "local_steps": 1_000_000}}),
     "a million rounds": ("policy.work", {"train": {**SMALL["train"], "rounds": 1_000_000}}),
+    "a million images a step": ("policy.work", {"train": {**SMALL["train"], "pooled_batch_size": 1_000_000}}),
+    "an interval of three draws": ("policy.work", {"evaluate": {"bootstrap_samples": 3}}),
     "one image a step": ("policy.work", {"train": {**SMALL["train"], "pooled_batch_size": None, "batch_size": 1}}),
 }  # fmt: skip
 
@@ -202,6 +204,14 @@ def test_a_recipe_that_asks_too_much_learns_nothing_but_the_policy(
     assert not Limits.parse(reply.values["policy"], "the policy").masked
     for phase in ("pretrain", "features", "adapt", "evaluate"):
         assert ask(Request(phase=phase, steps=1, batch_size=1), recipe) == code
+    assert not list(hospital.home.glob("store-*"))
+
+
+def test_a_step_larger_than_the_machine_is_refused(ask: Any, untouched: None, hospital: Hospital) -> None:
+    train, crops = {"pooled_batch_size": 4096}, {"local_crops_number": 256, "local_crops_size": 384}
+    recipe = small(train={**SMALL["train"], **train}, crops=crops)
+    for request in (Request(phase="enrol"), round_of(recipe, batch_size=2048)):
+        assert ask(request, recipe) == "policy.machine"
     assert not list(hospital.home.glob("store-*"))
 
 
@@ -264,6 +274,12 @@ def test_one_run_more_in_a_month_than_the_policy_has_is_refused(ask: Any, hospit
     }
     ledger.write_text(json.dumps(month))
     assert ask(Request(phase="enrol"), small(), run=6).values["images"]
+
+
+def test_other_recipes_under_one_run_s_number_are_other_runs(ask: Any) -> None:
+    for number in range(5):
+        assert ask(Request(phase="enrol"), small(name=f"run {number}"), run=1).values["images"]
+    assert ask(Request(phase="enrol"), small(name="one more"), run=1) == "policy.runs"
 
 
 def test_runs_that_were_refused_use_up_none(ask: Any) -> None:
@@ -352,6 +368,7 @@ model: {min_tokens: 1, min_crop_tokens: 1}
 min_patients: 0
 min_images: 0
 min_batch: 2
+min_bootstrap: 1
 min_steps: 1
 """
 

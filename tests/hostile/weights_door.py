@@ -29,6 +29,7 @@ FINDINGS = ("Bar", "Blob")
 SMALL = """
 model: {min_tokens: 1, min_crop_tokens: 1}
 min_batch: 2
+min_bootstrap: 1
 findings: [Bar, Blob]
 """  # for the recipe and the images of the tests; else the defaults
 
