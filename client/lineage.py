@@ -107,7 +107,8 @@ def _features_file(site: Site) -> Path:
 
 
 def _features_of(site: Site, recipe: Recipe, request: Request) -> str:
-    fields = [recipes.to_json(recipe), list(request.findings), backbone_digest(site)]
+    images = hashlib.sha256(site.training_ids(recipe).tobytes()).hexdigest()  # of which labels are then read
+    fields = [recipes.to_json(recipe), list(request.findings), backbone_digest(site), images]
     return hashlib.sha256(canonical(fields)).hexdigest()
 
 

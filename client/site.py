@@ -24,7 +24,8 @@ from client.policy import Policy
 on_progress: Callable[[str, str, int, int], None] | None = (
     None  # told (site, phase, done, of how many); set by who runs the sites
 )
-_open: dict[tuple[tuple[str, Any], ...], Site] = {}  # sites of this process, opened once
+# Sites of this process, opened once for as long as the operator leaves site.yaml as it was.
+_open: dict[tuple[tuple[str, Any], ...], tuple[Site, tuple[int, ...]]] = {}
 
 
 def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -> Site:
@@ -38,10 +39,10 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
     Raises: ConfigError if `site` or `data` is missing; DataError; RefusedError, see `_hospital`.
     """
-    key = (*sorted(node_config.items()), ("image_px", image_px))
-    if enrolling or key not in _open:
-        _open[key] = _make(node_config, image_px, enrolling)
-    site = _open[key]
+    key, policy = (*sorted(node_config.items()), ("image_px", image_px)), _written(folder_of(node_config) / "site.yaml")
+    if enrolling or key not in _open or _open[key][1] != policy:
+        _open[key] = _make(node_config, image_px, enrolling), policy
+    site, _ = _open[key]
     listener = on_progress
     site.progress = (lambda phase, done, total: listener(site.name, phase, done, total)) if listener else None
     return site
@@ -69,6 +70,15 @@ def folder_of(node_config: Mapping[str, Any]) -> Path:
 def forget() -> None:
     """Drop what is kept warm between messages; it is all on the disk too."""
     _open.clear()
+
+
+def _written(path: Path) -> tuple[int, ...]:
+    """When a file was written last, and what there is of it; nothing of one that is not there."""
+    try:
+        about = path.stat()
+    except OSError:
+        return ()
+    return about.st_mtime_ns, about.st_size, about.st_ino
 
 
 def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Site:

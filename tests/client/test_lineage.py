@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ def site(tmp_path: Path) -> Any:
 
 def make(home: Path) -> Any:
     home.mkdir()
-    return SimpleNamespace(home=home, remembered={})
+    return SimpleNamespace(home=home, remembered={}, training_ids=lambda recipe: np.arange(3))
 
 
 def request(round_: int, phase: str = "pretrain", **changes: Any) -> Request:
@@ -211,7 +212,7 @@ def test_features_of_this_run_pass(site: Any) -> None:
 
 
 def make_again(site: Any) -> Any:
-    return SimpleNamespace(home=site.home, remembered={})
+    return SimpleNamespace(home=site.home, remembered={}, training_ids=lambda recipe: np.arange(3))
 
 
 def test_a_site_without_labelled_images_has_none_and_passes(site: Any) -> None:
@@ -229,6 +230,9 @@ def test_features_of_something_else_are_refused(site: Any) -> None:
     refused(site, replace(RECIPE, seed=1), asked)
     refused(site, RECIPE, replace(asked, findings=("Nodule",)))
     refused(site, RECIPE, replace(asked, findings=("Edema", "Nodule")))
+    other = make_again(site)
+    other.training_ids = lambda recipe: np.arange(4)  # other shares of the patients, or images that came since
+    refused(other, RECIPE, asked)
     checkpoint.save(site.home / "backbone.safetensors", {"w": torch.ones(4)})
     refused(site, RECIPE, asked)
 

@@ -82,3 +82,18 @@ def test_a_site_stays_open_between_messages(tiny_store_path: Path, tmp_path: Pat
     assert site.progress is not None
     site.progress("pretrain", 1, 2)
     assert told == [("A", "pretrain", 1, 2)]
+
+
+def test_what_the_operator_changes_holds_from_the_next_message_on(
+    tiny_store_path: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
+    config = {"site": "A", "data": str(tiny_store_path)}
+    first = site_of(config, 64, enrolling=True)
+    assert first.cells == 10
+    (tmp_path / "sites" / "A" / "site.yaml").write_text("cells: {patients: 12}")
+    changed = site_of(config, 64, enrolling=False)
+    assert changed.cells == 12
+    assert site_of(config, 64, enrolling=False) is changed
+    (tmp_path / "sites" / "A" / "site.yaml").write_text("cells: {patients: 15}")
+    assert site_of(config, 64, enrolling=False).cells == 15
