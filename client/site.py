@@ -39,6 +39,12 @@ def site_of(node_config: Mapping[str, Any], image_px: int, *, enrolling: bool) -
 
     Raises: ConfigError if `site` or `data` is missing; DataError; RefusedError, see `_hospital`.
     """
+    missing = [name for name in ("site", "data") if not isinstance(node_config.get(name), str) or not node_config[name]]
+    if missing:
+        raise ConfigError(
+            f"the node's configuration lacks {' and '.join(missing)}; "
+            'start it with --node-config \'site="NAME" data="DIR"\''
+        )
     key, policy = (*sorted(node_config.items()), ("image_px", image_px)), _written(folder_of(node_config) / "site.yaml")
     if enrolling or key not in _open or _open[key][1] != policy:
         _open[key] = _make(node_config, image_px, enrolling), policy
@@ -82,12 +88,6 @@ def _written(path: Path) -> tuple[int, ...]:
 
 
 def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Site:
-    missing = [name for name in ("site", "data") if not isinstance(node_config.get(name), str) or not node_config[name]]
-    if missing:
-        raise ConfigError(
-            f"the node's configuration lacks {' and '.join(missing)}; "
-            'start it with --node-config \'site="NAME" data="DIR"\''
-        )
     name, data, folder = str(node_config["site"]), Path(str(node_config["data"])), folder_of(node_config)
     gpus = str(node_config.get("gpus", ""))
     if "home" not in node_config:
