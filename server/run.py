@@ -330,12 +330,13 @@ class Run:
 
         def check(member: Member, reply: Reply) -> None:
             checks.check_counts(phase, reply, member, self.findings)
-            fold = strategy.admit(reply)
+            norm = functools.cache(lambda: robust.norm(reply.tensors, weights))
+            fold = strategy.admit(reply, norm)
             checks.check_update(reply.tensors, weights, frozen, bound)
             checks.check_history(reply, self.recipe, phase, taken)
             fold()
             if self.recipe.robust.clip is not None and reply.tensors:
-                norms[member.name] = robust.norm(reply.tensors, weights)
+                norms[member.name] = norm()
 
         cohort = self._ask(requests, check, f"{phase}, round {number + 1}")
         for member, reply in cohort:

@@ -45,30 +45,41 @@ class FedAvg:
         """Fold in one site's reply: `admit`, and what that returns."""
         self.admit(reply)()
 
-    def admit(self, reply: Reply) -> Callable[[], None]:
+    def admit(self, reply: Reply, norm: Callable[[], float] | None = None) -> Callable[[], None]:
         """Check one site's reply; what is returned folds it in.
+
+        Args:
+            reply: whose update is held against the bound.
+            norm: that of its update, for who has a use for it as well; asked for once its tensors are known to fit.
 
         Raises: ProtocolError if its counts are not counts, or its tensors do not fit.
         """
         images = _count(cells.known(reply.values.get("images")), "a reply's images")
         weight = cut(images, self.ceiling.images)
         if self.phase == "pretrain":
-            return self._admit(reply.tensors, weight)
+            return self._admit(reply.tensors, weight, None, norm)
         labelled = reply.values.get("labelled")
         if not isinstance(labelled, list) or len(labelled) != self.n_findings:
             raise ProtocolError(f"a reply's labelled must be {self.n_findings} counts")
         weights = [_count(cells.known(number), "a reply's labelled") for number in labelled]
         if any(weights):
-            return self._admit(reply.tensors, weight, list(map(cut, weights, self.ceiling.labelled)))
+            return self._admit(reply.tensors, weight, list(map(cut, weights, self.ceiling.labelled)), norm)
         if images or reply.tensors:
             raise ProtocolError("a reply without a labelled image counts images, or holds tensors")
         return lambda: None
 
     def _admit(
-        self, update: Mapping[str, Tensor], weight: int, row_weights: Sequence[int] | None = None
+        self,
+        update: Mapping[str, Tensor],
+        weight: int,
+        row_weights: Sequence[int] | None,
+        norm: Callable[[], float] | None,
     ) -> Callable[[], None]:
         fold = self._fold.admit(update, weight, row_weights)
-        if self.bound is None or (own := robust.norm(update, self.previous)) <= self.bound:
+        if self.bound is None:
+            return fold
+        own = norm() if norm is not None else robust.norm(update, self.previous)
+        if own <= self.bound:
             return fold
         return self._fold.admit(robust.clipped(update, self.previous, own, self.bound), weight, row_weights)
 

@@ -52,3 +52,20 @@ def test_a_boosted_site_moves_the_mean_by_the_bound(most: float | None, expected
     for by in (1.0, 2.0, 750.0):
         fold.add(Reply(tensors=moved(by), values={"images": 10}))
     assert fold.result()["weight"][0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_norm_is_taken_once_and_only_where_it_is_asked_for() -> None:
+    asked: list[float] = []
+
+    def known() -> float:
+        asked.append(norm(moved(3.0), sent()))
+        return 12.0
+
+    fold = FedAvg("pretrain", sent())
+    fold.hold(Ceiling(capped={}), 4.0)
+    fold.admit(Reply(tensors=moved(3.0), values={"images": 10}), known)()
+    assert asked == [6.0]
+    assert fold.result()["weight"][0].item() == pytest.approx(2.0)  # a third of the way, by what it was told
+    unbound = FedAvg("pretrain", sent())
+    unbound.admit(Reply(tensors=moved(3.0), values={"images": 10}), known)()
+    assert asked == [6.0]
