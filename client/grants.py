@@ -71,7 +71,11 @@ class Grant:
 
     def judge(self, recipe: Recipe) -> list[Verdict]:
         """A verdict on each line of site.yaml that bears on a recipe."""
-        return limiting.judge(recipe, self.limits, self.n_sites or recipe.federation.min_sites)
+        return limiting.judge(recipe, self.limits, self.sharing(recipe))
+
+    def sharing(self, recipe: Recipe) -> int:
+        """How many sites a recipe's pooled batch is reckoned to be shared by: those of the roster, if there is one."""
+        return self.n_sites or recipe.federation.min_sites
 
     def check(self, recipe: Recipe, request: Request, run_id: int) -> Reply | None:
         """Hold recipe and request against the policy.
