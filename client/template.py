@@ -75,7 +75,8 @@ TEXT = """\
 #  minimum: 3  # sites that a sum must be over
 #  attempt_s: 86400.0  # after which an attempt's secrets are dropped
 
-# Write 'accepted' to take runs in the clear though the federation has three sites or more.
+# Write 'accepted' to take runs in the clear though the federation has three sites or more. secagg.required, where it is
+# true or false, wins over it.
 #plain: null
 """
 
