@@ -67,16 +67,9 @@ VARIANTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder with manifests")
+    add_options(parser, seeds="0")
     parser.add_argument("--work", type=Path, required=True, help="where stores, runs and results are kept")
-    parser.add_argument("--recipe", default="laptop")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, in all variants"
-    )
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which, in this order")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--finding", default="Pneumonia")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     logging.disable(logging.INFO)  # of this process, which a caller in it takes back
     rows: list[dict[str, Any]] = []
@@ -94,6 +87,16 @@ def main() -> int:
     if not options.json:
         print(_table(rows))
     return 0
+
+
+def add_options(parser: argparse.ArgumentParser, seeds: str = "0,1,2") -> None:
+    """Those of each benchmark that pretrains by a recipe, seed by seed, and judges one finding."""
+    parser.add_argument("--data", type=Path, required=True, help="a folder with manifests")
+    parser.add_argument("--recipe", default="laptop")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, in all it does")
+    parser.add_argument("--seeds", default=seeds)
+    parser.add_argument("--finding", default="Pneumonia")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from backbone_probe import PENALTIES, pooled
+from federated_ssl import add_options
 
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.evaluate.metrics import Scores, across_seeds, auroc
@@ -38,12 +39,7 @@ Judged = dict[str, Scores]  # by source
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder with manifests")
-    parser.add_argument("--recipe", default="laptop")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--finding", default="Pneumonia")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_options(parser)
     options = parser.parse_args()
     try:
         for row in measure(options):

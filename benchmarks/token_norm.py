@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
+from federated_ssl import VARIANTS, add_options, pretrained
 
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.machine import RUN_PACKAGES, benchmark_line
@@ -32,13 +33,8 @@ SAMPLES, CONFIDENCE = 2000, 0.95
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder with manifests")
+    add_options(parser)
     parser.add_argument("--work", type=Path, required=True, help="where stores, backbones and runs are kept")
-    parser.add_argument("--recipe", default="laptop")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--finding", default="Pneumonia")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     logging.disable(logging.INFO)  # of this process, which a caller in it takes back
     try:
@@ -75,8 +71,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _backbone(recipe: Any, store: Path, folder: Path) -> Path:
     """A seed's, pretrained by the federation unless it is there."""
-    from federated_ssl import VARIANTS, pretrained
-
     from chexfound.recipe import changed
 
     if not (file := folder / "backbone.safetensors").exists():

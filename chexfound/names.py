@@ -1,4 +1,4 @@
-"""Names: which may travel between the ends, and how one that is not UTF-8 or not printable is written."""
+"""Names: which may travel between the ends, how others are written, and what several of a thing are called."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def shown(value: object, length: int = 300) -> str:
     text = str(value)
     text = text if len(text) <= length else f"{text[:length]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, what: str) -> str:
+    """So many of a thing: `1 site`, `2 sites`."""
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -513,8 +513,6 @@ def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
     has = np.any(labels >= 0, axis=0)
     if request.phase == "adapt":
         has = _trainable(site, recipe, labels)
-    elif request.phase == "features" and _too_few(site, recipe, labels):
-        has = np.zeros(len(request.findings), bool)
     return [finding for finding, one in zip(request.findings, has.tolist(), strict=True) if one]
 
 

@@ -86,7 +86,7 @@ HINTS: dict[type[ChexfoundError], str] = {  # what to do about an error that a s
     VersionError: "install the same release at both ends",
     CodeError: "its operator has not approved this run's code there: chexfound-client approve",
     RosterError: "its operator has not approved the federation's present sites: give it the present "
-    "NAME.federation.json, for chexfound-client roster approve",
+    "NAME.federation.json, for chexfound-client join",
 }
 INLINE_BYTES = 128 * 1024  # of a message's arrays together, up to which they travel in its own record
 TABLE_MAX, ROWS_MAX = 2**22, 2**14  # characters and rows of a list of tensors: five times those of the largest model

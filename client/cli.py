@@ -146,13 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    from chexfound.roster import check_name
     from client import approval, link, node, secret, supernode
-    from client.home import close, named, site_home, sole_site
+    from client.home import close, named, site_home, site_name
     from client.policy import Policy
 
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     home = site_home(name)
     address, credentials = _connection(given, name, home)
     Policy.load(home)  # else every run would be refused
@@ -203,7 +201,7 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
         return address, None
     if given.superlink:
         raise ConfigError(
-            "--superlink: with TLS the approved file says where to connect (chexfound-client roster approve FILE); "
+            "--superlink: with TLS the approved file says where to connect (chexfound-client join FILE); "
             "--superlink is for --insecure, which encrypts nothing and authenticates nobody"
         )
     federation = membership.approved(home)

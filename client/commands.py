@@ -15,10 +15,11 @@ import chexfound
 from chexfound import units
 from chexfound.errors import REFUSALS, ConfigError, PolicyError
 from chexfound.journal import write_text
+from chexfound.names import counted
 from chexfound.roster import check_name, public_file
 from chexfound.signing import fingerprint
 from client import approval, join, membership, secret, template
-from client.home import close, named, site_home, sole_site
+from client.home import close, named, site_home, site_name
 from client.home import home as chexfound_home
 
 
@@ -46,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
         "needs a new file and a new approval.",
     )
     approve.add_argument("file", metavar="FILE", type=Path, help="NAME.federation.json")
-    approve.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(approve)
     approve.add_argument("--yes", action="store_true", help="do not ask: the fingerprints were compared before")
     approve.set_defaults(run=_approve)
     show = of_roster.add_parser("show", help="show what was approved")
-    show.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(show)
     show.set_defaults(run=_show)
     code = commands.add_parser(
         "approve",
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "approves a file of weights that a run may begin with, or the digest of weights that a refusal named.",
     )
     code.add_argument("bundle", metavar="DIGITS", nargs="?", help="of a bundle that was refused (see --list)")
-    code.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(code)
     code.add_argument(
         "--weights",
         metavar="FILE|SHA256",
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "fault its cause and its remedy. It changes nothing, here or there, and a site may be serving meanwhile. "
         "Some MB of random bytes are sent to the coordinator, to time the uplink. Exit code 2 if anything failed.",
     )
-    check.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(check)
     check.add_argument("--data", metavar="DIR", type=Path, help="the images, as for serving")
     check.add_argument("--gpus", metavar="N", help="as for serving (default: $CHEXFOUND_GPUS)")
     check.add_argument("--json", action="store_true", help="one JSON object")
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         help="what this site is doing",
         description="What this site is doing, by what its own processes wrote last; nobody else is asked.",
     )
-    status.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(status)
     status.add_argument("--json", action="store_true", help="one JSON object")
     status.add_argument("--refused", action="store_true", help="the files that were left out, each with the reason")
     status.set_defaults(run=_status)
@@ -106,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         description="Print the systemd unit that serves this site, from each start of the machine on.",
     )
     unit.add_argument("--data", metavar="DIR", type=Path, required=True, help="as for serving; it is only read")
-    unit.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(unit)
     unit.add_argument("--gpus", metavar="N", help="as for serving")
     unit.add_argument("--drain", metavar="SECONDS", type=float, default=120.0, help="as for serving")
     unit.add_argument("--image-px", metavar="N", type=int, help="as for serving")
@@ -125,7 +126,7 @@ def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "roster and site.yaml), the attempt in hand, the sums that it helped to open, and what it refused and why. "
         "docs/secure-aggregation.md explains all of it.",
     )
-    show.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(show)
     show.add_argument("--json", action="store_true", help="one JSON object, with all sums")
     show.set_defaults(run=_secagg_show)
     release = of_secagg.add_parser(
@@ -140,7 +141,7 @@ def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser
     release.add_argument("phase", metavar="PHASE", nargs="?", help="of the sum: counts, pretrain, adapt, evaluate")
     release.add_argument("weights", metavar="WEIGHTS", nargs="?", help="first digits of their digest, by secagg show")
     release.add_argument("--last", action="store_true", help="the one that was refused last")
-    release.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    join.add_name(release)
     release.add_argument("--yes", action="store_true", help="do not ask")
     release.add_argument(
         "--withdraw", action="store_true", help="take back the latest release that no sum was opened with; asks nothing"
@@ -182,8 +183,7 @@ def _approve(given: argparse.Namespace) -> int:
     name, home, federation, before = join.admissible(given)
     join.tell(federation, name)
     join.tell_changes(before, federation)
-    if not given.yes and not join.confirmed("Are these the fingerprints that they told you?"):
-        raise PolicyError("not approved; nothing was changed")
+    join.consent(given, "Are these the fingerprints that they told you?")
     membership.approve(home, federation)
     steps = [] if approval.approved(home) else [f"chexfound-client approve{named(name)}"]
     if before is None:
@@ -197,8 +197,7 @@ def _approve_code(given: argparse.Namespace) -> int:
 
     if given.weights is not None:
         return _approve_weights(given)
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     home = site_home(name)
     if given.withdraw is not None:
         weights = approval.approved_weights(home)
@@ -214,13 +213,14 @@ def _approve_code(given: argparse.Namespace) -> int:
     if given.list:
         for digest, when in approval.approved(home).items():
             which = ", the installed release" if digest == release.digest() else ""
-            print(f"approved {digest} since {when}{which}")
+            print(f"code {digest}: approved on {when[:10]}{which}")
         for digest, bundle in refused.items():
-            print(f"refused  {digest}: {len(bundle.differences(release))} files differ from the installed release")
+            differing = len(bundle.differences(release))
+            print(f"code {digest}: REFUSED: {counted(differing, 'file')} other than the installed release's")
         for digest, when in approval.approved_weights(home).items():
-            print(f"approved weights {digest} since {when}")
+            print(f"weights {digest}: approved on {when[:10]}")
         for digest, code in approval.refused_weights(home).items():
-            print(f"refused  weights {digest}: {REFUSALS[code]} ({code})")
+            print(f"weights {digest}: REFUSED: {REFUSALS[code]} ({code})")
         return 0
     if given.bundle is None:
         digest, differences = release.digest(), []
@@ -231,12 +231,8 @@ def _approve_code(given: argparse.Namespace) -> int:
     print(f"differs from the installed release {chexfound.__version__}: {'' if differences else 'nothing'}")
     for line in differences:
         print(f"  {line}")
-    if (
-        differences
-        and not given.yes
-        and not join.confirmed("The coordinator runs this; your site does not. Approve it?")
-    ):
-        raise PolicyError("not approved; nothing was changed")
+    if differences:
+        join.consent(given, "The coordinator runs this; your site does not. Approve it?")
     approval.approve(home, digest)
     print("approved: runs with this code are accepted")
     if not (home / "keys").is_dir():
@@ -246,8 +242,7 @@ def _approve_code(given: argparse.Namespace) -> int:
 
 def _approve_weights(given: argparse.Namespace) -> int:
     """Approve a file, hashed here, or a digest in full; of weights that were refused the first digits do."""
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     home, path = site_home(name), Path(given.weights)
     refused = approval.refused_weights(home)
     if path.is_file():
@@ -270,8 +265,7 @@ def _approve_weights(given: argparse.Namespace) -> int:
         "  A run may read images out of what it gets back for weights that were made for it: approve them only if you"
     )
     print("  know who trained them, and were told this digest by them.")
-    if not given.yes and not join.confirmed("Approve them?"):
-        raise PolicyError("not approved; nothing was changed")
+    join.consent(given, "Approve them?")
     approval.approve_weights(home, digest)
     print("approved: a run may begin with these weights, or go on with them where this site's own are lost")
     return 0
@@ -287,11 +281,10 @@ def _one_of(digests: Iterable[str], start: str, what: str, of: str = "bundle") -
 
 
 def _show(given: argparse.Namespace) -> int:
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     federation = membership.approved(site_home(name))
     if federation is None:
-        raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client roster approve FILE{named(name)}")
+        raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client join FILE{named(name)}")
     join.tell(federation, name)
     return 0
 
@@ -300,8 +293,7 @@ def _check(given: argparse.Namespace) -> int:
     from client.preflight import checks
     from client.preflight.plan import CHECKS
 
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     if given.recipe is not None:
         return _check_recipe(given, name)
     data = given.data.resolve() if given.data else None
@@ -324,11 +316,17 @@ def _check_recipe(given: argparse.Namespace, name: str) -> int:
     secured = membership.approved(site_home(name)) is not None
     grant = Grant.of({"site": name, "secured": secured})
     assert grant is not None  # no simulation has a command line
-    verdicts = grant.judge(loaded)
+    verdicts, n = grant.judge(loaded), grant.sharing(loaded)
     if given.json:
         rows = [{"line": one.line, "asked": one.asked, "ok": one.ok, "code": one.code} for one in verdicts]
-        print(json.dumps({"schema": 1, "site": name, "recipe": loaded.name, "lines": rows}, indent=2))
+        print(json.dumps({"schema": 1, "site": name, "recipe": loaded.name, "sites": n, "lines": rows}, indent=2))
     else:
+        of = (
+            "of the approved roster"
+            if grant.n_sites
+            else "the recipe's federation.min_sites, since no roster is approved"
+        )
+        print(f"min_batch is reckoned with {counted(n, 'site')}, {of}")
         print("\n".join(limits.table(verdicts)))
     against = limits.refused(verdicts)
     if against and not given.json:
@@ -342,8 +340,7 @@ def _check_recipe(given: argparse.Namespace, name: str) -> int:
 def _status(given: argparse.Namespace) -> int:
     from client import status
 
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     if given.refused:
         print("\n".join(status.refused(site_home(name))))
         return 0
@@ -355,8 +352,7 @@ def _status(given: argparse.Namespace) -> int:
 def _secagg_show(given: argparse.Namespace) -> int:
     from client import sums
 
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     found = sums.read(name, site_home(name))
     print(sums.as_json(found) if given.json else "\n".join(sums.lines(found)))
     return 0
@@ -365,8 +361,7 @@ def _secagg_show(given: argparse.Namespace) -> int:
 def _secagg_release(given: argparse.Namespace) -> int:
     from client import sums
 
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     if given.last + given.withdraw + (given.phase is not None) > 1:
         raise ConfigError("give --last, PHASE and WEIGHTS, or --withdraw; one of them")
     home = site_home(name)
@@ -376,8 +371,7 @@ def _secagg_release(given: argparse.Namespace) -> int:
         return 0
     chosen = sums.choose(home, last=given.last, phase=given.phase, weights=given.weights)
     print("\n".join(sums.question(sums.read(name, home), chosen)))
-    if not given.yes and not join.confirmed("Release it?"):
-        raise PolicyError("not released; nothing was changed")
+    join.consent(given, "Release it?", "released")
     sums.release(home, chosen)
     print("released: one more sum on these weights may be opened; the coordinator can resume the run")
     print(f"until then it can be taken back: chexfound-client secagg release --withdraw{named(name)}")
@@ -385,8 +379,7 @@ def _secagg_release(given: argparse.Namespace) -> int:
 
 
 def _unit(given: argparse.Namespace) -> int:
-    name, data = given.name or sole_site(), given.data.absolute()
-    check_name(name, "site name")
+    name, data = site_name(given.name), given.data.absolute()
     words = ["--data", str(data), "--name", name, "--drain", f"{given.drain:g}"]
     for option, value in (("--gpus", given.gpus), ("--image-px", given.image_px)):
         if value is not None:

@@ -76,7 +76,11 @@ class Grant:
 
     def judge(self, recipe: Recipe) -> list[Verdict]:
         """A verdict on each line of site.yaml that bears on a recipe."""
-        return limiting.judge(recipe, self.limits, self._n_sites(recipe))
+        return limiting.judge(recipe, self.limits, self.sharing(recipe))
+
+    def sharing(self, recipe: Recipe) -> int:
+        """How many sites a recipe's pooled batch is reckoned to be shared by: those of the roster, if there is one."""
+        return self.n_sites or recipe.federation.min_sites
 
     def check(self, recipe: Recipe, request: Request, run_id: int) -> Reply | None:
         """Hold recipe and request against the policy.
@@ -125,16 +129,13 @@ class Grant:
         if machine.hours is not None and run is not None and run.seconds >= 3600 * machine.hours:
             raise _too_much("hours", machine.hours, f"{run.seconds / 3600:.1f} hours were worked on this run")
         disk = disk_bytes(recipe, self._images(recipe))
-        memory = memory_bytes(recipe, self._n_sites(recipe), on_gpu=has.device() != "cpu")
+        memory = memory_bytes(recipe, self.sharing(recipe), on_gpu=has.device() != "cpu")
         _check_room(
             "memory_gb", machine.memory_gb, memory, has.memory(), f"it takes about {memory / GB:.1f} GB of memory"
         )
         _check_room(
             "disk_gb", machine.disk_gb, disk, _disk(self.home), f"it leaves about {disk / GB:.1f} GB on the disk"
         )
-
-    def _n_sites(self, recipe: Recipe) -> int:
-        return self.n_sites or recipe.federation.min_sites
 
     def _images(self, recipe: Recipe) -> int:
         """In the store that the run would use; none where there is no such store yet."""

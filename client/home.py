@@ -52,6 +52,18 @@ def store_path(folder: Path, image_px: int) -> Path:
     return folder / f"store-{image_px}"
 
 
+def site_name(name: str | None) -> str:
+    """The site that is meant: that of `--name`, else the one enrolled on this machine.
+
+    Raises: ConfigError if it is no name, or if none is given and there is none, or there are several.
+    """
+    from chexfound.roster import check_name
+
+    name = name or sole_site()
+    check_name(name, "site name")
+    return name
+
+
 def sole_site() -> str:
     """The name of the one site that was enrolled on this machine.
 

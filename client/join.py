@@ -12,10 +12,11 @@ from pydantic import TypeAdapter
 
 import chexfound
 from chexfound.errors import ConfigError, PolicyError
-from chexfound.roster import check_name
+from chexfound.names import counted
+from chexfound.secagg.parameters import MINIMUM
 from chexfound.signing import fingerprint
 from client import approval, membership
-from client.home import named, site_home, sole_site
+from client.home import named, site_home, site_name
 from client.membership import Federation
 from client.policy import Policy
 
@@ -33,9 +34,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "same as `roster approve FILE` and `approve`, one after the other.",
     )
     join.add_argument("file", metavar="FILE", type=Path, help="NAME.federation.json")
-    join.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
+    add_name(join)
     join.add_argument("--yes", action="store_true", help="do not ask: all of it was compared and read before")
     join.set_defaults(run=run)
+
+
+def add_name(command: argparse.ArgumentParser) -> None:
+    """The option by which a command is told which site is meant."""
+    command.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -49,13 +55,11 @@ def run(given: argparse.Namespace) -> int:
     print(f"code {release.digest()}")
     print(f"  of the installed release {chexfound.__version__}, which is what runs here whatever a run ships")
     for digest, came in approval.refused(home).items():
-        print(
-            f"  refused before, and not approved by this: {digest[:12]}…, with {len(came.differences(release))} other"
-        )
-        print(f"    files; look at it: chexfound-client approve {digest[:12]}{named(name)}")
+        differing = counted(len(came.differences(release)), "other file")
+        print(f"  refused before, and not approved by this: {digest[:12]}…, with {differing};")
+        print(f"    look at it: chexfound-client approve {digest[:12]}{named(name)}")
     print("\n".join(policy_lines(policy, len(federation.sites.sites), home / "site.yaml")))
-    if not given.yes and not confirmed(QUESTION):
-        raise PolicyError("not approved; nothing was changed")
+    consent(given, QUESTION)
     membership.approve(home, federation)
     approval.approve(home, release.digest())
     serving = f"; next: chexfound-client --data DIR{named(name)}" if before is None else ""
@@ -68,8 +72,7 @@ def admissible(given: argparse.Namespace) -> tuple[str, Path, Federation, Federa
 
     Raises: ConfigError if the file is not one, not of this site, or older than what was approved.
     """
-    name = given.name or sole_site()
-    check_name(name, "site name")
+    name = site_name(given.name)
     home, federation = site_home(name), membership.read(given.file)
     membership.check_own(name, membership.public_keys(home), federation, str(given.file))
     before = membership.approved(home)
@@ -87,12 +90,23 @@ def tell(federation: Federation, own: str) -> None:
     print(f"  authority {federation.authority_fingerprint}")
     for name, keys in sorted(federation.sites.sites.items()):
         print(f"  {name}{' (this site)' if name == own else ''}: {fingerprint(keys.identity)}")
+    if len(federation.sites.sites) < MINIMUM:
+        print(f"  fewer than {MINIMUM} sites: no sum is masked, so the coordinator sees this site's own update")
 
 
 def tell_changes(before: Federation | None, after: Federation) -> None:
     """What is new in it."""
     for change in membership.changes(before, after):
         print(f"  change: {change}")
+
+
+def consent(given: argparse.Namespace, question: str, done: str = "approved") -> None:
+    """Ask, unless `--yes` was given.
+
+    Raises: PolicyError for any answer but yes; ConfigError where there is nobody to ask.
+    """
+    if not given.yes and not confirmed(question):
+        raise PolicyError(f"not {done}; nothing was changed")
 
 
 def confirmed(question: str) -> bool:
@@ -108,7 +122,8 @@ def confirmed(question: str) -> bool:
 def policy_lines(policy: Policy, sites: int, path: Path) -> list[str]:
     """What the site demands, a line each; `*`: another value than the default."""
     said = [f"policy {path if path.exists() else f'the defaults ({path} is not there)'}"]
-    said.append(f"  runs in the clear are {'refused' if policy.masked(sites) else 'accepted'}, with {sites} sites")
+    taken = "refused" if policy.masked(sites) else "accepted"
+    said.append(f"  runs in the clear are {taken}, with {counted(sites, 'site')}")
     defaults = dict(_flat(_as_dict(Policy())))
     for key, value in _flat(_as_dict(policy)):
         said.append(f"{'*' if value != defaults[key] else ' ':>3} {key:<26} {_shown(value)}")
@@ -129,6 +144,9 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 
 def _shown(value: Any) -> str:
+    """As it may stand in site.yaml."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+        return f"[{', '.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -155,7 +155,7 @@ def present(home: Path) -> Federation:
     """
     federation = approved(home)
     if federation is None:
-        raise ConfigError(f"{home}: no federation was approved yet; chexfound-client roster approve FILE")
+        raise ConfigError(f"{home}: no federation was approved yet; chexfound-client join FILE")
     return federation
 
 
@@ -222,7 +222,7 @@ def check_terms(sites: roster.Roster | None, federation: Federation) -> None:
         if approved_sites.get(name) != keys:
             raise RosterError(
                 f"the coordinator's federation has a site {name!r} that was not approved here, or not with its present "
-                "keys; ask for the present file, then: chexfound-client roster approve FILE"
+                "keys; ask for the present file, then: chexfound-client join FILE"
             )
 
 
@@ -238,5 +238,5 @@ def check_equal(sites: roster.Roster | None, federation: Federation | None) -> N
         gone = sorted(set(federation.sites.sites) - set(sites.sites if sites else ()))
         raise RosterError(
             f"the coordinator's federation is without {', '.join(gone)}, which this site approved; under secure "
-            "aggregation both must be the same: ask for the present file, then: chexfound-client roster approve FILE"
+            "aggregation both must be the same: ask for the present file, then: chexfound-client join FILE"
         )

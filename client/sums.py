@@ -15,11 +15,12 @@ from typing import Any
 
 from chexfound.errors import REFUSALS, ConfigError
 from chexfound.journal import Journal, held, read_journal
-from chexfound.names import shown
+from chexfound.names import counted, shown
 from chexfound.roster import Roster, read_json
 from chexfound.secagg.messages import names_digest
+from chexfound.secagg.parameters import MINIMUM
 from client import membership
-from client.policy import Policy
+from client.policy import PLAIN, Policy
 
 SCHEMA = 1  # of what --json prints
 SHOWN = 5  # opened sums, the latest
@@ -40,19 +41,15 @@ def read(name: str, home: Path) -> dict[str, Any]:
     damaged journal.
     """
     policy, federation = Policy.load(home), membership.present(home)
-    parameters = policy.parameters(len(federation.sites.sites))
-    entries = _entries(home)
+    n, entries = len(federation.sites.sites), _entries(home)
     return {
         "schema": SCHEMA,
         "site": name,
-        "required": policy.masked(parameters.n),
+        "sites": n,
+        "required": policy.masked(n),
+        "required_from_three": policy.masked(max(n, MINIMUM)),
         "attempt_s": policy.secagg.attempt_s,
-        "parameters": {
-            **parameters.shared(),
-            "minimum": parameters.minimum,
-            "survivors": parameters.survivors,
-            "dropouts": parameters.dropouts,
-        },
+        "parameters": _parameters(policy, n) if n >= MINIMUM else None,
         "federation": {"name": federation.name, "roster": federation.sites.serial},
         "attempt": _attempt(home / "secagg" / "attempt"),
         "sums": [_sum(entry, federation.sites) for entry in entries if entry["event"] in ("opened", "released")],
@@ -62,6 +59,16 @@ def read(name: str, home: Path) -> dict[str, Any]:
             if entry["event"] == "refused"
         ],
         "waiting": _waiting(entries, federation.sites),
+    }
+
+
+def _parameters(policy: Policy, n: int) -> dict[str, int]:
+    own = policy.parameters(n)
+    return {
+        **own.shared(),
+        "minimum": own.minimum,
+        "survivors": own.survivors,
+        "dropouts": own.dropouts,
     }
 
 
@@ -256,9 +263,35 @@ def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """For people."""
-    own, federation = found["parameters"], found["federation"]
+    federation = found["federation"]
     said = [
         f"site {found['site']}: secure aggregation in federation {federation['name']}, roster {federation['roster']}",
+        *(_few(found) if found["parameters"] is None else _numbers(found)),
+        f"  attempt       {_said_attempt(found['attempt'])}",
+    ]
+    opened = [one for one in found["sums"] if one["event"] == "opened"]
+    said.append(
+        f"  opened        {counted(len(opened), 'sum')}" + (f", the last {SHOWN}:" if len(opened) > SHOWN else "")
+    )
+    for one in found["sums"][-SHOWN:]:
+        what = f"over {_over(one)}" if one["event"] == "opened" else "RELEASED by this site's operator"
+        said.append(f"    {shown(one['phase']):<9} on weights {shown(one['weights'])[:12]}… {what}")
+    if absent := _absent(opened):
+        said.append(
+            f"  without       {absent}: two sums that differ in one site tell of it, the more alike their weights are"
+        )
+    codes = Counter(one["code"] for one in found["refused"])
+    said.append(f"  refused       {counted(codes.total(), 'request')}")
+    said += [f"    {times} × {code}: {REFUSALS.get(code, 'of another release')}" for code, times in codes.items()]
+    if found["waiting"] is not None:
+        said.append("  WAITING       for this operator's word: chexfound-client secagg release --last")
+    return said
+
+
+def _numbers(found: Mapping[str, Any]) -> list[str]:
+    """Those in force."""
+    own = found["parameters"]
+    return [
         f"  sites         {own['n']}; {own['c']} may collude with the coordinator; {own['t']} must agree to a sum",
         f"  a sum         is over {own['survivors']} sites or more; {own['dropouts']} may be lost",
         "  runs          "
@@ -267,23 +300,27 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             if found["required"]
             else "in the clear are accepted too; site.yaml: secagg: {required: true} refuses them, of two sites as well"
         ),
-        f"  attempt       {_said_attempt(found['attempt'])}",
     ]
-    opened = [one for one in found["sums"] if one["event"] == "opened"]
-    said.append(f"  opened        {len(opened)} sums" + (f", the last {SHOWN}:" if len(opened) > SHOWN else ""))
-    for one in found["sums"][-SHOWN:]:
-        what = f"over {_over(one)}" if one["event"] == "opened" else "RELEASED by this site's operator"
-        said.append(f"    {shown(one['phase']):<9} on weights {shown(one['weights'])[:12]}… {what}")
-    if absent := _absent(opened):
-        said.append(
-            f"  without       {absent}: two sums that differ in one site tell of it, the more alike their weights are"
-        )
-    counted = Counter(one["code"] for one in found["refused"])
-    said.append(f"  refused       {sum(counted.values())} requests")
-    said += [f"    {times} × {code}: {REFUSALS.get(code, 'of another release')}" for code, times in counted.items()]
-    if found["waiting"] is not None:
-        said.append("  WAITING       for this operator's word: chexfound-client secagg release --last")
-    return said
+
+
+def _few(found: Mapping[str, Any]) -> list[str]:
+    """What holds where there are too few sites for masks."""
+    said = [
+        f"  sites         {found['sites']}; masks need {MINIMUM} or more, so no sum is masked here",
+        "  a sum         is none: the coordinator sees this site's own update",
+    ]
+    if found["required"]:
+        return [*said, "  runs          are all refused: site.yaml says secagg: {required: true}"]
+    later = (
+        f"with {MINIMUM} sites they are refused, unless site.yaml says '{PLAIN}'"
+        if found["required_from_three"]
+        else f"with {MINIMUM} sites too, by site.yaml ({PLAIN}, or secagg: {{required: false}})"
+    )
+    return [
+        *said,
+        f"  runs          in the clear are accepted; {later};",
+        "                secagg: {required: true} refuses every run",
+    ]
 
 
 def _on_others(one: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ TEXT = """\
 #  normalizations: [zscore, grey, imagenet]
 #  max_lr: 0.002  # of pretraining, multipliers included
 #  max_adapt_lr: 0.004
-#  max_clip_grad: 3.0  # a recipe that clips no gradient asks for more than any number
+#  max_clip_grad: 3  # a recipe that clips no gradient asks for more than any number
 
 # How few patients, images and steps nothing is told of, and how much work a run may ask for.
 #min_patients: 20  # with a training image; for a head, with a label
@@ -67,7 +67,7 @@ TEXT = """\
 # How far the coordinator's weights may move in a round, over this site's own steps, before it is said, or refused.
 #weights:
 #  max_change: 1.1
-#  max_tensor_change: 3.0  # in one tensor
+#  max_tensor_change: 3  # in one tensor
 #  refuse_change: false
 
 # Secure aggregation. required: null is true where the federation has three sites or more.
@@ -75,9 +75,10 @@ TEXT = """\
 #  required: null
 #  colluders: null  # sites that may collude with the coordinator; null: a quarter
 #  minimum: 3  # sites that a sum must be over
-#  attempt_s: 86400.0  # after which an attempt's secrets are dropped
+#  attempt_s: 86400  # after which an attempt's secrets are dropped
 
-# Write 'accepted' to take runs in the clear though the federation has three sites or more.
+# Write 'accepted' to take runs in the clear though the federation has three sites or more. secagg.required, where it is
+# true or false, wins over it.
 #plain: null
 """
 

@@ -173,7 +173,8 @@ def _register(held: Federation, name: str, what: str) -> int:
         _, _, refused = members.register_all(held)
     except SiteError as error:
         if not listens(held.superlink):
-            print(f"the SuperLink is not up; chexfound-server up {what} there at its next start")
+            up = f"chexfound-server up {shlex.quote(str(held.folder))}"
+            print(f"no SuperLink answers at {held.superlink}; {up} {what} there at its next start")
             return 0
         print(f"error: {error}\nonce that is mended, chexfound-server up {what} there", file=sys.stderr)
         return error.exit_code
@@ -202,5 +203,5 @@ def sites(given: argparse.Namespace) -> int:
     if not rows:
         print(f"no site yet; chexfound-server add-site {shlex.quote(str(given.dir))} SITE SITE.pub")
     if down:
-        print(f"the SuperLink is not up, so whether they are connected is not known ({down})", file=sys.stderr)
+        print(f"whether they are connected is not known: {down}", file=sys.stderr)
     return 0

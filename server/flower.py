@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +29,9 @@ def ask(federation: Federation, arguments: Sequence[str]) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("success") is not True:
         message = str(values.get("error-message", "")) if isinstance(values, dict) else ""
         if "success" not in values or AWAY in message:
-            up = f"chexfound-server up {federation.folder}"
-            raise SiteError(f"{said}: no SuperLink answers at {federation.superlink} ({up}): {_last(message)}")
+            why = "" if AWAY in message else f" ({said}: {_last(message)})"
+            up = f"chexfound-server up {shlex.quote(str(federation.folder))}"
+            raise SiteError(f"no SuperLink answers at {federation.superlink}{why}; start it: {up}")
         raise SiteError(f"{said}: refused by the SuperLink at {federation.superlink}: {_last(message)}")
     return values
 

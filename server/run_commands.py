@@ -235,7 +235,7 @@ def status(given: argparse.Namespace) -> int:
         for text in _run_lines(held, one):
             print(f"  {text}")
     if away:
-        print(f"the SuperLink is down; chexfound-server up {_dir(held)} ({away})", file=sys.stderr)
+        print(f"the SuperLink is down: {away}", file=sys.stderr)
     return 0
 
 

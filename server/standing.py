@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chexfound.errors import CODES, ChexfoundError, SiteError
-from chexfound.names import shown
+from chexfound.names import counted, shown
 from server import flower, runs, weight
 from server.federation import CONNECTION
 from server.records import count, figure, read, rows, site, texts
@@ -244,14 +244,13 @@ def line(event: Event, of: Mapping[str, int | None]) -> str:
         )
         both = f"; together {whole} images" if whole is not None else ""
         findings = ", ".join(texts(event, "findings") or ()) or "-"
-        return shown(
-            f"start     {len(members)} sites: {sites}{both}; findings: {findings}{_held(event)}{_weighty(event)}", 600
-        )
+        begun = f"start     {counted(len(members), 'site')}: {sites}{both}; findings: {findings}"
+        return shown(f"{begun}{_held(event)}{_weighty(event)}", 600)
     if kind == "round":
         probed, phase = auroc(event), str(event.get("phase"))
         parts = [
             f"{_round(event)} of {of.get(phase) or '?'}",
-            f"{len(cohort(event))} sites",
+            counted(len(cohort(event)), "site"),
             _loss(event),
             *([f"kNN AUROC {probed:.3f}"] if probed is not None else []),
             *_cost(event),
@@ -292,8 +291,8 @@ def _round(event: Event) -> str:
 
 
 def _where(event: Event) -> str:
-    counted = event.get("phase") in ("pretrain", "adapt") and event.get("round") is not None
-    return f"{event.get('phase')}, {_round(event)}" if counted else str(event.get("phase"))
+    numbered = event.get("phase") in ("pretrain", "adapt") and event.get("round") is not None
+    return f"{event.get('phase')}, {_round(event)}" if numbered else str(event.get("phase"))
 
 
 def _without(event: Event) -> str:

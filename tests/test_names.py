@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from chexfound.names import utf8, word, written
+from chexfound.names import counted, utf8, word, written
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,7 @@ def test_a_path_that_is_not_utf8_is_written_so_that_it_is():
     assert written(path) == "/caf\\xe9/é"
     assert utf8(written(path))
     assert written("/é") == "/é"
+
+
+def test_one_thing_and_several() -> None:
+    assert [counted(number, "site") for number in (0, 1, 2)] == ["0 sites", "1 site", "2 sites"]

@@ -67,7 +67,7 @@ def roster(subject: Subject) -> Finding:
 
 
 def _approve(subject: Subject) -> str:
-    return f"chexfound-client roster approve FILE{named(subject.name)}"
+    return f"chexfound-client join FILE{named(subject.name)}"
 
 
 def code(subject: Subject) -> Finding:

@@ -23,6 +23,7 @@ from chexfound.spans import span
 from client import link, membership
 from client.home import named
 from client.preflight.checks import Finding, Subject, failed, ok, warning
+from client.preflight.local import GB, VITL_BYTES
 
 CLOCK_S = (60.0, 2.0)  # behind the coordinator's and ahead of it: more is warned of
 DATE_S = datetime.timedelta(seconds=1)  # by which a Date header is late: cut to seconds, and up to one of them old
@@ -30,7 +31,6 @@ EXPIRY_DAYS = 30
 VERSION = r"\d[\w.+!-]{0,40}"
 OTHER_NAME = (62, 64)  # OpenSSL's verification codes: of a host name, of an address
 UPLINK_MBIT_S = 4.0  # less is warned of: the slowest that hospitals have had in the field
-VITL_BYTES = 1_220_000_000  # its backbone in float32, one way
 UPLINK_BYTES = (2**16, 2**22)  # of the first upload and the largest: each is four times the last, until one takes
 UPLINK_S = (1.0, 10.0)  # so long; and none may take longer
 
@@ -108,7 +108,7 @@ def tls(subject: Subject) -> Finding:
         f"the certificate comes from {_common_name(certificate.issuer)}, not from the authority that was approved "
         f"({error.verify_message})",
         f"if something between opens TLS to look inside, have {subject.server} exempted; if the coordinator has a new "
-        "authority, it sends a new file: compare it in person, then chexfound-client roster approve FILE"
+        "authority, it sends a new file: compare it in person, then chexfound-client join FILE"
         f"{named(subject.name)}",
     )
 
@@ -286,7 +286,7 @@ def uplink(subject: Subject) -> Finding:
             "ask your administrator whether something between limits the size of uploads",
         )
     minutes = math.ceil(8e-6 * VITL_BYTES / rate / 60)
-    text = f"{'at least ' if at_least else ''}{rate:.1f} Mbit/s; ViT-L's 1.22 GB take "
+    text = f"{'at least ' if at_least else ''}{rate:.1f} Mbit/s; ViT-L's {VITL_BYTES / GB:.2f} GB take "
     text += "under a minute" if minutes == 1 else f"{minutes} minutes"
     if rate < UPLINK_MBIT_S:
         return warning(text, "tell the coordinator before a run of a large model: its rounds wait for the slowest site")

@@ -155,7 +155,7 @@ def test_the_installed_release_is_approved_without_a_question(approve: Callable[
     assert f"code {RELEASE.digest()}" in said
     assert ": nothing" in said
     assert "approved: runs with this code are accepted" in said
-    assert f"approved {RELEASE.digest()} since" in approve("--list")[1]
+    assert f"code {RELEASE.digest()}: approved on 20" in approve("--list")[1]
     assert ", the installed release" in approve("--list")[1]
 
 
@@ -165,7 +165,7 @@ def test_what_differs_is_shown_and_asked_about(
 ) -> None:
     approval.check(home, packed(a="9", c="3"))
     (digest,) = approval.refused(home)
-    assert f"refused  {digest}: 3 files differ" in approve("--list")[1]
+    assert f"code {digest}: REFUSED: 3 files other than the installed release's" in approve("--list")[1]
     answer(monkeypatch, word)
     got, said = approve(digest[:6])
     assert got == code
@@ -237,7 +237,7 @@ def test_a_file_of_weights_is_approved_by_its_hash_and_taken_back(
     assert f"weights {digest}" in said
     assert "1 tensors, 4 numbers" in said
     assert list(approval.approved_weights(home)) == [digest]
-    assert f"approved weights {digest} since" in approve("--list")[1]
+    assert f"weights {digest}: approved on 20" in approve("--list")[1]
     assert approve("--withdraw", digest[:8])[0] == 0
     assert approval.approved_weights(home) == {}
     assert approval.approved(home) == {}
@@ -249,7 +249,7 @@ def test_weights_that_were_refused_are_shown_and_approved_by_their_first_digits(
     for number in range(8):
         approval.keep_weights(home, f"{number}{'a' * 63}", "weights.lost")
     assert len(approval.refused_weights(home)) == approval.KEPT
-    assert f"refused  weights 7{'a' * 63}: {REFUSALS['weights.lost']} (weights.lost)" in approve("--list")[1]
+    assert f"weights 7{'a' * 63}: REFUSED: {REFUSALS['weights.lost']} (weights.lost)" in approve("--list")[1]
     code, said = approve("--weights", "7aa", "--yes")
     assert code == 0
     assert "refused when it came" in said

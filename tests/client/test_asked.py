@@ -97,7 +97,7 @@ def test_a_list_of_what_comes_apart_is_judged_before_it_is_here(tiny_recipe: Any
 @pytest.mark.parametrize(("batch", "n_sites"), [(6, 2), (6, 3), (4, 3), (6, None), (4, None)])
 def test_a_share_of_the_pooled_batch(tiny_recipe: Any, batch: int, n_sites: int | None) -> None:
     request = replace(requests(tiny_recipe)["pretrain"], batch_size=batch)
-    asked.check(tiny_recipe, request, LIMITS, n_sites)
+    assert asked.check(tiny_recipe, request, LIMITS, n_sites) is None
 
 
 @pytest.mark.parametrize(("batch", "n_sites"), [(12, 2), (4, 2), (24, 2), (12, None), (5, None), (8, None)])

@@ -648,6 +648,7 @@ def test_idle_it_leaves_at_once(site: Site) -> None:
 
     site.queue += [None, waiting]
     serve(site, end=Left)
+    assert site.replies == []
 
 
 def test_with_a_message_in_hand_it_leaves_after_the_reply(site: Site) -> None:

@@ -46,7 +46,7 @@ def test_one_question_leaves_what_the_steps_by_hand_leave(home, coordinator, ans
     for told in (held.authority_fingerprint, release_bundle().digest()):
         assert told in out
     assert f"NORTH (this site): {fingerprint(membership.public_keys(home).identity)}" in out
-    assert f"policy {home / 'site.yaml'}\n  runs in the clear are accepted, with 1 sites\n" in out
+    assert f"policy {home / 'site.yaml'}\n  runs in the clear are accepted, with 1 site\n" in out
     assert out.endswith("runs with this code are accepted; next: chexfound-client --data DIR\n")
 
 
@@ -91,7 +91,7 @@ def test_code_that_was_refused_is_shown_and_stays_refused(home, coordinator, cap
     assert cli.main(["join", str(file), "--yes"]) == 0
     out = capsys.readouterr().out
     differing = len(bundle.read(CAME).differences(release_bundle()))
-    assert f"refused before, and not approved by this: {DIGEST[:12]}…, with {differing} other\n" in out
+    assert f"refused before, and not approved by this: {DIGEST[:12]}…, with {differing} other files;\n" in out
     assert f"look at it: chexfound-client approve {DIGEST[:12]}\n" in out
     assert DIGEST not in approval.approved(home)
 
@@ -102,11 +102,40 @@ def test_the_policy_is_read_line_by_line_before_the_question(home, coordinator, 
     assert cli.main(["join", str(file), "--yes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"policy {home / 'site.yaml'}" in lines
-    assert "  runs in the clear are refused, with 1 sites" in lines
+    assert "  runs in the clear are refused, with 1 site" in lines
     assert "  * min_patients               50" in lines
     assert "  * model.max_patch_px         14" in lines
     assert "    cells.patients             10" in lines
-    assert "    phases                     pretrain, adapt, evaluate" in lines
+    assert "    phases                     [pretrain, adapt, evaluate]" in lines
+
+
+@pytest.mark.parametrize(("n", "told"), [(1, True), (2, True), (3, False)])
+def test_that_no_sum_of_few_sites_is_masked_is_told(home, coordinator, capsys, n: int, told: bool) -> None:
+    file = add(coordinator, "NORTH", enrol())
+    for name in ("SOUTH", "WEST")[: n - 1]:
+        file = add(coordinator, name, enrol(name))
+    for words in (["join", str(file), "--yes"], ["roster", "approve", str(file), "--yes"], ["roster", "show"]):
+        capsys.readouterr()
+        assert cli.main([*words, "--name", "NORTH"]) == 0
+        assert ("so the coordinator sees this site's own update" in capsys.readouterr().out) == told
+
+
+def test_values_are_told_as_they_may_stand_in_site_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    lines = [line[4:].split(maxsplit=1) for line in join.policy_lines(Policy(), 3, path)[2:]]
+    values = dict(lines)
+    assert values["secagg.attempt_s"] == "86400"
+    assert values["model.max_clip_grad"] == "3"
+    assert values["machine.hours"] == values["plain"] == "null"
+    assert values["findings"] == "[]"
+    assert values["weights.refuse_change"] == "false"
+    sections: dict[str, list[str]] = {}
+    for key, value in lines:
+        section, _, field = key.rpartition(".")
+        sections.setdefault(section, []).append(f"{field}: {value}")
+    top = sections.pop("")
+    path.write_text("\n".join([*top, *(f"{name}: {{{', '.join(one)}}}" for name, one in sections.items())]))
+    assert Policy.load(tmp_path) == Policy()
 
 
 def test_every_demand_of_a_policy_has_its_line(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_where_several_sites_share_the_home_commands_name_the_site(
         f"approved; next: chexfound-client approve {named}, then: chexfound-client --data DIR {named}\n"
     )
     assert cli.main(["roster", "show", "--name", "NORTH"]) == 2
-    assert capsys.readouterr().err.endswith("chexfound-client roster approve FILE --name NORTH\n")
+    assert capsys.readouterr().err.endswith("chexfound-client join FILE --name NORTH\n")
 
 
 @pytest.mark.parametrize("lost", ["node.key", "identity.key"])

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from chexfound import machine
+from chexfound import recipe as recipes
 from chexfound.bundle import Bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, commands, flwr_private, ledger, link, membership, secret, template
+from client import approval, asked, cli, commands, flwr_private, ledger, link, membership, secret, template
 from client.home import close, store_path
 from client.preflight import checks, local, remote
 from client.preflight.plan import CHECKS
@@ -194,18 +195,26 @@ def test_a_recipe_is_held_against_the_policy_line_by_line(
     said = capsys.readouterr().out
     assert "ok       model: {max_patch_px: 16}                    asked: student.patch_size 16" in said
     assert "REFUSED" not in said
+    assert said.startswith("min_batch is reckoned with 1 site, of the approved roster\n")
     (home / "site.yaml").write_text("max_rounds: 10")
     assert commands.main(["check", "--recipe", asked]) == 6
     said = capsys.readouterr().out
     assert "REFUSED  max_rounds: 10 " in said
     assert str(home / "site.yaml") in said
     assert commands.main(["check", "--recipe", asked, "--json"]) == 6
-    rows = json.loads(capsys.readouterr().out)["lines"]
-    assert [row["code"] for row in rows if not row["ok"]] == ["policy.work"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["sites"] == 1
+    assert [row["code"] for row in found["lines"] if not row["ok"]] == ["policy.work"]
     path = tmp_path / "own.yaml"
     path.write_text("student: {patch_size: 48, stem: linear}\nimage_px: 96")
     assert commands.main(["check", "--recipe", str(path)]) == 6
     assert "asked: student.patch_size 48" in capsys.readouterr().out
+    (home / "federation.json").unlink()
+    assert commands.main(["check", "--recipe", asked]) == 6
+    n = recipes.load(asked).federation.min_sites
+    assert (
+        f"with {n} sites, the recipe's federation.min_sites, since no roster is approved\n" in capsys.readouterr().out
+    )
 
 
 def test_a_policy_that_holds_is_told(prepare: Callable[..., Path], tmp_path: Path) -> None:
@@ -507,6 +516,13 @@ def test_a_slow_uplink(prepare: Callable[..., Path], superlink: Any) -> None:
     assert found.state == "warning"
     assert "0.4 Mbit/s" in found.text or "0.3 Mbit/s" in found.text
     assert "slowest site" in found.remedy
+
+
+def test_an_uplink_is_reckoned_with_a_whole_message_of_vit_l(prepare: Callable[..., Path], superlink: Any) -> None:
+    """The student with its heads, as it is asked for."""
+    assert asked.model_bytes(recipes.load("vitl16-cxr1m")) == pytest.approx(local.VITL_BYTES, rel=0.001)
+    found = check(prepare())["uplink"]
+    assert "ViT-L's 1.61 GB take" in found.text
 
 
 # ---- a proxy

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,43 @@ def test_a_site_that_takes_runs_in_the_clear(home: Path, capsys: pytest.CaptureF
     (home / "site.yaml").write_text("plain: accepted")
     assert do("show") == 0
     assert "in the clear are accepted too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("policy", "asked", "said"),
+    [
+        (
+            "",
+            (False, True),
+            "in the clear are accepted; with 3 sites they are refused, unless site.yaml says 'plain: accepted'",
+        ),
+        ("plain: accepted", (False, False), "in the clear are accepted; with 3 sites too, by site.yaml"),
+        ("secagg: {required: false}", (False, False), "in the clear are accepted; with 3 sites too, by site.yaml"),
+        (
+            "secagg: {required: true}\nplain: accepted",
+            (True, True),
+            "are all refused: site.yaml says secagg: {required: true}",
+        ),
+    ],
+)
+@pytest.mark.parametrize("names", [["NORTH"], ["NORTH", "SOUTH"]])
+def test_too_few_sites_for_masks_is_told_and_no_fault(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, names: list[str],
+    policy: str, asked: tuple[bool, bool], said: str,
+) -> None:  # fmt: skip
+    federation = membership.present(home)
+    sites = replace(federation.sites, sites={name: federation.sites.sites[name] for name in names})
+    monkeypatch.setattr(membership, "approved", lambda home: replace(federation, sites=sites))
+    (home / "site.yaml").write_text(policy)
+    assert do("show") == 0
+    out = capsys.readouterr().out
+    assert f"  sites         {len(names)}; masks need 3 or more, so no sum is masked here\n" in out
+    assert "the coordinator sees this site's own update" in out
+    assert said in out
+    assert do("show", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sites"], found["parameters"]) == (len(names), None)
+    assert (found["required"], found["required_from_three"]) == asked
 
 
 def test_the_numbers_are_those_of_the_policy(
@@ -276,7 +314,8 @@ def test_other_work_over_the_same_sites_is_told_as_that(
 def test_the_last_refusal_says_which(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell(home, opened(NAMES), opened(NAMES, OTHER), refused(phase="pretrain", weights=WEIGHTS))
     assert do("show") == 0
-    assert "chexfound-client secagg release --last" in capsys.readouterr().out
+    assert "  refused       1 request\n" in (said := capsys.readouterr().out)
+    assert "chexfound-client secagg release --last" in said
     assert do("release", "--last", "--yes") == 0
     assert read_journal(home / "secagg" / "journal.jsonl")[-1]["weights"] == WEIGHTS
     capsys.readouterr()

@@ -338,7 +338,7 @@ def parse(program: str, words: list[str]) -> Any:
 def test_every_command_is_one() -> None:
     found = list(commands())
     assert {program for program, _ in found} == {"chexfound-server", "chexfound-client"}
-    assert {"up", "init", "add-site", "enrol", "roster", "nginx", "unit"} <= {words[0] for _, words in found}
+    assert {"up", "init", "add-site", "enrol", "join", "nginx", "unit"} <= {words[0] for _, words in found}
     for program, words in found:
         parse(program, words)
 

@@ -112,7 +112,7 @@ def test_code_that_was_not_approved_is_refused_at_both_ends(secured: Hospitals) 
     name = refused_by(secured, secured.changed, "code")
     assert "was not approved here; look at it with: chexfound-client approve" in secured.sites[name].text
     listed = secured.client(name, "approve", "--list")
-    assert re.search(r"refused  [0-9a-f]{64}: 2 files differ from the installed release", listed)
+    assert re.search(r"code [0-9a-f]{64}: REFUSED: 2 files other than the installed release's", listed)
 
 
 def test_a_roster_with_one_more_name_is_refused_at_both_ends(secured: Hospitals) -> None:

@@ -160,7 +160,7 @@ def test_a_name_typed_as_a_label_is_in_no_advert(hospital: Any, probing: Recipe)
     place = hospital(labelled(*range(12)))
     place.reply(Request(phase="enrol"))
     here = site.site_of({"site": "north", "data": str(place.folder)}, probing.image_px, enrolling=False)
-    for phase in ("counts", "features", "adapt", "evaluate"):
+    for phase in ("counts", "adapt", "evaluate"):
         told = phases.declared(here, probing, Request(phase=phase, findings=(NAME, "Nodule", "Effusion", "Mass")))
         assert told == ["Nodule"]
 

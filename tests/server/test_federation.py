@@ -248,11 +248,16 @@ def test_what_was_changed_while_the_superlink_was_down_is_made_good(made, flower
 
 def test_a_superlink_that_is_down_is_said(made: Federation, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["add-site", str(made.folder), "NORTH", str(site(tmp_path, "NORTH"))]) == 0
-    assert "chexfound-server up registers it there at its next start" in capsys.readouterr().out
+    up = f"chexfound-server up {made.folder}"
+    assert f"no SuperLink answers at {made.superlink}; {up} registers it there at its next" in capsys.readouterr().out
     assert cli.main(["sites", str(made.folder), "--json"]) == 0
     assert '"status": "unknown"' in capsys.readouterr().out
+    assert cli.main(["sites", str(made.folder)]) == 0
+    assert capsys.readouterr().err == (
+        f"whether they are connected is not known: no SuperLink answers at {made.superlink}; start it: {up}\n"
+    )
     assert cli.main(["remove-site", str(made.folder), "NORTH"]) == 0
-    assert "chexfound-server up strikes it off there at its next start" in capsys.readouterr().out
+    assert f"{up} strikes it off there at its next start" in capsys.readouterr().out
 
 
 def test_a_superlink_that_does_not_answer_as_it_should(made, tmp_path: Path, capsys: Any) -> None:

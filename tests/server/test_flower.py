@@ -65,7 +65,7 @@ def test_the_answer_is_what_it_printed(made: Federation, printed: dict[str, Any]
     ("stdout", "stderr", "message"),
     [
         (NO_SUCH_RUN, "", r"flwr stop: refused.*127.0.0.1:18001: \[code: 16\] Run ID not found\.$"),
-        (NO_SUPERLINK, "", r"no SuperLink answers at 127.0.0.1:18001 \(chexfound-server up"),
+        (NO_SUPERLINK, "", r"^no SuperLink answers at 127.0.0.1:18001; start it: chexfound-server up \S+$"),
         ('{"success": false}', "", "nothing was said"),
         ('["success"]', "", "refused"),
         ('{"success": "false"}', "", "refused"),

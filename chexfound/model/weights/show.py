@@ -17,6 +17,8 @@ from chexfound.model.weights.parts import Options, Weights
 from chexfound.model.weights.untrusted import at
 from chexfound.names import shown
 
+RUN = "a run's model"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
@@ -40,7 +42,7 @@ def look(path: Path, options: Options) -> Look:
 
 def _folder(path: Path, options: Options) -> Look:
     found = load.read(path, options)
-    kind, files = "a run's model", {}
+    kind, files = RUN, {}
     stated = folders.stated(path)
     if stated is not None:
         kind, files = "a release" if stated.kind == "release" else "an imported folder", stated.files
@@ -121,6 +123,8 @@ def text(seen: Look) -> list[str]:
         rows += [("says", f"{key}: {value}") for key, value in values["says"].items()]
     else:
         rows += [("source", line) for line in describe.sources(values["source"])]
+    if values["kind"] == RUN:  # whose reader has held the tensors here against it
+        rows.append(("SHA-256", f"{values['source']['weights_sha256']}, over the weights"))
     lines = [values["path"], *describe.table(rows)]
     if seen.found is not None:
         lines += describe.lines(seen.found, hints="sha256" in values)

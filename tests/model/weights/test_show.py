@@ -89,7 +89,11 @@ def test_tensors_of_something_else_are_told_by_their_names(tmp_path):
 
 
 def test_a_run(make_run):
-    seen = look(make_run(), Options())
+    out = make_run()
+    seen = look(out, Options())
     assert seen.values["kind"] == "a run's model"
+    stated = json.loads((out / "metrics.json").read_text())["model_sha256"]["federated"]
+    for folder in (out, out / "model"):
+        assert f"  SHA-256   {stated}, over the weights" in text(look(folder, Options()))
     assert seen.values["findings"] == ["Effusion", "Mass"]
     assert "teacher" in "\n".join(text(seen))
