@@ -76,12 +76,12 @@ def measure(recipe: Recipe, scratch: Path, batch: int, rounds: int) -> dict[str,
         tensors = reply.tensors
     ours, rival = (statistics.median(times[checked][1:]) for checked in (True, False))
     return {
-        "ours": round(ours, 2),
-        "rival": round(rival, 2),
+        "ours": round(ours, 4),
+        "rival": round(rival, 4),
         "unit": "s",
         "ratio": round(rival / ours, 4),
         "first": [round(times[checked][0], 2) for checked in (True, False)],
-        "checks": round(statistics.median(checks[1:]), 2),
+        "checks": round(statistics.median(checks[1:]), 4),
         "preset": recipe.name,
         "steps": recipe.train.local_steps,
         "batch": batch,

@@ -18,5 +18,5 @@ def test_a_line_of_the_checks_cost(tiny_images: Path) -> None:
     row = json.loads(done.stdout)
     assert row["name"] == "site_checks"
     assert 0 < row["checks"] < row["ours"]
-    assert row["ratio"] == round(row["rival"] / row["ours"], 4) or abs(row["ratio"] - row["rival"] / row["ours"]) < 0.02
+    assert abs(row["ratio"] - row["rival"] / row["ours"]) < 0.002
     assert (row["steps"], row["batch"], len(row["first"])) == (2, 2, 2)

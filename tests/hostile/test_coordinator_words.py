@@ -31,7 +31,7 @@ from client.app import handle
 from tests.hostile.weights_door import demand, short, whole_run
 
 NAME = "MUELLER Hans 12.3.1954 HIV"
-MODEL = "model: {min_tokens: 1, min_crop_tokens: 1}\n"  # of the tests' recipe
+MODEL = "model: {min_tokens: 1, min_crop_tokens: 1}\nmin_bootstrap: 1\n"  # of the tests' recipe
 UNHEARD = "No such finding anywhere 12345"
 TRAIN, TEST = 44, 26  # patients, of one image each; none validates
 Row = dict[str, str]
