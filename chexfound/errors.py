@@ -155,7 +155,8 @@ REFUSALS = {  # by the code that leaves the site: what the request was, or would
     "secagg.survivors-twice": "a second set of survivors in one attempt: two sums could be opened",
     "secagg.findings": "a sum over too few sites that label one of its findings",
     "secagg.signers": "too few signatures of the survivors over the same set",
-    "secagg.differencing": "a second sum on these weights, over other sites or of other work: the difference can tell",
+    "secagg.differencing": "a second sum on these weights or of this step, over other sites or of other work: "
+    "the difference can tell",
 }
 
 
