@@ -27,8 +27,6 @@ RUN_PACKAGES = (
     "federated-chexfound",
     "flwr",
     "torch",
-    "torchvision",
-    "timm",
     "numpy",
     "opencv-python-headless",
 )

@@ -101,3 +101,12 @@ def test_help_is_light(module: str) -> None:
     shown, _, modules = ran.stdout.partition("modules:")
     assert "usage:" in shown
     assert not HEAVY & {name.partition(".")[0] for name in modules.split()}
+
+
+@pytest.mark.parametrize("module", ["client.app", "server.app", "sim.arms", "chexfound.pretrain.central"])
+def test_whoever_trains_starts_without_timm(module: str) -> None:
+    """It takes as long to import as torch, and every worker would do so for two small layers (model/vit.py)."""
+    line = LINE.format(module=module)
+    ran = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch" in ran.stdout.split()
+    assert not {"timm", "torchvision"} & set(ran.stdout.split())

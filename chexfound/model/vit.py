@@ -13,7 +13,6 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers.mlp import Mlp, SwiGLUPacked
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +134,35 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, in timm's names."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to the same shape."""
+        result: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return result
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU (Shazeer 2020), gate and values packed into one layer, the gate first, in timm's names."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to the same shape."""
+        gate, values = self.fc1(x).chunk(2, dim=-1)
+        result: Tensor = self.fc2(F.silu(gate) * values)
+        return result
+
+
 class Block(nn.Module):
     """A pre-norm transformer block with LayerScale, and DINOv2's drop path.
 
@@ -150,7 +178,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp: nn.Module = Mlp(dim, 4 * dim) if ffn_layer == "mlp" else SwiGLUPacked(dim, 2 * swiglu_width(dim))
+        self.mlp: nn.Module = Mlp(dim, 4 * dim) if ffn_layer == "mlp" else SwiGLU(dim, swiglu_width(dim))
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm.layers.mlp
 import torch
 from torch import Tensor, nn
 
@@ -165,6 +166,22 @@ def test_every_parameter_is_initialised_and_gets_a_gradient(small):
     masks = torch.tensor([[False, True, False, False]]).expand(3, -1)
     model.forward_features(IMAGES, masks)["x_norm_patchtokens"].square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs"),
+    [(vit.Mlp(96, 384), timm.layers.mlp.Mlp(96, 384)), (vit.SwiGLU(96, 256), timm.layers.mlp.SwiGLUPacked(96, 512))],
+    ids=["mlp", "swiglu"],
+)
+def test_the_feed_forward_layers_are_timms_to_the_bit(own: nn.Module, theirs: nn.Module) -> None:
+    own.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 7, 96, generator=torch.Generator().manual_seed(0))
+    results = [module(x) for module in (own, theirs)]
+    assert torch.equal(*results)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), list(m.parameters())) for y, m in zip(results, (own, theirs), strict=True)
+    ]
+    assert all(map(torch.equal, *gradients))
 
 
 def test_the_final_norm_has_eps_1e_6(small):
