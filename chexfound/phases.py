@@ -236,9 +236,11 @@ def _listed(site: Site, recipe: Recipe) -> dict[str, dict[str, Told]]:
     """Training images with and without each finding that enough patients are labelled for; both, or neither."""
     names = site.findings()
     labels, patients = site.training_labels(recipe, names), site.patients(site.training_ids(recipe))
-    any_label = site.view.store.labels(site.training_ids(recipe), names) != UNKNOWN
-    listed = cells.patients_with(any_label, patients) >= max(site.cells, 1)
     numbers = _by_finding(names, labels)
+    if not site.cells:
+        return numbers
+    any_label = site.view.store.labels(site.training_ids(recipe), names) != UNKNOWN
+    listed = cells.patients_with(any_label, patients) >= site.cells
     none: dict[str, Told] = {"positives": cells.SUPPRESSED, "negatives": cells.SUPPRESSED}
     return {name: numbers.get(name, none) for name, one in zip(names, listed.tolist(), strict=True) if one}
 

@@ -18,11 +18,13 @@ from chexfound.data.sources import ingest
 from chexfound.data.split import Membership, View
 from chexfound.data.store import Store
 from chexfound.errors import CheckpointError, DataError, ProtocolError
+from chexfound.evaluate import floors
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.phases import Reply, Request, Site
 from chexfound.pretrain.meta_arch import SSLMetaArch
 from chexfound.pretrain.train import initial_weights
+from server import exchange
 
 FINDINGS = ("Bar", "Blob")
 
@@ -354,6 +356,21 @@ def test_a_shuffled_site_enrols_with_the_labels_that_it_trains_with(
     assert counts != phases.run(make_site("alpha"), recipe, Request(phase="enrol")).values["findings"]
     reply = phases.run(site, recipe, adapt(prepared(site, recipe)))
     assert reply.values["labelled"] == [sum(counts[finding].values()) for finding in FINDINGS]
+
+
+def test_a_finding_that_the_lots_left_to_nobody_is_not_listed(
+    make_site: Callable[..., Site], tiny_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A patient of one image may get the labels of one who has several, and the rare ones of these are gone."""
+
+    def lots(labels: np.ndarray, *of: Any) -> np.ndarray:
+        return np.where(np.arange(labels.shape[1]) == 0, np.int8(-1), labels)
+
+    monkeypatch.setattr(floors, "permute_by_patient", lots)
+    reply = phases.run(make_site("alpha", shuffle_labels=True), tiny_recipe, Request(phase="enrol"))
+    (member,) = exchange.checked_roster([reply], ["alpha"], tiny_recipe)
+    true = phases.run(make_site("alpha"), tiny_recipe, Request(phase="enrol")).values["findings"]
+    assert member.values["findings"] == dict(list(true.items())[1:])
 
 
 def test_shuffled_labels_are_the_training_images_only(make_site: Callable[..., Site], tiny_recipe: Any) -> None:
