@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from chexfound import recipe as recipes
 from chexfound.model import checkpoint
@@ -57,8 +58,8 @@ def test_of_a_round_s_weights_one_question_is_answered(
     assert checkpoint.digest(again.tensors) == checkpoint.digest(reply.tensors)
 
 
-def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) -> None:
-    """One bit of the weights changed, and one hospital left out: the difference would be its own update."""
+def first_round(fed: Federation) -> dict[str, Tensor]:
+    """Have an honest run of three rounds take its first, at hospitals that check lineage; what it began with."""
     config = fed.recipe
     train, optim = recipes.changed(config.train, rounds=3), recipes.changed(config.optim, warmup_epochs=0)
     fed.recipe = recipes.changed(config, train=train, optim=optim)
@@ -66,7 +67,12 @@ def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) 
         node["lineage"] = True
     one = pretraining(fed)
     one.finish()
-    first = one.request.tensors
+    return one.request.tensors
+
+
+def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) -> None:
+    """One bit of the weights changed, and one hospital left out: the difference would be its own update."""
+    first = first_round(fed)
     ask: Callable[..., Any] = lambda attempt, weights: pretraining(  # noqa: E731
         fed, attempt, round=1, step=fed.recipe.train.local_steps, tensors=weights
     )
@@ -81,14 +87,7 @@ def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) 
 @pytest.mark.parametrize("way", ["another name", "another run", "another name and fewer images told"])
 def test_under_masks_a_run_begun_anew_opens_no_second_sum_of_a_step(fed: Federation, way: str) -> None:
     """The difference of the two sums, on weights that differ in one bit, was one hospital's update to .9999996."""
-    config = fed.recipe
-    train, optim = recipes.changed(config.train, rounds=3), recipes.changed(config.optim, warmup_epochs=0)
-    fed.recipe = recipes.changed(config, train=train, optim=optim)
-    for node in fed.nodes.values():
-        node["lineage"] = True
-    one = pretraining(fed)
-    one.finish()
-    first = one.request.tensors
+    first = first_round(fed)
     second_round = {"round": 1, "step": fed.recipe.train.local_steps}
     pretraining(fed, tensors=first | {BIAS: first[BIAS] + 2e-6}, **second_round).finish()
     named = {"recipe": recipes.changed(fed.recipe, name="another")} if "name" in way else {}
