@@ -64,6 +64,8 @@ def load(
         values = strict_yaml.load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    if not text.strip() and not overrides:
+        raise ConfigError(f"{where}: the file is empty; a recipe of defaults says at least its 'name:'")
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: a recipe is a mapping of keys, not {type(values).__name__}")

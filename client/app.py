@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -11,14 +12,14 @@ from dataclasses import replace
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chexfound import logs, parts, phases, recipe, wire
-from chexfound.errors import CodeError, ProtocolError
+from chexfound import limits, logs, parts, phases, recipe, wire
+from chexfound.errors import CodeError, ConfigError, ProtocolError
 from chexfound.parts import Laid
 from chexfound.phases import Reply, Request
 from chexfound.pretrain.beginning import FILE
 from chexfound.schema import Recipe
 from chexfound.secagg.messages import STAGES
-from client import egress, lineage, membership, secure, site, weights
+from client import egress, lineage, membership, refusals, secure, site, weights
 from client.asked import forms
 from client.egress import Gate
 from client.grants import Grant
@@ -51,18 +52,31 @@ def handle(message: Message, context: Context, *, spend: bool = False) -> Messag
         sign = _signer(message, context, request)
         run_id = message.metadata.run_id
         refusing = grant.check(run_recipe, request, run_id) if grant is not None else None
-        if refusing is not None:
+        if refusing is not None and grant is not None:
             outcome = refusing
+            against = limits.refused(grant.judge(run_recipe))
+            refusals.note(grant.home, run_id, phase, against[0].code)
         else:
             request = _begun(context, run_recipe, request, run_id, grant)
             if spend:
                 message.content.clear()
             outcome = _answer(context, request, run_id, grant, gate)
+            if grant is not None:
+                refusals.answered(grant.home, run_id)
         if request.part_bytes:
             keep = functools.partial(_kept, _parts(context, run_id), request.part_bytes)
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
         outcome = error
+        _note(context, message.metadata.run_id, phase, error)
     return egress.release(message, phase, outcome, gate, sign, keep)
+
+
+def _note(context: Context, run_id: int, phase: str, error: BaseException) -> None:
+    """Keep a refusal for the site's operator; of a simulation nobody asks."""
+    code = refusals.code_of(error)
+    if code is not None and "home" not in context.node_config:
+        with contextlib.suppress(ConfigError):  # a name that no site can have
+            refusals.note(site.folder_of(context.node_config), run_id, phase, code)
 
 
 def _admitted(message: Message, context: Context, phase: str) -> Request:

@@ -191,6 +191,11 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
     if given.insecure:
         if not given.superlink:
             raise ConfigError("--insecure: say where to connect, with --superlink HOST:PORT")
+        if (joined := membership.approved(home)) is not None:
+            raise ConfigError(
+                f"--insecure: site {name!r} has joined {joined.name}, and would serve whoever answers at "
+                f"{given.superlink}, without TLS and its keys; for a trial take another --name or $CHEXFOUND_HOME"
+            )
         address = Address.parse(given.superlink, "--superlink")
         if not address.loopback:
             print(

@@ -17,6 +17,7 @@ from chexfound.errors import REFUSALS, ConfigError, PolicyError
 from chexfound.journal import write_text
 from chexfound.names import counted
 from chexfound.roster import check_name, public_file
+from chexfound.secagg.parameters import MINIMUM
 from chexfound.signing import fingerprint
 from client import approval, join, membership, secret, template
 from client.home import close, named, site_home, site_name
@@ -329,12 +330,25 @@ def _check_recipe(given: argparse.Namespace, name: str) -> int:
         print(f"min_batch is reckoned with {counted(n, 'site')}, {of}")
         print("\n".join(limits.table(verdicts)))
     against = limits.refused(verdicts)
-    if against and not given.json:
-        print(
-            f"{len(against)} of {len(verdicts)} lines of {site_home(name) / 'site.yaml'} refuse it; change them only if"
-        )
-        print("the security officer agrees, or ask the coordinator for another recipe")
-    return PolicyError.exit_code if against else 0
+    few = loaded.aggregation == "secagg" and grant.n_sites is not None and grant.n_sites < MINIMUM
+    if not given.json:
+        print("\n".join(_said_of_recipe(site_home(name) / "site.yaml", len(verdicts), len(against))))
+        if few:
+            print(f"REFUSED: masks need {MINIMUM} sites, and the roster has {grant.n_sites}")
+    return PolicyError.exit_code if against or few else 0
+
+
+def _said_of_recipe(path: Path, lines: int, against: int) -> list[str]:
+    """The sum of a table of asked and granted."""
+    if against:
+        return [
+            f"{against} of {lines} lines of {path} refuse it; change them only if",
+            "the security officer agrees, or ask the coordinator for another recipe",
+        ]
+    return [
+        f"all {lines} lines of {path} that bear on a recipe grant it; a run is held",
+        "against the others too: max_runs, min_patients, min_images, cells, findings, machine and max_missed_rounds",
+    ]
 
 
 def _status(given: argparse.Namespace) -> int:

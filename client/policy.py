@@ -19,6 +19,7 @@ from chexfound.secagg.parameters import MINIMUM, Parameters
 
 SIZE_MAX = 2**20
 PLAIN = "plain: accepted"  # the line by which a site takes runs in the clear, where three sites or more could mask
+REQUIRED = "secagg: {required: true}"  # by which it refuses them whatever `plain` says, and however few sites there are
 _strict = dataclass(frozen=True, kw_only=True, config=STRICT)
 
 
@@ -119,7 +120,12 @@ class Policy:
             return TypeAdapter(Policy).validate_json(canonical({} if values is None else values))
         except ValidationError as error:
             raise ConfigError(f"{path}: {'; '.join(map(_explain, error.errors()[:3]))}") from error
-        except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{path}: not a site's policy: {error}; a line that begins with blanks stands under a section: where "
+                "the '#' is taken from one, it has to be taken from its section too"
+            ) from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a site's policy: {error}") from error
 
     def limits(self, n: int) -> Limits:
@@ -144,10 +150,16 @@ class Policy:
             raise ConfigError(f"site.yaml: {error}" if self.secagg != SecAgg() else str(error)) from error
 
 
-def clear(refused: bool) -> str:
-    """What happens to runs in the clear, and the line that changes it."""
+def clear(refused: bool, *, by_word: bool) -> str:
+    """What happens to runs in the clear, and the line that says so, or that changes it.
+
+    Args:
+        refused: whether they are.
+        by_word: site.yaml has `secagg.required`, which wins over `plain`.
+    """
     if refused:
-        return f"runs in the clear are refused ({PLAIN} in site.yaml takes them)"
+        line = f"site.yaml says {REQUIRED}" if by_word else f"{PLAIN} in site.yaml takes them"
+        return f"runs in the clear are refused ({line})"
     return "runs in the clear are accepted"
 
 

@@ -27,7 +27,7 @@ from chexfound.secagg.site import Side, WrongSharesError, advertise, check_adver
 from client import lineage, membership
 from client import weights as lines
 from client.attempts import Attempts, Stage
-from client.policy import PLAIN, Policy
+from client.policy import PLAIN, REQUIRED, Policy
 
 TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses what it does not know, or is not listed
     "counts": (),
@@ -84,11 +84,13 @@ def check_plain(recipe: Recipe, request: Request, run_id: int, home: Path | None
     if home is not None:
         sweep(home)
     masked = recipe.aggregation == "secagg"
-    required = home is not None and Policy.load(home).masked(len(membership.present(home).sites.sites))
+    policy = Policy() if home is None else Policy.load(home)
+    required = home is not None and policy.masked(len(membership.present(home).sites.sites))
     untold = ("enrol",) if home is None else ("enrol", "features")  # whose replies hold nothing that is to be masked
     if not (required or masked) or (masked and request.phase in untold):
         return
-    why = "" if masked else f"the run's recipe does not aggregate under masks; here that needs `{PLAIN}` in site.yaml"
+    line = f"site.yaml says '{REQUIRED}'" if policy.secagg.required else f"here that needs '{PLAIN}' in site.yaml"
+    why = "" if masked else f"the run's recipe does not aggregate under masks; {line}"
     error = RefusedError("secagg.plain", why)
     if home is not None:
         with closing(Attempts(home, 0.0)) as attempts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from chexfound.names import shown
 from chexfound.roster import read_json
 from chexfound.secagg.parameters import MINIMUM
 from chexfound.spans import span
-from client import acceptance, approval, ledger, membership
+from client import acceptance, approval, ledger, membership, refusals
 from client.home import named
 from client.policy import Policy, clear
 from client.secret import own_stores
@@ -57,6 +58,7 @@ def read(name: str, home: Path) -> dict[str, Any]:
             "roster": federation.sites.serial,
             "sites": sorted(federation.sites.sites),
         },
+        "refused": None if (last := refusals.read(home)) is None else asdict(last) | {"why": last.why},
         "policy": _policy(home, federation),
         "weights": {
             "approved": approval.approved_weights(home),
@@ -77,9 +79,10 @@ def _policy(home: Path, federation: membership.Federation | None) -> dict[str, A
         numbers = {0, MINIMUM} if federation is None else {len(federation.sites.sites)}
         answers = {policy.masked(n) for n in numbers}
         required = answers.pop() if len(answers) == 1 else None
-        return {"required": required, "runs": runs, "max_runs": policy.max_runs, "error": None}
+        by_word = policy.secagg.required is not None
+        return {"required": required, "by_word": by_word, "runs": runs, "max_runs": policy.max_runs, "error": None}
     except ConfigError as error:
-        return {"required": None, "runs": None, "max_runs": None, "error": str(error)}
+        return {"required": None, "by_word": None, "runs": None, "max_runs": None, "error": str(error)}
 
 
 def _node(path: Path) -> dict[str, Any] | None:
@@ -164,6 +167,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         )
         if node["refused"]:
             said.append(f"  refused       the last run: {shown(node['refused'])}")
+    if last := found["refused"]:
+        said.append(
+            f"  refused       {shown(last['phase'])} of run {shown(last['run'])}: {shown(last['code'])}, "
+            f"{shown(last['why'])}; {_ago(last['since'])}"
+        )
     said.append(
         f"  federation    none approved yet: chexfound-client join FILE{option}"
         if federation is None
@@ -174,7 +182,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     said.append(
         f"  policy        every run is refused: {policy['error']}"
         if policy["error"]
-        else f"  policy        {clear(policy['required'])}"
+        else f"  policy        {clear(policy['required'], by_word=policy['by_word'])}"
         if policy["required"] is not None
         else "  policy        runs in the clear are accepted or refused by how many sites the roster has"
     )

@@ -20,7 +20,7 @@ from chexfound.roster import Roster, read_json
 from chexfound.secagg.messages import names_digest
 from chexfound.secagg.parameters import MINIMUM
 from client import membership
-from client.policy import PLAIN, Policy
+from client.policy import PLAIN, REQUIRED, Policy
 
 SCHEMA = 1  # of what --json prints
 SHOWN = 5  # opened sums, the latest
@@ -305,12 +305,10 @@ def _numbers(found: Mapping[str, Any]) -> list[str]:
 
 def _few(found: Mapping[str, Any]) -> list[str]:
     """What holds where there are too few sites for masks."""
-    said = [
-        f"  sites         {found['sites']}; masks need {MINIMUM} or more, so no sum is masked here",
-        "  a sum         is none: the coordinator sees this site's own update",
-    ]
+    said = [f"  sites         {found['sites']}; masks need {MINIMUM} or more, so no sum is masked here"]
     if found["required"]:
-        return [*said, "  runs          are all refused: site.yaml says secagg: {required: true}"]
+        return [*said, f"  runs          are all refused: site.yaml says {REQUIRED}"]
+    said.append("  an update     is seen by the coordinator as this site sends it")
     later = (
         f"with {MINIMUM} sites they are refused, unless site.yaml says '{PLAIN}'"
         if found["required_from_three"]
@@ -319,7 +317,7 @@ def _few(found: Mapping[str, Any]) -> list[str]:
     return [
         *said,
         f"  runs          in the clear are accepted; {later};",
-        "                secagg: {required: true} refuses every run",
+        f"                {REQUIRED} refuses every run",
     ]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_yaml_file_and_overrides_come_together(tmp_path):
     assert (recipe.name, recipe.train.rounds, recipe.train.local_steps, recipe.seed) == ("mine", 7, 3, 5)
     assert recipe.optim.lr == 1e-3
     assert recipe.adapt.findings == ("Mass",)
-    path.write_text("")
+    path.write_text("# all of it is left as it is\n")
     assert recipes.load(path) == Recipe()
 
 
@@ -339,3 +340,13 @@ def test_global_steps_are_rounds_times_local_steps():
         "demo", {"train.rounds": 3, "train.local_steps": 4, "adapt.rounds": 5, "adapt.local_steps": 6}
     )
     assert (recipe.pretrain_steps, recipe.adapt.total_steps) == (12, 30)
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_an_empty_file_is_no_recipe(tmp_path: Path, text: str) -> None:
+    """What a failed command left, say; with values of the command line it is one."""
+    path = tmp_path / "planned.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="the file is empty"):
+        recipes.load(str(path))
+    assert recipes.load(str(path), {"name": "planned"}).name == "planned"

@@ -151,6 +151,15 @@ def test_nothing_is_said_of_approving_once_code_was(
     assert "approve" not in capsys.readouterr().out
 
 
+def test_a_site_that_has_joined_is_not_served_without_its_keys(
+    enrolled: Callable[..., Path], authority: Path, serve: Served, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enrolled(authority, Address("127.0.0.1", 8443))
+    assert serve(*options(images, "--insecure", name="NORTH")) == 2
+    assert "without TLS and its keys" in capsys.readouterr().err
+    assert not hasattr(serve, "commands")  # nothing was started
+
+
 def test_an_enrolled_site_connects_with_its_keys(
     enrolled: Callable[..., Path], authority: Path, closed_port: int, serve: Served, images: Path,
     capsys: pytest.CaptureFixture[str],

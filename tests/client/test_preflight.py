@@ -196,6 +196,11 @@ def test_a_recipe_is_held_against_the_policy_line_by_line(
     assert "ok       model: {max_patch_px: 16}                    asked: student.patch_size 16" in said
     assert "REFUSED" not in said
     assert said.startswith("min_batch is reckoned with 1 site, of the approved roster\n")
+    assert f"lines of {home / 'site.yaml'} that bear on a recipe grant it" in said
+    path = tmp_path / "masked.yaml"
+    path.write_text("aggregation: secagg")
+    assert commands.main(["check", "--recipe", str(path)]) == 6
+    assert "REFUSED: masks need 3 sites, and the roster has 1" in capsys.readouterr().out
     (home / "site.yaml").write_text("max_rounds: 10")
     assert commands.main(["check", "--recipe", asked]) == 6
     said = capsys.readouterr().out

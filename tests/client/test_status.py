@@ -18,7 +18,7 @@ import pytest
 from chexfound import bundle
 from chexfound.data.sources import ingest
 from chexfound.roster import Address
-from client import approval, cli, ledger, status
+from client import approval, cli, ledger, refusals, status
 from client.home import store_path
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -175,7 +175,10 @@ def test_the_policy(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "policy        runs in the clear are accepted" in capsys.readouterr().out
     (home / "site.yaml").write_text("secagg: {required: true}")
     assert cli.main(["status"]) == 0
-    assert "policy        runs in the clear are refused" in capsys.readouterr().out
+    assert (
+        "policy        runs in the clear are refused (site.yaml says secagg: {required: true})"
+        in capsys.readouterr().out
+    )
     (home / "site.yaml").write_text("secagg: {required: ture}")
     assert cli.main(["status"]) == 0
     assert f"every run is refused: {home / 'site.yaml'}: secagg.required" in capsys.readouterr().out
@@ -211,3 +214,15 @@ def test_a_file_of_another_release(
     tell(**changes)
     assert cli.main(["status"]) == 2
     assert "not what this release's node writes" in capsys.readouterr().err
+
+
+def test_the_last_request_that_was_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refusals.note(home, 7, "enrol", "policy.runs")
+    assert cli.main(["status"]) == 0
+    said = "refused       enrol of run 7: policy.runs, one run more than the site's policy allows in a month; "
+    assert said in capsys.readouterr().out
+    assert cli.main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["refused"]["code"] == "policy.runs"
+    (home / "refused.json").write_text('{"run": 7}')
+    assert cli.main(["status"]) == 0
+    assert "refused  " not in capsys.readouterr().out

@@ -129,7 +129,7 @@ def test_too_few_sites_for_masks_is_told_and_no_fault(
     assert do("show") == 0
     out = capsys.readouterr().out
     assert f"  sites         {len(names)}; masks need 3 or more, so no sum is masked here\n" in out
-    assert "the coordinator sees this site's own update" in out
+    assert ("is seen by the coordinator as this site sends it" in out) == (not asked[0])
     assert said in out
     assert do("show", "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -32,6 +32,7 @@ from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.schema import Recipe
 from chexfound.secagg.payload import Settings
+from client import refusals
 from client import site as client_site
 from client.app import handle
 
@@ -202,8 +203,14 @@ def test_a_recipe_that_asks_too_much_learns_nothing_but_the_policy(
     reply = ask(Request(phase="enrol"), recipe)
     assert set(reply.values) == {"site", "versions", "policy"}
     assert not Limits.parse(reply.values["policy"], "the policy").masked
+    noted = refusals.read(hospital.home)  # for the operator's `status`
+    assert noted is not None
+    assert (noted.phase, noted.code) == ("enrol", code)
     for phase in ("pretrain", "features", "adapt", "evaluate"):
         assert ask(Request(phase=phase, steps=1, batch_size=1), recipe) == code
+    noted = refusals.read(hospital.home)
+    assert noted is not None
+    assert (noted.phase, noted.code) == ("evaluate", code)
     assert not list(hospital.home.glob("store-*"))
 
 
