@@ -427,6 +427,15 @@ def test_a_word_can_be_taken_back(home: Path, desk: Desk, capsys: pytest.Capture
     assert "RELEASED" in capsys.readouterr().out
 
 
+def test_a_word_that_a_sum_on_near_weights_was_opened_by_is_not_taken_back(home: Path) -> None:
+    first, near = (opened(names, weights) | STEP for names, weights in ((NAMES, WEIGHTS), (NAMES[:3], OTHER)))
+    word = {"event": "released", "phase": "pretrain", "weights": WEIGHTS} | STEP
+    tell(home, first, word, near)
+    assert do("release", "--withdraw") == 2
+    tell(home, word)
+    assert do("release", "--withdraw") == 0
+
+
 def test_nothing_is_released_without_a_yes(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,21 @@ def test_a_reason_is_one_of_ours_from_its_first_letter_to_its_last(admit: Any, r
                 admit("evaluate", values={"results": [row | {"reason": more} for row in rows]})
 
 
+def test_a_figure_is_within_what_it_can_be_on_both_sides(admit: Any, replies: Any) -> None:
+    """An interval is no place for a number of seven digits, and neither is a constant of the recipe."""
+    rows = replies["evaluate"][1].values["results"]
+    for key in ("auroc_ci", "auprc_ci"):
+        admit("evaluate", values={"results": [row | {key: [0.25, 1.0]} for row in rows]})
+        for other in ([0.25, 4711.5], [-4711.5, 1.0], [0.25], [0.25, 0.5, 0.75]):
+            with pytest.raises(PolicyError):
+                admit("evaluate", values={"results": [row | {key: other} for row in rows]})
+    values = replies["pretrain"][1].values
+    for by in (0.01, -0.01, -1.0):  # with an entropy that every constant has room for
+        history = [row | {"log_k": row["log_k"] + by, "teacher_entropy": 0.0} for row in values["history"]]
+        with pytest.raises(PolicyError, match="log_k"):
+            admit("pretrain", values=values | {"history": history})
+
+
 def test_no_count_and_no_figure_leaves_beside_the_masks(admit: Any, replies: Any, tiny_recipe: Any) -> None:
     """Of a run that aggregates under masks: findings by name at enrolment, and no phase in the clear."""
     masked = replace(tiny_recipe, aggregation="secagg")
