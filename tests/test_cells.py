@@ -134,6 +134,14 @@ def test_patients_are_counted_and_not_images(images: list[tuple[int, int]], leas
     assert cells.patients_with(column == 1, patients).tolist() == [len(positive)]
 
 
+def test_a_row_of_few_says_whose_it_is_and_nothing_else() -> None:
+    """Nor why it lacks a figure, which names how many images there are."""
+    asked = {"tested_on": "north", "finding": "Nodule"}
+    figures = dict.fromkeys(("n", "positives", "auroc", "auroc_ci", "auprc", "auprc_ci"), 3)
+    row = cells.row({**asked, **figures, "reason": "no positive among the 3 held-out images"})
+    assert row == {**asked, **dict.fromkeys(figures, "suppressed"), "reason": None}
+
+
 def test_the_word_is_no_number() -> None:
     assert cells.told(9, 9, 10) == cells.SUPPRESSED
     assert cells.told(0, 0, 10) == cells.SUPPRESSED

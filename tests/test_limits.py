@@ -72,6 +72,30 @@ def test_rates_are_those_of_each_stage_with_scaling_and_multipliers() -> None:
     assert refused(judge(recipe.load("demo", below), Policy().limits(2), 2)) == []
 
 
+def test_a_normalisation_is_known_by_its_mean_and_its_deviation() -> None:
+    """A deviation of one's own makes a threshold of any mean."""
+    for std, ok in ((0.25, True), (0.001, False)):
+        given = {"input.normalization": "mean_std", "input.mean": 0.5, "input.std": std}
+        against = refused(judge(recipe.load("demo", given), Policy().limits(2), 2))
+        assert [one.key for one in against] == ["model.normalizations"] * (not ok)
+
+
+def test_a_head_s_gradients_are_clipped_too() -> None:
+    for clip, ok in ((3.0, True), (3.1, False), (0.0, False)):
+        against = refused(judge(recipe.load("demo", {"adapt.clip_grad": clip}), Policy().limits(2), 2))
+        assert [one.key for one in against] == ["model.max_clip_grad"] * (not ok)
+
+
+@pytest.mark.parametrize("phase", ["train", "adapt"])
+def test_moments_leave_in_whichever_phase_they_are_averaged(phase: str) -> None:
+    states = {"train.optimizer_state": "local", "adapt.optimizer_state": "local", f"{phase}.optimizer_state": "average"}
+    kept = replace(Policy().limits(2), tensors=("student", "teacher", "head"))
+    (against,) = refused(judge(recipe.load("demo", states), kept, 2))
+    assert (against.key, against.code) == ("tensors", "policy.tensors")
+    local = recipe.load("demo", states | {f"{phase}.optimizer_state": "local"})
+    assert refused(judge(local, kept, 2)) == []
+
+
 def test_images_a_step_are_those_of_one_site() -> None:
     for n_sites, codes in ((8, []), (16, ["policy.work"])):
         plain = replace(Policy().limits(n_sites), masked=False)

@@ -108,6 +108,16 @@ def test_no_share_of_it(tiny_recipe: Any, batch: int, n_sites: int | None) -> No
     assert refused.value.code == "request.beyond"
 
 
+@pytest.mark.parametrize(("key", "number"), [("min_batch", 7), ("max_batch", 5)])
+def test_a_share_is_within_the_policy_whoever_the_others_are(tiny_recipe: Any, key: str, number: int) -> None:
+    """Of three sites the recipe is judged by a third of the pooled batch, and half of it may be asked of two."""
+    request = replace(requests(tiny_recipe)["pretrain"], batch_size=6)
+    asked.check(tiny_recipe, request, replace(LIMITS, **{key: 6}), 3)
+    with pytest.raises(RefusedError, match=f"{key}: {number}") as refused:
+        asked.check(tiny_recipe, request, replace(LIMITS, **{key: number}), 3)
+    assert refused.value.code == "policy.work"
+
+
 def test_a_phase_that_there_is_not(tiny_recipe: Any) -> None:
     with pytest.raises(ProtocolError):
         asked.check(tiny_recipe, Request(phase="pixels"), LIMITS, 2)

@@ -47,6 +47,26 @@ def test_runs_are_counted_once_each_and_for_thirty_days(tmp_path: Path, monkeypa
     grant(tmp_path, max_runs=1).begin(recipe, ENROL, 8)
 
 
+def test_a_run_begins_with_the_first_part_of_it_that_comes(tmp_path: Path) -> None:
+    recipe = recipes.load("demo")
+    part = Request(phase="pretrain", stage="deliver")
+    grant(tmp_path, max_runs=1).begin(recipe, part, 7)
+    with pytest.raises(RefusedError, match="max_runs: 1"):
+        grant(tmp_path, max_runs=1).begin(recipe, part, 8)
+
+
+def test_a_run_that_goes_on_is_one_run_however_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hours are not begun anew after thirty days."""
+    recipe, now = recipes.load("demo"), time.time()
+    for days in (0, 20, 40):
+        monkeypatch.setattr(time, "time", lambda days=days: now + days * 86400)
+        grant(tmp_path).begin(recipe, ENROL, 7)
+        if not days:
+            grant(tmp_path).worked(recipe, 7, 3600.0)
+    (one,) = ledger.read(tmp_path).values()
+    assert (one.began, one.last, one.seconds) == (now, now + 40 * 86400, 3600.0)
+
+
 def test_hours_are_those_of_one_run(tmp_path: Path) -> None:
     recipe, held = recipes.load("demo"), {"machine": Policy().machine.__class__(hours=2.0)}
     grant(tmp_path, **held).begin(recipe, ENROL, 7)

@@ -121,6 +121,16 @@ def test_killed_while_it_takes_names_it_has_all_of_them_or_none(home: Path, imag
     assert sorted(Store.open(path).patients) == sorted(own.naming.name(patient) for patient in before)
 
 
+@pytest.mark.parametrize("length", [0, 1, 31, 33])
+def test_a_secret_of_another_length_is_none_though_no_store_was_made_with_it(home: Path, length: int) -> None:
+    secret.of_site(home)
+    secret.path_of(home).write_bytes(b"\1" * length)
+    for read in (secret.of_site, secret.present):
+        with pytest.raises(DataError, match=f"holds {length} bytes, not 32"):
+            read(home)
+    assert secret.path_of(home).read_bytes() == b"\1" * length
+
+
 def served(images: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("client.supernode.keep_running", lambda *_: 15)
     options = ["--data", str(images), "--name", "A", "--superlink", "127.0.0.1:1", "--insecure", "--image-px", str(PX)]

@@ -213,11 +213,18 @@ def test_a_damaged_attempt_is_no_crash(home: Path, capsys: pytest.CaptureFixture
     assert "not what this release writes" in capsys.readouterr().err
 
 
-def open_sum(desk: Desk, names: Sequence[str], *, place: str = "", weights: str = WEIGHTS) -> None:
+def open_sum(
+    desk: Desk,
+    names: Sequence[str],
+    *,
+    weights: str = WEIGHTS,
+    summed: Sequence[str] = (),
+    **shared: Any,
+) -> None:
     """What a site does before it answers the last stage."""
-    for stage, kept in (("share", {**SHARE, "place": place}), ("masked", {"summed": [], "weights": weights})):
+    for stage, kept in (("share", SHARE | shared), ("masked", {"summed": list(summed), "weights": weights})):
         write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})
-    desk._check_differencing(ATTEMPT, list(names), [])
+    desk._check_differencing(ATTEMPT, list(names), list(summed))
 
 
 def test_a_released_sum_may_be_opened_once_more(home: Path, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +269,43 @@ def test_a_sum_of_the_same_step_on_other_weights_is_released_by_its_own_word(hom
         with pytest.raises(RefusedError, match="second sum"):
             open_sum(again, names, **place)
     again.close()
+
+
+STEP = {"place": "cd" * 32}
+TOLD = {"images": 60, "labelled": [60, 50]}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"told": {"settings": TOLD | {"images": 59}}},
+        {"told": {"settings": TOLD | {"labelled": [60, 49]}}},
+        {"summed": ["Nodule"]},
+    ],
+    ids=["images", "labelled images", "findings left out"],
+)
+def test_of_one_step_on_near_weights_images_count_alike(desk: Desk, changed: dict[str, Any]) -> None:
+    """Else the difference of two sums over the same sites is what hangs on how they are counted."""
+    told = STEP | {"told": {"settings": TOLD}}
+    open_sum(desk, NAMES, **told)
+    with pytest.raises(RefusedError, match="second sum"):
+        open_sum(desk, NAMES, weights=OTHER, **(told | changed))
+    open_sum(desk, NAMES, weights=OTHER, question="other ranges", **told)
+
+
+def test_a_second_sum_of_a_step_has_its_place_in_the_journal_too(desk: Desk) -> None:
+    """On its own weights other work is another sum, whatever that on the first weights was."""
+    open_sum(desk, NAMES, **STEP)
+    open_sum(desk, NAMES, weights=OTHER, question="other ranges", **STEP)
+    with pytest.raises(RefusedError, match="second sum"):
+        open_sum(desk, NAMES, weights=OTHER, question="ranges of half the size", **STEP)
+
+
+def test_sums_of_no_place_are_told_apart_by_their_weights(desk: Desk) -> None:
+    open_sum(desk, NAMES)
+    open_sum(desk, NAMES[:3], weights=OTHER)
+    with pytest.raises(RefusedError, match="second sum"):
+        open_sum(desk, NAMES[1:], weights=OTHER)
 
 
 def refuse_sum(desk: Desk, names: Sequence[str], question: str = "") -> None:
@@ -381,6 +425,15 @@ def test_a_word_can_be_taken_back(home: Path, desk: Desk, capsys: pytest.Capture
     assert do("release", "--withdraw") == 2
     assert do("show") == 0
     assert "RELEASED" in capsys.readouterr().out
+
+
+def test_a_word_that_a_sum_on_near_weights_was_opened_by_is_not_taken_back(home: Path) -> None:
+    first, near = (opened(names, weights) | STEP for names, weights in ((NAMES, WEIGHTS), (NAMES[:3], OTHER)))
+    word = {"event": "released", "phase": "pretrain", "weights": WEIGHTS} | STEP
+    tell(home, first, word, near)
+    assert do("release", "--withdraw") == 2
+    tell(home, word)
+    assert do("release", "--withdraw") == 0
 
 
 def test_nothing_is_released_without_a_yes(

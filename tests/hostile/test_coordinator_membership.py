@@ -7,6 +7,7 @@ was an unkeyed hash: with one of them the named patient alone trained.
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from flwr.app import Context, RecordDict
 from chexfound import recipe as recipes
 from chexfound import wire
 from chexfound.data.dicom import pseudonym
+from chexfound.data.sources import ingest
+from chexfound.data.split import SIMULATED
 from chexfound.data.store import Store
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
@@ -159,9 +162,17 @@ def test_none_and_few_patients_have_one_answer(hospital, ask, tiny_recipe: Recip
     assert ask(hospital("many", PATIENTS), tiny_recipe)["images"] == 120
 
 
-def test_a_store_as_it_is_has_the_same_answer(hospital, ask, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    from chexfound.data.sources import ingest
+def test_fewer_patients_than_a_count_is_told_of_are_too_few_whatever_else_the_policy_takes(
+    hospital, ask, tiny_recipe: Recipe
+) -> None:
+    demand(home.site_home("few"), f"{SMALL}min_patients: 0\nmin_images: 0\ncells: {{patients: 60}}\n")
+    node = hospital("few", PATIENTS[:59])
+    assert {ask(node, tiny_recipe, phase) for phase in PLAIN} == {"policy.patients"}
+    demand(home.site_home("few"), f"{SMALL}min_patients: 0\nmin_images: 0\ncells: {{patients: 2}}\n")
+    assert ask(node, tiny_recipe)["images"] == 59
 
+
+def test_a_store_as_it_is_has_the_same_answer(hospital, ask, tiny_recipe: Recipe, tmp_path: Path) -> None:
     ingest(Path(hospital("x", PATIENTS[:3])["data"]), tmp_path / "store", tiny_recipe.image_px)
     assert ask({"site": "A", "data": str(tmp_path / "store")}, tiny_recipe) == "policy.patients"
 
@@ -175,6 +186,15 @@ def test_the_digest_of_a_store_cannot_be_tried_against_a_guess(hospital, ask, ti
     hospital("A", PATIENTS[:1])
     dicom_file(Path(first["data"]) / "more.dcm", picture(1), PatientID="2000")
     assert ask(first, tiny_recipe)["store_hmac"] != told[0]
+
+
+def test_nor_is_that_of_a_store_as_it_is(hospital, ask, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Whose names have no key: the key of what leaves is the site's own, and no key that everybody has."""
+    path = tmp_path / "store"
+    ingest(Path(hospital("x", PATIENTS)["data"]), path, tiny_recipe.image_px)
+    told = [ask({"site": name, "data": str(path)}, tiny_recipe)["store_hmac"] for name in "AB"]
+    guess = hmac.new(SIMULATED, Store.open(path).digest().encode(), "sha256").hexdigest()
+    assert len({*told, guess}) == 3
 
 
 def test_the_keys_tell_nothing_of_each_other(tmp_path: Path) -> None:

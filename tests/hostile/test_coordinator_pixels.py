@@ -212,6 +212,17 @@ def test_after_missed_rounds_the_box_is_as_many_rounds_wide_and_no_more(
             assert hospital.pretrain(gone, number) == "weights.missed"
 
 
+def test_as_many_rounds_may_be_missed_as_the_policy_says_and_not_one_more(
+    hospital: Hospital, tiny_recipe_file: Path
+) -> None:
+    hospital.recipe = recipes.load(tiny_recipe_file, {"train.rounds": 8, "train.optimizer_state": "local"})
+    weights = hospital.first()
+    honest(hospital.pretrain(weights))
+    hospital.demand(SMALL + "max_missed_rounds: 1\n")
+    assert hospital.pretrain(weights, 3) == "weights.missed"
+    assert isinstance(hospital.pretrain(weights, 2), Reply)
+
+
 @pytest.mark.parametrize("changed", [{"steps": 4}, {"step": 3}, {"round": 9}, {"round": 1}], ids=str)
 def test_steps_that_the_recipe_does_not_have_widen_no_box(hospital: Hospital, changed: dict[str, int]) -> None:
     weights = hospital.rounds(1)
@@ -244,6 +255,19 @@ def test_drifting_by_a_box_a_round_is_possible(hospital: Hospital) -> None:
     assert "own steps: round 2: all weights" in "\n".join(status.lines(status.read(NAME, hospital.home)))
 
 
+def test_how_far_all_weights_go_and_how_far_one_tensor_goes_are_two_lines_of_the_policy(hospital: Hospital) -> None:
+    """Of one site alone the global model goes as far as the site's own steps led: once as far, in all and in each."""
+    after = honest(hospital.pretrain(hospital.first())).tensors
+    for lines in ("max_change: 0.9, max_tensor_change: 9", "max_change: 9, max_tensor_change: 0.9"):
+        hospital.demand(SMALL + f"weights: {{refuse_change: true, {lines}}}\n")
+        assert hospital.pretrain(after, 1) == "weights.change"
+    hospital.demand(SMALL + "weights: {max_change: 9, max_tensor_change: 0.9}\n")
+    honest(hospital.pretrain(after, 1))
+    said = acceptance.warnings(hospital.home)
+    assert said
+    assert all("student." in text and "1.00 times" in text for text in said)
+
+
 # -- the disk is lost
 
 
@@ -259,6 +283,24 @@ def test_a_later_round_on_an_empty_disk_needs_the_operators_word(hospital: Hospi
     approval.approve_weights(hospital.home, digest)
     assert hospital.pretrain(weights | {BLOCK: moved[BLOCK] + 1e-3}, 1) == "weights.lost"
     assert isinstance(hospital.pretrain(moved, 1), Reply)
+
+
+def test_a_backbone_or_a_head_on_an_empty_disk_needs_the_operators_word(hospital: Hospital) -> None:
+    def lose() -> None:
+        for path in hospital.home.glob("weights/*/*"):
+            path.unlink()
+
+    far = camera(hospital.pretrained())
+    lose()
+    assert hospital.features(far) == "weights.lost"
+    hospital.recipe = recipes.changed(hospital.recipe, phases=("adapt", "evaluate"))
+    honest(hospital.features(taken_backbone(hospital.first())))
+    after = honest(hospital.adapt(hospital.head())).tensors
+    lose()
+    assert hospital.evaluate(after) == "weights.lost"
+    assert hospital.adapt(after, 1) == "weights.lost"
+    approval.approve_weights(hospital.home, checkpoint.digest(after))
+    assert isinstance(hospital.adapt(after, 1), Reply)
 
 
 # -- features, heads, results

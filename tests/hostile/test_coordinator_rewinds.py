@@ -16,6 +16,8 @@ from torch import Tensor
 from chexfound import recipe as recipes
 from chexfound.model import checkpoint
 from chexfound.phases import Reply
+from chexfound.pretrain.beginning import taken_backbone
+from chexfound.pretrain.bounds import UpdateBound
 from tests.client.test_hostile_coordinator import pretraining
 from tests.hostile.test_coordinator_pixels import hospital as hospital
 from tests.hostile.weights_door import Hospital, honest
@@ -42,6 +44,36 @@ def test_features_are_not_made_of_another_backbone_by_way_of_the_beginning(hospi
     assert hospital.features(other) == "weights.backbone"
     assert hospital.pretrain(hospital.first()) == "weights.box"
     assert hospital.features(other) == "weights.backbone"
+
+
+def heads(hospital: Hospital, rounds: int) -> dict[str, Tensor]:
+    """Begin with the features, of a run that has so many rounds of adaptation; the backbone that they are of."""
+    adapt = recipes.changed(hospital.recipe.adapt, rounds=rounds)
+    hospital.recipe = recipes.changed(hospital.recipe, phases=("adapt", "evaluate"), adapt=adapt)
+    backbone = taken_backbone(hospital.first())
+    honest(hospital.features(backbone))
+    return backbone
+
+
+@pytest.mark.parametrize("since", ["another round", "results"])
+def test_a_head_that_went_on_does_not_begin_again(hospital: Hospital, since: str) -> None:
+    """From there on it could go another way than before, and of two near heads results are to be had."""
+    heads(hospital, 2 if since == "another round" else 1)
+    first = hospital.head()
+    after = honest(hospital.adapt(first)).tensors
+    assert isinstance(hospital.adapt(first), Reply)  # as it was: the reply may have been lost
+    honest(hospital.adapt(after, 1) if since == "another round" else hospital.evaluate(after))
+    assert hospital.adapt(first) == "weights.box"
+    hospital.restart()
+    assert hospital.adapt(first) == "weights.box"
+
+
+def test_a_run_that_begins_with_its_features_takes_one_backbone(hospital: Hospital) -> None:
+    """Those that differ in the last place are all what the recipe gives here; a run has one of them."""
+    backbone = heads(hospital, 1)
+    nudged = backbone | {"cls_token": backbone["cls_token"] + 3e-8}
+    assert hospital.features(nudged) == "weights.backbone"
+    assert isinstance(hospital.features(backbone), Reply)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +114,18 @@ def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) 
     few = ("alpha", "beta", "delta")
     second = ask(2, first | {BIAS: first[BIAS] + 3e-6}).until("masked", few)
     assert set(second.stage("masked", few).values()) == {"weights.box"}
+
+
+def test_under_masks_the_box_is_no_wider_than_what_the_ring_rounds(fed: Federation) -> None:
+    """Of 16 bits, and a sum over a hundredth of the images, that is a twentieth; of fewer images it were half."""
+    fed.recipe = recipes.changed(fed.recipe, secagg=recipes.changed(fed.recipe.secagg, ring=16))
+    first, k = first_round(fed), fed.recipe.train.local_steps
+    box = UpdateBound.of(fed.recipe, "pretrain", range(k)).box(BIAS, first[BIAS])
+    for number, times, taken in ((1, 1.1, False), (2, 1.03, True)):
+        moved = first | {BIAS: (first[BIAS] + times * box).float()}
+        answers = pretraining(fed, number, round=1, step=k, tensors=moved).until("masked").stage("masked").values()
+        assert [isinstance(one, Reply) for one in answers] == [taken] * len(NAMES)
+        assert taken or set(answers) == {"weights.box"}
 
 
 @pytest.mark.parametrize("way", ["another name", "another run", "another name and fewer images told"])

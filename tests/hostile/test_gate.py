@@ -25,7 +25,7 @@ from chexfound.phases import Reply, Request
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from client.asked import forms
-from client.egress import Gate
+from client.egress import FIGURES, Gate
 from client.policy import Policy
 
 FINDINGS = ("Bar", "Blob")
@@ -199,6 +199,30 @@ def test_a_finding_that_was_not_asked_for_or_may_not_be_told_is_refused(admit: A
             admit("evaluate", values={"results": [row | {key: NAME} for row in rows]})
 
 
+def test_a_reason_is_one_of_ours_from_its_first_letter_to_its_last(admit: Any, replies: Any) -> None:
+    rows = replies["evaluate"][1].values["results"]
+    for reason in ("suppressed", "no positive among the 12 held-out images"):
+        admit("evaluate", values={"results": [row | {"reason": reason} for row in rows]})
+        for more in (f"{reason} {NAME}", f"{NAME} {reason}", f"{reason}\n{NAME}", f"{reason}\n"):
+            with pytest.raises(PolicyError):
+                admit("evaluate", values={"results": [row | {"reason": more} for row in rows]})
+
+
+def test_a_figure_is_within_what_it_can_be_on_both_sides(admit: Any, replies: Any) -> None:
+    """An interval is no place for a number of seven digits, and neither is a constant of the recipe."""
+    rows = replies["evaluate"][1].values["results"]
+    for key in ("auroc_ci", "auprc_ci"):
+        admit("evaluate", values={"results": [row | {key: [0.25, 1.0]} for row in rows]})
+        for other in ([0.25, 4711.5], [-4711.5, 1.0], [0.25], [0.25, 0.5, 0.75]):
+            with pytest.raises(PolicyError):
+                admit("evaluate", values={"results": [row | {key: other} for row in rows]})
+    values = replies["pretrain"][1].values
+    for by in (0.01, -0.01, -1.0):  # with an entropy that every constant has room for
+        history = [row | {"log_k": row["log_k"] + by, "teacher_entropy": 0.0} for row in values["history"]]
+        with pytest.raises(PolicyError, match="log_k"):
+            admit("pretrain", values=values | {"history": history})
+
+
 def test_no_count_and_no_figure_leaves_beside_the_masks(admit: Any, replies: Any, tiny_recipe: Any) -> None:
     """Of a run that aggregates under masks: findings by name at enrolment, and no phase in the clear."""
     masked = replace(tiny_recipe, aggregation="secagg")
@@ -330,6 +354,28 @@ def test_an_array_that_is_no_sum_s_does_not_leave_under_masks(tiny_recipe: Any, 
     gate.admit("masked", Reply(values=HEX, masked={32: np.zeros(4, np.uint32)}))
     with pytest.raises(PolicyError):
         gate.admit("masked", Reply(values=HEX, masked={32: array}))
+
+
+def test_under_masks_no_more_numbers_leave_than_the_sum_of_the_phase_has(tiny_recipe: Any) -> None:
+    """Of each tensor its values and how many were clipped, of each step and finding a few figures."""
+    given = {"x": torch.zeros(5)}
+    gate = gate_of(tiny_recipe, Request(phase="pretrain", stage="masked", steps=2, tensors=given))
+    most = 6 + FIGURES * 3
+    gate.admit("masked", Reply(values=HEX, masked={32: np.zeros(most, np.uint32)}))
+    with pytest.raises(PolicyError, match=f"{most + 1} numbers"):
+        gate.admit("masked", Reply(values=HEX, masked={32: np.zeros(most, np.uint32), 16: np.zeros(1, np.uint16)}))
+
+
+def test_shares_are_of_this_site_for_sites_of_the_federation(tiny_recipe: Any) -> None:
+    packet = {
+        "dealer": "alpha", "holder": "alpha", "sealed": "ab" * 33, "mask_hash": "ab" * 32,
+        "seed_hash": "ab" * 32, "signature": "ab" * 64,
+    }  # fmt: skip
+    gate = gate_of(tiny_recipe, Request(phase="pretrain", stage="share"))
+    gate.admit("share", Reply(values={"context": "ab" * 32, "packets": [packet] * 128}))
+    for packets in ([packet] * 129, [packet, packet | {"holder": "omega"}], [packet, packet | {"dealer": "omega"}]):
+        with pytest.raises(PolicyError):
+            gate.admit("share", Reply(values={"context": "ab" * 32, "packets": packets}))
 
 
 def test_blame_names_sites_of_the_federation_by_a_word_of_ours(tiny_recipe: Any) -> None:

@@ -33,6 +33,8 @@ min_bootstrap: 1
 findings: [Bar, Blob]
 """  # for the recipe and the images of the tests; else the defaults
 
+SECRET = b"\1" * 32  # by which both classes of Blob have patients enough to train on; by one of ten drawn they have not
+
 
 def demand(home: Path, text: str = SMALL) -> None:
     """What the operator of a site writes into site.yaml."""
@@ -81,6 +83,7 @@ class Hospital:
     def demand(self, text: str) -> None:
         """What its operator writes into site.yaml."""
         demand(self.home, text)
+        (self.home / "secret.key").write_bytes(SECRET)
 
     def ask(self, request: Request, recipe: Recipe | None = None) -> Reply | str:
         """Its reply, or the code that it refuses with."""

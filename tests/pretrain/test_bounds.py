@@ -177,6 +177,20 @@ def test_sgd_reaches_its_ball() -> None:
     assert caught.value.code == "weights.box"
 
 
+def test_a_teacher_has_its_share_of_the_ball() -> None:
+    recipe = recipe_of({**KINDS[5], "optim.patch_embed_lr_mult": 1.0, "teacher.momentum_teacher": 0.9})
+    before = begin(0, 0.0)
+    site = Site(recipe, before)
+    for step in range(5):
+        site.step(step, {name: torch.full(shape, 1e3) for name, shape in NAMES.items()})
+    after, bound = site.tensors(), UpdateBound.of(recipe, "pretrain", range(5))
+    own = {n.replace("student.", "teacher."): t for n, t in after.items() if n.startswith("student.backbone.")}
+    share = 1 - bound.momentum
+    bound.check({n: 0.99 * share * t for n, t in own.items()}, before)
+    with pytest.raises(RefusedError, match="'teacher.backbone' is .* clipped steps"):  # each within its own reach
+        bound.check({n: 1.02 * share * t for n, t in own.items()}, before)
+
+
 @pytest.mark.parametrize("changes", [KINDS[0], KINDS[1], KINDS[3]])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", list(NAMES))
@@ -249,6 +263,27 @@ def test_moments_that_cannot_be() -> None:
             bound.check_moments(moments | {f"{name}.{key}": value})
 
 
+def test_steps_of_an_optimizer_that_leaves_some_out() -> None:
+    """Whose mean over sites is no whole number; below none, and above all, there is none."""
+    recipe = recipe_of({"compute_precision.param_dtype": "fp16", "compute_precision.grad_scaler": True})
+    bound, name = UpdateBound.of(recipe, "pretrain", range(5)), f"{optimizer.PREFIX}backbone.cls_token.step"
+    for done in (0.0, 3.5, 5.0):
+        bound.check_moments({name: torch.tensor(done)})
+    for done in (-0.5, 5.5, math.nan):
+        with pytest.raises(RefusedError, match="cls_token.step"):
+            bound.check_moments({name: torch.tensor(done)})
+
+
+def test_moments_of_a_head_that_cannot_be() -> None:
+    recipe = recipes.load("demo", {"adapt.clip_grad": 3.0})
+    bound, name = UpdateBound.of(recipe, "adapt", range(5)), f"{optimizer.PREFIX}duplicate_pooling"
+    most = {f"{name}.exp_avg": torch.zeros(3), f"{name}.exp_avg_sq": torch.full((3,), 9.0)}
+    bound.check_moments(most)
+    for key, value in (("exp_avg_sq", 9.1), ("exp_avg_sq", -1.0), ("exp_avg", 3.0 * bound.squared**0.5 + 0.1)):
+        with pytest.raises(RefusedError, match="duplicate_pooling.exp_avg"):
+            bound.check_moments(most | {f"{name}.{key}": torch.full((3,), value)})
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99), sizes=st.sampled_from([(96, 128), (96, 96, 144), (224, 336), (448, 512), (16, 176)]))
 def test_positions_that_a_stage_resizes_stay_in_their_box(seed: int, sizes: tuple[int, ...]) -> None:
@@ -314,6 +349,7 @@ def test_no_head_leaves_its_box() -> None:
         ({"optim.adamw_beta1": 0.99, "optim.adamw_beta2": 0.9}, "adamw_beta2"),
         ({"optim.optimizer": "sgd", "optim.clip_grad": 0.0}, "clip_grad"),
         ({"optim.lr": 0.5, "optim.weight_decay_end": 3.0}, "optim.weight_decay"),
+        ({"optim.lr": 0.3, "optim.weight_decay_end": 3.0, "optim.patch_embed_lr_mult": 2.0}, "optim.weight_decay"),
         ({"adapt.lr": 1.0, "adapt.weight_decay": 2.0}, "adapt.weight_decay"),
     ],
 )
