@@ -116,7 +116,7 @@ class Grant:
                 "policy.runs",
                 f"{before} runs were begun in 30 days; site.yaml says 'max_runs: {self.policy.max_runs}'",
             )
-        self._check_machine(recipe, runs.get(key))
+        self._check_machine(recipe, request.batch_size, runs.get(key))
         if key not in runs or request.stage not in parts.STAGES:
             ledger.asked(self.home, key)
 
@@ -124,12 +124,12 @@ class Grant:
         """Take note of the time that an answer took."""
         ledger.worked(self.home, ledger.key_of(recipe, run_id), seconds)
 
-    def _check_machine(self, recipe: Recipe, run: Begun | None) -> None:
+    def _check_machine(self, recipe: Recipe, batch: int, run: Begun | None) -> None:
         machine = self.policy.machine
         if machine.hours is not None and run is not None and run.seconds >= 3600 * machine.hours:
             raise _too_much("hours", machine.hours, f"{run.seconds / 3600:.1f} hours were worked on this run")
         disk = disk_bytes(recipe, self._images(recipe))
-        memory = memory_bytes(recipe, self.sharing(recipe), on_gpu=has.device() != "cpu")
+        memory = memory_bytes(recipe, self.sharing(recipe), batch, on_gpu=has.device() != "cpu")
         _check_room(
             "memory_gb", machine.memory_gb, memory, has.memory(), f"it takes about {memory / GB:.1f} GB of memory"
         )
@@ -160,26 +160,37 @@ def _disk(home: Path) -> int:
     return shutil.disk_usage(next(path for path in (home, *home.absolute().parents) if path.exists())).total
 
 
-def memory_bytes(recipe: Recipe, n_sites: int, *, on_gpu: bool = False) -> int:
-    """What a run takes of a site's memory, about, and never much more; what a step keeps is in a GPU's own, if any."""
+def memory_bytes(recipe: Recipe, n_sites: int, batch: int = 0, *, on_gpu: bool = False) -> int:
+    """What a run takes of a site's memory, about, and never much more.
+
+    Args:
+        recipe: of the run.
+        n_sites: that share a pooled batch.
+        batch: images a step that are asked for, where that is known: fewer sites may share than there are.
+        on_gpu: what a step keeps is in a GPU's own.
+    """
     model = COPIES * asked.model_bytes(recipe) + BESIDE
     if on_gpu:
         return model
-    steps = [_step_bytes(stage, n_sites) for stage in curriculum.stages(recipe)] if "pretrain" in recipe.phases else []
+    steps = []
+    if "pretrain" in recipe.phases:
+        for stage in curriculum.stages(recipe):
+            steps.append(_step_bytes(stage, max(batch, limiting.share(stage.train, n_sites))))
     if "adapt" in recipe.phases:
         width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
-        steps.append(4 * limiting.share(recipe.adapt, n_sites) * _tokens(recipe, recipe.image_px) * width)
+        images = max(batch, limiting.share(recipe.adapt, n_sites))
+        steps.append(4 * images * _tokens(recipe, recipe.image_px) * width)
     return model + max(steps, default=0)
 
 
-def _step_bytes(recipe: Recipe, n_sites: int) -> int:
+def _step_bytes(recipe: Recipe, images: int) -> int:
     """Of one step of pretraining, about: what its blocks keep of each token for the way back."""
     crops, (width, depth, _) = recipe.crops, ARCHS[recipe.student.arch]
     tokens = 2 * _tokens(recipe, crops.global_crops_size)
     tokens += crops.local_crops_number * _tokens(recipe, crops.local_crops_size)
     blocks = 1 if recipe.train.checkpointing else depth
     size = 4 if recipe.compute_precision.param_dtype == "fp32" else 2
-    return size * ACTIVATIONS * limiting.share(recipe.train, n_sites) * tokens * width * blocks
+    return size * ACTIVATIONS * images * tokens * width * blocks
 
 
 def _tokens(recipe: Recipe, px: int) -> int:

@@ -121,3 +121,14 @@ def test_more_than_the_machine_has_is_refused_though_no_line_says_so(
     with pytest.raises(RefusedError, match="GB on the disk, and this machine has"):
         grant(tmp_path).begin(few, ENROL, 9)
     assert set(ledger.read(tmp_path)) == {ledger.key_of(few, 7)}
+
+
+def test_a_step_is_as_large_as_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pooled batch that sixty-four sites could share may be asked of the two that a recipe needs at least."""
+    demo = recipes.load("demo")
+    recipe = recipes.changed(demo, train=recipes.changed(demo.train, pooled_batch_size=4096))
+    many = Grant(home=tmp_path, name="NORTH", data=tmp_path / "data", policy=Policy(), n_sites=64)
+    monkeypatch.setattr(machine, "memory", lambda: 3 * GB // 2)
+    many.begin(recipe, Request(phase="pretrain", batch_size=64), 7)
+    with pytest.raises(RefusedError, match="GB of memory, and this machine has 1.5 GB"):
+        many.begin(recipe, Request(phase="pretrain", batch_size=2048), 7)
