@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from chexfound import cells, phases
 from chexfound import recipe as recipes
 from chexfound.data.split import Part
 from chexfound.phases import Request, Site
+from client.declared import Result
 
 LEAST = 2
 CELLS = tuple(itertools.product(("train", "val", "test"), (1, 0, -1)))  # a patient's part, and what his image shows
@@ -132,6 +134,16 @@ def test_patients_are_counted_and_not_images(images: list[tuple[int, int]], leas
     negative = {number for number, label in images if label == 0}
     assert bool(cells.large(column, patients, least)[0]) is (min(len(positive), len(negative)) >= least)
     assert cells.patients_with(column == 1, patients).tolist() == [len(positive)]
+
+
+def test_a_row_of_few_patients_has_nothing_of_its_result() -> None:
+    """Whatever a row of results may hold: all but whose it is, and of which finding."""
+    whose = {"arm", "trained_on", "tested_on", "finding"}
+    result = {field.name: f"the {field.name}" for field in fields(Result)}
+    told = cells.row(result)
+    assert told.keys() == result.keys()
+    assert {name for name, value in told.items() if value == result[name]} == whose
+    assert {told[name] for name in result.keys() - whose} == {cells.SUPPRESSED, None}
 
 
 def test_the_word_is_no_number() -> None:
