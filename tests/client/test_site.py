@@ -57,6 +57,21 @@ def test_a_folder_is_taken_in(make_images: Any, tmp_path: Path, monkeypatch: Any
     assert sorted(images.rglob("*")) == before  # nothing is written among the hospital's images
 
 
+def test_images_that_come_later_are_taken_in_at_enrolment_and_not_before(
+    make_images: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A run's images are the same in each of its rounds, though the site is opened anew for one."""
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    config = {"site": "A", "data": str(make_images(tmp_path / "images", {"alpha": 50}))}
+    assert len(site_of(config, 64, enrolling=True).view) == 60
+    make_images(tmp_path / "more", {"alpha": 51})
+    (tmp_path / "images").rename(tmp_path / "before")
+    (tmp_path / "more").rename(tmp_path / "images")
+    for enrolling, more in ((False, False), (True, True)):
+        site_module.forget()
+        assert (len(site_of(config, 64, enrolling=enrolling).view) > 60) == more
+
+
 @pytest.mark.parametrize("line", ["min_images", "min_patients", "cells"])
 def test_who_trains_is_enough_or_the_site_takes_no_part(
     tiny_store_path: Path, tmp_path: Path, monkeypatch: Any, line: str
