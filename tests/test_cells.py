@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from chexfound import cells, phases
 from chexfound import recipe as recipes
 from chexfound.data.split import Part
 from chexfound.phases import Request, Site
+from client.declared import Result
 
 LEAST = 2
 CELLS = tuple(itertools.product(("train", "val", "test"), (1, 0, -1)))  # a patient's part, and what his image shows
@@ -140,6 +142,16 @@ def test_a_row_of_few_says_whose_it_is_and_nothing_else() -> None:
     figures = dict.fromkeys(("n", "positives", "auroc", "auroc_ci", "auprc", "auprc_ci"), 3)
     row = cells.row({**asked, **figures, "reason": "no positive among the 3 held-out images"})
     assert row == {**asked, **dict.fromkeys(figures, "suppressed"), "reason": None}
+
+
+def test_a_row_of_few_patients_has_nothing_of_its_result() -> None:
+    """Whatever a row of results may hold: all but whose it is, and of which finding."""
+    whose = {"arm", "trained_on", "tested_on", "finding"}
+    result = {field.name: f"the {field.name}" for field in fields(Result)}
+    told = cells.row(result)
+    assert told.keys() == result.keys()
+    assert {name for name, value in told.items() if value == result[name]} == whose
+    assert {told[name] for name in result.keys() - whose} == {cells.SUPPRESSED, None}
 
 
 def test_the_word_is_no_number() -> None:

@@ -96,6 +96,49 @@ def test_moments_leave_in_whichever_phase_they_are_averaged(phase: str) -> None:
     assert refused(judge(local, kept, 2)) == []
 
 
+# What a recipe asks under each line of numbers, and the next number that does not grant it.
+AT_THE_WALL: list[tuple[dict[str, Any], str, float, float]] = [
+    ({}, "model.min_patch_px", 16, 17),
+    ({}, "model.max_patch_px", 16, 15),
+    ({}, "model.min_tokens", 64, 65),  # of 128 px by patches of 16
+    ({}, "model.min_crop_tokens", 9, 10),
+    ({"crops.global_crops_size": 32}, "model.min_crop_tokens", 4, 5),
+    ({}, "model.max_layerscale", 0.1, 0.0999),
+    ({}, "model.max_registers", 4, 3),
+    ({}, "model.min_image_px", 128, 129),
+    ({}, "model.max_image_px", 128, 127),
+    ({"crops.global_crops_size": 160}, "model.max_image_px", 160, 159),
+    ({"crops.local_crops_size": 160}, "model.max_image_px", 160, 159),
+    ({}, "model.max_lr", 2e-3, 1.999e-3),
+    ({}, "model.max_adapt_lr", 4e-3, 3.999e-3),
+    ({"optim.clip_grad": 2.0, "adapt.clip_grad": 1.0}, "model.max_clip_grad", 2.0, 1.999),
+    ({}, "min_batch", 16, 17),  # of two sites
+    ({"adapt.pooled_batch_size": 24}, "min_batch", 12, 13),
+    ({}, "max_batch", 32, 31),
+    ({"train.pooled_batch_size": 80}, "max_batch", 40, 39),
+    ({"train.local_steps": 4}, "min_steps", 4, 5),
+    ({"adapt.local_steps": 4}, "min_steps", 4, 5),
+    ({"train.local_steps": 6}, "max_steps", 6, 5),
+    ({"adapt.local_steps": 6}, "max_steps", 6, 5),
+    ({"train.rounds": 21}, "max_rounds", 21, 20),
+    ({"adapt.rounds": 21}, "max_rounds", 21, 20),
+    ({}, "min_bootstrap", 1000, 1001),
+]
+
+
+@pytest.mark.parametrize(("change", "key", "held", "beyond"), AT_THE_WALL, ids=str)
+def test_a_line_grants_its_own_number_and_no_next_one(
+    change: dict[str, Any], key: str, held: float, beyond: float
+) -> None:
+    """Of whichever phase, stage or crop asks for most."""
+    asked = recipe.load("demo", change)
+    loose = limits.Model(min_crop_tokens=1)
+    for number, keys in ((held, []), (beyond, [key])):
+        section, _, name = key.rpartition(".")
+        policy = Policy(model=replace(loose, **{name: number})) if section else Policy(model=loose, **{name: number})
+        assert [one.key for one in refused(judge(asked, policy.limits(2), 2))] == keys
+
+
 def test_images_a_step_are_those_of_one_site() -> None:
     for n_sites, codes in ((8, []), (16, ["policy.work"])):
         plain = replace(Policy().limits(n_sites), masked=False)

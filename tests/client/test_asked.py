@@ -118,6 +118,28 @@ def test_a_share_is_within_the_policy_whoever_the_others_are(tiny_recipe: Any, k
     assert refused.value.code == "policy.work"
 
 
+def test_a_share_is_of_the_batch_of_its_own_stage(tiny_recipe_file: Any) -> None:
+    """A curriculum may have other batches in a later stage: the first one's are no share of them."""
+    stage = {"rounds": 1, "global_crops_size": 64, "local_crops_size": 32, "pooled_batch_size": 16}
+    recipe = recipes.load(tiny_recipe_file, {"curriculum": [stage]})
+    request = requests(recipe)["pretrain"]
+    asked.check(recipe, replace(request, batch_size=8), LIMITS, 2)
+    with pytest.raises(RefusedError) as refused:
+        asked.check(recipe, replace(request, batch_size=6), LIMITS, 2)
+    assert refused.value.code == "request.beyond"
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share", "consistency", "unmask"])
+def test_a_stage_that_takes_no_tensors_gets_none(tiny_recipe: Any, stage: str) -> None:
+    """Nor the promise of some that come apart: no memory is taken for them."""
+    honest = requests(tiny_recipe)["pretrain"]
+    asked.check(tiny_recipe, replace(honest, stage=stage, tensors={}), LIMITS, 2)
+    for request in (honest, apart(honest)):
+        with pytest.raises(RefusedError) as refused:
+            asked.check(tiny_recipe, replace(request, stage=stage), LIMITS, 2)
+        assert refused.value.code == "request.tensors"
+
+
 def test_a_phase_that_there_is_not(tiny_recipe: Any) -> None:
     with pytest.raises(ProtocolError):
         asked.check(tiny_recipe, Request(phase="pixels"), LIMITS, 2)

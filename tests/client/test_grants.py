@@ -11,7 +11,7 @@ from chexfound import machine
 from chexfound import recipe as recipes
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.phases import Request
-from client import grants, ledger
+from client import asked, grants, ledger
 from client.grants import GB, Grant
 from client.policy import Policy
 
@@ -91,6 +91,15 @@ def test_what_a_run_takes_is_near_what_was_measured() -> None:
     assert 15 < grants.memory_bytes(recipes.load("vitl16-cxr1m"), 4, on_gpu=True) / GB < 18
     assert grants.disk_bytes(recipes.load("demo"), 0) < GB
     assert grants.disk_bytes(recipes.load("demo"), 10_000) > GB
+
+
+def test_what_travels_in_parts_lies_on_the_disk_too() -> None:
+    """As student and teacher: what came last, and what left last."""
+    demo = recipes.load("demo", {"phases": ("pretrain",)})
+    model = asked.model_bytes(demo)
+    for part_mb, models in ((2 * model / 1e6, 7), (2 * model / 1e6 - 0.001, 11)):
+        recipe = recipes.changed(demo, federation=recipes.changed(demo.federation, part_mb=part_mb))
+        assert grants.disk_bytes(recipe, 10**6) == models * model
 
 
 def test_what_a_step_keeps_is_of_its_images_crops_and_depth() -> None:

@@ -157,6 +157,17 @@ def test_without_the_secret_that_its_stores_were_made_with_a_site_does_nothing(
     assert served(images, monkeypatch) == 0
 
 
+@pytest.mark.parametrize("odd", [16, 32])
+def test_each_of_its_stores_is_of_its_secret(home: Path, images: Path, odd: int) -> None:
+    """A site has one for each size of images, and a run takes any."""
+    own = secret.of_site(home)
+    for px in (16, 32):
+        naming = secret.Secret.of(bytes(32)).naming if px == odd else own.naming
+        ingest(images, store_path(home, px), px, naming=naming)
+    with pytest.raises(DataError, match=f"{store_path(home, odd)} was made with another secret"):
+        secret.present(home)
+
+
 def test_taken_in_anew_patients_have_other_names(home: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the refusal says."""
     import shutil

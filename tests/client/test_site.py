@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from chexfound.errors import ConfigError, DataError
+from chexfound.data.split import Membership
+from chexfound.errors import ConfigError, DataError, RefusedError
+from chexfound.schema import Split
 from client import secret
 from client import site as site_module
 from client.site import site_of
@@ -53,6 +55,48 @@ def test_a_folder_is_taken_in(make_images: Any, tmp_path: Path, monkeypatch: Any
     assert len(site.view) == 60
     assert site.view.store.key_id == secret.of_site(site.home).naming.key_id
     assert sorted(images.rglob("*")) == before  # nothing is written among the hospital's images
+
+
+def test_images_that_come_later_are_taken_in_at_enrolment_and_not_before(
+    make_images: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A run's images are the same in each of its rounds, though the site is opened anew for one."""
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
+    config = {"site": "A", "data": str(make_images(tmp_path / "images", {"alpha": 50}))}
+    assert len(site_of(config, 64, enrolling=True).view) == 60
+    make_images(tmp_path / "more", {"alpha": 51})
+    (tmp_path / "images").rename(tmp_path / "before")
+    (tmp_path / "more").rename(tmp_path / "images")
+    for enrolling, more in ((False, False), (True, True)):
+        site_module.forget()
+        assert (len(site_of(config, 64, enrolling=enrolling).view) > 60) == more
+
+
+@pytest.mark.parametrize("line", ["min_images", "min_patients", "cells"])
+def test_who_trains_is_enough_or_the_site_takes_no_part(
+    tiny_store_path: Path, tmp_path: Path, monkeypatch: Any, line: str
+) -> None:
+    """Of the images those for training, of the patients each once."""
+    monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
+    config, few = {"site": "A", "data": str(tiny_store_path)}, {"min_images": 0, "min_patients": 0, "cells": 1}
+
+    def demand(values: dict[str, int]) -> None:
+        path = tmp_path / "sites" / "A" / "site.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**values, "cells": {"patients": values["cells"]}}))
+
+    demand(few)
+    site = site_of(config, 64, enrolling=True)
+    ids = site.view.split(Membership(key=secret.of_site(site.home).split, fractions=Split()), "train")
+    images, patients = len(ids), len(set(site.patients(ids)))
+    assert len(site.view) > images > patients
+    enough = images if line == "min_images" else patients
+    demand(few | {line: enough})
+    assert site_of(config, 64, enrolling=False).cells
+    demand(few | {line: enough + 1})
+    with pytest.raises(RefusedError) as refused:
+        site_of(config, 64, enrolling=False)
+    assert refused.value.code == "policy.patients"
 
 
 def test_a_shard_is_its_patients(tiny_store_path: Path, tmp_path: Path) -> None:

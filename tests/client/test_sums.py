@@ -338,6 +338,31 @@ def test_a_word_is_for_the_sum_that_was_asked(home: Path, desk: Desk, capsys: py
     last.close()
 
 
+def test_a_sum_is_held_against_each_that_was_opened_and_not_the_last_alone(desk: Desk) -> None:
+    """Over other weights of the step the same images count, which is no word for other work on the first."""
+    place = "cd" * 32
+    open_sum(desk, NAMES, place=place)
+    open_sum(desk, NAMES, place=place, weights=OTHER)
+    for stage, kept in (
+        ("share", {**SHARE, "place": place, "question": "other ranges"}),
+        ("masked", {"summed": [], "weights": WEIGHTS}),
+    ):
+        write_json(desk.folder / f"{stage}.json", {"asked": "", "values": {}, "kept": kept})
+    with pytest.raises(RefusedError, match="second sum"):
+        desk._check_differencing(ATTEMPT, list(NAMES), [])
+
+
+def test_nothing_waits_for_a_word_once_a_sum_was_opened_after_all(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An operator who gave it then would give it for a sum that nobody asks for."""
+    tell(home, opened(NAMES), refused(phase="pretrain", weights=WEIGHTS), opened(NAMES[:3]))
+    assert do("show") == 0
+    assert "WAITING" not in capsys.readouterr().out
+    assert do("release", "--last", "--yes") == 2
+    assert "no sum waits for a release" in capsys.readouterr().err
+
+
 def _held(home: Path) -> tuple[Roster, Ed25519PrivateKey, Policy]:
     return membership.present(home).sites, membership.identity_key(home), Policy.load(home)
 

@@ -160,6 +160,21 @@ def test_a_given_split_is_kept_patient_by_patient(mixed):
         assert parts[f"c/c{n}"] == ("test" if n % 3 == 0 else simulated(0).part(f"c{n}"))
 
 
+def test_a_given_split_is_of_the_source_that_gives_it(tmp_path, make_manifest):
+    """A number that two sources have may be two people: the one's part is given, the other's is drawn."""
+    rows = [
+        {"file": f"{s}{n}.png", "source": s, "patient_id": f"p{n}", "split": "test" if s == "a" else ""}
+        for s in "ab"
+        for n in range(12)
+    ]
+    ingest(make_manifest(tmp_path / "in", rows), tmp_path / "store", 16)
+    store = Store.open(tmp_path / "store")
+    tested = {store.keys[image] for image in View.of(store, "x").split(simulated(0), "test")}
+    drawn = {f"b/p{n}" for n in range(12) if simulated(0).part(f"p{n}") == "test"}
+    assert tested == {f"a/p{n}" for n in range(12)} | drawn
+    assert 0 < len(drawn) < 12
+
+
 @given(st.integers(0, 99), st.integers(1, 5))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_pooled_parts_are_the_sites_together_however_dealt(mixed, seed, sites):

@@ -113,6 +113,27 @@ def test_files_are_known_again_by_their_keys(images: Path, tmp_path: Path) -> No
     assert there(store) == []
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["a store of before", "a new one"])
+def test_no_key_is_without_its_text(images: Path, tmp_path: Path, before: bool) -> None:
+    """Of every column: where a file lies is looked up by its operator, whichever letter a path begins with."""
+    store, rest = tmp_path / "s", images
+    if before:
+        ingest(images, store, PX)
+        rest = tmp_path / "rest"  # which alone is taken in with keys: what was left where it lay has its own too
+        rest.mkdir()
+        (images / "manifest-folder").rename(rest / "manifest-folder")
+    ingest(rest, store, PX, naming=NAMING, site="north")
+    with sqlite3.connect(f"file:{store / INDEX}?mode=ro", uri=True) as index:
+        texts.attach(index, store, "ro")
+        for table, columns in texts.COLUMNS.items():
+            for column in columns:
+                keys = {key for (key,) in index.execute(f"SELECT {column} FROM {table} WHERE {column} <> ''")}
+                found = texts.told(index, f"SELECT {column} FROM {table}")
+                assert found.keys() == keys, f"{table}.{column}"
+                assert all(NAMING.hide(text) == key for key, text in found.items())
+    index.close()
+
+
 def test_a_store_of_before_loses_its_words(images: Path, tmp_path: Path) -> None:
     """Sources of loose DICOM files were their folders: two of them had the same pixels, which one source has once."""
     store, fresh = tmp_path / "s", tmp_path / "fresh"

@@ -153,8 +153,9 @@ def test_a_request_for_more_than_its_recipe_has_is_refused(ask: Any, untouched: 
 
 
 @pytest.mark.parametrize("phase", ["enrol", "features", "evaluate"])
-def test_a_phase_without_rounds_has_none(ask: Any, untouched: None, phase: str) -> None:
-    assert ask(Request(phase=phase, steps=1, batch_size=1), small()) == "request.beyond"
+@pytest.mark.parametrize("field", ["round", "step", "steps", "batch_size"])
+def test_a_phase_without_rounds_has_none(ask: Any, untouched: None, phase: str, field: str) -> None:
+    assert ask(Request(phase=phase, **{field: 1}), small()) == "request.beyond"
 
 
 def test_one_image_a_step_is_refused(ask: Any, untouched: None) -> None:
@@ -283,10 +284,12 @@ def test_one_run_more_in_a_month_than_the_policy_has_is_refused(ask: Any, hospit
     assert ask(Request(phase="enrol"), small(), run=6).values["images"]
 
 
-def test_other_recipes_under_one_run_s_number_are_other_runs(ask: Any) -> None:
+@pytest.mark.parametrize("key", ["name", "seed"])
+def test_other_recipes_under_one_run_s_number_are_other_runs(ask: Any, key: str) -> None:
+    """Whatever they differ in: by another seed it is another training, and its name is the coordinator's word."""
     for number in range(5):
-        assert ask(Request(phase="enrol"), small(name=f"run {number}"), run=1).values["images"]
-    assert ask(Request(phase="enrol"), small(name="one more"), run=1) == "policy.runs"
+        assert ask(Request(phase="enrol"), small(**{key: f"run {number}" if key == "name" else number}), run=1).values
+    assert ask(Request(phase="enrol"), small(**{key: "one more" if key == "name" else 5}), run=1) == "policy.runs"
 
 
 def test_runs_that_were_refused_use_up_none(ask: Any) -> None:

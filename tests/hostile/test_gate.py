@@ -21,6 +21,7 @@ from chexfound import phases
 from chexfound.errors import PolicyError
 from chexfound.limits import Tensors
 from chexfound.model.glori import build_head
+from chexfound.parts import Apart
 from chexfound.phases import Reply, Request
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
@@ -35,7 +36,7 @@ PHASES = ("enrol", "pretrain", "features", "adapt", "evaluate")
 
 def gate_of(recipe: Any, request: Request, **options: Any) -> Gate:
     return Gate(
-        recipe=recipe, request=request, sent=forms(request), site="alpha", peers=frozenset({"alpha"}), **options
+        recipe=recipe, request=request, sent=forms(request), site="alpha", peers=frozenset({"alpha", "beta"}), **options
     )
 
 
@@ -186,6 +187,40 @@ def test_rows_for_other_steps_or_findings_are_refused(admit: Any, replies: Any) 
                 admit(phase, values=values | {key: other})
 
 
+def test_a_count_of_each_finding_that_was_asked_for_and_of_no_other(admit: Any, replies: Any) -> None:
+    values = replies["adapt"][1].values
+    for labelled in ([3], [3, 3, 3], []):
+        with pytest.raises(PolicyError, match="other findings"):
+            admit("adapt", values=values | {"labelled": labelled})
+
+
+@pytest.mark.parametrize("key", ["auroc", "auprc", "auroc_ci", "auprc_ci"])
+@pytest.mark.parametrize("number", [1.001, -0.001])
+def test_a_figure_of_results_is_from_0_to_1(admit: Any, replies: Any, key: str, number: float) -> None:
+    """Beyond that it could say whatever a number can."""
+    (row, *rows) = replies["evaluate"][1].values["results"]
+    for figure, ok in ((0.5, True), (number, False)):
+        values = {"results": [row | {key: [0.5, figure] if key.endswith("_ci") else figure}, *rows]}
+        if ok:
+            admit("evaluate", values=values)
+        else:
+            with pytest.raises(PolicyError):
+                admit("evaluate", values=values)
+
+
+def test_a_finding_is_told_by_what_is_a_name(admit: Any, replies: Any) -> None:
+    """Though the site's own list has it."""
+    values = replies["enrol"][1].values
+    for name, ok in (("Bar", True), ("Bar\nevent=refused", False), ("", False)):
+        told = {"words": frozenset({name})}
+        named = values | {"findings": {name: {"positives": 20, "negatives": 20}}}
+        if ok:
+            admit("enrol", gate=told, values=named)
+        else:
+            with pytest.raises(PolicyError):
+                admit("enrol", gate=told, values=named)
+
+
 def test_a_finding_that_was_not_asked_for_or_may_not_be_told_is_refused(admit: Any, replies: Any) -> None:
     values = replies["enrol"][1].values
     told = {"words": frozenset(values["findings"])}
@@ -317,10 +352,30 @@ def test_arrays_under_masks_and_parts_leave_in_their_stage_only(tiny_recipe: Any
             gate.admit(phase, replace(honest, chunk=np.zeros(4, np.uint8)))
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_arrays_that_did_not_pass_the_gate_are_not_promised(admit: Any, replies: Any, phase: str) -> None:
+    """Beside those that did, or in their place: they would be collected afterwards."""
+    apart = Apart(sha256="0" * 64, arrays={"float32": 16}, table=[("x", "float32", [4])])
+    for tensors in (replies[phase][1].tensors, {}):
+        with pytest.raises(PolicyError, match="did not pass here"):
+            admit(phase, apart=apart, tensors=tensors)
+
+
 # -- the stages of secure aggregation
 
 HEX = {"context": "ab" * 32, "payload": "ab" * 32, "signature": "ab" * 64}
 STAGES: dict[str, Any] = {
+    "advertise": {
+        "advert": dict.fromkeys(("cipher", "mask", "commitment", "state"), "ab" * 32)
+        | {"site": "alpha", "findings": [], "minimum": 3, "signature": "ab" * 64}
+    },
+    "share": {
+        "context": "ab" * 32,
+        "packets": [
+            dict.fromkeys(("mask_hash", "seed_hash"), "ab" * 32)
+            | {"dealer": "alpha", "holder": "beta", "sealed": "ab" * 40, "signature": "ab" * 64}
+        ],
+    },
     "masked": HEX,
     "consistency": {"signature": "ab" * 64},
     "unmask": {"shares": {"alpha": {"kind": "mask", "share": "ab" * 33, "salt": "ab" * 32}}},
@@ -376,6 +431,16 @@ def test_shares_are_of_this_site_for_sites_of_the_federation(tiny_recipe: Any) -
     for packets in ([packet] * 129, [packet, packet | {"holder": "omega"}], [packet, packet | {"dealer": "omega"}]):
         with pytest.raises(PolicyError):
             gate.admit("share", Reply(values={"context": "ab" * 32, "packets": packets}))
+
+
+def test_a_site_deals_its_own_shares_and_advertises_for_itself(tiny_recipe: Any) -> None:
+    """Not in the name of another of its federation."""
+    for stage in ("advertise", "share"):
+        gate = gate_of(tiny_recipe, Request(phase="pretrain", stage=stage, steps=2))
+        for path in places(STAGES[stage]):
+            if path[-1:] in (("site",), ("dealer",)):
+                with pytest.raises(PolicyError, match="another site's name"):
+                    gate.admit(stage, Reply(values=put(STAGES[stage], path, "beta")))
 
 
 def test_blame_names_sites_of_the_federation_by_a_word_of_ours(tiny_recipe: Any) -> None:

@@ -217,6 +217,45 @@ def test_a_frozen_last_layer_stays_and_then_goes() -> None:
     UpdateBound.of(recipe, "pretrain", range(5, 15)).check(moved, before)
 
 
+def test_a_frozen_last_layer_is_not_decayed_either() -> None:
+    recipe, before = recipe_of({"optim.freeze_last_layer_epochs": 1.0, "optim.weight_decay": 2.0}), begin(2, 100.0)
+    name = "student.dino_head.last_layer.weight_v"
+    moved = before | {name: before[name] * (1 - 1e-4)}
+    with pytest.raises(RefusedError, match="last_layer"):
+        UpdateBound.of(recipe, "pretrain", range(10)).check(moved, before)
+    UpdateBound.of(recipe, "pretrain", range(10, 20)).check(moved, before)
+
+
+def test_what_is_not_trained_is_equal_to_the_last_bit() -> None:
+    before, name = begin(2), "student.backbone.blocks.0.norm1.weight"
+    bound = UpdateBound.of(recipe_of({}), "pretrain", range(5))
+    bound.check(before, before, {name})
+    with pytest.raises(RefusedError) as caught:
+        bound.check(before | {name: before[name].nextafter(torch.tensor(math.inf))}, before, {name})
+    assert caught.value.code == "weights.frozen"
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "adapt"])
+def test_two_rounds_lead_as_far_as_the_one_and_then_the_other(phase: str) -> None:
+    """Each by Adam's steps of the whole run, which go further the more of them are behind it."""
+    recipe = recipe_of({"optim.freeze_last_layer_epochs": 0.5})
+    both, first, second = (UpdateBound.of(recipe, phase, steps) for steps in (range(10), range(5), range(5, 10)))
+    for name in ("travel", "decay"):
+        sums = [a + b for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
+        assert getattr(both, name) == pytest.approx(sums, rel=1e-12)
+
+
+def test_squares_are_raised_where_positions_are_resized_and_nowhere_else() -> None:
+    stage = {"rounds": 1, "global_crops_size": 128, "local_crops_size": 64}
+    recipe, clip = recipe_of({"curriculum": [stage], "optim.clip_grad": 2.0}), 2.0
+    bound = UpdateBound.of(recipe, "pretrain", range(20, 25))
+    for name, most in (("pos_embed", bounds.RESIZED * clip), ("cls_token", clip)):
+        key = f"{optimizer.PREFIX}backbone.{name}.exp_avg_sq"
+        bound.check_moments({key: torch.tensor([most**2])})
+        with pytest.raises(RefusedError, match=name):
+            bound.check_moments({key: torch.tensor([1.01 * most**2])})
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_no_number_is_in_no_box(bad: float) -> None:
     before = begin(3)

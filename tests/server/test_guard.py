@@ -126,7 +126,7 @@ def test_a_second_request_cannot_hide_in_the_body_of_a_first(door: int, behind: 
         ask(door, post("/v1/fleet/push-object", b"", *lengths) + chunked)
     ask(door, post("/v1/fleet/get-run", b"", "Content-Length: 4", "Content-Length: 70") + hidden)
     ask(door, post("/v1/fleet/get-run", b"", "Content-Length: 4", "Transfer-Encoding: x") + hidden)
-    assert {path for _, path, _, _ in behind.seen} == {b"/v1/fleet/get-run", b"/v1/fleet/push-object"}
+    assert [path for _, path, _, _ in behind.seen] == [b"/v1/fleet/get-run", b"/v1/fleet/push-object"] * 2
     assert all(length == len(hidden) for _, _, _, length in behind.seen)
 
 

@@ -79,6 +79,21 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
     assert not house.gone
 
 
+def test_a_stranger_at_the_port_of_a_site_s_connection_is_not_that_site() -> None:
+    """Which has ended, though its end was not seen yet."""
+    house = House()
+    for port in (1, 2):
+        house.come("10.0.0.1", port)
+        assert house.prove(("10.0.0.1", port), "north")
+    house.come("10.0.0.1", 2)
+    house.come("10.0.0.3", 1)
+    assert house.prove(("10.0.0.3", 1), "north")  # that place is free again
+    for port in range(8):
+        house.come(f"10.0.1.{port}", 1)
+    assert ("10.0.0.1", 2) in house.gone  # as a stranger's is
+    assert ("10.0.0.1", 1) not in house.gone
+
+
 def test_who_has_asked_is_not_silent() -> None:
     house, gone = House(), []
     for port in (1, 2):

@@ -53,6 +53,10 @@ def test_each_finding_has_a_ceiling_of_its_own() -> None:
     assert made.images == 30
     assert made.labelled == (None, 30, 15)  # what alpha alone labels is its own
     assert made.capped == {"alpha": 0.75}
+    made = Ceiling.of(images, {"alpha": [90, 0], "beta": [10, 0], "delta": [10, 40], "gamma": [10, 0]})
+    assert made.capped == {"alpha": 0.75}
+    made = Ceiling.of(images, {"alpha": [90, 40], "beta": [10, 10], "delta": [10, 10], "gamma": [10, 10]})
+    assert made.capped == {"alpha": 0.75}  # the largest share, in whichever column
 
 
 def reply(value: float, images: int, labelled: Sequence[int] = ()) -> Reply:
