@@ -35,7 +35,7 @@ class Places:
 
     def enter(self, peer: Peer, hang_up: Callable[[], None]) -> None:
         """Give a new connection its place; hang up on the stranger in whose place it is."""
-        self.leave(peer)
+        self._forget(peer)  # that of a connection which was reset: the port is used again before its end is seen here
         network = _network(peer[0])
         beside = [other for other, where in self._strangers.items() if where == network]
         if len(beside) >= ADDRESS_MAX:
@@ -45,8 +45,12 @@ class Places:
         self._here[peer], self._strangers[peer] = hang_up, network
         self._silent.add(peer)
 
-    def leave(self, peer: Peer) -> None:
-        """The connection has ended."""
+    def leave(self, peer: Peer, hang_up: Callable[[], None]) -> None:
+        """A connection has ended; its place is left unless it is another's by now, from the same port."""
+        if self._here.get(peer) is hang_up:
+            self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
         self._here.pop(peer, None)
         self._strangers.pop(peer, None)
         self._sites.pop(peer, None)
@@ -77,7 +81,7 @@ class Places:
 
     def _drop(self, peer: Peer) -> None:
         hang_up = self._here[peer]
-        self.leave(peer)
+        self._forget(peer)
         hang_up()
 
 
@@ -103,10 +107,10 @@ class Held(socket.socket):
     def close(self) -> None:
         """Close it, as asyncio does at its end."""
         if self.fileno() >= 0:
-            self._places.leave(self._peer)
+            self._places.leave(self._peer, self._ends)
         super().close()
 
     def detach(self) -> int:
         """Give its number back, as uvloop does to close it itself."""
-        self._places.leave(self._peer)
+        self._places.leave(self._peer, self._ends)
         return super().detach()

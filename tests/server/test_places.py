@@ -24,6 +24,10 @@ class House(Places):
     def come(self, host: str, port: int) -> None:
         self.enter((host, port), lambda: self.gone.append((host, port)))
 
+    def go(self, host: str, port: int) -> None:
+        if (host, port) in self._here:
+            self.leave((host, port), self._here[host, port])
+
 
 def test_an_address_takes_places_from_itself_first() -> None:
     house = House()
@@ -63,7 +67,7 @@ def test_a_site_has_so_many_and_those_that_it_leaves_again() -> None:
         house.come("10.0.0.1", port)
     assert [house.prove(("10.0.0.1", port), "NORTH") for port in (0, 1, 2, 0)] == [True, True, False, True]
     assert house.prove(("10.0.0.1", 2), "SOUTH")
-    house.leave(("10.0.0.1", 0))
+    house.go("10.0.0.1", 0)
     house.come("10.0.0.1", 3)
     assert house.prove(("10.0.0.1", 3), "NORTH")
 
@@ -73,10 +77,19 @@ def test_a_port_that_is_used_again_is_another_connection() -> None:
     house = House()
     before = lambda: house.gone.append(("before", 1))  # noqa: E731 (it is looked at for what it is)
     house.enter(("10.0.0.1", 1), before)
-    house.leave(("10.0.0.1", 1))
+    house.go("10.0.0.1", 1)
     house.come("10.0.0.1", 1)
     house.expire(("10.0.0.1", 1), before)
     assert not house.gone
+
+
+def test_the_end_of_a_connection_that_was_reset_takes_no_place_of_the_next_at_its_port() -> None:
+    house, peer = House(), ("10.0.0.1", 1)
+    house.enter(peer, reset := lambda: house.gone.append(("reset", 1)))
+    house.come(*peer)
+    house.leave(peer, reset)  # it is seen only now
+    house.expire(peer, house._here[peer])
+    assert house.gone == [peer]
 
 
 def test_a_stranger_at_the_port_of_a_site_s_connection_is_not_that_site() -> None:
@@ -114,7 +127,7 @@ def test_there_are_never_more_than_there_may_be(events: list[tuple[int, int, str
             house.come(*peer)
             here.add(peer)
         elif what == "leave":
-            house.leave(peer)
+            house.go(*peer)
             here.discard(peer)
         elif peer in house._here:
             house.prove(peer, what)
