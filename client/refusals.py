@@ -5,6 +5,7 @@ It has the code that the coordinator was told, and no text: that may name what o
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from pathlib import Path
@@ -40,8 +41,9 @@ class Refused:
 
 def code_of(error: BaseException) -> str | None:
     """The code of a refusal; None of anything else that went wrong."""
-    known = isinstance(error, ChexfoundError) and (error.code in REFUSALS or isinstance(error, OTHERS))
-    return error.code if isinstance(error, ChexfoundError) and known else None
+    if isinstance(error, ChexfoundError) and (error.code in REFUSALS or isinstance(error, OTHERS)):
+        return error.code
+    return None
 
 
 def note(home: Path, run_id: int, phase: str, code: str) -> None:
@@ -51,10 +53,14 @@ def note(home: Path, run_id: int, phase: str, code: str) -> None:
 
 
 def answered(home: Path, run_id: int) -> None:
-    """Another run than the refused one was answered: what was refused before is past."""
+    """Another run than the refused one was answered: what was refused before is past.
+
+    Where the file cannot be removed it stays: what is shown costs no reply.
+    """
     last = read(home)
     if last is not None and last.run != str(run_id):
-        (home / "refused.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (home / "refused.json").unlink()
 
 
 def read(home: Path) -> Refused | None:

@@ -21,6 +21,16 @@ def test_a_refusal_stands_until_another_run_is_answered(tmp_path: Path) -> None:
     assert refusals.read(tmp_path) is None
 
 
+def test_a_file_that_cannot_be_removed_costs_no_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(path)
+
+    refusals.note(tmp_path, 7, "pretrain", "weights.box")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    refusals.answered(tmp_path, 8)
+    assert refusals.read(tmp_path) is not None
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
