@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from chexfound.machine import benchmark_line
+from chexfound.host.machine import benchmark_line
 from chexfound.model.vit import attend
 
 SHAPES = {  # images, heads, tokens (CLS, 4 registers, patches), width of a head

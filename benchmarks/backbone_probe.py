@@ -21,8 +21,8 @@ import numpy as np
 
 from chexfound import rng
 from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.evaluate.metrics import auroc
-from chexfound.machine import RUN_PACKAGES, benchmark_line
+from chexfound.evaluate.areas import auroc
+from chexfound.host.machine import RUN_PACKAGES, benchmark_line
 
 PARTITIONS, FOLDS = 3, 5
 PENALTIES = {"plain": 0.003, "grid": 0.001}  # scikit-learn's C
@@ -54,13 +54,14 @@ def measure(out: Path, finding: str) -> Any:
     """Yield a row for each seed, arm and site."""
     import torch
 
-    from chexfound.data.split import View
-    from chexfound.data.store import Store
+    from chexfound.data.store.reader import Store
+    from chexfound.data.store.split import View
     from chexfound.model import checkpoint
     from chexfound.pretrain.train import initial_weights
-    from chexfound.recipe import changed, validate
+    from chexfound.recipe.check import validate
+    from chexfound.recipe.curriculum import changed
+    from sim.options import Options
     from sim.partition import partition
-    from sim.simulate import Options
 
     options = Options.read(out)
     recipe = validate(options.recipe, str(out))
@@ -86,7 +87,7 @@ def measure(out: Path, finding: str) -> Any:
 
 def not_tested(view: Any, recipe: Any, finding: str) -> tuple[str, np.ndarray]:
     """A site's name, and its images that have a label and are not of test patients."""
-    from chexfound.data.split import Membership
+    from chexfound.data.store.split import Membership
 
     test = set(view.split(Membership.of(recipe), "test").tolist())
     ids = np.array([place for place in view.ids.tolist() if place not in test], np.int64)

@@ -13,10 +13,10 @@ import time
 import numpy as np
 import torch
 
-from chexfound import machine
-from chexfound import recipe as recipes
+from chexfound.host import machine
 from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.train import Pretrainer
+from chexfound.recipe import load as recipes
 
 PX, IMAGES, BATCH = 256, 64, 8
 SETTINGS = {

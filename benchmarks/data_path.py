@@ -35,13 +35,13 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from chexfound import rng
-from chexfound.data import augment
-from chexfound.data.sampler import EndlessSampler
-from chexfound.data.sources import ingest
-from chexfound.data.store import Store
+from chexfound.data.crops import opencv
+from chexfound.data.crops.sampler import EndlessSampler
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store
 from chexfound.errors import ChexfoundError, DataError
-from chexfound.machine import benchmark_line
-from chexfound.schema import Crops
+from chexfound.host.machine import benchmark_line
+from chexfound.recipe.schema import Crops
 
 PX, BATCH = 256, 32
 SIZES = {"global": (2, 112, (0.32, 1.0)), "local": (8, 48, (0.05, 0.32))}
@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, An
 
         def ours(turn: int, config: Crops = config) -> int:
             images = store.pixels(ids[sampler.batch(turn)])
-            augment.multi_crop(images, config, rng.numpy_generator(0, "crops", turn))
+            opencv.multi_crop(images, config, rng.numpy_generator(0, "crops", turn))
             return len(images)
 
         def rival(turn: int, transforms: list[v2.Transform] = transforms) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.machine import RUN_PACKAGES, benchmark_line
+from chexfound.host.machine import RUN_PACKAGES, benchmark_line
 
 LAST_STEPS = 20  # over which the losses are averaged
 
@@ -101,11 +101,11 @@ def add_options(parser: argparse.ArgumentParser, seeds: str = "0,1,2") -> None:
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """A variant's row: from its folder if it is done, else by pretraining (on) and probing it."""
-    from chexfound import recipe as recipes
-    from chexfound.data.sources import ingest
-    from chexfound.data.store import Store
-    from chexfound.journal import write_json
-    from sim.arms import recipe_sha256
+    from chexfound.data.intake.ingest import ingest
+    from chexfound.data.store.reader import Store
+    from chexfound.durable.files import write_json
+    from chexfound.recipe import load as recipes
+    from sim.arms.plan import recipe_sha256
 
     if name not in VARIANTS:
         raise ConfigError(f"--variants {name!r}: there are {', '.join(VARIANTS)}")
@@ -134,14 +134,15 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 def pretrained(variant: Variant, recipe: Any, store_path: Path, folder: Path) -> dict[str, Any]:
     """Pretrain, or go on; leaves backbone.safetensors in the folder."""
-    from chexfound.data.store import Store
+    from chexfound.data.store.reader import Store
     from chexfound.model import checkpoint
     from chexfound.pretrain.train import initial_weights
-    from chexfound.recipe import changed
-    from server.result import costs, history
-    from sim import arms
+    from chexfound.recipe.curriculum import changed
+    from server.rounds.result import costs, history
+    from sim.arms import alone, federated
+    from sim.arms import plan as arms
+    from sim.engine.pool import Pool
     from sim.partition import partition
-    from sim.pool import Pool
 
     if variant.arm == "random":
         checkpoint.save(
@@ -150,15 +151,15 @@ def pretrained(variant: Variant, recipe: Any, store_path: Path, folder: Path) ->
         return {"seconds": 0.0, "bytes_up": 0, "dino_less_log_k": {}}
     sites = partition(Store.open(store_path), variant.by, recipe.seed).sites
     recipe = changed(recipe, federation=changed(recipe.federation, min_sites=len(sites)))
-    plan = arms.Plan(recipe=recipe, store=store_path.resolve(), sites=sites, folder=(folder / "run").resolve())
+    plan = arms.ArmPlan(recipe=recipe, store=store_path.resolve(), sites=sites, folder=(folder / "run").resolve())
     plan.write_shards()
     arm = f"local:{next(iter(sites))}" if variant.arm == "local" else variant.arm
     if not arms.finished(plan, arm):
         with Pool(1) as pool:
             if arm == "federated":
-                arms.run_federated(plan, arm, pool)
+                federated.run_federated(plan, arm, pool)
             else:
-                arms.run_alone(plan, arm)
+                alone.run_alone(plan, arm)
         arms.discard(plan, arm)
     out = plan.arm_folder(arm)
     model = checkpoint.load(out / "model.safetensors")
@@ -178,7 +179,7 @@ def _probed(recipe: Any, folder: Path, store: Any, finding: str) -> dict[str, di
     """By source that has both classes: AUROC with the grid and without, and on how many images."""
     from backbone_probe import not_tested, probe
 
-    from chexfound.data.split import View
+    from chexfound.data.store.split import View
     from chexfound.model import checkpoint
     from sim.partition import partition
 

@@ -32,11 +32,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chexfound.errors import ChexfoundError
-from chexfound.machine import benchmark_line
-from chexfound.roster import Address, Keys
-from chexfound.signing import public_line
-from server import federation as federations
-from server.federation import Federation
+from chexfound.host.machine import benchmark_line
+from chexfound.identity.roster import Address, Keys
+from chexfound.identity.signing import public_line
+from server.federation import settings as federations
+from server.federation.settings import Federation
 
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE = "a9bb7a6"  # the last commit whose guard passed on whatever came
@@ -86,7 +86,7 @@ def checkout(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     """The rival's sources."""
     if options.worktree:
         if not (options.worktree / "server" / "guard.py").is_file():
-            raise ChexfoundError(f"{options.worktree}: no checkout with a server/guard.py")
+            raise ChexfoundError(f"{options.worktree}: no checkout with a server/services/guard.py")
         yield options.worktree.resolve()
         return
     git = ["git", "-C", str(ROOT), "worktree"]

@@ -30,14 +30,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 
-from chexfound import recipe as recipes
-from chexfound.data.split import Membership, View
-from chexfound.data.store import Store
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import Membership, View
 from chexfound.errors import ChexfoundError, ConfigError, DataError
+from chexfound.evaluate.areas import auroc
 from chexfound.evaluate.floors import fit_scores
-from chexfound.evaluate.metrics import Scores, auroc, result_rows
-from chexfound.machine import benchmark_line
-from chexfound.schema import Evaluate, Split
+from chexfound.evaluate.rows import result_rows
+from chexfound.evaluate.scores import Scores
+from chexfound.host.machine import benchmark_line
+from chexfound.recipe import check
+from chexfound.recipe.schema import Evaluate, Split
 
 PX = 128
 HOG = {"orientations": 9, "pixels_per_cell": (16, 16), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}
@@ -85,7 +87,7 @@ def parse_seeds(text: str) -> list[int]:
 def open_data(folder: Path, scratch: Path) -> Store:
     """The store at `folder`; a folder of images is read into a store at `scratch` first."""
     if not (folder / "index.sqlite").is_file():
-        from chexfound.data.sources import ingest
+        from chexfound.data.intake.ingest import ingest
 
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -141,12 +143,12 @@ def judge_run(out: Path, finding: str | None, as_json: bool) -> int:
 
     Raises: ConfigError if there is no such arm; DataError if both have figures at no site.
     """
-    from chexfound.journal import write_json
+    from chexfound.durable.files import write_json
     from chexfound.report.build import build
-    from chexfound.report.run import read
+    from chexfound.report.run_folder import read
     from chexfound.report.story import listed, ranked_findings
+    from sim.options import Options
     from sim.partition import partition
-    from sim.simulate import Options
 
     options, run = Options.read(out), read(out)
     if "centralized" not in run.arms:
@@ -155,7 +157,7 @@ def judge_run(out: Path, finding: str | None, as_json: bool) -> int:
     store = Store.open(out / "store" if (out / "store").is_dir() else Path(options.data))
     sites = partition(store, options.by, options.seeds[0]).sites
     views = [View.of(store, name, keys) for name, keys in sites.items()]
-    recipe = recipes.validate(options.recipe, str(out / "simulation.json"))
+    recipe = check.validate(options.recipe, str(out / "simulation.json"))
     floor = measure(store, finding, options.seeds, views, recipe.split)
     metrics = json.loads((out / "metrics.json").read_text())
     arm = [row for one in (metrics, *metrics["replicates"]) for row in one["results"] if row["arm"] == "centralized"]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.transforms import InterpolationMode, v2
 
-from chexfound.schema import ARCHS
+from chexfound.recipe.schema import ARCHS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

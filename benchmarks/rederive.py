@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.store import Store
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store
 from chexfound.errors import ChexfoundError
-from chexfound.machine import RUN_PACKAGES, benchmark_line
+from chexfound.host.machine import RUN_PACKAGES, benchmark_line
 from chexfound.pretrain import teacher
 from chexfound.pretrain.train import Pretrainer
+from chexfound.recipe import load as recipes
 
 BATCH = 8
 

@@ -41,17 +41,18 @@ from typing import Any
 import cv2
 import numpy as np
 
-from chexfound import recipe as recipes
 from chexfound import rng
+from chexfound.durable.journal import read_journal
 from chexfound.errors import ChexfoundError, SiteError
-from chexfound.journal import read_journal
-from chexfound.machine import benchmark_line
-from chexfound.processes import die_with_parent
-from chexfound.roster import Address
-from chexfound.schema import Recipe
-from client import membership
-from server import federation, members
-from server.federation import Federation
+from chexfound.host.machine import benchmark_line
+from chexfound.host.processes import die_with_parent
+from chexfound.identity.roster import Address
+from chexfound.recipe import check
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from client.home import membership
+from server.federation import members, settings
+from server.federation.settings import Federation
 
 ROOT = Path(__file__).resolve().parents[1]
 SITES = ("CENTRE", "NORTH", "SOUTH")
@@ -188,7 +189,7 @@ class Ours:
         for name in SITES:
             self._do("client.cli", scratch / name, "enrol", "--name", name, "--out", str(scratch / f"{name}.pub"))
             self._do("server.cli", scratch, "add-site", str(self.folder), name, str(scratch / f"{name}.pub"))
-        held = federation.load(self.folder)
+        held = settings.load(self.folder)
         for name in SITES:
             self._do("client.cli", scratch / name, "roster", "approve", str(held.site_file), "--yes")
             self._do("client.cli", scratch / name, "approve")
@@ -234,7 +235,7 @@ class Rival:
         self.folder, self.app, logs = scratch / "rival", scratch / "echo", scratch / "logs"
         logs.mkdir(exist_ok=True)
         address = Address("127.0.0.1", free_port())
-        held = federation.create(self.folder, "rival", Address("localhost", address.port), address, address)
+        held = settings.create(self.folder, "rival", Address("localhost", address.port), address, address)
         self.environment = as_it_comes(ours_first(held.environment()))
         Process(running, superlink(held), self.environment, logs / "superlink.log").wait_for("Uvicorn running on")
         for name in SITES:
@@ -280,7 +281,7 @@ def superlink(held: Federation) -> list[str]:
 
 def recipe(rounds: int) -> Recipe:
     """Rounds that are as good as empty: one step of a linear head on features that each site has."""
-    return recipes.validate(
+    return check.validate(
         {
             "name": "empty rounds",
             "image_px": PX,

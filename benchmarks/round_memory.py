@@ -25,15 +25,15 @@ from typing import Any
 
 from round_latency import PX, SITES, Ours
 
-from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
-from chexfound.machine import benchmark_line
-from chexfound.schema import Recipe
+from chexfound.host.machine import benchmark_line
+from chexfound.recipe import check
+from chexfound.recipe.schema import Recipe
 
 KINDS = {  # of processes, by their command lines
-    "site: worker": "client.worker",
-    "site: SuperNode": "client.node",
-    "coordinator: ServerApp": "server.task",
+    "site: worker": "client.node.worker",
+    "site: SuperNode": "client.node.flower_node",
+    "coordinator: ServerApp": "server.services.task",
     "coordinator: SuperLink": "server.cli superlink",
     "coordinator: guard": "server.cli guard",
 }
@@ -80,7 +80,7 @@ def measure(small: str, large: str) -> Iterator[dict[str, Any]]:
 
 def recipe(kind: str, arch: str) -> Recipe:
     """Two rounds of a model with small heads; images so small that no activation counts."""
-    return recipes.validate(
+    return check.validate(
         {
             "name": "memory",
             "image_px": PX,

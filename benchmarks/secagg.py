@@ -55,28 +55,29 @@ from flwr.common.secure_aggregation.ndarrays_arithmetic import (
 from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
-from chexfound import recipe as recipes
+from chexfound.contract.request import Reply, Request
+from chexfound.data.intake.ingest import ingest
 from chexfound.data.phantom import generate
-from chexfound.data.sources import ingest
-from chexfound.data.store import Store
+from chexfound.data.store.reader import Store
 from chexfound.errors import ChexfoundError, ConfigError, SiteError
-from chexfound.machine import benchmark_line
-from chexfound.phases import Reply, Request
-from chexfound.recipe import changed
-from chexfound.schema import Recipe
+from chexfound.host.machine import benchmark_line
+from chexfound.recipe import load as recipes
+from chexfound.recipe.curriculum import changed
+from chexfound.recipe.schema import Recipe
 from chexfound.secagg import shamir
 from chexfound.secagg.fixed import Layout, Section
 from chexfound.secagg.mask import Mask, add_masks, masked
 from chexfound.secagg.messages import STAGES
-from server.exchange import Missing
-from server.grid import GridExchange
-from server.run import Run
-from server.secure_run import SecureRun
-from sim.arms import Plan, node_config
-from sim.engine import RUN_ID, InProcessGrid
-from sim.keys import give_keys
+from server.exchange.grid import GridExchange
+from server.exchange.protocol import Missing
+from server.rounds.loop import Run
+from server.rounds.masked import SecureRun
+from sim.arms.federated import node_config
+from sim.arms.plan import ArmPlan
+from sim.engine.in_process import RUN_ID, InProcessGrid
+from sim.engine.keys import give_keys
+from sim.engine.pool import Pool
 from sim.partition import partition
-from sim.pool import Pool
 
 PEERS = 4
 # Matrices and vectors of a block of ViT-L (attention in and out, MLP in and out).
@@ -350,7 +351,7 @@ class Side:
         self.recipe, self.folder = recipe, scratch / recipe.aggregation
         self.payload_bytes = 0  # of one site's reply
         dealt = partition(Store.open(scratch / "store"), "source", recipe.seed).sites
-        plan = Plan(recipe=recipe, store=scratch / "store", sites=dealt, folder=self.folder)
+        plan = ArmPlan(recipe=recipe, store=scratch / "store", sites=dealt, folder=self.folder)
         plan.write_shards()
         homes = {site: plan.site_home("federated", site) for site in plan.sites}
         sites = give_keys(homes, self.folder / "authority") if recipe.aggregation == "secagg" else None

@@ -30,12 +30,12 @@ from typing import Any
 
 import scipy.stats
 
-from chexfound import recipe as recipes
+from chexfound.data.intake.ingest import ingest
 from chexfound.data.phantom import generate
-from chexfound.data.sources import ingest
 from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.machine import benchmark_line
+from chexfound.host.machine import benchmark_line
 from chexfound.model import checkpoint
+from chexfound.recipe import load as recipes
 
 KINDS = {
     "rival": ("aggregation=fedavg", "threads=1"),

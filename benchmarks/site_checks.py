@@ -23,17 +23,18 @@ from typing import Any
 
 from torch import Tensor
 
-from chexfound import phases
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.split import View
-from chexfound.data.store import Store
+from chexfound.contract.request import Reply, Request
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import View
 from chexfound.errors import ChexfoundError
-from chexfound.machine import RUN_PACKAGES, benchmark_line
-from chexfound.phases import Reply, Request, Site
+from chexfound.host.machine import RUN_PACKAGES, benchmark_line
+from chexfound.phases import dispatch
+from chexfound.phases.site_state import Site
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import Recipe
-from client import weights
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from client.answer import provenance
 
 
 def main() -> int:
@@ -101,9 +102,9 @@ def _round(
         phase="pretrain", round=number, step=number * steps, steps=steps, batch_size=batch, tensors=dict(tensors)
     )
     began = _clocks()
-    held = weights.admit(site, recipe, request, run=1)
+    held = provenance.admit(site, recipe, request, run=1)
     between = _clocks()
-    reply = phases.run(site, recipe, held.request)
+    reply = dispatch.run(site, recipe, held.request)
     again = _clocks()
     held.keep(reply)
     taken, wall = (b - a + d - c for a, b, c, d in zip(began, between, again, _clocks(), strict=True))

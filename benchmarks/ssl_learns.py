@@ -28,8 +28,10 @@ from backbone_probe import PENALTIES, pooled
 from federated_ssl import add_options
 
 from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.evaluate.metrics import Scores, across_seeds, auroc
-from chexfound.machine import RUN_PACKAGES, benchmark_line
+from chexfound.evaluate.areas import auroc
+from chexfound.evaluate.rows import across_seeds
+from chexfound.evaluate.scores import Scores
+from chexfound.host.machine import RUN_PACKAGES, benchmark_line
 
 SAMPLES, CONFIDENCE = 2000, 0.95
 STEPS = {"train.rounds": 120}  # of 5: twice the preset's, whose loss is still falling; within 30 CPU-minutes
@@ -52,9 +54,9 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each source and kind of pooling: the means over the seeds, and whether the claim holds."""
-    from chexfound import recipe as recipes
-    from chexfound.data.sources import ingest
-    from chexfound.data.store import Store
+    from chexfound.data.intake.ingest import ingest
+    from chexfound.data.store.reader import Store
+    from chexfound.recipe import load as recipes
 
     overrides = STEPS | recipes.parse_overrides(options.set)
     seeds = [int(text) for text in options.seeds.split(",")]
@@ -103,7 +105,7 @@ def _judged(recipe: Any, store: Any, finding: str) -> dict[tuple[str, str], Judg
     """By (pooling, arm), each source's test patients with their scores."""
     import torch
 
-    from chexfound.data.split import Membership, View
+    from chexfound.data.store.split import Membership, View
     from chexfound.model import checkpoint
     from chexfound.pretrain.train import initial_weights
     from sim.partition import partition
@@ -143,7 +145,7 @@ def _judged(recipe: Any, store: Any, finding: str) -> dict[tuple[str, str], Judg
 
 def _pretrained(recipe: Any, store: Any) -> dict[str, Any]:
     """The teacher's backbone after all steps on the pooled training images, in one go."""
-    from chexfound.data.split import Membership, View
+    from chexfound.data.store.split import Membership, View
     from chexfound.model import checkpoint
     from chexfound.pretrain.train import Pretrainer
 

@@ -28,7 +28,11 @@ from chexfound.train.ssl_meta_arch import SSLMetaArch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from ssl_engine import Engine, autocast  # noqa: E402
 
-from chexfound.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast  # noqa: E402
+from chexfound.data import (
+    DataAugmentationDINO,
+    MaskingGenerator,
+    collate_data_and_cast,  # noqa: E402
+)
 
 if not torch.cuda.is_available():  # whatever a checkout left of them
     torch.Tensor.cuda = lambda self, *args, **options: self

@@ -40,17 +40,17 @@ import torch
 from ssl_engine import clocks
 from torch import Tensor
 
-from chexfound import recipe as recipes
-from chexfound.data.store import Store
+from chexfound.data.store.reader import Store
 from chexfound.errors import ChexfoundError, ConfigError, DataError
-from chexfound.machine import benchmark_line, slowdown
+from chexfound.host.machine import benchmark_line, slowdown
 from chexfound.model import checkpoint
-from chexfound.model.weights.published import backbone_names
+from chexfound.model.weights.published.tensor_names import backbone_names
 from chexfound.pretrain import schedules
 from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import Batch
 from chexfound.pretrain.train import Pretrainer
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe import check
+from chexfound.recipe.schema import ARCHS, Recipe
 
 PX = 256  # of the stored images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -200,7 +200,7 @@ def our_recipe(
     values["input"] = {"normalization": "mean_std", "mean": list(MEAN), "std": list(STD)}
     values["compute_precision"] = {"param_dtype": precision}
     values |= {"name": "ssl_step", "image_px": PX}
-    return recipes.validate(values, "ssl_step")
+    return check.validate(values, "ssl_step")
 
 
 def our_weights(published: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -498,7 +498,7 @@ def _ratio(ours: list[tuple[float, ...]], rival: list[tuple[float, ...]]) -> dic
 
 def open_images(data: Path | None, scratch: Path) -> Images:
     """Up to 64 radiographs, from a store or folder, or drawn (phantoms)."""
-    from chexfound.data.sources import ingest
+    from chexfound.data.intake.ingest import ingest
 
     if data is None or not (data / "index.sqlite").is_file():
         if data is None:

@@ -24,11 +24,11 @@ from plain_ssl import Plain
 from ssl_step import MEAN, STD, Line, configuration, our_recipe, step_flops, tell
 from torch import Tensor
 
-from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
 from chexfound.pretrain import schedules
 from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.train import Pretrainer
+from chexfound.recipe import curriculum
 
 PEAK_TFLOPS = {  # dense bfloat16, from the makers' data sheets
     "H100 PCIe": 756,
@@ -81,7 +81,7 @@ def on_gpu(options: argparse.Namespace, stage: tuple[int, int], images: int, com
     config = configuration(options)
     config["student"]["drop_path_rate"] = options.drop_path
     recipe = our_recipe(config, images, "bf16", options.drop_path, compiled=compiled)
-    recipe = recipes.changed(recipe, train=recipes.changed(recipe.train, num_workers=8))
+    recipe = curriculum.changed(recipe, train=curriculum.changed(recipe.train, num_workers=8))
     pixels = np.random.default_rng(0).integers(0, 256, (images, 512, 512), dtype=np.uint8)
     trainer = Pretrainer(recipe, lambda places: pixels[places], images, 0, device="cuda")
     trainer.model.train()

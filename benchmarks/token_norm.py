@@ -25,7 +25,7 @@ import scipy.stats
 from federated_ssl import VARIANTS, add_options, pretrained
 
 from chexfound.errors import ChexfoundError, ConfigError
-from chexfound.machine import RUN_PACKAGES, benchmark_line
+from chexfound.host.machine import RUN_PACKAGES, benchmark_line
 
 KINDS = ("none", "image", "learned")
 SAMPLES, CONFIDENCE = 2000, 0.95
@@ -49,9 +49,9 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each kind but `none`, and each site that has both classes among its test patients."""
-    from chexfound.data.sources import ingest
-    from chexfound.data.store import Store
-    from chexfound.recipe import load, parse_overrides
+    from chexfound.data.intake.ingest import ingest
+    from chexfound.data.store.reader import Store
+    from chexfound.recipe.load import load, parse_overrides
 
     seeds = [int(text) for text in options.seeds.split(",")]
     overrides = parse_overrides(options.set)
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _backbone(recipe: Any, store: Path, folder: Path) -> Path:
     """A seed's, pretrained by the federation unless it is there."""
-    from chexfound.recipe import changed
+    from chexfound.recipe.curriculum import changed
 
     if not (file := folder / "backbone.safetensors").exists():
         pretrained(VARIANTS["average"], changed(recipe, phases=("pretrain",)), store, folder)
@@ -82,14 +82,15 @@ def _scores(recipe: Any, kind: str, backbone: Path, store_path: Path, folder: Pa
     """Scores of each site's test patients by the head of a kind, trained unless it is there."""
     from flwr.app import Context, RecordDict
 
-    from chexfound import recipe as recipes
-    from chexfound.data.store import Store
-    from chexfound.recipe import changed
+    from chexfound.data.store.reader import Store
+    from chexfound.recipe import load as recipes
+    from chexfound.recipe.curriculum import changed
     from server.app import app
-    from sim import arms
-    from sim.engine import RUN_ID, InProcessGrid
+    from sim.arms import federated
+    from sim.arms import plan as arms
+    from sim.engine.in_process import RUN_ID, InProcessGrid
+    from sim.engine.pool import Pool
     from sim.partition import partition
-    from sim.pool import Pool
 
     sites = partition(Store.open(store_path), "source", recipe.seed).sites
     recipe = changed(
@@ -98,7 +99,7 @@ def _scores(recipe: Any, kind: str, backbone: Path, store_path: Path, folder: Pa
         adapt=changed(recipe.adapt, token_norm=kind),
         federation=changed(recipe.federation, min_sites=len(sites)),
     )
-    plan = arms.Plan(recipe=recipe, store=store_path.resolve(), sites=sites, folder=folder.resolve())
+    plan = arms.ArmPlan(recipe=recipe, store=store_path.resolve(), sites=sites, folder=folder.resolve())
     plan.write_shards()
     if not arms.finished(plan, "federated"):
         run_config: dict[str, bool | float | int | str] = {
@@ -106,7 +107,7 @@ def _scores(recipe: Any, kind: str, backbone: Path, store_path: Path, folder: Pa
             "run-dir": str(plan.arm_folder("federated")),
             "backbone": str(backbone.resolve()),
         }
-        nodes = [arms.node_config(plan, "federated", site) for site in sites]
+        nodes = [federated.node_config(plan, "federated", site) for site in sites]
         context = Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
         with Pool(1) as pool:
             app(InProcessGrid(pool, nodes, run_config), context)
@@ -115,7 +116,8 @@ def _scores(recipe: Any, kind: str, backbone: Path, store_path: Path, folder: Pa
 
 
 def _rows(scores: dict[str, dict[int, Any]], finding: str) -> Iterator[dict[str, Any]]:
-    from chexfound.evaluate.metrics import across_seeds, auroc
+    from chexfound.evaluate.areas import auroc
+    from chexfound.evaluate.rows import across_seeds
 
     def area(one: Any, column: int) -> float:
         known = one.labels[:, column] >= 0

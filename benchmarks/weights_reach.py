@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 
-from chexfound import recipe as recipes
 from chexfound.pretrain import schedules
 from chexfound.pretrain.bounds import UpdateBound, corrections
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import ARCHS, Recipe
 
 HEADER = ("| preset | steps | reach of the run | of its middle round |", "|---|---|---|---|")
 LOOKED_AT = 5000  # steps of a run: its schedules are smooth

@@ -45,7 +45,7 @@ def _enter(module: str) -> int:
 
 def chexfound() -> int:
     """`chexfound`."""
-    return _enter("chexfound.cli")
+    return _enter("chexfound.commands.main")
 
 
 def sim() -> int:

@@ -12,21 +12,27 @@ from dataclasses import replace
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chexfound import limits, logs, parts, phases, recipe, wire
+from chexfound.contract import detached, limits
+from chexfound.contract.detached import ByteView
+from chexfound.contract.request import Reply, Request
 from chexfound.errors import CodeError, ConfigError, ProtocolError
-from chexfound.parts import Laid
-from chexfound.phases import Reply, Request
+from chexfound.host import logs
+from chexfound.phases import dispatch
 from chexfound.pretrain.beginning import FILE
-from chexfound.schema import Recipe
+from chexfound.recipe import load
+from chexfound.recipe.schema import Recipe
 from chexfound.secagg.messages import STAGES
-from client import egress, lineage, membership, refusals, secure, site, weights
-from client.asked import forms
-from client.egress import Gate
-from client.grants import Grant
-from client.parts import Parts
+from chexfound.wire import arrays, envelopes, signatures
+from client.answer import egress, hospital, provenance, refusals
+from client.answer.asked import forms
+from client.answer.delivery import Parts
+from client.answer.egress import Gate
+from client.answer.grants import Grant
+from client.home import membership
+from client.masked import lineage, stages
 
 log = logging.getLogger("chexfound.client")
-PHASES = {message_type: phase for phase, message_type in wire.MESSAGE_TYPES.items()}
+PHASES = {message_type: phase for phase, message_type in envelopes.MESSAGE_TYPES.items()}
 
 app = ClientApp()
 
@@ -44,10 +50,10 @@ def handle(message: Message, context: Context, *, spend: bool = False) -> Messag
     sign = keep = gate = None
     try:
         if "home" not in context.node_config:  # a simulated site has one, and the simulation its own display
-            logs.show(site.folder_of(context.node_config) / logs.REASONS)
-            site.on_progress = site.on_progress or logs.Steps(log)
+            logs.show(hospital.folder_of(context.node_config) / logs.REASONS)
+            hospital.on_progress = hospital.on_progress or logs.Steps(log)
         request = _admitted(message, context, phase)
-        run_recipe, grant = recipe.from_run_config(context.run_config), Grant.of(context.node_config)
+        run_recipe, grant = load.from_run_config(context.run_config), Grant.of(context.node_config)
         gate = _gate(run_recipe, request, context, grant)
         sign = _signer(message, context, request)
         run_id = message.metadata.run_id
@@ -76,53 +82,53 @@ def _note(context: Context, run_id: int, phase: str, error: BaseException) -> No
     code = refusals.code_of(error)
     if code is not None and "home" not in context.node_config:
         with contextlib.suppress(ConfigError):  # a name that no site can have
-            refusals.note(site.folder_of(context.node_config), run_id, phase, code)
+            refusals.note(hospital.folder_of(context.node_config), run_id, phase, code)
 
 
 def _admitted(message: Message, context: Context, phase: str) -> Request:
     """The request, once its code, release and sites are what this site approved; before any data is touched."""
     if refusal := context.run_config.get("refused"):
         raise CodeError(str(refusal))
-    sites = wire.unpack_terms(message.content)
-    home = site.member_home(context.node_config)
+    sites = envelopes.unpack_terms(message.content)
+    home = hospital.member_home(context.node_config)
     if home is not None:
         membership.check_terms(sites, membership.present(home))
-    request = wire.unpack_request(message.content)
+    request = envelopes.unpack_request(message.content)
     if request.stage in STAGES:
         membership.check_equal(sites, None if home is None else membership.present(home))
     if (request.stage or request.phase) != phase:
         raise ProtocolError(f"a {message.metadata.message_type!r} message asks for phase {request.phase!r}")
-    if request.phase not in phases.PHASES:
+    if request.phase not in dispatch.PHASES:
         raise ProtocolError(f"a stage of {request.phase!r}, which is no phase")
     return request
 
 
 def _begun(context: Context, run_recipe: Recipe, request: Request, run_id: int, grant: Grant | None) -> Request:
     """The request with its arrays, once the site takes part in the run."""
-    if not request.stage or (request.stage in parts.STAGES and run_recipe.aggregation != "secagg"):
-        secure.check_plain(run_recipe, request, run_id, site.member_home(context.node_config))
+    if not request.stage or (request.stage in detached.STAGES and run_recipe.aggregation != "secagg"):
+        stages.check_plain(run_recipe, request, run_id, hospital.member_home(context.node_config))
     if grant is not None:
         grant.begin(run_recipe, request, run_id)
     if request.apart is None:
         return request
-    return wire.with_arrays(request, _parts(context, run_id).received(request.apart))
+    return arrays.with_arrays(request, _parts(context, run_id).received(request.apart))
 
 
 def _parts(context: Context, run_id: int) -> Parts:
-    return Parts(site.folder_of(context.node_config), run_id)
+    return Parts(hospital.folder_of(context.node_config), run_id)
 
 
-def _kept(parts: Parts, part_bytes: int, laid: Laid) -> str | None:
+def _kept(parts: Parts, part_bytes: int, laid: ByteView) -> str | None:
     """Where the coordinator takes arrays in parts: keep those of a reply that are more than one."""
     return parts.keep(laid) if laid.size > part_bytes else None
 
 
 def _signer(message: Message, context: Context, request: Request) -> Callable[[RecordDict], None] | None:
-    if (home := site.member_home(context.node_config)) is None:
+    if (home := hospital.member_home(context.node_config)) is None:
         return None
     asked = message.metadata
     return functools.partial(
-        wire.sign_reply,
+        signatures.sign_reply,
         key=membership.identity_key(home),
         run_id=asked.run_id,
         round_number=request.round,
@@ -132,7 +138,7 @@ def _signer(message: Message, context: Context, request: Request) -> Callable[[R
 
 def _gate(run_recipe: Recipe, request: Request, context: Context, grant: Grant | None) -> Gate:
     """What the reply has to pass."""
-    home = site.member_home(context.node_config)
+    home = hospital.member_home(context.node_config)
     return Gate(
         recipe=run_recipe,
         request=replace(request, tensors={}, chunk=None),
@@ -145,27 +151,27 @@ def _gate(run_recipe: Recipe, request: Request, context: Context, grant: Grant |
 
 def _answer(context: Context, request: Request, run_id: int, grant: Grant | None, gate: Gate) -> Reply:
     started, run_recipe = time.monotonic(), gate.recipe
-    home = site.member_home(context.node_config)
-    if request.stage in parts.STAGES:
+    home = hospital.member_home(context.node_config)
+    if request.stage in detached.STAGES:
         if home is not None:
-            secure.sweep(home)
+            stages.sweep(home)
         return _parts(context, run_id).answer(request)
-    here = site.site_of(context.node_config, run_recipe.image_px, enrolling=request.phase == "enrol")
+    here = hospital.site_of(context.node_config, run_recipe.image_px, enrolling=request.phase == "enrol")
     gate.words = here.words
     if grant is not None:
         here.limits, here.least = grant.limits.as_dict(), (grant.policy.min_patients, grant.policy.min_images)
     try:
         if request.stage:
             assert home is not None  # or the request was refused
-            return secure.answer(here, run_recipe, request, run_id, home)
+            return stages.answer(here, run_recipe, request, run_id, home)
         if run_recipe.aggregation == "secagg" and request.phase == "features":
             assert home is not None  # likewise
-            return secure.features(here, run_recipe, request, run_id, home)
-        held = weights.admit(here, run_recipe, request, run_id)
+            return stages.features(here, run_recipe, request, run_id, home)
+        held = provenance.admit(here, run_recipe, request, run_id)
         request = held.request
         if here.lineage and request.phase == "adapt":
             lineage.check_features(here, run_recipe, request)
-        reply = phases.run(here, run_recipe, request)
+        reply = dispatch.run(here, run_recipe, request)
         held.keep(reply)
         if here.lineage and request.phase == "features":
             lineage.record_features(here, run_recipe, request)
@@ -180,6 +186,6 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
     return reply
 
 
-for _kind in wire.MESSAGE_TYPES.values():
+for _kind in envelopes.MESSAGE_TYPES.values():
     _category, _, _action = _kind.partition(".")
     getattr(app, _category)(*([_action] if _action else []))(handle)

@@ -23,9 +23,9 @@ from chexfound import __version__
 from chexfound.errors import ChexfoundError, ConfigError
 
 if TYPE_CHECKING:
-    from chexfound.data.naming import Naming
-    from chexfound.roster import Address
-    from client.supernode import Credentials
+    from chexfound.data.store.naming import Naming
+    from chexfound.identity.roster import Address
+    from client.node.supernode import Credentials
 
 EPILOG = """\
 once, before:
@@ -122,13 +122,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from client.home import UMASK
+    from client.home.paths import UMASK
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.umask(UMASK)  # the node's and the worker's too
     try:
         if words and words[0] in ("enrol", "join", "roster", "approve", "check", "status", "secagg", "unit"):
-            from client import commands
+            from client.operator import commands
 
             code = commands.main(words)
             sys.stdout.flush()
@@ -146,9 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    from client import approval, link, node, secret, supernode
-    from client.home import close, named, site_home, site_name
-    from client.policy import Policy
+    from client.home import approval, link, secret
+    from client.home.paths import close, named, site_home, site_name
+    from client.home.policy import Policy
+    from client.node import flower_node, supernode
 
     name = site_name(given.name)
     home = site_home(name)
@@ -173,7 +174,7 @@ def _serve(given: argparse.Namespace) -> int:
         commands = supernode.commands(home, str(address), config, credentials, given.keep_warm)
         environment = supernode.environment(home / "flower")
         asked = supernode.keep_running(commands, environment, lambda text: _say(name, text), given.drain)
-        node.Status.stopped(home)
+        flower_node.Status.stopped(home)
     _say(name, "stopped")
     return 130 if asked == signal.SIGINT else 0
 
@@ -183,10 +184,10 @@ def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Addre
 
     Raises: ConfigError if the site was not enrolled and approved, and --insecure was not given.
     """
-    from chexfound.roster import Address
-    from client import membership
-    from client.home import named
-    from client.supernode import Credentials
+    from chexfound.identity.roster import Address
+    from client.home import membership
+    from client.home.paths import named
+    from client.node.supernode import Credentials
 
     if given.insecure:
         if not given.superlink:
@@ -226,7 +227,7 @@ def _gpus(asked: str | None) -> str:
     """
     if not asked and not os.environ.get("CHEXFOUND_GPUS"):
         return ""
-    from chexfound import machine
+    from chexfound.host import machine
 
     return str(machine.gpus(asked))
 
@@ -241,7 +242,7 @@ def _alone(home: Path, name: str) -> Iterator[None]:
 
     Raises: ConfigError.
     """
-    from chexfound.journal import storage
+    from chexfound.durable.files import storage
 
     with storage(home):
         home.mkdir(parents=True, exist_ok=True)
@@ -258,9 +259,9 @@ def _alone(home: Path, name: str) -> Iterator[None]:
 
 def _take_in(name: str, data: Path, home: Path, image_px: int, naming: Naming) -> None:
     """Bring the site's store up to date, and say what was refused and what is in it now."""
-    from chexfound.data.sources import ingest
-    from chexfound.data.store import Store, is_store
-    from client.home import named, store_path
+    from chexfound.data.intake.ingest import ingest
+    from chexfound.data.store.reader import Store, is_store
+    from client.home.paths import named, store_path
 
     if is_store(data):
         path = data

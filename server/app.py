@@ -11,19 +11,22 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from chexfound import logs, roster
-from chexfound import recipe as recipes
 from chexfound.errors import ChexfoundError
-from chexfound.processes import map_large
-from chexfound.roster import Roster
-from chexfound.wire import inflate_once
-from server import health, policies, submission, weight
-from server.flwr_private import LocalGrid, keep_asking, retry_soon
-from server.grid import GridExchange
-from server.live import Live
-from server.result import write_metrics
-from server.run import Event, Run
-from server.secure_run import SecureRun
+from chexfound.host import logs
+from chexfound.host.processes import map_large
+from chexfound.identity import roster
+from chexfound.identity.roster import Roster
+from chexfound.recipe import load as recipes
+from chexfound.wire.inflate import inflate_once
+from server.exchange.flwr_private import LocalGrid, keep_asking, retry_soon
+from server.exchange.grid import GridExchange
+from server.federation import policies
+from server.rounds import health, weight
+from server.rounds.loop import Event, Run
+from server.rounds.masked import SecureRun
+from server.rounds.result import write_metrics
+from server.runs import submission
+from server.runs.live import Live
 
 log = logging.getLogger("chexfound.server")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chexfound import __version__
 from chexfound.errors import ChexfoundError
-from chexfound.names import shown
+from chexfound.parsing.names import shown
 
 EPILOG = """\
 from nothing to a model:
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _federation_commands(command: Callable[..., Callable[..., argparse.Action]]) -> None:
-    here = "server.commands"
+    here = "server.commands.federation"
     add = command(here, "init", "make a federation: its authority, certificate, secret and settings")
     add("--name", metavar="NAME", required=True, help="of the federation, as the sites see it")
     add("--public", metavar="HOST:PORT", required=True, help="what sites connect to; the certificate is for this host")
@@ -121,7 +121,7 @@ def _federation_commands(command: Callable[..., Callable[..., argparse.Action]])
 
 
 def _run_commands(command: Callable[..., Callable[..., argparse.Action]]) -> None:
-    here, which = "server.run_commands", "a run's name (default: the latest)"
+    here, which = "server.commands.runs", "a run's name (default: the latest)"
     add = command(here, "run", "start a run over the sites, and show how it goes", RUN)
     add("recipe", metavar="RECIPE", help="a preset or a YAML file")
     add(
@@ -159,7 +159,7 @@ def _plan_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         description=PLAN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.set_defaults(module="server.secagg_plan")
+    made.set_defaults(module="server.planning.masks")
     add = made.add_argument
     add("--sites", metavar="N", type=int, nargs="+", help="numbers of sites (default: 3 4 5 8 16 32 64 128)")
     add(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chexfound.errors import ChexfoundError, ConfigError, SiteError, StorageError
 
 if TYPE_CHECKING:
-    from sim.simulate import Options
+    from sim.options import Options
 
 ARMS = "federated,centralized,local,random,shuffled,site-view,histogram"
 
@@ -128,7 +128,8 @@ def _simulate(given: argparse.Namespace) -> Path:
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least one")
     from sim.display import Display
-    from sim.simulate import Options, Simulation, start
+    from sim.options import Options, start
+    from sim.simulate import Simulation
 
     if given.resume:
         clashing = [f"--{name}" for name in ("data", "by", "recipe", "set", "seeds", "arms") if getattr(given, name)]
@@ -156,7 +157,7 @@ def _gpus(asked: str | None) -> int:
     """
     if not asked and not os.environ.get("CHEXFOUND_GPUS"):
         return 1
-    from chexfound import machine
+    from chexfound.host import machine
 
     number = machine.gpus(asked)
     os.environ["CHEXFOUND_GPUS"] = str(number)
@@ -181,9 +182,9 @@ def path_told(option: str, path: str) -> Iterator[None]:
 
 
 def _options(given: argparse.Namespace) -> Options:
-    from chexfound import recipe as recipes
-    from sim.partition import Rule
-    from sim.simulate import Options, unknown_arms
+    from chexfound.recipe import load as recipes
+    from sim.options import Options, unknown_arms
+    from sim.partition import PartitionRule
 
     if not given.data:
         raise ConfigError("--data is missing: name a folder of images, for example one made by `chexfound phantom`")
@@ -192,7 +193,7 @@ def _options(given: argparse.Namespace) -> Options:
         there = data.is_dir()
     if not there:
         raise ConfigError(f"--data {given.data!r}: no such folder")
-    Rule.parse(given.by or "source")
+    PartitionRule.parse(given.by or "source")
     recipe = recipes.load(given.recipe or "laptop", recipes.parse_overrides(given.set))
     try:
         seeds = tuple(int(part) for part in given.seeds.split(",")) if given.seeds else (recipe.seed,)

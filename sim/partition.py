@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chexfound.data.store import Store
+from chexfound.data.store.reader import Store
 from chexfound.errors import ConfigError
 from chexfound.rng import numpy_generator
 
@@ -23,7 +23,7 @@ _EXAMPLES = {"source": "source", "site": "site", "iid": "iid:4", "dirichlet": "d
 Groups = dict[str, list[str]]
 
 
-class Rule(NamedTuple):
+class PartitionRule(NamedTuple):
     """How patients are dealt: by a form of `--by`, and its numbers."""
 
     form: str
@@ -31,18 +31,18 @@ class Rule(NamedTuple):
     alpha: float = 0.0
 
     @staticmethod
-    def parse(by: str) -> Rule:
+    def parse(by: str) -> PartitionRule:
         """Read `source`, `site`, `iid:N` or `dirichlet:N:ALPHA`.
 
         Raises: ConfigError.
         """
         form, *numbers = by.split(":")
         if form in ("source", "site") and not numbers:
-            return Rule(form)
+            return PartitionRule(form)
         if form == "iid" and len(numbers) == 1:
-            return Rule(form, _shards(by, numbers[0]))
+            return PartitionRule(form, _shards(by, numbers[0]))
         if form == "dirichlet" and len(numbers) == 2:
-            return Rule(form, _shards(by, numbers[0]), _alpha(by, numbers[1]))
+            return PartitionRule(form, _shards(by, numbers[0]), _alpha(by, numbers[1]))
         raise ConfigError(_unknown(by, form))
 
 
@@ -69,7 +69,7 @@ def partition(store: Store, by: str, seed: int) -> Partition:
 
     Raises: ConfigError if `by` has another form, N < 1, or a shard would be empty.
     """
-    rule = Rule.parse(by)
+    rule = PartitionRule.parse(by)
     n, patients = rule.shards, sorted(set(store.keys))
     if n > len(patients):
         raise ConfigError(

@@ -2,116 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
 
-from chexfound import machine
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.split import Membership, View
-from chexfound.data.store import Store, is_store
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store, is_store
+from chexfound.data.store.split import Membership, View
+from chexfound.durable.files import canonical
+from chexfound.durable.journal import Journal
 from chexfound.errors import ConfigError, DataError
-from chexfound.journal import Journal, canonical, write_json
+from chexfound.host import machine
 from chexfound.pretrain.train import slow_arithmetic
-from chexfound.recipe import changed
-from chexfound.schema import Recipe
+from chexfound.recipe import check as recipes_check
+from chexfound.recipe.batch_sizes import BatchSizes
+from chexfound.recipe.curriculum import changed
+from chexfound.recipe.schema import Recipe
 from chexfound.secagg.parameters import MINIMUM, Parameters, labelling
-from server.plan import Batches, choose_findings
-from sim import arms, leave
-from sim.arms import FEDERATED_ARMS, FITTED_ARMS, Plan
+from server.rounds.work import choose_findings
+from sim import outputs
+from sim.arms import alone as arms_alone
+from sim.arms import federated
+from sim.arms import plan as arms
+from sim.arms.plan import FEDERATED_ARMS, FITTED_ARMS, ArmPlan
 from sim.display import Display
-from sim.partition import OTHER, Rule, partition
-from sim.pool import Pool
+from sim.engine.pool import Pool
+from sim.options import ARMS, Options, abandon
+from sim.partition import OTHER, PartitionRule, partition
 from strategies import composition
-
-ARMS = ("federated", "centralized", "local", "random", "shuffled", "site-view", "histogram")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a simulation was asked for; kept in OUT/simulation.json, so that --resume needs no more."""
-
-    data: str
-    by: str
-    seeds: tuple[int, ...]
-    arms: tuple[str, ...]
-    recipe: dict[str, Any]
-
-    @staticmethod
-    def read(out: Path) -> Options:
-        """The options that a run was started with.
-
-        Raises: ConfigError if `out` holds no run; CheckpointError if they are not what `start` writes.
-        """
-        path = out / "simulation.json"
-        if not path.is_file():
-            raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
-        with arms.damage_told(path):
-            values = arms.load_json(path)
-            options = Options(
-                data=values["data"],
-                by=values["by"],
-                seeds=tuple(values["seeds"]),
-                arms=tuple(values["arms"]),
-                recipe=values["recipe"],
-            )
-            options.check()
-        return options
-
-    def check(self) -> None:
-        """Raise what tells that a value is none that the command would have written."""
-        if not all(isinstance(value, str) and value for value in (self.data, self.by, *self.arms)):
-            raise TypeError("data, by and arms are text")
-        if not isinstance(self.recipe, dict):
-            raise TypeError("the recipe is a mapping")
-        if not all(type(seed) is int and seed >= 0 for seed in self.seeds):
-            raise TypeError("seeds are whole numbers")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("one seed at least, each once")
-        if not self.arms or unknown_arms(self.arms):
-            raise ValueError("one arm at least, all of them known")
-
-
-def unknown_arms(arms: Sequence[str]) -> list[str]:
-    """Those of `arms` that are none; whether there is the SITE of local:SITE is seen when the images are in."""
-    return [arm for arm in arms if arm not in ARMS and not arm.startswith("local:")]
-
-
-def start(options: Options, out: Path) -> None:
-    """Claim the output folder for a new run.
-
-    Raises: ConfigError if it is in use or cannot be, StorageError.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        hint = "continue it with --resume, or choose" if (out / "simulation.json").exists() else "choose"
-        raise ConfigError(f"{out}: the output folder is in use; {hint} another with --out")
-    write_json(out / "simulation.json", asdict(options))
-
-
-def abandon(out: Path) -> None:
-    """Take away what a run left that could not even start, so that the corrected command may use the folder.
-
-    A folder in which any arm has begun is left as it is.
-    """
-    if any(out.glob("work/*/*/journal.jsonl")):
-        return
-    for part in ("simulation.json", "simulation.jsonl"):
-        (out / part).unlink(missing_ok=True)
-    for part in ("store", "work"):
-        shutil.rmtree(out / part, ignore_errors=True)
-    with contextlib.suppress(OSError):  # something else is in it
-        out.rmdir()
 
 
 class Simulation:
@@ -123,7 +48,7 @@ class Simulation:
     def __init__(self, options: Options, out: Path, workers: int, display: Display, *, resume: bool = False) -> None:
         self.options, self.out, self.workers, self.display = options, out, workers, display
         self.resume = resume
-        self.recipe = recipes.validate(options.recipe, str(out / "simulation.json"))
+        self.recipe = recipes_check.validate(options.recipe, str(out / "simulation.json"))
         self.notes: list[str] = []
 
     def run(self) -> Path:
@@ -144,11 +69,11 @@ class Simulation:
             self.display.say("comparing the arms, drawing the report")
             journal.append({"event": "finished", "seconds": round(time.monotonic() - started, 1)})
             seconds = self._seconds()
-        return leave.write(self.out, plans, arm_names, self.notes, self._not_trained(plans[0]), seconds)
+        return outputs.write(self.out, plans, arm_names, self.notes, self._not_trained(plans[0]), seconds)
 
     # -- before the arms
 
-    def _begin(self) -> tuple[list[Plan], list[str]]:
+    def _begin(self) -> tuple[list[ArmPlan], list[str]]:
         """Everything that can be found wrong is found here, before any training; then nothing is left behind."""
         try:
             self._check_early()
@@ -168,11 +93,11 @@ class Simulation:
         """What needs no image, before hours are spent on taking them in."""
         if slow := slow_arithmetic(self.recipe.compute_precision.param_dtype, torch.device(machine.device()).type):
             self.display.say(f"[yellow]slow[/yellow]: {escape(slow)}")
-        rule = Rule.parse(self.options.by)
+        rule = PartitionRule.parse(self.options.by)
         self._check_composition(rule.shards or None)
         if not rule.shards or is_store(Path(self.options.data)):
             return
-        Batches.of(self.recipe, rule.shards)
+        BatchSizes.of(self.recipe, rule.shards)
         names = [f"shard-{number}" for number in range(rule.shards)]
         for arm in self.options.arms:
             if arm.startswith("local:") and arm.removeprefix("local:") not in (*names, OTHER):
@@ -186,7 +111,7 @@ class Simulation:
     def _federates(self) -> bool:
         return any(arm in FEDERATED_ARMS for arm in self.options.arms)
 
-    def _check_unchanged(self, plans: Sequence[Plan], names: Sequence[str]) -> None:
+    def _check_unchanged(self, plans: Sequence[ArmPlan], names: Sequence[str]) -> None:
         """Note what all arms stand on, or check that it is what was noted when the run was prepared."""
         stands = {
             "images": Store.open(plans[0].store).digest(),
@@ -246,7 +171,7 @@ class Simulation:
         return path, dealt.sites
 
     def _check_sites(self, store: Store, sites: dict[str, list[str]]) -> None:
-        Batches.of(self.recipe, len(sites))
+        BatchSizes.of(self.recipe, len(sites))
         self._check_composition(len(sites))
         known = set(store.findings)
         for finding in self.recipe.adapt.findings or () if "adapt" in self.recipe.phases else ():
@@ -273,14 +198,14 @@ class Simulation:
                 + ", ".join(f"{n} {w}" for w, n in counts.items())
             )
 
-    def _plan(self, store_path: Path, sites: dict[str, list[str]], seed: int) -> Plan:
+    def _plan(self, store_path: Path, sites: dict[str, list[str]], seed: int) -> ArmPlan:
         # The in-process grid has all its sites at once: no other number is worth waiting for.
         recipe = changed(self.recipe, seed=seed, federation=changed(self.recipe.federation, min_sites=len(sites)))
         if "adapt" in recipe.phases:
             first = changed(recipe, seed=self.options.seeds[0])  # the same findings in every replicate
             counts = self._summed(label_counts(store_path, sites, first))
             recipe = changed(recipe, adapt=changed(recipe.adapt, findings=choose_findings(first, counts)))
-        return Plan(
+        return ArmPlan(
             recipe=recipe,
             store=store_path.resolve(),
             sites=sites,
@@ -299,7 +224,7 @@ class Simulation:
             self.notes.append(note)
         return [{name: count for name, count in site.items() if name not in rare} for site in counts]
 
-    def _arm_names(self, plan: Plan) -> list[str]:
+    def _arm_names(self, plan: ArmPlan) -> list[str]:
         wanted = self.options.arms
         odd = [arm for arm in wanted if arm.startswith("local:") and arm.removeprefix("local:") not in plan.sites]
         if odd:
@@ -308,7 +233,7 @@ class Simulation:
         for arm in ARMS:
             if arm == "local":
                 local = [f"local:{site}" for site in plan.sites if "local" in wanted or f"local:{site}" in wanted]
-                names += [name for name in local if arms.trainable(plan, name.removeprefix("local:"))]
+                names += [name for name in local if arms_alone.trainable(plan, name.removeprefix("local:"))]
             elif arm in wanted:
                 names.append(arm)
         if "shuffled" in names and "federated" not in names:
@@ -320,18 +245,19 @@ class Simulation:
             names = [arm for arm in names if arm == "federated" or arm == "centralized" or arm.startswith("local:")]
         return names
 
-    def _not_trained(self, plan: Plan) -> list[dict[str, str]]:
+    def _not_trained(self, plan: ArmPlan) -> list[dict[str, str]]:
         return [
             {"arm": f"local:{site}", "reason": "no finding has both classes among its training images"}
             for site in plan.sites
-            if ("local" in self.options.arms or f"local:{site}" in self.options.arms) and not arms.trainable(plan, site)
+            if ("local" in self.options.arms or f"local:{site}" in self.options.arms)
+            and not arms_alone.trainable(plan, site)
         ]
 
     # -- the arms
 
-    def _run_arms(self, plans: Sequence[Plan], names: Sequence[str], pool: Pool) -> None:
+    def _run_arms(self, plans: Sequence[ArmPlan], names: Sequence[str], pool: Pool) -> None:
         """All arms of all seeds: first those in which all sites take part, then the lone sites side by side."""
-        alone: dict[str, tuple[Plan, str]] = {}
+        alone: dict[str, tuple[ArmPlan, str]] = {}
         self.left = sum(arm not in FITTED_ARMS and not arms.finished(plan, arm) for plan in plans for arm in names)
         for plan in plans:
             seed = plan.recipe.seed
@@ -341,15 +267,15 @@ class Simulation:
             for arm in todo:
                 if arm in FEDERATED_ARMS:
                     began, self.display.arm = time.monotonic(), arm
-                    arms.run_federated(plan, arm, pool)
+                    federated.run_federated(plan, arm, pool)
                     self._done(plan, arm, time.monotonic() - began)
                 else:
                     alone[f"{arm} (seed {seed})"] = (plan, arm)
         self.display.arm = ""
-        for label, seconds in pool.run([(label, ("sim.arms:run_alone", task)) for label, task in alone.items()]):
+        for label, seconds in pool.run([(label, ("sim.arms.alone:run_alone", task)) for label, task in alone.items()]):
             self._done(*alone[label], seconds)
 
-    def _done(self, plan: Plan, arm: str, seconds: float) -> None:
+    def _done(self, plan: ArmPlan, arm: str, seconds: float) -> None:
         self.journal.append({"event": "timed", "what": arm, "seed": plan.recipe.seed, "seconds": round(seconds, 1)})
         arms.discard(plan, arm)
         self.display.clear()
@@ -382,7 +308,7 @@ class Simulation:
         return seconds
 
 
-def _at_work(plans: Sequence[Plan], names: Sequence[str]) -> int:
+def _at_work(plans: Sequence[ArmPlan], names: Sequence[str]) -> int:
     """How many processes can have work at one time: one a site, then one a lone arm."""
     alone = [arm for arm in names if arm not in FEDERATED_ARMS and arm not in FITTED_ARMS]
     return max(len(plans[0].sites), len(plans) * len(alone))

@@ -10,7 +10,7 @@ from torch import Tensor
 from chexfound.errors import ProtocolError
 
 
-class Fold:
+class RunningMean:
     """The weighted mean of updates, without keeping any of them.
 
     Accumulates in float64.  A lone float32 update comes back bit for bit, the sign of a zero included.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from chexfound.errors import ConfigError, Problems
-from chexfound.schema import Recipe, SecAgg
+from chexfound.recipe.schema import Recipe, SecAgg
 from chexfound.secagg.fixed import levels
 from chexfound.secagg.parameters import MINIMUM, SITES_MAX, Parameters
 

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from chexfound import cells, wire
+from chexfound.contract import cells
+from chexfound.contract.request import Reply
 from chexfound.errors import ProtocolError
-from chexfound.phases import Reply
+from chexfound.parsing import values
 from strategies import robust
-from strategies.aggregate import Fold
+from strategies.aggregate import RunningMean
 from strategies.ceiling import Ceiling, cut
 
 
 def _count(value: object, what: str) -> int:
-    if not wire.count(value):
+    if not values.count(value):
         raise ProtocolError(f"{what} must be a count (got {str(value)[:40]!r})")
     return value  # type: ignore[return-value]
 
@@ -35,7 +36,7 @@ class FedAvg:
     ) -> None:
         self.phase, self.n_findings, self.previous = phase, n_findings, previous
         self.hold(Ceiling(labelled=(None,) * n_findings, capped={}), None)
-        self._fold = Fold(previous, rows)
+        self._fold = RunningMean(previous, rows)
 
     def hold(self, ceiling: Ceiling, bound: float | None) -> None:
         """Set what a site's weight may be, and the norm of its update (None: any); before any reply is folded in."""

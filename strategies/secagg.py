@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from chexfound.durable.files import storage
 from chexfound.errors import ProtocolError
-from chexfound.journal import storage
+from chexfound.phases.payload import map_new
 from chexfound.secagg import mask
 from chexfound.secagg.fixed import Layout, decode_section
-from chexfound.secagg.payload import map_new
 
 CHUNK = 2**20  # values that are added at a time
 

@@ -174,7 +174,7 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_store_path(tiny_images: Path) -> Path:
     """A store of all three."""
-    from chexfound.data.sources import ingest
+    from chexfound.data.intake.ingest import ingest
 
     path = tiny_images.parent / "store"
     ingest(tiny_images, path, TINY["image_px"])
@@ -192,17 +192,17 @@ def tiny_recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_recipe(tiny_recipe_file: Path) -> Any:
     """The small recipe."""
-    from chexfound import recipe
+    from chexfound.recipe import load
 
-    return recipe.load(tiny_recipe_file)
+    return load.load(tiny_recipe_file)
 
 
 @pytest.fixture
 def make_site(tiny_store_path: Path, tmp_path: Path) -> Callable[..., Any]:
     """`make_site("alpha")`: one of the hospitals with a disk of its own; `make_site("all", None)`: all images."""
-    from chexfound.data.split import View
-    from chexfound.data.store import Store
-    from chexfound.phases import Site
+    from chexfound.data.store.reader import Store
+    from chexfound.data.store.split import View
+    from chexfound.phases.site_state import Site
 
     def make(name: str, source: str | None = "", **options: Any) -> Site:
         store = Store.open(tiny_store_path)
@@ -226,7 +226,7 @@ def make_message() -> Callable[..., Any]:
     """`make_message(content, "train.pretrain")`: a message as the coordinator sends it."""
     from flwr.app import Message
 
-    from server.flwr_private import set_identity
+    from server.exchange.flwr_private import set_identity
 
     def make(content: Any, message_type: str = "query.enrol") -> Message:
         set_identity(1)
@@ -241,11 +241,11 @@ def make_exchange(tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactor
 
     `more`: of a node's configuration.
     """
-    from chexfound import recipe as recipes
-    from chexfound.data.store import Store
-    from server.grid import GridExchange
-    from sim.engine import InProcessGrid
-    from sim.pool import Pool
+    from chexfound.data.store.reader import Store
+    from chexfound.recipe import load as recipes
+    from server.exchange.grid import GridExchange
+    from sim.engine.in_process import InProcessGrid
+    from sim.engine.pool import Pool
 
     keys = sorted(set(Store.open(tiny_store_path).keys))
 

@@ -1,7 +1,7 @@
 """Where federated training equals centralized training, and where it does not.
 
 K sites hold disjoint shards of one batch.  Each takes one step of SGD from the same weights; FedAvg
-(`strategies.aggregate.Fold`) averages them with the numbers of images as weights.  A second model
+(`strategies.aggregate.RunningMean`) averages them with the numbers of images as weights.  A second model
 takes one step with the whole batch.
 
 1. Heads, whose loss is a mean over images: equal to 1e-6, for both heads and shards of unequal size.
@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chexfound import recipe as recipes
-from chexfound.adapt.train import build_head, masked_bce
-from chexfound.phases import Reply
+from chexfound.adapt.fit import build_head, masked_bce
+from chexfound.contract.request import Reply
 from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import Batch
 from chexfound.pretrain.train import Pretrainer
-from chexfound.schema import ARCHS, Recipe
-from strategies.aggregate import Fold
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import ARCHS, Recipe
+from strategies.aggregate import RunningMean
 from strategies.fedavg import FedAvg
 
 SHARDS = ([0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11])  # of 12 images: 4, 2 and 6
@@ -83,7 +83,7 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fedavg(updates: Sequence[Tensors], start: Tensors) -> Tensors:
-    fold = Fold(start)
+    fold = RunningMean(start)
     for update, shard in zip(updates, SHARDS, strict=True):
         fold.add(update, len(shard))
     return fold.result()

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from chexfound.adapt import features
-from chexfound.adapt.train import HeadTrainer, trainable_findings
-from chexfound.data.split import Membership, View
-from chexfound.data.store import Store
+from chexfound.adapt.fit import HeadTrainer, trainable_findings
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import Membership, View
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
 from chexfound.pretrain.train import Pretrainer
-from server.run import Run
+from server.rounds.loop import Run
 
 
 def centralized(

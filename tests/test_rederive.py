@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from chexfound import journal, phases
-from chexfound.data.split import Membership, View
-from chexfound.data.store import Store
+from chexfound.contract.request import Reply, Request
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import Membership, View
+from chexfound.durable import journal
 from chexfound.errors import ProtocolError, SiteError
 from chexfound.model import checkpoint
-from chexfound.phases import Reply, Request
+from chexfound.phases import dispatch
 from chexfound.pretrain.train import Pretrainer, initial_weights
-from chexfound.schema import Stage
-from client import site as client_site
-from server.run import Run
-from sim.arms import Plan
+from chexfound.recipe.schema import Stage
+from client.answer import hospital as client_site
+from server.rounds.loop import Run
+from sim.arms.plan import ArmPlan
 
 SITES = ["alpha", "beta", "gamma"]
 STAGE = Stage(rounds=1, global_crops_size=48, local_crops_size=16)
@@ -263,11 +264,11 @@ def test_a_site_that_lost_its_state_is_sent_the_teacher_by_resuming(
 def test_what_a_site_lacks_is_told_with_what_to_do(make_site: Any, recipe: Any) -> None:
     student = {name: tensor for name, tensor in initial_weights(recipe).items() if name.startswith("student.")}
     request = Request(phase="pretrain", round=1, step=2, steps=2, batch_size=4, tensors=student)
-    with pytest.raises(phases.StateError, match="needs the weights that the round before began with.*resume the run"):
-        phases.run(make_site("alpha"), recipe, request)
+    with pytest.raises(dispatch.StateError, match="needs the weights that the round before began with.*resume the run"):
+        dispatch.run(make_site("alpha"), recipe, request)
 
 
 def test_a_lone_site_keeps_the_teacher_that_it_has(recipe: Any, tmp_path: Path) -> None:
-    plan = Plan(recipe=recipe, store=tmp_path, sites={"alpha": [], "beta": []}, folder=tmp_path)
+    plan = ArmPlan(recipe=recipe, store=tmp_path, sites={"alpha": [], "beta": []}, folder=tmp_path)
     policies = {arm: plan.arm_recipe(arm).teacher.policy for arm in ("federated", "centralized", "local:alpha")}
     assert policies == {"federated": "rederive", "centralized": "average", "local:alpha": "average"}

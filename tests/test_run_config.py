@@ -14,8 +14,9 @@ from flwr.supercore.run import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound import recipe as recipes
 from chexfound.errors import ConfigError, VersionError
+from chexfound.recipe import check
+from chexfound.recipe import load as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
     st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=3, unique=True),
 )
 def test_any_recipe_comes_through(name: str, findings: list[str]) -> None:
-    recipe = recipes.validate({"name": name, "adapt": {"findings": findings}}, "here")
+    recipe = check.validate({"name": name, "adapt": {"findings": findings}}, "here")
     text = recipes.to_run_config(recipe)
     assert recipes.from_run_config(tomllib.loads(text)) == recipe
 
 
 @pytest.mark.parametrize("name", ["it's", "'''", "'", "\x7f", "a\\", 'say "x"', "two\nlines", "é"])
 def test_awkward_text_comes_through_flower(name: str, tmp_path: Path) -> None:
-    recipe = recipes.validate({"name": name}, "here")
+    recipe = check.validate({"name": name}, "here")
     path = tmp_path / "run.toml"
     path.write_text(recipes.to_run_config(recipe))
     assert recipes.from_run_config(parse_config_args([str(path)])) == recipe

@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import pytest
 
 from chexfound.errors import REFUSALS
+from chexfound.parsing.strict_yaml import load
 from chexfound.secagg.fixed import levels
 from chexfound.secagg.parameters import SITES_MAX, Parameters
-from chexfound.strict_yaml import load
-from client.policy import SecAgg
+from client.home.policy import SecAggPolicy
 from strategies import composition
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -73,8 +73,8 @@ def test_the_policy_that_is_shown_is_one(page: str) -> None:
     text = re.search(r"```yaml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     assert text is not None
     values = load(textwrap.dedent(text[1]))["secagg"]
-    shown = SecAgg(**values)
-    assert (shown.required, shown.minimum, shown.attempt_s) == (True, SecAgg().minimum, SecAgg().attempt_s)
+    shown = SecAggPolicy(**values)
+    assert (shown.required, shown.minimum, shown.attempt_s) == (True, SecAggPolicy().minimum, SecAggPolicy().attempt_s)
 
 
 @pytest.mark.parametrize("page", ["secure-aggregation.md", "decisions/0010-secure-aggregation.md"])

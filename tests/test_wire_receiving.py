@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chexfound import wire
-from chexfound.wire import inflate_once
+from chexfound.wire import inflate
+from chexfound.wire.inflate import inflate_once
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_an_array_is_put_together_in_one_copy() -> None:
     array.data = bytes(8_000_000)
     chunks = dict(array.children)
     content = array.deflate()
-    assert wire._inflate.__name__ in repr(Array.inflate)
+    assert inflate._inflate.__name__ in repr(Array.inflate)
     tracemalloc.start()
     try:
         found = Array.inflate(content, chunks)

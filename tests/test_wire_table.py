@@ -12,10 +12,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound import wire
+from chexfound.contract.request import Reply
 from chexfound.errors import CODES, ProtocolError
-from chexfound.phases import Reply
-from server.flwr_private import set_identity
+from chexfound.wire import arrays as wire_arrays
+from chexfound.wire import envelopes, error_replies
+from server.exchange.flwr_private import set_identity
 
 kinds_of = st.tuples(st.sampled_from([torch.float32, torch.float64]), st.lists(st.integers(0, 3), max_size=3))
 
@@ -26,11 +27,11 @@ def test_tensors_come_back(kinds: dict[str, tuple[torch.dtype, list[int]]]) -> N
         name: torch.arange(int(np.prod(shape)), dtype=dtype).reshape(shape) + place
         for place, (name, (dtype, shape)) in enumerate(kinds.items())
     }
-    for inline_bytes in (0, wire.INLINE_BYTES):
+    for inline_bytes in (0, wire_arrays.INLINE_BYTES):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(wire, "INLINE_BYTES", inline_bytes)
-            packed = wire.pack_reply(Reply(tensors=tensors))
-        same_tensors(wire.unpack_reply(packed).tensors, tensors)
+            patch.setattr(wire_arrays, "INLINE_BYTES", inline_bytes)
+            packed = envelopes.pack_reply(Reply(tensors=tensors))
+        same_tensors(envelopes.unpack_reply(packed).tensors, tensors)
 
 
 def same_tensors(back: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
@@ -71,18 +72,18 @@ FOUR = np.arange(4, dtype=np.float32)
 )
 def test_tables_that_do_not_fit(tensors: Any, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        wire.unpack_reply(content({"tensors": tensors}, float32=FOUR))
+        envelopes.unpack_reply(content({"tensors": tensors}, float32=FOUR))
 
 
 def test_arrays_without_a_table() -> None:
     with pytest.raises(ProtocolError, match="no readable 'tensors'"):
-        wire.unpack_reply(content(None, float32=FOUR))
+        envelopes.unpack_reply(content(None, float32=FOUR))
 
 
 @pytest.mark.parametrize(("name", "array"), [("x", FOUR), ("float64", FOUR), ("float32", FOUR.reshape(2, 2))])
 def test_arrays_that_are_not_flat_or_misnamed(name: str, array: np.ndarray) -> None:
     with pytest.raises(ProtocolError, match="not a flat array"):
-        wire.unpack_reply(content({"tensors": [["x", name, [4]]]}, **{name: array}))
+        envelopes.unpack_reply(content({"tensors": [["x", name, [4]]]}, **{name: array}))
 
 
 def error(code: int, reason: str) -> Message:
@@ -93,11 +94,11 @@ def error(code: int, reason: str) -> Message:
 
 def test_errors_are_told_without_the_senders_text() -> None:
     for name, kind in CODES.items():
-        told = wire.explain_error(error(kind.exit_code, name))
-        hint = f"; {wire.HINTS[kind]}" if name in ("state", "version", "code", "roster") else ""
+        told = error_replies.explain_error(error(kind.exit_code, name))
+        hint = f"; {error_replies.HINTS[kind]}" if name in ("state", "version", "code", "roster") else ""
         assert told == f"replied with error {name!r} (exit code {kind.exit_code}){hint}"
     secret = "<class 'OSError'>:<'/ward/7/Jane Doe'>"
-    told = [wire.explain_error(error(code, secret)) for code in (0, 1, 2, 3, 4, 5, 7, 8, 99)]
+    told = [error_replies.explain_error(error(code, secret)) for code in (0, 1, 2, 3, 4, 5, 7, 8, 99)]
     assert told[1:3] == ["could not load the ClientApp", "the ClientApp raised an exception"]
     assert told[-1] == "failed with Flower's error code 99"
     assert not any("Jane" in text for text in told)

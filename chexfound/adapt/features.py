@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from chexfound import rng
-from chexfound.data import augment
-from chexfound.journal import replace_file
+from chexfound.data.crops import opencv
+from chexfound.durable.files import replace_file
 from chexfound.model.vit import VisionTransformer
-from chexfound.schema import Recipe
+from chexfound.recipe.schema import Recipe
 
 CHUNK = 64  # images a forward pass
 
@@ -74,7 +74,7 @@ def extract(
             for start in range(0, n_images, CHUNK):
                 images = pixels(np.arange(start, min(start + CHUNK, n_images)))
                 if view:
-                    images = augment.gentle(images, recipe.crops, generator)
+                    images = opencv.gentle(images, recipe.crops, generator)
                 here = slice(start, start + len(images))
                 patches[view, here], cls[view, here] = tokens(backbone, images, n_blocks)
                 done += len(images)

@@ -42,7 +42,9 @@ from typing import Any
 import numpy as np
 
 from chexfound.errors import DataError, Problems, ProtocolError
-from chexfound.evaluate.metrics import Row, auprc, auroc, interval
+from chexfound.evaluate.areas import auprc, auroc
+from chexfound.evaluate.bootstrap import interval
+from chexfound.evaluate.rows import Row
 from chexfound.rng import numpy_generator
 
 OCTAVES = 25  # of the odds, on each side of 1: float32's last number before 1 has odds of 2**24, and 1 is apart from it
@@ -116,7 +118,7 @@ def histograms(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def results(histogram: np.ndarray, samples: int, confidence: float, *stream: int | str) -> Row:
     """The figures of one finding: `n`, `positives`, `auroc`, `auroc_ci`, `auprc`, `auprc_ci` and `reason` of a row.
 
-    AUROC and average precision are those of chexfound.evaluate.metrics, with the bin as the score; AUROC's interval
+    AUROC and average precision are those of chexfound.evaluate.rows, with the bin as the score; AUROC's interval
     is by DeLong's variance (`delong`), average precision's the percentile interval of `samples` bootstrap draws.
     Both take images as independent, which metrics.py does not: it resamples patients.  Where patients have several
     images each, these intervals are too narrow.  There is none if a class is of one image (metrics.py: of one

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from chexfound.durable.files import replace_file
 from chexfound.errors import CheckpointError
-from chexfound.journal import replace_file
-from chexfound.pretrain import ranks
+from chexfound.parallel import group
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -107,4 +107,4 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], expected: list[s
     check_fit(state, tensors, expected)
     with torch.no_grad():
         for name in expected:
-            state[name].copy_(ranks.placed(tensors[name], state[name]))
+            state[name].copy_(group.placed(tensors[name], state[name]))

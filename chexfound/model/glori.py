@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from chexfound import rng
 from chexfound.model.heads import LinearHead, grid_means, token_norms, token_statistics
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe.schema import ARCHS, Recipe
 
 
 class DecoderLayer(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chexfound.errors import ConfigError
-from chexfound.pretrain import ranks
+from chexfound.parallel import group
 
 EPS = 1e-5  # of a variance, as torch's
 
@@ -76,8 +76,8 @@ class DINOHead(nn.Module):
     def bottleneck(self, x: Tensor) -> Tensor:
         """(N, D) to (N, bottleneck) of length 1: what the prototypes are compared with."""
         x = self.mlp(x)
-        if self.centered and ranks.total(len(x)) > 1:
-            x = x - ranks.mean_row(x)
+        if self.centered and group.total(len(x)) > 1:
+            x = x - group.mean_row(x)
         return F.normalize(x, dim=-1, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chexfound.model.heads import init_linear
-from chexfound.schema import ARCHS, Input, Student
+from chexfound.recipe.schema import ARCHS, Input, Student
 
 
 class Normalize(nn.Module):

@@ -10,8 +10,12 @@ import traceback
 # As launch.py has it, for torchrun's ranks; before PyTorch is there to read it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from chexfound.cli import main  # noqa: E402
-from chexfound.pretrain.environment import GRACE_S, end, to_come  # noqa: E402
+from chexfound.commands.main import main  # noqa: E402
+from chexfound.parallel.environment import (
+    GRACE_S,
+    end,
+    to_come,  # noqa: E402
+)
 
 if __name__ == "__main__":
     try:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from chexfound import rng
-from chexfound.data import augment, augment_torch, crops
-from chexfound.data.crops import CropPlan
-from chexfound.data.sampler import EndlessSampler
+from chexfound.data.crops import geometry, opencv
+from chexfound.data.crops import on_device as augment_torch
+from chexfound.data.crops.geometry import CropPlan
+from chexfound.data.crops.sampler import EndlessSampler
 from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.pretrain import masking
 from chexfound.pretrain.meta_arch import Batch
-from chexfound.schema import Recipe
+from chexfound.recipe.schema import Recipe
 
 Pixels = Callable[[np.ndarray], np.ndarray]
 AHEAD = 2  # batches in the making beside the one that is trained on
@@ -34,7 +35,7 @@ def draw(
 ) -> tuple[list[CropPlan], np.ndarray]:
     """What is random in a step: the plans of global and local crops, and the masks, bool (2·B, P)."""
     generator = rng.numpy_generator(recipe.seed, "pretrain", step, roster_index, "augment")
-    plans = crops.draw_multi_crop(recipe.crops, n_images, height, width, generator)
+    plans = geometry.draw_multi_crop(recipe.crops, n_images, height, width, generator)
     masks = masking.batch_masks(
         2 * n_images,
         recipe.crops.global_crops_size // recipe.student.patch_size,
@@ -49,7 +50,7 @@ def make_batch(recipe: Recipe, images: np.ndarray, step: int, roster_index: int)
     """The batch of a step, whole and on the CPU: images uint8 (B, H, W)."""
     n_images, height, width = images.shape
     plans, masks = draw(recipe, n_images, height, width, step, roster_index)
-    global_crops, local_crops = (torch.from_numpy(augment.render(images, plan)).flatten(0, 1) for plan in plans)
+    global_crops, local_crops = (torch.from_numpy(opencv.render(images, plan)).flatten(0, 1) for plan in plans)
     return Batch(global_crops, local_crops, torch.from_numpy(masks))
 
 
@@ -168,7 +169,7 @@ class _Making:
             self.buffers[0].numpy()[first:end] = images
             return
         for plan, buffer in zip(self.plans, self.buffers, strict=True):
-            augment.render(images, plan.part(first, end), buffer.numpy()[:, first:end])
+            opencv.render(images, plan.part(first, end), buffer.numpy()[:, first:end])
 
     def _draw(self, height: int, width: int) -> None:
         owner, n_images = self.owner, self.owner.batch_size

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from chexfound.errors import CheckpointError
 from chexfound.model import checkpoint
-from chexfound.model.weights import published
-from chexfound.pretrain import curriculum
-from chexfound.schema import Recipe
+from chexfound.model.weights.published import tensor_names
+from chexfound.pretrain import positions
+from chexfound.recipe.schema import Recipe
 
 FILE = "backbone.safetensors"  # among a request's tensors: the bytes of the file that its weights are from
 TIMES, BESIDE = 4, 2**20  # of the weights' bytes, and beside them, that such a file has at most
@@ -57,10 +57,10 @@ def load_backbone(weights: dict[str, Tensor], file: Path | bytes) -> None:
     """
     where = file if isinstance(file, Path) else "the weights file"
     given = checkpoint.load(file) if isinstance(file, Path) else _parse(file)
-    given = published.backbone_names(checkpoint.with_prefix(given, "backbone.") or given)
+    given = tensor_names.backbone_names(checkpoint.with_prefix(given, "backbone.") or given)
     expected = checkpoint.with_prefix(weights, "student.backbone.")
     if "pos_embed" in given:
-        given = curriculum.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
+        given = positions.with_grid(given, math.isqrt(expected["pos_embed"].shape[1] - 1))
     odd = sorted(
         name
         for name in set(given) | set(expected)

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from chexfound.errors import ConfigError, RefusedError
-from chexfound.pretrain import curriculum, schedules
+from chexfound.pretrain import schedules
 from chexfound.pretrain.optimizer import PREFIX, multipliers
 from chexfound.pretrain.schedules import cosine
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe import curriculum
+from chexfound.recipe.schema import ARCHS, Recipe
 
 HEAD_BETAS = (0.9, 0.999)  # torch's, which adaptation takes
 SLACK = 1 + 1e-4  # of a step: Adam's moments are kept in float32, and so are its decay rates
@@ -329,7 +330,7 @@ def largest(tensor: Tensor) -> float:
 
 
 def _of_head(recipe: Recipe, steps: range) -> UpdateBound:
-    from chexfound.adapt.train import is_decayed  # which trains with this package's optimizer
+    from chexfound.adapt.fit import is_decayed  # which trains with this package's optimizer
 
     config = recipe.adapt
     warmup = min(config.warmup_steps, config.total_steps)

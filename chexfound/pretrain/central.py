@@ -24,19 +24,24 @@ from typing import Any
 
 import torch
 
-from chexfound import machine
-from chexfound import recipe as recipes
-from chexfound.data.split import Membership, View
-from chexfound.data.store import Store
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import Membership, View
+from chexfound.durable.files import remove_unfinished, replace_file, storage, write_json
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
-from chexfound.journal import remove_unfinished, replace_file, storage, write_json
-from chexfound.model import card, checkpoint, release
-from chexfound.pretrain import curriculum, display, ranks, saves, watch
-from chexfound.pretrain.probe import Probe
-from chexfound.pretrain.saves import Saves
+from chexfound.host import machine
+from chexfound.host.durations import span
+from chexfound.model import checkpoint
+from chexfound.model.weights.release import run_card, run_model
+from chexfound.parallel import group
+from chexfound.pretrain import checkpoints, display, positions
+from chexfound.pretrain.checkpoints import Checkpoints
+from chexfound.pretrain.health import watch
+from chexfound.pretrain.health.probe import Probe
 from chexfound.pretrain.train import DTYPES, Pretrainer, check_gpus
-from chexfound.schema import Recipe
-from chexfound.spans import span
+from chexfound.recipe import batch_sizes, curriculum
+from chexfound.recipe import check as recipes_check
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
 
 FORMAT = 1
 ABOUT = "pretraining.json"
@@ -56,7 +61,7 @@ def prepare(
     if overrides and not recipe:
         raise ConfigError("--set changes a recipe: name it too, with --recipe")
     wanted = recipes.load(recipe, recipes.parse_overrides(overrides)) if recipe else None
-    held = recipes.validate(about["recipe"], str(out / ABOUT)) if about else wanted
+    held = recipes_check.validate(about["recipe"], str(out / ABOUT)) if about else wanted
     assert held is not None  # the command asks for a recipe where there is nothing to resume
     if wanted is not None and wanted != held:
         raise ConfigError(
@@ -69,7 +74,7 @@ def prepare(
             f"{out}: was begun with other images than those of {opened.path} (another store, or images were added or "
             "changed since); give that store, or choose another --out"
         )
-    ranks.meet()  # all have read what the first will write
+    group.barrier()  # all have read what the first will write
     return Pretraining(opened, sha256, held, out, log_every, finished=bool(about and about.get("model_sha256")))
 
 
@@ -138,13 +143,13 @@ class Pretraining:
         Raises: ChexfoundError; what was saved is kept.
         """
         if self.finished:
-            release.load(self.out / "model")  # it is there, and as it was left
+            run_model.load(self.out / "model")  # it is there, and as it was left
             display.say(f"{self.out}: finished already; its model is {self.out / 'model'}")
             return False
         torch.set_num_threads(self.recipe.threads)
-        self.check(ranks.size())
+        self.check(group.size())
         with self._alone():
-            if ranks.first():
+            if group.first():
                 remove_unfinished(self.out)
             self._write_about()
             step = self._train(stop)
@@ -154,7 +159,7 @@ class Pretraining:
                 display.say(
                     f"stopped before step {step} of {self.recipe.pretrain_steps}; the same command goes on from there"
                 )
-            ranks.meet()  # whoever ends first is the end of all
+            group.barrier()  # whoever ends first is the end of all
         return step < self.recipe.pretrain_steps
 
     def check(self, gpus: int) -> None:
@@ -168,7 +173,7 @@ class Pretraining:
             )
         check_gpus(self.recipe, gpus)
         for _, batch in self._stages():
-            ranks.share(batch, gpus)
+            group.share(batch, gpus)
         self.ids = View.of(self.store, "all", None).split(Membership.of(self.recipe), "train")
         if not len(self.ids):
             raise DataError(f"{self.store.path}: no training image; the split gives all to val and test")
@@ -178,7 +183,7 @@ class Pretraining:
         last = 0
         for stage in curriculum.stages(self.recipe):
             last += stage.pretrain_steps
-            yield last, recipes.site_batch_size(stage.train, 1, "train")
+            yield last, batch_sizes.site_batch_size(stage.train, 1, "train")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -186,7 +191,7 @@ class Pretraining:
 
         Raises: ConfigError.
         """
-        if not ranks.first():
+        if not group.first():
             yield
             return
         with storage(self.out):
@@ -202,7 +207,7 @@ class Pretraining:
             yield
 
     def _write_about(self, **more: str) -> None:
-        if ranks.first():
+        if group.first():
             about = {"format": FORMAT, "store": str(self.store.path.resolve()), "store_sha256": self.store_sha256}
             write_json(self.out / ABOUT, {**about, **more, "recipe": recipes.to_dict(self.recipe)})
 
@@ -210,13 +215,13 @@ class Pretraining:
 
     def _train(self, stop: Callable[[], bool]) -> int:
         """Take the steps that are left, or some of them; returns the step that is next."""
-        work = saves.key(recipes.to_json(self.recipe), self.store_sha256)
-        self.saves = Saves(self.out / "saves", work, lasting=True)
+        work = checkpoints.key(recipes.to_json(self.recipe), self.store_sha256)
+        self.saves = Checkpoints(self.out / "saves", work, lasting=True)
         self.probe = self._probe()
         total, step = self.recipe.pretrain_steps, self.saves.newest() or 0
         self._cut_rows(step)
         display.say(
-            f"{len(self.ids)} training images of {self.store.path}, {total} steps on {ranks.size()} × "
+            f"{len(self.ids)} training images of {self.store.path}, {total} steps on {group.size()} × "
             f"{machine.device()}" + (f"; going on at step {step}" if step else "")
         )
         stopped = False
@@ -239,17 +244,17 @@ class Pretraining:
             device=machine.device(),
         )
         if step:
-            trainer.load_state(curriculum.enter(self.saves.read(step).state, self.recipe, step))
-        every = saves.steps_between(self.recipe) or self.recipe.train.local_steps
+            trainer.load_state(positions.enter(self.saves.read(step).state, self.recipe, step))
+        every = checkpoints.steps_between(self.recipe) or self.recipe.train.local_steps
         untold, began, stopped = [], time.monotonic(), False
         while step < last and not stopped:
-            until = saves.next_stop(step, last, every, self.log_every)
+            until = checkpoints.next_stop(step, last, every, self.log_every)
             if self.paced < 2:  # the first two alone, so that it is known soon how long all will take
                 until, step_began = step + 1, time.monotonic()
             try:
                 rows = trainer.run(step, until - step, batch, shown.progress(step), self.probe, stop)
             except DivergedError as error:
-                raise saves.diverged(self.out, self.store, self.ids, trainer, error) from error
+                raise checkpoints.diverged(self.out, self.store, self.ids, trainer, error) from error
             self.paced += 1
             if self.paced == 2:  # the first is slower: memory is taken, kernels are chosen
                 seconds = time.monotonic() - step_began
@@ -257,7 +262,7 @@ class Pretraining:
                 shown.say(f"a step takes {seconds:.1f} s; at that pace {left} are left")
             step += len(rows)
             untold += rows
-            stopped = ranks.any_of(stop())
+            stopped = group.any_of(stop())
             self._add_rows(rows)
             self._warn(rows, shown)
             if step % self.log_every == 0 or step == last:
@@ -292,7 +297,7 @@ class Pretraining:
     def _cut_rows(self, step: int) -> None:
         """Drop the rows of steps that will be taken again, and one that was half-written."""
         path = self.out / "metrics.jsonl"
-        if ranks.first():
+        if group.first():
             with storage(path):
                 lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
             if len(lines) < step:
@@ -302,7 +307,7 @@ class Pretraining:
 
     def _add_rows(self, rows: list[dict[str, Any]]) -> None:
         path = self.out / "metrics.jsonl"
-        if ranks.first():
+        if group.first():
             with storage(path), open(path, "a") as file:
                 file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
                 file.flush()
@@ -310,20 +315,20 @@ class Pretraining:
 
     def _warn(self, rows: list[dict[str, Any]], shown: display.Display) -> None:
         """Say what begins to ail the training."""
-        if ranks.first():
+        if group.first():
             for one in watch.new_symptoms(self.out / HEALTH, self.recipe, rows[0]["step"], rows):
                 shown.say(f"warning: {one.name} by step {rows[-1]['step'] + 1}: {one.seen}; {one.advice}")
 
     def _finish(self) -> None:
         """Leave the model of the last save, and the heads beside it."""
-        if not ranks.first():
+        if not group.first():
             return
         state = checkpoint.with_prefix(self.saves.read(self.recipe.pretrain_steps).state, "model.")
         checkpoint.save(self.out / "heads.safetensors", {name: state[name] for name in state if "_head." in name})
         backbone = checkpoint.add_prefix(checkpoint.with_prefix(state, "teacher.backbone."), "backbone.")
         sha256 = checkpoint.digest(backbone)
-        told = card.pretraining_card(self.recipe, backbone, len(self.ids), len(set(self._patients())), sha256)
-        release.save(self.out / "model", self.recipe, (), backbone, told)
+        told = run_card.pretraining_card(self.recipe, backbone, len(self.ids), len(set(self._patients())), sha256)
+        run_model.save(self.out / "model", self.recipe, (), backbone, told)
         self._write_about(model_sha256=sha256)
         self.saves.clear()
         (self.out / HEALTH).unlink(missing_ok=True)

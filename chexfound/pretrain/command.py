@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chexfound import names
 from chexfound.errors import ConfigError, StorageError
-from chexfound.pretrain.environment import PARENT, follow_parent, to_come
+from chexfound.parallel.environment import PARENT, follow_parent, to_come
+from chexfound.parsing import names
 
 if TYPE_CHECKING:
     from chexfound.pretrain.central import Pretraining
@@ -35,7 +35,7 @@ examples:
   torchrun --standalone --nproc-per-node 8 -m chexfound.pretrain store --recipe vitl16-cxr1m --out out/vitl
   CHEXFOUND_DEVICE=cpu chexfound pretrain store --recipe demo --out out/two --gpus 2   # to try it without a GPU
 
-OUT/model is the finished backbone (the teacher's), as chexfound.model.release reads it; OUT/heads.safetensors
+OUT/model is the finished backbone (the teacher's), as chexfound.load_backbone reads it; OUT/heads.safetensors
 the DINO and iBOT heads of student and teacher; OUT/metrics.jsonl a line a step.
 
 The state is saved every train.saveckp_freq epochs of the recipe (0: after each of its rounds), the last two
@@ -94,14 +94,14 @@ def _run(given: argparse.Namespace) -> int:
             raise ConfigError("--gpus: leave it out under torchrun, which has started the processes already")
         follow_parent()
         return _here(given)
-    from chexfound import machine
+    from chexfound.host import machine
 
     gpus = machine.gpus(given.gpus)
     return _here(given) if gpus == 1 else _by_ranks(given, gpus)
 
 
 def _by_ranks(given: argparse.Namespace, number: int) -> int:
-    from chexfound.pretrain.launch import Ranks, died
+    from chexfound.parallel.launch import Ranks, died
 
     work = _prepared(given)
     if work.finished:
@@ -128,9 +128,9 @@ def _by_ranks(given: argparse.Namespace, number: int) -> int:
 
 
 def _here(given: argparse.Namespace) -> int:
-    from chexfound.pretrain import ranks
+    from chexfound.parallel import group
 
-    with _stoppable() as asked, ranks.together():
+    with _stoppable() as asked, group.process_group():
         stopped = _prepared(given).run(lambda: bool(asked))
     return 128 + (asked or [signal.SIGTERM])[0] if stopped else 0
 

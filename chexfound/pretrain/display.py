@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from chexfound.pretrain import ranks
+from chexfound.parallel import group
 
 
 def say(text: str) -> None:
     """Print a line."""
-    if ranks.first():
+    if group.first():
         print(text, flush=True)
 
 
@@ -30,7 +30,7 @@ class Display:
     def __init__(self, total: int, done: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        shown = ranks.first() and sys.stdout.isatty()
+        shown = group.first() and sys.stdout.isatty()
         columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, transient=True, disable=not shown)
         self._task = self._bar.add_task("", total=total, completed=done)
@@ -44,7 +44,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        if ranks.first():
+        if group.first():
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, before: int) -> Callable[[int, int], None]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chexfound.pretrain import ranks
+from chexfound.parallel import group
 
 STUDENT_TEMP = 0.1
 
@@ -35,14 +35,14 @@ def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3, distributed
     """
     n, k = logits.shape
     if distributed:
-        n = ranks.total(n)
+        n = group.total(n)
 
     def over_rows(sums: Tensor) -> Tensor:
-        return ranks.summed(sums) if distributed else sums
+        return group.summed(sums) if distributed else sums
 
     scaled = logits.float() / temp
     most = scaled.logsumexp(dim=0, keepdim=True)
-    scaled = scaled - (ranks.gathered(most).logsumexp(dim=0, keepdim=True) if distributed else most)
+    scaled = scaled - (group.gathered(most).logsumexp(dim=0, keepdim=True) if distributed else most)
     q = torch.exp(scaled - scaled.amax(dim=1, keepdim=True))
     q = q / q.sum(dim=1, keepdim=True) / n
     for _ in range(iterations - 1):
@@ -86,12 +86,12 @@ def koleo_loss(cls: Tensor, distributed: bool = False) -> Tensor:
     Source: Sablayrolles et al. 2019, "Spreading vectors for similarity search"; eps as in DINOv2.
     """
     x = F.normalize(cls.float(), dim=-1, eps=1e-8)
-    others = ranks.gathered(x) if distributed else x
+    others = group.gathered(x) if distributed else x
     if len(others) < 2:
         return cls.new_zeros(())
     with torch.no_grad():
         dots = x @ others.T
-        dots.diagonal(ranks.rank() * len(x) if distributed else 0).fill_(-1)  # oneself
+        dots.diagonal(group.rank() * len(x) if distributed else 0).fill_(-1)  # oneself
         nearest = dots.argmax(dim=1)
     distance = F.pairwise_distance(x, others[nearest], p=2, eps=1e-8)
     return -torch.log(distance + 1e-8).mean()

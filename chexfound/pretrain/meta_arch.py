@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from chexfound.model import vit
 from chexfound.model.heads import DINOHead
-from chexfound.pretrain import health, losses, ranks
-from chexfound.schema import Dino, Ibot, Recipe
+from chexfound.parallel import group
+from chexfound.pretrain import losses
+from chexfound.pretrain.health import measures
+from chexfound.recipe.schema import Dino, Ibot, Recipe
 
 SUBMODULES = ("backbone", "dino_head", "ibot_head")
 CENTER_MOMENTUM = 0.9
@@ -99,8 +101,8 @@ class SSLMetaArch(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← m · teacher + (1 − m) · student; centres and queue take up what the last step saw."""
         torch._foreach_lerp_(
-            [ranks.local(p) for p in self.teacher.parameters()],
-            [ranks.local(p.detach()) for p in self.student.parameters()],
+            [group.local(p) for p in self.teacher.parameters()],
+            [group.local(p.detach()) for p in self.student.parameters()],
             1 - momentum,
         )
         for name, mean in self._means.items():
@@ -115,7 +117,7 @@ class SSLMetaArch(nn.Module):
         if self.recipe.train.centering == "sinkhorn_knopp":
             return losses.sinkhorn_knopp(logits, temp, distributed=self.recipe.train.sinkhorn_distributed)
         if self.training:
-            self._means[center] = ranks.mean_row(logits.float())
+            self._means[center] = group.mean_row(logits.float())
         return losses.softmax_center(logits, getattr(self, center), temp)
 
     @torch.no_grad()
@@ -131,7 +133,7 @@ class SSLMetaArch(nn.Module):
         else:
             cls = head(swapped)
         patches = self.teacher["ibot_head"](masked)
-        ibot = self._targets(patches, "ibot_center", temp) if ranks.total(len(patches)) else patches
+        ibot = self._targets(patches, "ibot_center", temp) if group.total(len(patches)) else patches
         return self._targets(cls, "dino_center", temp)[len(self.queue) :], ibot
 
     def forward(self, batch: Batch, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,11 +164,13 @@ class SSLMetaArch(nn.Module):
             first, second = (losses.koleo_loss(view, far) for view in global_cls.chunk(2))
             parts["koleo"] = first + second
             total = total + recipe.dino.koleo_loss_weight * parts["koleo"]
-        if recipe.ibot.loss_weight and ranks.total(len(ibot_targets)):  # on no row, where others have some
+        if recipe.ibot.loss_weight and group.total(len(ibot_targets)):  # on no row, where others have some
             patches = self.student["ibot_head"](masked)
             per_image = batch.masks.sum(1, keepdim=True).clamp_min(1)
             weights = (1.0 / per_image).expand_as(batch.masks)[batch.masks]
             parts["ibot"] = losses.ibot_loss(patches, ibot_targets, weights, 2 * batch.size)
             total = total + recipe.ibot.loss_weight * parts["ibot"]
-        parts |= health.figures(ranks.gathered(dino_targets), ranks.gathered(global_cls.detach()))  # of the joint batch
+        parts |= measures.figures(
+            group.gathered(dino_targets), group.gathered(global_cls.detach())
+        )  # of the joint batch
         return total, {name: part.detach() for name, part in parts.items()}

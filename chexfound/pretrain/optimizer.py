@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from chexfound.errors import CheckpointError
-from chexfound.pretrain import ranks
+from chexfound.parallel import group as ranks
 from chexfound.pretrain.schedules import Schedule
-from chexfound.schema import Optim
+from chexfound.recipe.schema import Optim
 
 PREFIX = "optimizer."  # of the moments' names
 Moments = dict[nn.Parameter, dict[str, Tensor]]

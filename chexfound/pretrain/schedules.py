@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from chexfound.pretrain import curriculum
-from chexfound.schema import Recipe
+from chexfound.recipe import curriculum
+from chexfound.recipe.schema import Recipe
 
 
 def cosine(

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from chexfound.pretrain import curriculum, schedules
-from chexfound.schema import Recipe
+from chexfound.pretrain import positions, schedules
+from chexfound.recipe.schema import Recipe
 
 DIGITS = 12  # of a coefficient: what two maths libraries' cosines differ by must not reach the weights
 
@@ -52,7 +52,7 @@ def rederived(
     Returns: `teacher.…`, in the stage of `step`: where one begins, what was before is brought into it first.
     """
     a, b, c = coefficients(recipe, step - recipe.train.local_steps, recipe.train.local_steps)
-    before = curriculum.enter(before, recipe, step)
+    before = positions.enter(before, recipe, step)
     result = {}
     for name, old in before.items():
         if name.startswith("teacher."):

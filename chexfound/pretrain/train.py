@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chexfound import machine, rng
+from chexfound import rng
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
+from chexfound.host import machine
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.vit import Block
-from chexfound.pretrain import curriculum, optimizer, ranks, schedules
+from chexfound.parallel import group
+from chexfound.pretrain import optimizer, schedules
 from chexfound.pretrain.batches import Batches
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch, SSLMetaArch
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe import curriculum
+from chexfound.recipe.schema import ARCHS, Recipe
 
 log = logging.getLogger("chexfound.pretrain")
 Progress = Callable[[int, int], None]
@@ -99,12 +102,12 @@ class Pretrainer:
     ) -> None:
         if n_images < 1:
             raise DataError("no training image: pretraining needs at least one")
-        check_gpus(recipe, ranks.size())
+        check_gpus(recipe, group.size())
         self.run_recipe, self.stage = recipe, curriculum.index_at(recipe, step)
         self.recipe = recipe = curriculum.at(recipe, step)[0]
         self.pixels, self.n_images, self.roster_index = pixels, n_images, roster_index
         self.device = torch.device(device)
-        if ranks.first():
+        if group.first():
             _warn_if_slow(recipe.compute_precision.param_dtype, self.device.type)
         self.model = _fresh(recipe).to(self.device)
         if recipe.train.compile:
@@ -112,7 +115,7 @@ class Pretrainer:
                 if isinstance(module, Block):
                     module.compile()
         parts = (self.model.student, self.model.teacher)
-        self.joint = ranks.spread(self.model, parts, recipe.compute_precision.sharding_strategy)
+        self.joint = group.spread(self.model, parts, recipe.compute_precision.sharding_strategy)
         self.optimizer = optimizer.build(self.model.student, ARCHS[recipe.student.arch][1], recipe.optim)
         precision = recipe.compute_precision
         self.scaler = torch.amp.GradScaler(
@@ -145,10 +148,10 @@ class Pretrainer:
             copy: or, of what is to train no more, the tensors themselves.
         """
         state = self._state_dict()
-        return ranks.collected(((name, state[name]) for name in self.global_names(teacher=teacher)), copy=copy)
+        return group.collected(((name, state[name]) for name in self.global_names(teacher=teacher)), copy=copy)
 
     def _state_dict(self) -> dict[str, Tensor]:
-        ranks.gathered_no_more(self.model)
+        group.gathered_no_more(self.model)
         state: dict[str, Tensor] = self.model.state_dict()
         return state
 
@@ -164,11 +167,11 @@ class Pretrainer:
         """
         named = ((f"model.{name}", tensor) for name, tensor in self._state_dict().items())
         queue = {QUEUE: self.model.queue.to("cpu", copy=copy)} if len(self.model.queue) else {}
-        return ranks.collected(named, copy=copy) | queue | self.moments(copy=copy) | self._scale()
+        return group.collected(named, copy=copy) | queue | self.moments(copy=copy) | self._scale()
 
     def _scale(self) -> dict[str, Tensor]:
         """The loss scale of fp16 and the steps since it last changed; nothing without a scaler."""
-        if not self.scaler.is_enabled() or not ranks.first():
+        if not self.scaler.is_enabled() or not group.first():
             return {}
         values = self.scaler.state_dict()
         return {"scaler.scale": torch.tensor([values["scale"], values["_growth_tracker"]], dtype=torch.float64)}
@@ -234,13 +237,13 @@ class Pretrainer:
             self.n_images,
             batch_size,
             self.roster_index,
-            rank=ranks.rank(),
-            world_size=ranks.size(),
+            rank=group.rank(),
+            world_size=group.size(),
             device=self.device,
         )
         rows = []
         self.model.train()
-        own = (ranks.rank(),) if ranks.rank() else ()  # drop path is each rank's own
+        own = (group.rank(),) if group.rank() else ()  # drop path is each rank's own
         for step, batch in batches.steps(first_step, first_step + steps - 1):
             with (
                 self._naming(step, batches.positions(step)),
@@ -252,7 +255,7 @@ class Pretrainer:
                 rows[-1] |= probe(self.model.teacher["backbone"], step)
             if progress is not None:
                 progress(step - first_step + 1, steps)
-            if stop is not None and ranks.any_of(stop()):
+            if stop is not None and group.any_of(stop()):
                 break
         self._check_finite(step, batches)
         return rows
@@ -262,8 +265,8 @@ class Pretrainer:
 
         By the sums of the student's weights, which take a tenth of the time of asking each; the teacher follows it.
         """
-        sums = torch.stack([ranks.local(p).detach().sum() for p in self.model.student.parameters()])
-        if ranks.any_of(not bool(torch.isfinite(sums).all())):
+        sums = torch.stack([group.local(p).detach().sum() for p in self.model.student.parameters()])
+        if group.any_of(not bool(torch.isfinite(sums).all())):
             error = DivergedError(f"pretraining step {step}: it left weights that are not finite; lower optim.lr")
             error.step, error.places, error.when = step, batches.positions(step).tolist(), "after"
             raise error
@@ -299,7 +302,7 @@ class Pretrainer:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             loss, parts = self.joint(batch, values.teacher_temp)
         told = {"loss": loss, **parts}
-        shown = dict(zip(told, ranks.average(torch.stack([x.float() for x in told.values()])).tolist(), strict=True))
+        shown = dict(zip(told, group.average(torch.stack([x.float() for x in told.values()])).tolist(), strict=True))
         if not math.isfinite(shown["loss"]):  # on all ranks then
             raise DivergedError(
                 f"pretraining step {step}: the loss is {shown['loss']}; lower optim.lr or raise teacher.teacher_temp"

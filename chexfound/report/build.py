@@ -13,11 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from chexfound import cells
-from chexfound.journal import write_bytes
-from chexfound.names import ALL_SITES
+from chexfound.contract import cells
+from chexfound.durable.files import write_bytes
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Point
+from chexfound.parsing.names import ALL_SITES
 from chexfound.report import callouts, figures, story, tables
-from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Attention, Point, Run, read
+from chexfound.report.run_folder import AttentionMaps, ReportedRun, read
 
 FINDINGS_DRAWN = 4
 SAMPLES = 8  # of a site
@@ -35,7 +36,7 @@ def build(out: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: ReportedRun) -> str:
     """The page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -86,14 +87,14 @@ def render(run: Run) -> str:
     )
 
 
-def _kinds(run: Run) -> set[str]:
+def _kinds(run: ReportedRun) -> set[str]:
     """Which arms the run has; the page speaks of no other.  `local`: a site's own; `other`: another site's here."""
     kinds = {"local" if arm.startswith(LOCAL) else arm for arm in run.trained}
     found = (story.best_other(run, finding, site) for finding in run.findings for site in run.site_names)
     return kinds | ({"other"} if any(found) else set())
 
 
-def _dots(run: Run, finding: str, site: str) -> list[figures.Dot]:
+def _dots(run: ReportedRun, finding: str, site: str) -> list[figures.Dot]:
     other = story.best_other(run, finding, site)
     kinds = [
         (FEDERATED, "Federated", "federated", "o", True),
@@ -113,7 +114,7 @@ def _dots(run: Run, finding: str, site: str) -> list[figures.Dot]:
     return found
 
 
-def _finding(run: Run, finding: str, number: int) -> dict[str, Any]:
+def _finding(run: ReportedRun, finding: str, number: int) -> dict[str, Any]:
     """A finding's panels, one per site with any figure, on one AUROC axis."""
     dots = {site: _dots(run, finding, site) for site in run.site_names}
     blank = [site for site, rows in dots.items() if all(dot.auroc is None for dot in rows)]
@@ -153,7 +154,7 @@ def _spoken(dot: figures.Dot) -> str:
     return f"{dot.label} {dot.auroc:.2f}" + (f" ({dot.ci[0]:.2f} to {dot.ci[1]:.2f})" if dot.ci else "")
 
 
-def _samples(run: Run) -> list[dict[str, Any]]:
+def _samples(run: ReportedRun) -> list[dict[str, Any]]:
     samples = run.samples or {}
     order = [site for site in run.site_names if site in samples] + [
         site for site in samples if site not in run.site_names
@@ -161,7 +162,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     return [{"site": site, "images": [figures.jpeg(image) for image in samples[site][:SAMPLES]]} for site in order]
 
 
-def _curves(run: Run, strips: Sequence[figures.Strip], name: str, title: str) -> list[dict[str, Any]]:
+def _curves(run: ReportedRun, strips: Sequence[figures.Strip], name: str, title: str) -> list[dict[str, Any]]:
     """A panel a site, with its own arms and the pooled one; none of a site that has no such figure."""
     if run.history is None:
         return []
@@ -204,7 +205,7 @@ def _ends(lines: list[figures.Line], strips: Sequence[figures.Strip]) -> str:
     return "; ".join(said)
 
 
-def _attention(attention: Attention | None) -> dict[str, Any] | None:
+def _attention(attention: AttentionMaps | None) -> dict[str, Any] | None:
     """Tiles of image and overlay; one scale for all, in multiples of even attention, up to the highest peak."""
     if attention is None:
         return None
@@ -240,7 +241,7 @@ def _where(site: str, caption: str) -> str:
     return caption if caption.startswith(site) else " · ".join(part for part in (site, caption) if part)
 
 
-def _telling(attention: Attention, index: int) -> int:
+def _telling(attention: AttentionMaps, index: int) -> int:
     """The finding to show: the present one with the highest score, else the absent one, else any."""
     labels, scores = attention.labels[index], attention.scores[index]
     return max(range(len(labels)), key=lambda finding: (int(labels[finding]), float(scores[finding])))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chexfound.pretrain.symptoms import ADVICE, PATIENCE, symptoms
-from chexfound.report.run import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result, Run
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result
+from chexfound.pretrain.health.symptoms import ADVICE, PATIENCE, symptoms
+from chexfound.report.run_folder import ReportedRun
 from chexfound.report.story import (
     ORDER,
     amount,
@@ -43,7 +44,7 @@ class Callout:
     first: bool = False
 
 
-def callouts(run: Run) -> list[Callout]:
+def callouts(run: ReportedRun) -> list[Callout]:
     """The statements beside the headline, bad ones first."""
     ranked = ranked_findings(run)
     found = [*_short(run)]
@@ -55,7 +56,7 @@ def callouts(run: Run) -> list[Callout]:
     return sorted(found, key=lambda one: kinds.index(one.kind))
 
 
-def _short(run: Run) -> list[Callout]:
+def _short(run: ReportedRun) -> list[Callout]:
     steps = run.pretrain_steps
     if steps is None:
         return [
@@ -84,7 +85,7 @@ def _short(run: Run) -> list[Callout]:
     return []
 
 
-def _random(run: Run, finding: str) -> list[Callout]:
+def _random(run: ReportedRun, finding: str) -> list[Callout]:
     found = contrasts(run, finding, lambda _: RANDOM)
     lower, unclear, higher = (grouped(found, verdict) for verdict in ORDER)
     if worse := below_random(run, finding):
@@ -108,7 +109,7 @@ def _random(run: Run, finding: str) -> list[Callout]:
     return said
 
 
-def _floors(run: Run, finding: str) -> list[Callout]:
+def _floors(run: ReportedRun, finding: str) -> list[Callout]:
     said = []
     names = {
         "histogram": "grey-level histogram alone, which sees no anatomy,",
@@ -155,7 +156,7 @@ def _above_chance(row: Result) -> bool:
     return row.auroc is not None and row.auroc >= ABOVE_CHANCE
 
 
-def _elsewhere(run: Run, finding: str) -> list[Callout]:
+def _elsewhere(run: ReportedRun, finding: str) -> list[Callout]:
     found = contrasts(run, finding, lambda site: best_other(run, finding, site))
     lower, _, higher = (grouped(found, verdict) for verdict in ORDER)
     said = []
@@ -173,7 +174,7 @@ def _elsewhere(run: Run, finding: str) -> list[Callout]:
     return said
 
 
-def _others(run: Run, finding: str) -> list[Callout]:
+def _others(run: ReportedRun, finding: str) -> list[Callout]:
     said = []
     for against, name in ((own_model, "the site’s own model"), (lambda _: CENTRALIZED, "pooling")):
         found = [(other, one) for other in run.findings if other != finding for one in contrasts(run, other, against)]
@@ -191,7 +192,7 @@ def _others(run: Run, finding: str) -> list[Callout]:
     return said
 
 
-def _unjudged(run: Run, finding: str) -> list[Callout]:
+def _unjudged(run: ReportedRun, finding: str) -> list[Callout]:
     """Sites that have figures of both models and yet are not in the headline."""
     found = every_contrast(run, finding, own_model) + every_contrast(run, finding, lambda _: CENTRALIZED)
     reasons = {one.site: one.reason for one in found if one.verdict == "unjudged"}
@@ -201,7 +202,7 @@ def _unjudged(run: Run, finding: str) -> list[Callout]:
     return [Callout("note", f"Differences that cannot be judged are left out above: at {where}.")]
 
 
-def _alone(run: Run, finding: str) -> list[Callout]:
+def _alone(run: ReportedRun, finding: str) -> list[Callout]:
     if not any(arm.startswith(LOCAL) for arm in run.arms):
         return []
     alone = [
@@ -219,7 +220,7 @@ def _alone(run: Run, finding: str) -> list[Callout]:
     return [Callout("note", text)]
 
 
-def _missing(run: Run) -> list[Callout]:
+def _missing(run: ReportedRun) -> list[Callout]:
     if run.metrics.deployed:
         text = (
             "A deployed run trains the federated arm only: what pooling the images, a site alone or "
@@ -243,7 +244,7 @@ def _missing(run: Run) -> list[Callout]:
     return [Callout("note", f"{text}What those would have shown is not known.")]
 
 
-def _summed(run: Run) -> list[Callout]:
+def _summed(run: ReportedRun) -> list[Callout]:
     """What the coordinator saw of a run under secure aggregation, and what that cost."""
     how = run.metrics.secagg
     if how is None:
@@ -266,7 +267,7 @@ def _summed(run: Run) -> list[Callout]:
     return said
 
 
-def _ailing(run: Run) -> list[Callout]:
+def _ailing(run: ReportedRun) -> list[Callout]:
     """One warning for each symptom that pretraining ended with; a note if it was too short to tell of a plateau."""
     pretrain = {
         arm: [point for point in points if point.log_k]

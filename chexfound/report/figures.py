@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from chexfound.report.run import Interval, Point
+from chexfound.evaluate.results import Interval, Point
 
 # Role -> stand-in colour, replaced in the SVG by var(--role).  The values are the page's (Okabe and Ito's hues).
 ROLES = {

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from chexfound.names import ALL_SITES
-from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Result, Run
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Result
+from chexfound.parsing.names import ALL_SITES
+from chexfound.report.run_folder import ReportedRun
 
 FEWEST = 5  # held-out images with the finding, and without it
 ZERO = 1e-9  # a bound as small as this is 0: sums of floats hit it only nearly
@@ -56,7 +57,7 @@ def _why(ci: Interval, reason: str | None) -> str | None:
     return None if ci else (reason or "no interval").removeprefix("no interval: ")
 
 
-def contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool = True) -> Contrast | None:
+def contrast(run: ReportedRun, finding: str, site: str, against: str, across_seeds: bool = True) -> Contrast | None:
     """Federated against an arm; None where either has no figure.
 
     `across_seeds`: take the mean over seeds where there is one.
@@ -74,7 +75,7 @@ def too_few(row: Result | None) -> str | None:
     return f"{fewer} images {word} the finding".replace("1 images", "1 image") if fewer < FEWEST else None
 
 
-def _contrast(run: Run, finding: str, site: str, against: str, across_seeds: bool) -> Contrast | None:
+def _contrast(run: ReportedRun, finding: str, site: str, against: str, across_seeds: bool) -> Contrast | None:
     seeds = run.over_seeds(against, site, finding) if across_seeds else None
     if seeds is not None and seeds.value is not None:
         verdict, why = _verdict(seeds.ci), _why(seeds.ci, seeds.reason)
@@ -99,12 +100,12 @@ def _apart(own: Result, other: Result) -> Verdict:
     return "higher" if own.auroc_ci[0] > other.auroc_ci[1] else "unclear"
 
 
-def contrasts(run: Run, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
+def contrasts(run: ReportedRun, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
     """Over the sites, against the arm that `against(site)` names; where it can be judged."""
     return [one for one in every_contrast(run, finding, against) if one.verdict != "unjudged"]
 
 
-def every_contrast(run: Run, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
+def every_contrast(run: ReportedRun, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
     """As `contrasts`, with those that have a figure but cannot be judged."""
     found = []
     for site in run.site_names:
@@ -120,7 +121,7 @@ def own_model(site: str) -> str:
     return LOCAL + site
 
 
-def best_other(run: Run, finding: str, site: str) -> str | None:
+def best_other(run: ReportedRun, finding: str, site: str) -> str | None:
     """Of the arms trained at one other site alone, the one that does best on this site's patients.
 
     It is picked by the AUROC that is then shown, so it flatters that arm; the report says so.
@@ -134,7 +135,7 @@ def best_other(run: Run, finding: str, site: str) -> str | None:
     return max(found)[1] if found else None
 
 
-def ranked_findings(run: Run) -> list[str]:
+def ranked_findings(run: ReportedRun) -> list[str]:
     """Findings with a figure of the federated model (in a run without one: of any) somewhere; the first leads.
 
     Order: sites at which both it and the site's own model have an interval, then sites at which it
@@ -144,7 +145,7 @@ def ranked_findings(run: Run) -> list[str]:
     return [finding for key, finding in sorted(keyed, key=lambda pair: pair[0], reverse=True) if key[3]]
 
 
-def _weight(run: Run, finding: str) -> tuple[int, int, int, bool]:
+def _weight(run: ReportedRun, finding: str) -> tuple[int, int, int, bool]:
     rows = [row for site in run.site_names if (row := lead_row(run, site, finding)) and row.auroc is not None]
     judged = [row for row in rows if row.auroc_ci and not too_few(row)]
     own = [run.result(LOCAL + row.tested_on, row.tested_on, finding) for row in judged]
@@ -152,7 +153,7 @@ def _weight(run: Run, finding: str) -> tuple[int, int, int, bool]:
     return both, len(judged), sum(row.positives or 0 for row in rows), bool(rows)
 
 
-def lead_row(run: Run, site: str, finding: str) -> Result | None:
+def lead_row(run: ReportedRun, site: str, finding: str) -> Result | None:
     """The federated row; in a run without that arm, the first one that has a figure."""
     if FEDERATED in run.arms:
         return run.result(FEDERATED, site, finding)
@@ -223,7 +224,7 @@ def _of_sites(judged: int, sites: int) -> str:
     return "site" if judged == 2 else f"of {judged} sites"
 
 
-def headline(run: Run) -> str:
+def headline(run: ReportedRun) -> str:
     """What federating gained each site, what it lost against pooling, and whether random weights do better."""
     ranked = ranked_findings(run)
     if not ranked:
@@ -238,7 +239,7 @@ def headline(run: Run) -> str:
     return _compared(run, finding) + (f" The federated backbone {worse}." if worse else "")
 
 
-def _compared(run: Run, finding: str) -> str:
+def _compared(run: ReportedRun, finding: str) -> str:
     own = contrasts(run, finding, own_model)
     pooled = contrasts(run, finding, lambda _: CENTRALIZED)
     if not own and not pooled:
@@ -268,7 +269,7 @@ def _compared(run: Run, finding: str) -> str:
     return f"{shown(finding)}: {first}{rest}."
 
 
-def below_random(run: Run, finding: str) -> str | None:
+def below_random(run: ReportedRun, finding: str) -> str | None:
     """Says that the point estimate is below random weights at most judged sites, where it is."""
     found = contrasts(run, finding, lambda _: RANDOM)
     below, lower = [one for one in found if one.value < 0], [one for one in found if one.verdict == "lower"]
@@ -286,7 +287,7 @@ def below_random(run: Run, finding: str) -> str | None:
     return f"is below random weights {where}, {how}"
 
 
-def subline(run: Run) -> str:
+def subline(run: ReportedRun) -> str:
     """What the figures of the headline are."""
     finding = (ranked_findings(run) or [""])[0]
     arms = {"pooling": lambda _: CENTRALIZED, "the site’s own model": own_model, "random weights": lambda _: RANDOM}

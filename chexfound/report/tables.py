@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval
 from chexfound.report import story
-from chexfound.report.run import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Run
+from chexfound.report.run_folder import ReportedRun
 
 SITES_ABREAST = 4  # columns of a results table; more sites go into a table below, so that A4 holds them
 
@@ -22,7 +23,7 @@ def between(ci: Interval, sign: bool = False) -> str:
     return f"[{story.signed(ci[0])}, {story.signed(ci[1])}]" if sign else f"[{ci[0]:.3f}, {ci[1]:.3f}]"
 
 
-def results(run: Run) -> list[dict[str, Any]]:
+def results(run: ReportedRun) -> list[dict[str, Any]]:
     """Per finding, tables of arms × at most SITES_ABREAST sites."""
     ranked = story.ranked_findings(run)
     order = [*ranked, *(finding for finding in run.findings if finding not in ranked)]
@@ -36,7 +37,7 @@ def results(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _of_finding(run: Run, finding: str) -> dict[str, Any]:
+def _of_finding(run: ReportedRun, finding: str) -> dict[str, Any]:
     rows_of = {site: [row for arm in run.arms if (row := run.result(arm, site, finding))] for site in run.site_names}
     empty = [
         (site, rows[0].reason or "no reason was given")
@@ -51,7 +52,7 @@ def _of_finding(run: Run, finding: str) -> dict[str, Any]:
     return {"tables": [_table(run, finding, chunk, arms) for chunk in chunks], "empty": empty}
 
 
-def _table(run: Run, finding: str, sites: list[str], arms: list[str]) -> dict[str, Any]:
+def _table(run: ReportedRun, finding: str, sites: list[str], arms: list[str]) -> dict[str, Any]:
     heads = []
     for site in sites:
         row = next(row for arm in arms if (row := run.result(arm, site, finding)))
@@ -95,7 +96,7 @@ def said(one: story.Contrast | None) -> dict[str, str] | None:
     }
 
 
-def differences(run: Run) -> dict[str, Any]:
+def differences(run: ReportedRun) -> dict[str, Any]:
     """Federated against pooling, the site's own model and random weights: columns, a line per finding and site.
 
     A column in which nothing could be compared is left out.
@@ -121,13 +122,13 @@ def differences(run: Run) -> dict[str, Any]:
     return {"columns": columns, "lines": lines if columns else []}
 
 
-def _mean(run: Run, arm: str) -> str:
+def _mean(run: ReportedRun, arm: str) -> str:
     """The seeds that a column's figures are the mean of."""
     rows = [row for row in run.metrics.comparisons_across_seeds if row.second.startswith(arm)]
     return f", mean of {max(len(row.seeds) for row in rows)} seeds" if rows else ""
 
 
-def _differences_at(run: Run, finding: str, site: str) -> dict[str, dict[str, str]]:
+def _differences_at(run: ReportedRun, finding: str, site: str) -> dict[str, dict[str, str]]:
     own = story.own_model(site)
     pooled, seeds = _single_seed(run, finding, site)
     found = {
@@ -139,14 +140,14 @@ def _differences_at(run: Run, finding: str, site: str) -> dict[str, dict[str, st
     return {name: said(one) or {"reason": _lacks(run, finding, site, arm)} for name, (arm, one) in found.items()}
 
 
-def _lacks(run: Run, finding: str, site: str, arm: str) -> str:
+def _lacks(run: ReportedRun, finding: str, site: str, arm: str) -> str:
     """Why an arm cannot be compared."""
     row = run.result(arm, site, finding)
     absent = next((one.reason for one in run.metrics.not_trained if one.arm == arm), None)
     return (row.reason if row else absent) or "not in this run"
 
 
-def _single_seed(run: Run, finding: str, site: str) -> tuple[story.Contrast | None, story.Contrast | None]:
+def _single_seed(run: ReportedRun, finding: str, site: str) -> tuple[story.Contrast | None, story.Contrast | None]:
     """Federated against pooling: of this run's seed, and over seeds where the run has it."""
     found = story.contrast(run, finding, site, CENTRALIZED)
     if found is None or found.how != "seeds":
@@ -154,7 +155,7 @@ def _single_seed(run: Run, finding: str, site: str) -> tuple[story.Contrast | No
     return story.contrast(run, finding, site, CENTRALIZED, across_seeds=False), found
 
 
-def floor(run: Run) -> list[dict[str, str]]:
+def floor(run: ReportedRun) -> list[dict[str, str]]:
     """The pooled model against HOG and a logistic regression."""
     return [
         {
@@ -169,7 +170,7 @@ def floor(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def left_out(run: Run) -> list[tuple[str, str]]:
+def left_out(run: ReportedRun) -> list[tuple[str, str]]:
     """What has no figure, and why: arms, then an arm's findings, then sites' findings."""
     arms = [
         (story.arm_name(one.arm), f"was not trained: {one.reason or 'no reason was given'}")
@@ -199,7 +200,7 @@ def _no_figure(findings: list[str]) -> str:
     return f"has no figure for {story.listed([story.shown(name) for name in findings], len(findings))}"
 
 
-def seconds(run: Run) -> list[dict[str, Any]]:
+def seconds(run: ReportedRun) -> list[dict[str, Any]]:
     """Seconds by arm, below it those of its phases, with each one's share of the longest; the total comes last."""
     found = {name: value for name, value in run.metrics.seconds.items() if name != "total"}
     longest = max(found.values(), default=0.0)
@@ -227,14 +228,14 @@ def _timed(name: str) -> str:
     return story.arm_name(arm) + (f": {phase}" if phase else "") + (f", seed {seed}" if seed else "")
 
 
-def side_by_side(run: Run) -> bool:
+def side_by_side(run: ReportedRun) -> bool:
     """Whether the rows of `seconds` add up to more than the total since arms ran at the same time."""
     wholes = {name: value for name, value in run.metrics.seconds.items() if "/" not in name and name != "total"}
     several = sum(name.startswith((CENTRALIZED, LOCAL)) for name in wholes) > 1  # a federated arm runs alone
     return several and sum(wholes.values()) > run.metrics.seconds.get("total", float("inf"))
 
 
-def traffic(run: Run) -> list[dict[str, Any]]:
+def traffic(run: ReportedRun) -> list[dict[str, Any]]:
     """Bytes by phase, down to the sites and up from them, with their share of the largest; the sum comes last."""
     moved = run.metrics.bytes
     longest = max((count for ways in moved.values() for count in ways.values()), default=0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chexfound.errors import ProtocolError
-from chexfound.roster import Roster
+from chexfound.identity.roster import Roster
 from chexfound.secagg import keys, messages, shamir
 from chexfound.secagg.messages import Advert, Attempt, Opened, Packet
 from chexfound.secagg.parameters import Parameters

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from chexfound import signing
 from chexfound.errors import RefusedError
+from chexfound.identity import signing
 from chexfound.secagg.messages import Attempt, names_digest
 
 NONCE_BYTES = 12

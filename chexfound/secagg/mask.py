@@ -92,7 +92,7 @@ def masked(
                 continue
             if section.name == CLIPPED:
                 counts = [number for one, number in clipped.items() if one.fixed]
-                part = _Part(section, np.array(counts, np.uint64))
+                part = _Stretch(section, np.array(counts, np.uint64))
             else:
                 part = parts[section.name]
             target = out[ring][layout.places[section.name]]
@@ -141,7 +141,7 @@ def _streams(masks: Sequence[Mask], ring: int) -> list[tuple[_Add, Keystream]]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Stretch:
     """A section's values, flat, and how they are quantised; scales None: counts, that are taken as they are."""
 
     section: Section
@@ -172,7 +172,7 @@ def _cut(start: int, stop: int) -> Iterator[slice]:
 
 def _parts(
     layout: Layout, values: Mapping[str, NDArray[Any]], weights: Mapping[str, float | NDArray[Any]]
-) -> list[_Part]:
+) -> list[_Stretch]:
     if odd := sorted(set(values) ^ {section.name for section in layout.sections}):
         raise ProtocolError(f"values that do not fit the layout's names: {odd[:3]}")
     if odd := sorted(set(weights) ^ {section.name for section in layout.sections if section.fixed}):
@@ -192,14 +192,14 @@ def _flat(section: Section, values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     return array.reshape(-1)
 
 
-def _fixed_part(section: Section, n: int, array: NDArray[Any], weight: float | NDArray[Any]) -> _Part:
+def _fixed_part(section: Section, n: int, array: NDArray[Any], weight: float | NDArray[Any]) -> _Stretch:
     if array.dtype != np.float32:
         raise ProtocolError(f"section {section.name!r}: {array.dtype} where float32 belongs")
     scales, limit = fixed.scale(section, n, weight), fixed.levels(section.ring, n)
     peak = _peak(array)
     if not math.isfinite(peak):
         raise ProtocolError(f"section {section.name!r} holds a value that is not a finite number")
-    return _Part(section, array, scales, limit if fixed.reaches(peak, scales, limit) else None)
+    return _Stretch(section, array, scales, limit if fixed.reaches(peak, scales, limit) else None)
 
 
 def _peak(array: NDArray[Any]) -> float:
@@ -214,13 +214,13 @@ def _peak(array: NDArray[Any]) -> float:
     return peak
 
 
-def _count_part(section: Section, n: int, array: NDArray[Any]) -> _Part:
+def _count_part(section: Section, n: int, array: NDArray[Any]) -> _Stretch:
     if array.dtype.kind not in "iu":
         raise ProtocolError(f"section {section.name!r}: {array.dtype} where counts, integers, belong")
     most = fixed.largest_count(section.ring, n)
     if int(array.min()) < 0 or int(array.max()) > most:
         raise ProtocolError(f"section {section.name!r}: a count is between 0 and {most} there")
-    return _Part(section, array)
+    return _Stretch(section, array)
 
 
 # -- chunks

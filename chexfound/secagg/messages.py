@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from chexfound import signing
+from chexfound.durable.files import canonical
 from chexfound.errors import ProtocolError, RefusedError
-from chexfound.journal import canonical
-from chexfound.roster import Roster
+from chexfound.identity import signing
+from chexfound.identity.roster import Roster
 from chexfound.secagg.parameters import SITES_MAX, Parameters
 from chexfound.secagg.shamir import SHARE_BYTES
 

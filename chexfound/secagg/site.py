@@ -2,7 +2,8 @@
 
 Bonawitz et al. 2017, the protocol for an active adversary, with a complete graph.  The coordinator is not believed
 in anything: who the others are is the roster's, what they said is signed, and what all were told is in the context.
-client/attempts.py keeps what must survive and adds what spans attempts: that none is used twice, and differencing.
+client/masked/attempts.py keeps what must survive and adds what spans attempts: that none is used twice, and
+differencing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chexfound import signing
 from chexfound.errors import RefusedError
-from chexfound.roster import Roster
+from chexfound.identity import signing
+from chexfound.identity.roster import Roster
 from chexfound.secagg import keys, messages, shamir
 from chexfound.secagg.keys import Secrets
 from chexfound.secagg.messages import SALT_BYTES, Advert, Attempt, Opened, Packet

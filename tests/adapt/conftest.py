@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from chexfound import recipe as recipes
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import ARCHS, Recipe
 
 
 @pytest.fixture

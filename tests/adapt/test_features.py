@@ -13,7 +13,7 @@ from chexfound.adapt.features import Features
 from chexfound.errors import StorageError
 from chexfound.model import vit
 from chexfound.model.vit import VisionTransformer
-from chexfound.schema import Recipe
+from chexfound.recipe.schema import Recipe
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 32, 32), dtype=np.uint8)
 

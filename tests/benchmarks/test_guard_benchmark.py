@@ -29,4 +29,4 @@ def test_a_checkout_that_has_no_guard_is_said(tmp_path: Path) -> None:
         command, capture_output=True, text=True, check=False, timeout=120, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 1
-    assert "no checkout with a server/guard.py" in done.stderr
+    assert "no checkout with a server/services/guard.py" in done.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("skimage", reason="scikit-image is not installed (the extra `bench`)")
-pytest.importorskip("chexfound.data.sources", reason="the store is not there to read images with")
+pytest.importorskip("chexfound.data.intake.ingest", reason="the store is not there to read images with")
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def stripes(tmp_path: Path) -> Path:
 @pytest.fixture
 def simulated(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`simulated(reached, finding)`: a run's folder whose centralized arm reaches that AUROC at both sources."""
-    from chexfound.data.sources import ingest
+    from chexfound.data.intake.ingest import ingest
 
     def make(reached: float | None, finding: str = "Pneumonia") -> Path:
         for name in ("manifest.csv", "labelled.json"):

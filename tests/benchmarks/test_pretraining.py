@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chexfound.evaluate.metrics import Scores
-from chexfound.journal import read_journal
+from chexfound.durable.journal import read_journal
+from chexfound.evaluate.scores import Scores
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

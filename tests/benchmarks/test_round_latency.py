@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from chexfound import recipe as recipes
 from chexfound.errors import SiteError
 from chexfound.model.glori import build_head
-from server.flwr_private import LocalGrid, set_identity
+from chexfound.recipe import batch_sizes
+from server.exchange.flwr_private import LocalGrid, set_identity
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +127,7 @@ def test_the_sites_own_work_is_that_of_the_slowest_in_the_median_round(bench):
 
 def test_a_round_of_ours_is_small(bench):
     recipe = bench.recipe(3)
-    assert recipes.site_batch_size(recipe.adapt, len(bench.SITES), "adapt") == 2
+    assert batch_sizes.site_batch_size(recipe.adapt, len(bench.SITES), "adapt") == 2
     assert recipe.phases == ("adapt",)
     weights = sum(tensor.numel() for tensor in build_head(recipe, 1).state_dict().values())
     assert weights * 4 < 16_384  # bytes

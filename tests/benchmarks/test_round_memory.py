@@ -27,7 +27,7 @@ def test_the_memory_of_a_federation_s_processes_is_seen(bench: ModuleType, tmp_p
     with bench.watching(str(tmp_path / "here")) as peaks:
         started = [
             subprocess.Popen(
-                [sys.executable, "-c", HOLDER, "client.worker", str(tmp_path / home)], stdout=subprocess.PIPE
+                [sys.executable, "-c", HOLDER, "client.node.worker", str(tmp_path / home)], stdout=subprocess.PIPE
             )
             for home in ("here", "there")
         ]

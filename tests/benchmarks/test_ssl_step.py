@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chexfound.errors import ConfigError
 from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.train import Pretrainer
-from chexfound.schema import ARCHS
+from chexfound.recipe.schema import ARCHS
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--arch", "vit_demo", "--px", "32,16", "--local-crops", "2", "--batch", "4", "--prototypes", "32"]

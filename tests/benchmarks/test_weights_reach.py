@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chexfound import recipe as recipes
+from chexfound.recipe import load as recipes
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,10 +20,11 @@ import uvicorn
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 
-from chexfound.journal import write_json
-from chexfound.roster import Address, Roster
-from client import membership
-from server import guard, pki
+from chexfound.durable.files import write_json
+from chexfound.identity.roster import Address, Roster
+from client.home import membership
+from server.federation import pki
+from server.services import guard
 
 
 class SuperLink:
@@ -136,7 +137,9 @@ def enrolled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_proxy: Non
         sites = Roster(federation="thorax", serial=1, sites={"NORTH": keys})
         write_json(tmp_path / "roster.json", sites.as_dict())  # for the guard of open_door
         text = (authority / "ca.crt").read_text()
-        membership.approve(home, membership.Federation(name="thorax", server=server, authority=text, sites=sites))
+        membership.approve(
+            home, membership.ApprovedFederation(name="thorax", server=server, authority=text, sites=sites)
+        )
         return home
 
     return make

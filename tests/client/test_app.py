@@ -14,47 +14,55 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chexfound import phases, recipe, signing, wire
+from chexfound.contract import request as phases_request
+from chexfound.contract.detached import ByteView, Detached
+from chexfound.contract.request import Request
 from chexfound.errors import ProtocolError
-from chexfound.parts import Apart, Laid
-from chexfound.phases import Request
-from chexfound.roster import Address, Keys, Roster
-from client import egress, membership
-from client import site as site_module
+from chexfound.identity import signing
+from chexfound.identity.roster import Address, Keys, Roster
+from chexfound.phases import dispatch
+from chexfound.recipe import load
+from chexfound.wire import arrays, envelopes, signatures
+from client.answer import egress
+from client.answer import hospital as site_module
 from client.app import app, handle
+from client.home import membership
 
 
 @pytest.fixture
 def make_context(tiny_store_path: Path, tiny_recipe: Any, tmp_path: Path) -> Callable[..., Context]:
     def make(**changes: Any) -> Context:
         node = {"site": "all", "data": str(tiny_store_path), "home": str(tmp_path / "home")} | changes.get("node", {})
-        run = {"recipe": recipe.to_json(tiny_recipe)} | changes.get("run", {})
+        run = {"recipe": load.to_json(tiny_recipe)} | changes.get("run", {})
         return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
 
     return make
 
 
 def test_it_enrols(make_message: Any, make_context: Any) -> None:
-    reply = app(make_message(wire.pack_request(Request(phase="enrol"))), make_context())
-    values = wire.unpack_reply(reply.content).values
+    reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), make_context())
+    values = envelopes.unpack_reply(reply.content).values
     assert (values["site"], values["images"]) == ("all", 77)
 
 
 def test_each_message_type_has_its_phase(make_message: Any, make_context: Any, monkeypatch: Any) -> None:
     seen = []
-    monkeypatch.setattr(phases, "run", lambda site, recipe, request: seen.append(request.phase) or phases.Reply())
+    monkeypatch.setattr(
+        dispatch, "run", lambda site, recipe, request: seen.append(request.phase) or phases_request.Reply()
+    )
     monkeypatch.setattr(egress.Gate, "admit", lambda gate, phase, reply: reply)
-    for phase, message_type in wire.MESSAGE_TYPES.items():
-        reply = app(make_message(wire.pack_request(Request(phase=phase)), message_type), make_context())
-        if phase in wire.STAGES:  # which are of a phase, and none themselves
+    for phase, message_type in envelopes.MESSAGE_TYPES.items():
+        reply = app(make_message(envelopes.pack_request(Request(phase=phase)), message_type), make_context())
+        if phase in envelopes.STAGES:  # which are of a phase, and none themselves
             assert reply.error.reason == "protocol"
             continue
         assert reply.has_content()
         wrong = "query.enrol" if phase != "enrol" else "evaluate"
         assert (
-            app(make_message(wire.pack_request(Request(phase=phase)), wrong), make_context()).error.reason == "protocol"
+            app(make_message(envelopes.pack_request(Request(phase=phase)), wrong), make_context()).error.reason
+            == "protocol"
         )
-    assert seen == [phase for phase in wire.MESSAGE_TYPES if phase not in wire.STAGES]
+    assert seen == [phase for phase in envelopes.MESSAGE_TYPES if phase not in envelopes.STAGES]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_each_message_type_has_its_phase(make_message: Any, make_context: Any, m
     ],
 )
 def test_a_wrong_configuration_is_a_code(make_message: Any, make_context: Any, changes: Any, reason: str) -> None:
-    reply = app(make_message(wire.pack_request(Request(phase="enrol"))), make_context(**changes))
+    reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), make_context(**changes))
     assert reply.error.reason == reason
     assert "Jane" not in repr(reply.error) + repr(reply.metadata)
 
@@ -83,8 +91,8 @@ def test_whatever_a_phase_raises(make_message: Any, make_context: Any, monkeypat
     def fail(*_: Any) -> None:
         raise raised("Jane Doe")
 
-    monkeypatch.setattr(phases, "run", fail)
-    reply = app(make_message(wire.pack_request(Request(phase="enrol"))), make_context())
+    monkeypatch.setattr(dispatch, "run", fail)
+    reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), make_context())
     assert reply.error.reason == "internal"
     assert "Jane" not in repr(reply.error)
 
@@ -92,7 +100,7 @@ def test_whatever_a_phase_raises(make_message: Any, make_context: Any, monkeypat
 def test_a_message_that_is_an_error_or_of_an_unknown_type(make_message: Any, make_context: Any) -> None:
     asked = make_message(RecordDict())
     assert handle(Message(Error(1, "x"), reply_to=asked), make_context()).error.reason == "internal"
-    odd = make_message(wire.pack_request(Request(phase="enrol")), "train.something")
+    odd = make_message(envelopes.pack_request(Request(phase="enrol")), "train.something")
     assert handle(odd, make_context()).error.reason == "protocol"
 
 
@@ -102,22 +110,22 @@ def test_a_message_that_is_an_error_or_of_an_unknown_type(make_message: Any, mak
 @pytest.mark.parametrize("phase", ["pretrain", "adapt"])
 def test_a_request_for_no_work_is_refused(make_message: Any, make_context: Any, phase: str, change: Any) -> None:
     request = Request(phase=phase, **{"steps": 1, "batch_size": 1, "findings": ("Bar",)} | change)
-    reply = app(make_message(wire.pack_request(request), wire.MESSAGE_TYPES[phase]), make_context())
+    reply = app(make_message(envelopes.pack_request(request), envelopes.MESSAGE_TYPES[phase]), make_context())
     assert reply.error.reason == "protocol"
 
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)
-fields = st.dictionaries(st.sampled_from([*wire._RequestFields.__dataclass_fields__, "x"]), values)
+fields = st.dictionaries(st.sampled_from([*envelopes._RequestFields.__dataclass_fields__, "x"]), values)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(fields, st.sampled_from(list(wire.MESSAGE_TYPES)))
+@given(fields, st.sampled_from(list(envelopes.MESSAGE_TYPES)))
 def test_it_never_raises(make_message: Any, make_context: Any, given: Any, phase: str) -> None:
     base = {"phase": phase, "round": 0, "step": 0, "steps": 1, "batch_size": 1, "roster_index": 0, "findings": []}
     text = json.dumps(base | given)
-    content = wire.pack_request(Request(phase=phase))
+    content = envelopes.pack_request(Request(phase=phase))
     content["request"] = ConfigRecord({"json": text})
-    reply = app(make_message(content, wire.MESSAGE_TYPES[phase]), make_context())
+    reply = app(make_message(content, envelopes.MESSAGE_TYPES[phase]), make_context())
     assert reply.has_content() != reply.has_error()
     if reply.has_error():
         assert reply.error.reason in ("protocol", "checkpoint", "data", "storage")
@@ -130,7 +138,7 @@ def test_it_never_raises(make_message: Any, make_context: Any, given: Any, phase
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test fails if a site is opened."""
     monkeypatch.setattr(site_module, "site_of", lambda *_, **__: pytest.fail("a site was opened"))
-    monkeypatch.setattr(phases, "run", lambda *_: pytest.fail("a phase was run"))
+    monkeypatch.setattr(dispatch, "run", lambda *_: pytest.fail("a phase was run"))
 
 
 def test_a_run_whose_code_was_refused(
@@ -138,7 +146,7 @@ def test_a_run_whose_code_was_refused(
 ) -> None:
     """Whatever it asks for; the reason stays here."""
     context = make_context(run={"refused": "the code 1234 was not approved here"})
-    for content in (wire.pack_request(Request(phase="enrol")), RecordDict()):
+    for content in (envelopes.pack_request(Request(phase="enrol")), RecordDict()):
         reply = app(make_message(content), context)
         assert (reply.error.code, reply.error.reason) == (6, "code")
         assert "1234" not in repr(reply.error)
@@ -146,19 +154,21 @@ def test_a_run_whose_code_was_refused(
 
 
 def test_a_run_that_was_not_refused(make_message: Any, make_context: Any) -> None:
-    assert app(make_message(wire.pack_request(Request(phase="enrol"))), make_context(run={"refused": ""})).has_content()
+    assert app(
+        make_message(envelopes.pack_request(Request(phase="enrol"))), make_context(run={"refused": ""})
+    ).has_content()
 
 
 @pytest.mark.parametrize("version", ["0.0.0", "", None, 1, "Jane\nDoe", "x" * 5000])
 def test_another_release(make_message: Any, make_context: Any, untouched: None, version: Any) -> None:
-    content = wire.pack_request(Request(phase="enrol"))
+    content = envelopes.pack_request(Request(phase="enrol"))
     content["request"]["terms"] = json.dumps({"version": version, "roster": None})
     reply = app(make_message(content), make_context())
     assert (reply.error.code, reply.error.reason) == (5, "version")
 
 
 def test_no_terms_at_all(make_message: Any, make_context: Any, untouched: None) -> None:
-    content = wire.pack_request(Request(phase="enrol"))
+    content = envelopes.pack_request(Request(phase="enrol"))
     del content["request"]["terms"]
     assert app(make_message(content), make_context()).error.reason == "protocol"
 
@@ -208,7 +218,7 @@ def test_sites_that_were_not_approved(
     make_message: Any, secured: Any, keys: list[Keys], untouched: None, change: str
 ) -> None:
     context, sites = secured
-    content = wire.pack_request(Request(phase="enrol"), changed(sites, keys, change))
+    content = envelopes.pack_request(Request(phase="enrol"), changed(sites, keys, change))
     reply = app(make_message(content), context)
     assert (reply.error.code, reply.error.reason) == (6, "roster")
 
@@ -219,13 +229,13 @@ def test_the_sites_that_were_approved_or_some_of_them(make_message: Any, secured
     context, sites = secured
     for name in gone:
         sites = sites.without_site(name)
-    asked = make_message(wire.pack_request(Request(phase="enrol", round=2), sites))
+    asked = make_message(envelopes.pack_request(Request(phase="enrol", round=2), sites))
     asked.metadata.__dict__["_message_id"] = "the request's"
     reply = app(asked, context).content
     key = signing.read_public_line(sites.sites["NORTH"].identity)
-    wire.verify_reply(reply, key, asked.metadata.run_id, 2, "the request's")
+    signatures.verify_reply(reply, key, asked.metadata.run_id, 2, "the request's")
     with pytest.raises(ProtocolError, match="signature"):
-        wire.verify_reply(reply, key, asked.metadata.run_id, 3, "the request's")
+        signatures.verify_reply(reply, key, asked.metadata.run_id, 3, "the request's")
 
 
 def test_a_site_whose_federation_was_never_approved(
@@ -233,11 +243,11 @@ def test_a_site_whose_federation_was_never_approved(
 ) -> None:
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
     context = make_context(node={"site": "NORTH", "secured": True})
-    assert app(make_message(wire.pack_request(Request(phase="enrol"))), context).error.reason == "config"
+    assert app(make_message(envelopes.pack_request(Request(phase="enrol"))), context).error.reason == "config"
 
 
 def test_a_site_without_keys_signs_nothing(make_message: Any, make_context: Any) -> None:
-    reply = app(make_message(wire.pack_request(Request(phase="enrol"))), make_context())
+    reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), make_context())
     assert "ed25519" not in reply.content["reply"]
 
 
@@ -248,8 +258,8 @@ def test_images_are_taken_in_at_enrolment_only(
     context = make_context(node={"data": str(images), "site": "alpha"})
 
     def count() -> int:
-        reply = app(make_message(wire.pack_request(Request(phase="enrol"))), context)
-        return wire.unpack_reply(reply.content).values["images"]
+        reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), context)
+        return envelopes.unpack_reply(reply.content).values["images"]
 
     before = count()
     site = site_module.site_of(context.node_config, tiny_recipe.image_px, enrolling=False)
@@ -272,9 +282,9 @@ def ask(make_message: Any, make_context: Any) -> Callable[..., Any]:
     """`ask(request)`: the reply, or the code of an error."""
 
     def ask(request: Request) -> Any:
-        kind = wire.MESSAGE_TYPES[request.stage or request.phase]
-        reply = app(make_message(wire.pack_request(request), kind), make_context())
-        return reply.error.reason if reply.has_error() else wire.unpack_reply(reply.content)
+        kind = envelopes.MESSAGE_TYPES[request.stage or request.phase]
+        reply = app(make_message(envelopes.pack_request(request), kind), make_context())
+        return reply.error.reason if reply.has_error() else envelopes.unpack_reply(reply.content)
 
     return ask
 
@@ -283,16 +293,18 @@ def ask(make_message: Any, make_context: Any) -> Callable[..., Any]:
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site gives back twice what it was sent."""
 
-    def run(site: Any, recipe: Any, request: Request) -> phases.Reply:
+    def run(site: Any, recipe: Any, request: Request) -> phases_request.Reply:
         values = {"images": 1, "state": "travels", "history": []}
-        return phases.Reply(tensors={name: 2 * tensor for name, tensor in request.tensors.items()}, values=values)
+        return phases_request.Reply(
+            tensors={name: 2 * tensor for name, tensor in request.tensors.items()}, values=values
+        )
 
-    monkeypatch.setattr(phases, "run", run)
+    monkeypatch.setattr(dispatch, "run", run)
 
 
 TENSORS = {"student.x": torch.arange(9.0)}
-LAID = Laid({"float32": [TENSORS["student.x"].numpy()]})
-APART = Apart(sha256=LAID.sha256(), arrays=LAID.arrays, table=[("student.x", "float32", [9])])
+LAID = ByteView({"float32": [TENSORS["student.x"].numpy()]})
+APART = Detached(sha256=LAID.sha256(), arrays=LAID.arrays, table=[("student.x", "float32", [9])])
 
 
 def delivery(start: int, size: int) -> Request:
@@ -309,7 +321,7 @@ def test_arrays_are_delivered_and_collected_in_parts(ask: Any, doubled: None, tm
     told = {"sha256": reply.apart.sha256, "start": 0, "size": 36}
     chunk = ask(Request(phase="pretrain", stage="collect", told=told)).chunk
     (tmp_path / "reply").write_bytes(chunk.tobytes())
-    assert torch.equal(wire.with_arrays(reply, tmp_path / "reply").tensors["student.x"], 2 * TENSORS["student.x"])
+    assert torch.equal(arrays.with_arrays(reply, tmp_path / "reply").tensors["student.x"], 2 * TENSORS["student.x"])
     assert ask(Request(phase="pretrain", stage="collect", told=told | {"sha256": APART.sha256})) == "protocol"
 
 
@@ -335,6 +347,6 @@ def test_a_disk_that_is_full_is_a_code(ask: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_parts_of_a_run_whose_code_was_refused(make_message: Any, make_context: Any, tmp_path: Path) -> None:
-    message = make_message(wire.pack_request(delivery(0, 20)), "query.deliver")
+    message = make_message(envelopes.pack_request(delivery(0, 20)), "query.deliver")
     assert app(message, make_context(run={"refused": "not approved"})).error.reason == "code"
     assert not list(tmp_path.rglob("in-*"))

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from chexfound import __version__
-from chexfound.data.store import Store
-from chexfound.roster import Address
-from client import approval, cli, link, supernode
+from chexfound.data.store.reader import Store
+from chexfound.identity.roster import Address
+from client import cli
+from client.home import approval, link
+from client.node import supernode
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_refused_files_are_counted_and_named_to_who_asks(
 def test_a_store_is_served_as_it_is(
     serve: Served, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from chexfound.data.sources import ingest
+    from chexfound.data.intake.ingest import ingest
 
     ingest(images, tmp_path / "store", 32)
     assert serve(*options(tmp_path / "store", "--insecure")) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chexfound.recipe import changed
+from chexfound.recipe.curriculum import changed
 from tests.client.test_hostile_coordinator import pretraining
 from tests.secagg.federation import NAMES, Federation, Try
 

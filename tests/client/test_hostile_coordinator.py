@@ -18,22 +18,23 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound import phases, signing
+from chexfound.contract.request import Reply, Request
+from chexfound.durable.journal import Journal
 from chexfound.errors import REFUSALS
-from chexfound.journal import Journal
+from chexfound.identity import signing
+from chexfound.identity.roster import Roster
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply, Request
-from chexfound.pretrain import health
-from chexfound.roster import Roster
-from chexfound.schema import Recipe
+from chexfound.phases import parted
+from chexfound.phases.payload import Settings
+from chexfound.pretrain.health import measures
+from chexfound.recipe.schema import Recipe
 from chexfound.secagg import messages
 from chexfound.secagg.keys import Secrets, public
 from chexfound.secagg.messages import Advert, Attempt, Packet
-from chexfound.secagg.payload import Settings
-from client import lineage
-from client import site as client_site
-from server import run as server_run
+from client.answer import hospital as client_site
+from client.masked import lineage
+from server.rounds import loop as server_run
 from tests.secagg.federation import NAMES, RARE, STAGES, Answer, Federation, Try, identity
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -398,8 +399,8 @@ def test_counts_and_histograms_of_a_finding_that_one_site_labels_are_zero(fed: F
 
 def test_a_probes_figure_that_one_site_gives_is_none(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only at the victim are there enough images for it."""
-    monkeypatch.setattr(health, "FEWEST_PATIENTS", 2)
-    monkeypatch.setattr(health, "FEWEST_IMAGES", 4)
+    monkeypatch.setattr(measures, "FEWEST_PATIENTS", 2)
+    monkeypatch.setattr(measures, "FEWEST_IMAGES", 4)
     fed.recipe = replace(fed.recipe, health=replace(fed.recipe.health, eval_period_iterations=1))
     sums = pretraining(fed, findings=(RARE,)).finish()
     assert sums["figure/rankme/images"][0] == sums["images"] == training_images(fed)  # all look at their images
@@ -412,14 +413,14 @@ def test_survivors_that_leave_a_finding_to_too_few_are_refused(
 ) -> None:
     one = fed.attempt()
     gamma = fed.nodes["gamma"]  # whose images tell nothing of Bar
-    monkeypatch.setattr("chexfound.phases.declared", declared_without(gamma["site"], "Bar"))
+    monkeypatch.setattr("chexfound.phases.parted.declared", declared_without(gamma["site"], "Bar"))
     one.until("consistency")
     answer = one.ask("consistency", VICTIM, survivors=[VICTIM, "beta", "gamma"])
     check_refused(fed, answer, "secagg.findings", caplog)
 
 
 def declared_without(site: str, finding: str) -> Callable[..., list[str]]:
-    declared = phases.declared
+    declared = parted.declared
 
     def changed(here: Any, recipe: Recipe, request: Any) -> list[str]:
         return [name for name in declared(here, recipe, request) if here.name != site or name != finding]

@@ -17,16 +17,21 @@ import httpx
 import numpy as np
 import pytest
 
-from chexfound import machine
-from chexfound import recipe as recipes
-from chexfound.bundle import Bundle
-from chexfound.data.sources import ingest
-from chexfound.roster import Address
-from client import approval, asked, cli, commands, flwr_private, ledger, link, membership, secret, template
-from client.home import close, store_path
-from client.preflight import checks, local, remote
-from client.preflight.plan import CHECKS
-from server import guard, pki
+from chexfound.data.intake.ingest import ingest
+from chexfound.host import machine
+from chexfound.identity.bundle import Bundle
+from chexfound.identity.roster import Address
+from chexfound.recipe import load as recipes
+from client import cli
+from client.answer import asked
+from client.home import approval, ledger, link, membership, secret, template
+from client.home.paths import close, store_path
+from client.node import flwr_private
+from client.operator import commands
+from client.operator.preflight import checks, local, remote
+from client.operator.preflight.order import CHECKS
+from server.federation import pki
+from server.services import guard
 
 RELEASE = Bundle({"client/app.py": 64 * "0"})
 
@@ -68,11 +73,11 @@ def prepare(authority: Path, open_door: Callable[..., int], enrolled: Callable[.
     return make
 
 
-def check(home: Path, **options: Any) -> dict[str, checks.Result]:
+def check(home: Path, **options: Any) -> dict[str, checks.CheckResult]:
     return {result.name: result for result in checks.run(checks.Subject("NORTH", home, **options), CHECKS)}
 
 
-def only(found: dict[str, checks.Result], name: str) -> checks.Result:
+def only(found: dict[str, checks.CheckResult], name: str) -> checks.CheckResult:
     """The one that failed; what stands on it was left out, and everything else is well."""
     assert [one.name for one in found.values() if one.state == "failed"] == [name], found
     left_out = {name}
@@ -592,7 +597,7 @@ def test_a_proxy_that_no_program_can_use(prepare: Callable[..., Path], monkeypat
 
 
 def test_a_check_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def breaks(_: checks.Subject) -> checks.Finding:
+    def breaks(_: checks.Subject) -> checks.Diagnosis:
         raise KeyError("x")
 
     plan = [

@@ -13,14 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from chexfound.bundle import Bundle
-from chexfound.roster import Address, Roster
-from client import approval, flwr_private, link, membership, supernode
-from client.home import close
-from client.preflight import checks, remote
-from client.preflight.plan import CHECKS
-from server import federation as federations
-from server import members
+from chexfound.identity.bundle import Bundle
+from chexfound.identity.roster import Address, Roster
+from client.home import approval, link, membership
+from client.home.paths import close
+from client.node import flwr_private, supernode
+from client.operator.preflight import checks, remote
+from client.operator.preflight.order import CHECKS
+from server.federation import members
+from server.federation import settings as federations
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def test_all_is_well_but_for_a_key_that_is_not_registered(
     server = Address("localhost", open_door(federation.folder, behind=federation.superlink))
     sites = Roster(federation="thorax", serial=1, sites={"NORTH": keys})
     text = federation.path("ca.crt").read_text()
-    membership.approve(home, membership.Federation(name="thorax", server=server, authority=text, sites=sites))
+    membership.approve(home, membership.ApprovedFederation(name="thorax", server=server, authority=text, sites=sites))
     close(home)  # as if the umask had been a site's
     found = checks.run(checks.Subject("NORTH", home), CHECKS)
     assert [one.name for one in found if one.state == "failed"] == (["key"] if name == "stranger" else [])

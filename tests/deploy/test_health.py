@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from server import guard, pki
+from server.federation import pki
+from server.services import guard
 from tests.server.doors import ROOT, Behind, Node, free_port, running, write_roster
 
 

@@ -17,9 +17,9 @@ import yaml
 
 import chexfound
 import client.cli
-import client.commands
+import client.operator.commands
 import server.cli
-from chexfound import units
+from chexfound.host import systemd
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -241,7 +241,7 @@ def test_a_site_is_alive_while_its_file_is_fresh(tmp_path: Path) -> None:
 
 
 def test_a_site_may_drain_before_it_is_killed() -> None:
-    least = client.cli.parser().get_default("drain") + units.GOODBYE_S
+    least = client.cli.parser().get_default("drain") + systemd.GOODBYE_S
     assert pods()["site"]["terminationGracePeriodSeconds"] >= least
     sites = [one for name, one in compose()["services"].items() if name != "coordinator"]
     assert [int(one["stop_grace_period"].removesuffix("s")) >= least for one in sites] == [True] * 3

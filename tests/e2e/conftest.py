@@ -18,15 +18,16 @@ import cv2
 import numpy as np
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.store import Store
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store
+from chexfound.recipe import check
+from chexfound.recipe.schema import Recipe
 from chexfound.rng import numpy_generator
-from chexfound.schema import Recipe
-from client.secret import Secret
-from sim.arms import Plan, run_federated
+from client.home.secret import Secret
+from sim.arms.federated import run_federated
+from sim.arms.plan import ArmPlan
+from sim.engine.pool import Pool
 from sim.partition import partition
-from sim.pool import Pool
 from tests.e2e.hospitals import SECRET, allow_small, give_secret
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,7 +214,7 @@ def make_site() -> Callable[[Path, str, int, int], Path]:
 
 
 PX = 64
-RECIPE = recipes.validate(
+RECIPE = check.validate(
     {
         "name": "it's tiny",  # a quote, which the run-config file must carry
         "image_px": PX,
@@ -239,7 +240,7 @@ def in_process(images: Path, folder: Path, workers: int, recipe: Recipe = RECIPE
     own, store = Secret.of(SECRET), folder / "store"
     ingest(images, store, PX, naming=own.naming)
     sites = partition(Store.open(store), "source", recipe.seed).sites
-    plan = Plan(recipe=recipe, store=store, sites=sites, folder=folder / "plan", split_key=own.split)
+    plan = ArmPlan(recipe=recipe, store=store, sites=sites, folder=folder / "plan", split_key=own.split)
     plan.write_shards()
     with Pool(workers) as pool:
         run_federated(plan, "federated", pool)

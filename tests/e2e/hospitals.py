@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client.home import close
-from client.secret import path_of
+from client.home.paths import close
+from client.home.secret import path_of
 from tests.server.doors import free_port
 
 SECRET = bytes(range(32))  # of all sites, and of the simulations that a run's model is held against
@@ -58,7 +58,7 @@ class Hospitals:
         self.port, superlink = free_port(), free_port()
         self.address = f"localhost:{self.port}"
         size = ["--sites", str(sites), "--patients", str(patients)]
-        self.do("chexfound.cli", self.folder.parent, "phantom", *size, "--out", images)
+        self.do("chexfound.commands.main", self.folder.parent, "phantom", *size, "--out", images)
         self.names = sorted(path.name for path in images.iterdir() if path.is_dir())
         ports = ["--listen", f"127.0.0.1:{self.port}", "--superlink", f"127.0.0.1:{superlink}"]
         self.server("init", "--name", "thorax", "--public", self.address, *ports)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from chexfound import logs
-from chexfound import recipe as recipes
-from chexfound.journal import read_journal
-from chexfound.model import checkpoint, release
+from chexfound.durable.journal import read_journal
+from chexfound.host import logs
+from chexfound.model import checkpoint
+from chexfound.model.weights.release import run_model
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
 from chexfound.report import build
-from chexfound.schema import Recipe
 
 pytestmark = pytest.mark.e2e
 
@@ -130,7 +131,7 @@ def test_a_run_leaves_what_the_report_needs(deployed: Deployed, recipe: Recipe, 
         ("federated", "A", "Nodule"), ("federated", "B", "Nodule"),
     }  # fmt: skip
     assert all(row["auroc"] is not None for row in written["results"])
-    _, findings, _, head = release.load(folder / "model")
+    _, findings, _, head = run_model.load(folder / "model")
     assert (findings, head is None) == (("Nodule",), False)
     assert recipes.load(str(folder / "recipe.yaml")) == recipe
     assert read_journal(folder / "journal.jsonl")[-1]["event"] == "done"

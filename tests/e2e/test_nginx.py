@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from chexfound.roster import Address
-from client import membership
-from server import federation as federations
-from server import guard, members, nginx
+from chexfound.identity.roster import Address
+from client.home import membership
+from server.federation import members
+from server.federation import settings as federations
+from server.services import guard, nginx
 from tests.server.doors import CONTROL, INSIDE, ask, free_port, request, running_nginx
 
 pytestmark = pytest.mark.e2e

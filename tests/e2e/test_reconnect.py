@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.journal import read_journal
-from chexfound.roster import Address
-from chexfound.schema import Recipe
-from server import federation as federations
-from server import members
+from chexfound.durable.journal import read_journal
+from chexfound.identity.roster import Address
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from server.federation import members
+from server.federation import settings as federations
 from tests.e2e import hospitals
 from tests.e2e.conftest import PART_MB
 from tests.e2e.hospitals import allow_small, give_secret
@@ -124,7 +124,10 @@ class Disturbed:
 
     def kill_serverapp(self) -> None:
         found = subprocess.run(
-            ["pgrep", "-f", f"server.task .*{self.held.superlink.port}"], capture_output=True, text=True, check=True
+            ["pgrep", "-f", f"server.services.task .*{self.held.superlink.port}"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         for pid in found.stdout.split():
             os.kill(int(pid), signal.SIGKILL)

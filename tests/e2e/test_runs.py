@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.schema import Recipe
-from server import federation as federations
-from server import standing, submission
-from server.runs import RunFolder
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from server.federation import settings as federations
+from server.runs import standing, submission
+from server.runs.folders import RunFolder
 from tests.e2e.hospitals import Hospitals
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reason="finds who holds a lock in /proc")]

@@ -13,22 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chexfound import phases
-from chexfound import recipe as recipes
-from chexfound.data.split import View
-from chexfound.data.store import Store
+from chexfound.contract.request import Reply, Request
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import View
+from chexfound.durable.journal import read_journal
 from chexfound.errors import SiteError
+from chexfound.evaluate.areas import auroc
 from chexfound.evaluate.histograms import bins
-from chexfound.evaluate.metrics import auroc, load_scores
-from chexfound.journal import read_journal
+from chexfound.evaluate.scores import load_scores
 from chexfound.model import checkpoint
-from chexfound.names import ALL_SITES
-from chexfound.phases import Reply, Request, Site
-from chexfound.schema import Recipe
-from client.home import store_path
-from client.secret import Secret
-from server.exchange import Member, Missing, checked_roster
-from server.run import Run
+from chexfound.parsing.names import ALL_SITES
+from chexfound.phases import dispatch
+from chexfound.phases.site_state import Site
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from client.home.paths import store_path
+from client.home.secret import Secret
+from server.exchange.protocol import Member, Missing, checked_roster
+from server.rounds.loop import Run
 from tests.e2e.conftest import PART_MB, PATIENCE_S
 from tests.e2e.hospitals import SECRET, Hospitals, kill
 
@@ -137,7 +139,7 @@ class InTheClear:
 
     def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
         self.recipe = recipe
-        replies = [phases.run(site, recipe, Request(phase="enrol")) for site in self.sites]
+        replies = [dispatch.run(site, recipe, Request(phase="enrol")) for site in self.sites]
         for reply in replies:
             for finding in RARE:
                 reply.values["findings"].pop(finding, None)
@@ -153,7 +155,7 @@ class InTheClear:
                 yield self.asked(site, request)
 
     def asked(self, site: Site, request: Request) -> Reply:
-        return phases.run(site, self.recipe, replace(request, left_out=tuple(RARE)))
+        return dispatch.run(site, self.recipe, replace(request, left_out=tuple(RARE)))
 
     def aurocs(self, rank: Callable[[np.ndarray], np.ndarray] = np.asarray) -> dict[str, float]:
         """Of the survivors' held-out images together, as they were last scored; `rank` is what scores are taken as."""

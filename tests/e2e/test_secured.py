@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound import signing
 from chexfound.errors import RosterError
-from chexfound.schema import Recipe
-from client import membership, supernode
-from server import federation as federations
-from server import pki, runs
+from chexfound.identity import signing
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from client.home import membership
+from client.node import supernode
+from server.federation import pki
+from server.federation import settings as federations
+from server.runs import submit
 from tests.e2e.hospitals import Hospitals
 from tests.server.doors import INSIDE, ask, request
 
@@ -90,7 +92,7 @@ def is_superexec(cmdline: Path, folder: Path) -> bool:
 def submit_changed(made: Hospitals, recipe: Recipe) -> str:
     """What Flower says of the run."""
     app = made.folder.parent / "app"
-    runs.stage(app)
+    submit.stage(app)
     (app / "client" / "app.py").write_text((app / "client" / "app.py").read_text() + "\n# and more\n")
     run_config = made.folder.parent / "changed.toml"
     run_config.write_text(recipes.to_run_config(recipe))

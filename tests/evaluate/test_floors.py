@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from chexfound.errors import DataError
 from chexfound.evaluate import floors
-from chexfound.evaluate.metrics import Scores, auroc, result_rows
+from chexfound.evaluate.areas import auroc
+from chexfound.evaluate.rows import result_rows
+from chexfound.evaluate.scores import Scores
 
 
 def pictures(levels: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -12,8 +12,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexfound.errors import DataError, ProtocolError
 from chexfound.evaluate import histograms as module
+from chexfound.evaluate.areas import auprc, auroc
+from chexfound.evaluate.bootstrap import bootstrap_weights
 from chexfound.evaluate.histograms import BINS, bins, delong, edges, histograms, results, rows
-from chexfound.evaluate.metrics import Scores, auprc, auroc, bootstrap_weights, result_rows
+from chexfound.evaluate.rows import result_rows
+from chexfound.evaluate.scores import Scores
 
 FIGURES = ("auroc", "auroc_ci", "auprc", "auprc_ci")
 

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from chexfound.roster import Address
-from server import federation as federations
-from server.federation import Federation
-from server.up import listens
+from chexfound.identity.roster import Address
+from server.federation import settings as federations
+from server.federation.settings import Federation
+from server.services.supervise import listens
 from tests.server.doors import Node, free_port
 
 PATIENCE_S = 120.0

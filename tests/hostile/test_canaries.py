@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chexfound import logs
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.store import INDEX
-from chexfound.data.texts import TEXTS
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.index import INDEX
+from chexfound.data.store.texts import TEXTS
+from chexfound.host import logs
+from chexfound.recipe import load as recipes
 from chexfound.report import build
-from client import status
+from client.operator import status
 from tests.data.conftest import dicom_file
 from tests.e2e.conftest import PX, RECIPE, Federation, write_site
 from tests.hostile.recorder import Recorder, Search

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from chexfound.phases import Reply, Request
+from chexfound.contract.request import Reply, Request
 from chexfound.pretrain.train import initial_weights
-from client.policy import Policy
+from client.home.policy import Policy
 from tests.secagg.federation import NAMES, Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)

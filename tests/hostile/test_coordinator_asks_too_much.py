@@ -20,20 +20,21 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 
-from chexfound import recipe as recipes
-from chexfound import wire
-from chexfound.limits import Limits
+from chexfound.contract.limits import Limits
+from chexfound.contract.request import Reply, Request
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply, Request
-from chexfound.pretrain import curriculum
+from chexfound.phases.payload import Settings
+from chexfound.pretrain import positions
 from chexfound.pretrain.beginning import frozen_gains
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import Recipe
-from chexfound.secagg.payload import Settings
-from client import refusals
-from client import site as client_site
+from chexfound.recipe import check
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from chexfound.wire import envelopes, error_replies
+from client.answer import hospital as client_site
+from client.answer import refusals
 from client.app import handle
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -53,7 +54,7 @@ FINDINGS = "findings: [Bar, Blob]\n"  # which the released vocabulary does not h
 
 
 def small(**changed: Any) -> Recipe:
-    return recipes.validate({**SMALL, **changed}, "small")
+    return check.validate({**SMALL, **changed}, "small")
 
 
 SECRET = bytes(range(32))  # by which patients fall into the same parts each time
@@ -85,14 +86,14 @@ class Hospital:
         edit: Callable[[RecordDict], None] = lambda content: None,
     ) -> Any:
         """Its reply, or the code of its refusal."""
-        content = wire.pack_request(request)
+        content = envelopes.pack_request(request)
         edit(content)
-        message = make_message(content, wire.MESSAGE_TYPES[request.stage or request.phase])
+        message = make_message(content, envelopes.MESSAGE_TYPES[request.stage or request.phase])
         message.metadata.__dict__["_run_id"] = run
         config = {"recipe": recipes.to_json(recipe)}
         context = Context(run_id=run, node_id=1, node_config=dict(self.node), state=RecordDict(), run_config=config)
         reply = handle(message, context)
-        return wire.error_code(reply) if reply.has_error() else wire.unpack_reply(reply.content)
+        return error_replies.error_code(reply) if reply.has_error() else envelopes.unpack_reply(reply.content)
 
 
 @pytest.fixture
@@ -244,7 +245,7 @@ def test_few_patients_with_a_label_are_answered_for_as_none(ask: Any, hospital: 
     """No features and no head: the reply is that of a site that labels nothing."""
     recipe = small(phases=["adapt", "evaluate"])
     head = build_head(recipe, 2)
-    backbone = curriculum.with_grid(initial_weights(recipe), recipe.position_px // recipe.student.patch_size)
+    backbone = positions.with_grid(initial_weights(recipe), recipe.position_px // recipe.student.patch_size)
     backbone = checkpoint.with_prefix(backbone, "student.backbone.")
     named = {"findings": ("Bar", "Blob")}
     adapt = Request(phase="adapt", tensors=dict(head.state_dict()) | zero_moments(head), steps=2, batch_size=4, **named)

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.data.store import Store
+from chexfound.contract.request import Request
+from chexfound.data.store.reader import Store
 from chexfound.errors import SiteError
 from chexfound.model import checkpoint
-from chexfound.phases import Request
 from chexfound.pretrain.beginning import FILE, file_tensor, load_backbone, taken_backbone
 from chexfound.pretrain.train import initial_weights
-from client import approval
-from client.home import site_home
-from server.run import Run
-from server.secure_run import SecureRun
+from chexfound.recipe import curriculum
+from client.home import approval
+from client.home.paths import site_home
+from server.rounds.loop import Run
+from server.rounds.masked import SecureRun
 from tests.hostile.weights_door import SMALL, demand
 from tests.secagg.federation import NAMES, Federation
 
@@ -51,8 +51,8 @@ def deployed(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> Federation:
     for name, node in fed.nodes.items():
         del node["home"]
         demand(fed.homes[name], POLICY)
-    train, adapt = recipes.changed(fed.recipe.train, local_steps=2), recipes.changed(fed.recipe.adapt, rounds=1)
-    fed.recipe = recipes.changed(fed.recipe, train=train, adapt=adapt)
+    train, adapt = curriculum.changed(fed.recipe.train, local_steps=2), curriculum.changed(fed.recipe.adapt, rounds=1)
+    fed.recipe = curriculum.changed(fed.recipe, train=train, adapt=adapt)
     return fed
 
 
@@ -60,7 +60,7 @@ def deployed(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> Federation:
 def file(deployed: Federation) -> Path:
     """A backbone that somebody trained elsewhere."""
     path = deployed.folder / "elsewhere.safetensors"
-    checkpoint.save(path, taken_backbone(initial_weights(recipes.changed(deployed.recipe, seed=5))))
+    checkpoint.save(path, taken_backbone(initial_weights(curriculum.changed(deployed.recipe, seed=5))))
     return path
 
 
@@ -70,8 +70,8 @@ def begin(deployed: Federation, file: Path) -> Callable[..., Any]:
 
     def run(kind: str) -> Any:
         changes = dict(KINDS[kind])
-        federation = recipes.changed(deployed.recipe.federation, part_mb=changes.pop("part_mb", 32.0))
-        deployed.recipe = recipes.changed(deployed.recipe, federation=federation, **changes)
+        federation = curriculum.changed(deployed.recipe.federation, part_mb=changes.pop("part_mb", 32.0))
+        deployed.recipe = curriculum.changed(deployed.recipe, federation=federation, **changes)
         folder = deployed.folder / "run"
         program = SecureRun if deployed.recipe.aggregation == "secagg" else Run
         spool = folder / "spool" if "in parts" in kind else None
@@ -114,7 +114,7 @@ def test_under_masks_nothing_is_done_with_a_file_that_was_not_approved(
     assert one.ask("masked", NAMES[0]) == "weights.file"
     two = deployed.attempt("pretrain", 2, steps=2, batch_size=2, tensors=sent).until("masked")
     assert two.ask("masked", NAMES[0], tensors={n: t for n, t in sent.items() if n != FILE}) == "secagg.weights"
-    recipe = recipes.changed(deployed.recipe, phases=("adapt", "evaluate"))
+    recipe = curriculum.changed(deployed.recipe, phases=("adapt", "evaluate"))
     backbone = taken_backbone(weights) | file_tensor(file, taken_backbone(weights))
     features = Request(phase="features", findings=("Bar", "Blob"), tensors=backbone)
     assert deployed.ask(NAMES[0], features, recipe=recipe) == "weights.file"

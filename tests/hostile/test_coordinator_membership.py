@@ -16,29 +16,29 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from chexfound import recipe as recipes
-from chexfound import wire
-from chexfound.data.dicom import pseudonym
-from chexfound.data.sources import ingest
-from chexfound.data.split import SIMULATED
-from chexfound.data.store import Store
+from chexfound.contract.request import Request
+from chexfound.data.intake.dicom import pseudonym
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import SIMULATED
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
-from chexfound.phases import Request
 from chexfound.pretrain.beginning import taken_backbone
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
 from chexfound.rng import unit_interval
-from chexfound.schema import Recipe
-from client import home, secret
+from chexfound.wire import envelopes
+from client.answer.hospital import site_of
 from client.app import app
-from client.site import site_of
+from client.home import paths, secret
 from tests.data.conftest import dicom_file, picture
 from tests.hostile.weights_door import SMALL, demand
 
 PATIENTS = [str(1000 + number) for number in range(120)]  # so many that no part is small
 VICTIM = "1007"
-PLAIN = {phase: wire.MESSAGE_TYPES[phase] for phase in ("enrol", "pretrain", "features", "adapt", "evaluate")}
+PLAIN = {phase: envelopes.MESSAGE_TYPES[phase] for phase in ("enrol", "pretrain", "features", "adapt", "evaluate")}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites whose policy is that of the defaults, but that so small a recipe passes."""
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path / "home"))
     for name in ("A", "B", "none", "one", "few", "many"):
-        demand(home.site_home(name), f"{SMALL}split: {{train: 0.5, val: 0.25}}\n")
+        demand(paths.site_home(name), f"{SMALL}split: {{train: 0.5, val: 0.25}}\n")
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def ask(make_message: Callable[..., Any]) -> Callable[..., Any]:
     def say(node: dict[str, Any], recipe: Recipe, phase: str = "enrol") -> Any:
         run = {"recipe": recipes.to_json(recipe)}
         context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
-        reply = app(make_message(wire.pack_request(first(recipe, phase)), PLAIN[phase]), context)
-        return reply.error.reason if reply.has_error() else wire.unpack_reply(reply.content).values
+        reply = app(make_message(envelopes.pack_request(first(recipe, phase)), PLAIN[phase]), context)
+        return reply.error.reason if reply.has_error() else envelopes.unpack_reply(reply.content).values
 
     return say
 
@@ -134,7 +134,7 @@ def unkeyed(number: str) -> set[bytes]:
 
 def test_a_known_number_finds_nobody_in_the_index(hospital, ask, tiny_recipe: Recipe) -> None:
     ask(hospital("A", PATIENTS), tiny_recipe)
-    path = home.store_path(home.site_home("A"), tiny_recipe.image_px)
+    path = paths.store_path(paths.site_home("A"), tiny_recipe.image_px)
     assert len(Store.open(path)) == len(PATIENTS)
     files = [file.read_bytes() for file in path.iterdir()]
     assert not [number for number in PATIENTS for name in unkeyed(number) for held in files if name in held]
@@ -147,7 +147,7 @@ def test_a_manifest_s_patients_are_not_in_the_index(make_images, ask, tiny_recip
 
     node = {"site": "A", "data": str(make_images(tmp_path / "images", {"alpha": 120}, change=named))}
     assert ask(node, tiny_recipe)["patients"] == 120
-    path = home.store_path(home.site_home("A"), tiny_recipe.image_px)
+    path = paths.store_path(paths.site_home("A"), tiny_recipe.image_px)
     assert not [file for file in path.iterdir() if b"Mueller" in file.read_bytes()]
     assert ask(node, tiny_recipe)["patients"] == 120  # the manifest is read anew, and names the same
 
@@ -165,10 +165,10 @@ def test_none_and_few_patients_have_one_answer(hospital, ask, tiny_recipe: Recip
 def test_fewer_patients_than_a_count_is_told_of_are_too_few_whatever_else_the_policy_takes(
     hospital, ask, tiny_recipe: Recipe
 ) -> None:
-    demand(home.site_home("few"), f"{SMALL}min_patients: 0\nmin_images: 0\ncells: {{patients: 60}}\n")
+    demand(paths.site_home("few"), f"{SMALL}min_patients: 0\nmin_images: 0\ncells: {{patients: 60}}\n")
     node = hospital("few", PATIENTS[:59])
     assert {ask(node, tiny_recipe, phase) for phase in PLAIN} == {"policy.patients"}
-    demand(home.site_home("few"), f"{SMALL}min_patients: 0\nmin_images: 0\ncells: {{patients: 2}}\n")
+    demand(paths.site_home("few"), f"{SMALL}min_patients: 0\nmin_images: 0\ncells: {{patients: 2}}\n")
     assert ask(node, tiny_recipe)["images"] == 59
 
 
@@ -180,7 +180,7 @@ def test_a_store_as_it_is_has_the_same_answer(hospital, ask, tiny_recipe: Recipe
 def test_the_digest_of_a_store_cannot_be_tried_against_a_guess(hospital, ask, tiny_recipe: Recipe) -> None:
     first, second = (hospital(name, PATIENTS) for name in "AB")
     told = [ask(node, tiny_recipe)["store_hmac"] for node in (first, second, first)]
-    store = Store.open(home.store_path(home.site_home("A"), tiny_recipe.image_px))
+    store = Store.open(paths.store_path(paths.site_home("A"), tiny_recipe.image_px))
     assert told[0] == told[2]  # by which a run that goes on sees that nothing has changed
     assert len({*told, store.digest()}) == 3
     hospital("A", PATIENTS[:1])
@@ -198,7 +198,7 @@ def test_nor_is_that_of_a_store_as_it_is(hospital, ask, tiny_recipe: Recipe, tmp
 
 
 def test_the_keys_tell_nothing_of_each_other(tmp_path: Path) -> None:
-    home.close(tmp_path / "sites" / "A")
+    paths.close(tmp_path / "sites" / "A")
     own = secret.of_site(tmp_path / "sites" / "A")
     held = (tmp_path / "sites" / "A" / "secret.key").read_bytes()
     keys = [held, own.split, own.digest, own.naming.key]

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound.data.store import Store
+from chexfound.contract.request import Reply, Request
+from chexfound.data.store.reader import Store
 from chexfound.model import checkpoint, vit
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply, Request
 from chexfound.pretrain.train import Pretrainer, initial_weights
-from chexfound.recipe import changed
-from chexfound.schema import Recipe
-from server.run import Run
+from chexfound.recipe.curriculum import changed
+from chexfound.recipe.schema import Recipe
+from server.rounds.loop import Run
 from tests.secagg.federation import NAMES, Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)

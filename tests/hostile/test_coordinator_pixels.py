@@ -16,15 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound import recipe as recipes
+from chexfound.contract.request import Reply
 from chexfound.model import checkpoint
-from chexfound.phases import Reply
-from chexfound.pretrain import curriculum
+from chexfound.pretrain import positions
 from chexfound.pretrain.beginning import FILE, file_tensor, load_backbone, taken_backbone
 from chexfound.pretrain.bounds import UpdateBound
 from chexfound.pretrain.optimizer import PREFIX
 from chexfound.pretrain.train import initial_weights
-from client import acceptance, approval, status
+from chexfound.recipe import curriculum
+from chexfound.recipe import load as recipes
+from client.answer import acceptance
+from client.home import approval
+from client.operator import status
 from tests.hostile.weights_door import NAME, SMALL, Hospital, honest
 
 Weights = dict[str, Tensor]
@@ -56,14 +59,14 @@ def camera(weights: Weights) -> Weights:
 
 def test_a_backbone_that_copies_pixels_is_refused(hospital: Hospital) -> None:
     """The patch is the image, the blocks are zero, the seed chosen so that one patient is alone in the split."""
-    recipe = recipes.changed(
+    recipe = curriculum.changed(
         hospital.recipe,
         phases=("adapt", "evaluate"),
         seed=1234567,
-        student=recipes.changed(hospital.recipe.student, patch_size=64, stem="linear"),
-        crops=recipes.changed(hospital.recipe.crops, global_crops_size=64, local_crops_size=64),
+        student=curriculum.changed(hospital.recipe.student, patch_size=64, stem="linear"),
+        crops=curriculum.changed(hospital.recipe.crops, global_crops_size=64, local_crops_size=64),
     )
-    backbone = curriculum.with_grid(taken_backbone(initial_weights(recipe)), 1)
+    backbone = positions.with_grid(taken_backbone(initial_weights(recipe)), 1)
     assert hospital.features(camera(backbone), recipe) == "policy.model"
     hospital.demand(SMALL.replace("min_tokens: 1", "min_tokens: 1, max_patch_px: 64"))
     assert hospital.features(camera(backbone), recipe) == "weights.initial"
@@ -83,7 +86,7 @@ def test_one_block_that_is_a_gate_is_refused(hospital: Hospital, phase: str) -> 
         assert hospital.pretrain(gate) == "weights.initial"
         assert isinstance(hospital.pretrain(weights), Reply)
     else:
-        recipe = recipes.changed(hospital.recipe, phases=("adapt", "evaluate"))
+        recipe = curriculum.changed(hospital.recipe, phases=("adapt", "evaluate"))
         assert hospital.features(taken_backbone(gate), recipe) == "weights.initial"
         assert isinstance(hospital.features(taken_backbone(weights), recipe), Reply)
 
@@ -230,8 +233,8 @@ def test_steps_that_the_recipe_does_not_have_widen_no_box(hospital: Hospital, ch
 
 
 def test_a_recipe_whose_optimizer_has_no_box_is_refused(hospital: Hospital) -> None:
-    optim = recipes.changed(hospital.recipe.optim, optimizer="sgd", clip_grad=0.0, lr=1.0)
-    hospital.recipe = recipes.changed(hospital.recipe, optim=optim)
+    optim = curriculum.changed(hospital.recipe.optim, optimizer="sgd", clip_grad=0.0, lr=1.0)
+    hospital.recipe = curriculum.changed(hospital.recipe, optim=optim)
     assert hospital.pretrain(hospital.first()) == "policy.rate"
 
 
@@ -293,7 +296,7 @@ def test_a_backbone_or_a_head_on_an_empty_disk_needs_the_operators_word(hospital
     far = camera(hospital.pretrained())
     lose()
     assert hospital.features(far) == "weights.lost"
-    hospital.recipe = recipes.changed(hospital.recipe, phases=("adapt", "evaluate"))
+    hospital.recipe = curriculum.changed(hospital.recipe, phases=("adapt", "evaluate"))
     honest(hospital.features(taken_backbone(hospital.first())))
     after = honest(hospital.adapt(hospital.head())).tensors
     lose()
@@ -359,7 +362,7 @@ def test_a_head_of_the_coordinators_making_is_refused(hospital: Hospital) -> Non
 @pytest.fixture
 def file(hospital: Hospital, tmp_path: Path) -> Path:
     """A backbone that somebody trained elsewhere."""
-    weights = initial_weights(recipes.changed(hospital.recipe, seed=5))
+    weights = initial_weights(curriculum.changed(hospital.recipe, seed=5))
     path = tmp_path / "elsewhere.safetensors"
     checkpoint.save(path, taken_backbone(weights))
     return path
@@ -405,8 +408,8 @@ def test_a_file_of_another_architecture_or_too_large_is_refused_in_words(
 
 
 def test_a_run_that_begins_with_its_features_begins_with_an_approved_file(hospital: Hospital, file: Path) -> None:
-    recipe = recipes.changed(hospital.recipe, phases=("adapt", "evaluate"))
-    given = curriculum.with_grid(begun(hospital, file), recipe.position_px // recipe.student.patch_size)
+    recipe = curriculum.changed(hospital.recipe, phases=("adapt", "evaluate"))
+    given = positions.with_grid(begun(hospital, file), recipe.position_px // recipe.student.patch_size)
     backbone = taken_backbone({n: t for n, t in given.items() if n != FILE})
     assert hospital.features(backbone, recipe) == "weights.initial"
     assert hospital.features(backbone | {FILE: given[FILE]}, recipe) == "weights.file"

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from chexfound import recipe as recipes
+from chexfound.contract.request import Reply
 from chexfound.model import checkpoint
-from chexfound.phases import Reply
 from chexfound.pretrain.beginning import taken_backbone
 from chexfound.pretrain.bounds import UpdateBound
+from chexfound.recipe import curriculum
 from tests.client.test_hostile_coordinator import pretraining
 from tests.hostile.test_coordinator_pixels import hospital as hospital
 from tests.hostile.weights_door import Hospital, honest
@@ -48,8 +48,8 @@ def test_features_are_not_made_of_another_backbone_by_way_of_the_beginning(hospi
 
 def heads(hospital: Hospital, rounds: int) -> dict[str, Tensor]:
     """Begin with the features, of a run that has so many rounds of adaptation; the backbone that they are of."""
-    adapt = recipes.changed(hospital.recipe.adapt, rounds=rounds)
-    hospital.recipe = recipes.changed(hospital.recipe, phases=("adapt", "evaluate"), adapt=adapt)
+    adapt = curriculum.changed(hospital.recipe.adapt, rounds=rounds)
+    hospital.recipe = curriculum.changed(hospital.recipe, phases=("adapt", "evaluate"), adapt=adapt)
     backbone = taken_backbone(hospital.first())
     honest(hospital.features(backbone))
     return backbone
@@ -93,8 +93,8 @@ def test_of_a_round_s_weights_one_question_is_answered(
 def first_round(fed: Federation) -> dict[str, Tensor]:
     """Have an honest run of three rounds take its first, at hospitals that check lineage; what it began with."""
     config = fed.recipe
-    train, optim = recipes.changed(config.train, rounds=3), recipes.changed(config.optim, warmup_epochs=0)
-    fed.recipe = recipes.changed(config, train=train, optim=optim)
+    train, optim = curriculum.changed(config.train, rounds=3), curriculum.changed(config.optim, warmup_epochs=0)
+    fed.recipe = curriculum.changed(config, train=train, optim=optim)
     for node in fed.nodes.values():
         node["lineage"] = True
     one = pretraining(fed)
@@ -118,7 +118,7 @@ def test_under_masks_a_run_that_is_rewound_opens_no_second_sum(fed: Federation) 
 
 def test_under_masks_the_box_is_no_wider_than_what_the_ring_rounds(fed: Federation) -> None:
     """Of 16 bits, and a sum over a hundredth of the images, that is a twentieth; of fewer images it were half."""
-    fed.recipe = recipes.changed(fed.recipe, secagg=recipes.changed(fed.recipe.secagg, ring=16))
+    fed.recipe = curriculum.changed(fed.recipe, secagg=curriculum.changed(fed.recipe.secagg, ring=16))
     first, k = first_round(fed), fed.recipe.train.local_steps
     box = UpdateBound.of(fed.recipe, "pretrain", range(k)).box(BIAS, first[BIAS])
     for number, times, taken in ((1, 1.1, False), (2, 1.03, True)):
@@ -134,7 +134,7 @@ def test_under_masks_a_run_begun_anew_opens_no_second_sum_of_a_step(fed: Federat
     first = first_round(fed)
     second_round = {"round": 1, "step": fed.recipe.train.local_steps}
     pretraining(fed, tensors=first | {BIAS: first[BIAS] + 2e-6}, **second_round).finish()
-    named = {"recipe": recipes.changed(fed.recipe, name="another")} if "name" in way else {}
+    named = {"recipe": curriculum.changed(fed.recipe, name="another")} if "name" in way else {}
     pretraining(fed, run=2, **named).finish()  # on the same first weights, over the same sites: the same sum
     few = ("alpha", "beta", "delta") if "images" not in way else NAMES
     again = pretraining(fed, run=2, tensors=first | {BIAS: first[BIAS] + 3e-6}, **named, **second_round)

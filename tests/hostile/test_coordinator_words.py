@@ -20,14 +20,17 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from chexfound import cells, phases, wire
-from chexfound import recipe as recipes
+from chexfound.contract import cells
+from chexfound.contract.request import Reply, Request
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply, Request
-from chexfound.schema import Recipe
-from client import secret, site
+from chexfound.phases import parted
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from chexfound.wire import envelopes
+from client.answer import hospital as site
 from client.app import handle
+from client.home import secret
 from tests.hostile.weights_door import demand, short, whole_run
 
 NAME = "MUELLER Hans 12.3.1954 HIV"
@@ -48,7 +51,7 @@ class Hospital:
         run = {"recipe": recipes.to_json(recipe or self.recipe)}
         node = {"site": "north", "data": str(self.folder)}
         context = Context(run_id=self.number, node_id=1, node_config=node, state=RecordDict(), run_config=run)
-        message = self.message(wire.pack_request(request), wire.MESSAGE_TYPES[request.phase])
+        message = self.message(envelopes.pack_request(request), envelopes.MESSAGE_TYPES[request.phase])
         message.metadata.__dict__["_run_id"] = self.number
         return handle(message, context)
 
@@ -56,7 +59,7 @@ class Hospital:
         """Likewise, unpacked."""
         answered = self.ask(request, recipe)
         assert answered.has_content(), answered.error
-        return wire.unpack_reply(answered.content)
+        return envelopes.unpack_reply(answered.content)
 
     def run(self, findings: tuple[str, ...], recipe: Recipe | None = None) -> list[Reply]:
         """What it answers in an honest run over these findings, to one request of each phase."""
@@ -148,7 +151,7 @@ def test_a_name_typed_as_a_label_does_not_leave_at_enrolment(hospital: Any, aggr
         place = hospital(labelled(*numbers), name=str(len(numbers)))
         answered = place.ask(Request(phase="enrol"), replace(place.recipe, aggregation=aggregation))
         assert answered.has_content()
-        whole, values = sent(answered), wire.unpack_reply(answered.content).values
+        whole, values = sent(answered), envelopes.unpack_reply(answered.content).values
         assert b"MUELLER" not in whole
         assert base64.b64encode(b"MUELLER") not in whole
         assert "Nodule" in values["findings"]
@@ -161,7 +164,7 @@ def test_a_name_typed_as_a_label_is_in_no_advert(hospital: Any, probing: Recipe)
     place.reply(Request(phase="enrol"))
     here = site.site_of({"site": "north", "data": str(place.folder)}, probing.image_px, enrolling=False)
     for phase in ("counts", "adapt", "evaluate"):
-        told = phases.declared(here, probing, Request(phase=phase, findings=(NAME, "Nodule", "Effusion", "Mass")))
+        told = parted.declared(here, probing, Request(phase=phase, findings=(NAME, "Nodule", "Effusion", "Mass")))
         assert told == ["Nodule"]
 
 

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound import phases
+from chexfound.contract.detached import Detached
+from chexfound.contract.limits import Tensors
+from chexfound.contract.request import Reply, Request
 from chexfound.errors import PolicyError
-from chexfound.limits import Tensors
 from chexfound.model.glori import build_head
-from chexfound.parts import Apart
-from chexfound.phases import Reply, Request
+from chexfound.phases import dispatch, site_state
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
-from client.asked import forms
-from client.egress import FIGURES, Gate
-from client.policy import Policy
+from client.answer.asked import forms
+from client.answer.egress import FIGURES, Gate
+from client.home.policy import Policy
 
 FINDINGS = ("Bar", "Blob")
 NAME = "MUELLER Hans 12.3.1954 HIV"
@@ -43,13 +43,13 @@ def gate_of(recipe: Any, request: Request, **options: Any) -> Gate:
 @pytest.fixture(scope="module")
 def replies(tiny_recipe: Any, tiny_store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """By phase: what was asked, and the honest reply."""
-    from chexfound.data.split import View
-    from chexfound.data.store import Store
+    from chexfound.data.store.reader import Store
+    from chexfound.data.store.split import View
 
     store = Store.open(tiny_store_path)
     keys = [key for key in dict.fromkeys(store.keys) if key.startswith("alpha/")]
     view = View.of(store, "alpha", keys)
-    site = phases.Site(view=view, home=tmp_path_factory.mktemp("alpha"), limits=Policy().limits(2).as_dict())
+    site = site_state.Site(view=view, home=tmp_path_factory.mktemp("alpha"), limits=Policy().limits(2).as_dict())
     weights = initial_weights(tiny_recipe)
     backbone = {
         name.removeprefix("teacher.backbone."): tensor
@@ -67,7 +67,7 @@ def replies(tiny_recipe: Any, tiny_store_path: Path, tmp_path_factory: pytest.Te
             phase="evaluate", tensors={f"head.{name}": tensor for name, tensor in state.items()}, findings=FINDINGS
         ),
     }
-    return {phase: (request, phases.run(site, tiny_recipe, request)) for phase, request in asked.items()}
+    return {phase: (request, dispatch.run(site, tiny_recipe, request)) for phase, request in asked.items()}
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def test_arrays_under_masks_and_parts_leave_in_their_stage_only(tiny_recipe: Any
 @pytest.mark.parametrize("phase", PHASES)
 def test_arrays_that_did_not_pass_the_gate_are_not_promised(admit: Any, replies: Any, phase: str) -> None:
     """Beside those that did, or in their place: they would be collected afterwards."""
-    apart = Apart(sha256="0" * 64, arrays={"float32": 16}, table=[("x", "float32", [4])])
+    apart = Detached(sha256="0" * 64, arrays={"float32": 16}, table=[("x", "float32", [4])])
     for tensors in (replies[phase][1].tensors, {}):
         with pytest.raises(PolicyError, match="did not pass here"):
             admit(phase, apart=apart, tensors=tensors)

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.schema import Recipe
-from server import runs
-from server.up import superexec_seen
+from chexfound.recipe import check
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from server.runs import submit
+from server.services.supervise import superexec_seen
 from tests.hostile.machine import Machine, machine
 
 THIEF = """
@@ -83,10 +84,10 @@ def submitted(here: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     (apps["foreign"] / "thief" / "app.py").write_text(THIEF.format(stolen=str(stolen)))
     (apps["foreign"] / "pyproject.toml").write_text(PROJECT.format(package="thief"))
     for name in ("beside", "release"):
-        runs.stage(apps[name])
+        submit.stage(apps[name])
     with open(apps["beside"] / "server" / "app.py", "a") as file:
         file.write(THIEF.format(stolen=str(stolen)))
-    recipe: Recipe = recipes.validate({"name": "lonely", "federation": {"min_sites": 2, "wait_s": 1}}, "the test")
+    recipe: Recipe = check.validate({"name": "lonely", "federation": {"min_sites": 2, "wait_s": 1}}, "the test")
     config = folder / "run.toml"
     config.write_text(recipes.to_run_config(recipe, {"run-dir": str(lonely)}))
     numbers = {
@@ -139,10 +140,10 @@ def test_the_release_runs_after_all_that_from_the_installation(here: Machine, su
 
 def test_a_tasks_token_is_on_no_command_line(here: Machine, submitted: dict[str, Any]) -> None:
     """Every account reads those; on the code before, `flwr-serverapp --token …` let it act for the run."""
-    tasks = [words for words in submitted["commands"] if "server.task" in words]
+    tasks = [words for words in submitted["commands"] if "server.services.task" in words]
     assert tasks
     for words in tasks:
-        address, authority, parent = words[words.index("server.task") + 1 :]
+        address, authority, parent = words[words.index("server.services.task") + 1 :]
         assert (address, authority) == (str(here.held.superlink), str(here.held.path("ca.crt")))
         assert parent.isdecimal()
     assert superexec_seen(here.held)

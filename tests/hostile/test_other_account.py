@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from chexfound import recipe as recipes
-from chexfound import wire
-from chexfound.phases import Reply, Request
-from client import cli, site
+from chexfound.contract.request import Reply, Request
+from chexfound.recipe import load as recipes
+from chexfound.wire import envelopes
+from client import cli
+from client.answer import hospital
 from client.app import app
-from client.preflight import local
-from client.preflight.checks import Subject
+from client.operator.preflight import local
+from client.operator.preflight.checks import Subject
 from tests.hostile.weights_door import demand, short, whole_run
 
 FINDINGS = ("Bar", "Blob")
@@ -33,7 +34,7 @@ def served(tmp_path: Path, tiny_images: Path, monkeypatch: pytest.MonkeyPatch) -
         for name in ("scores.npz", "secagg/attempt/unmask.json", "state/x/pretrain/00000002.safetensors"):
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             (home / name).write_bytes(b"of a patient")
-        monkeypatch.setattr("client.supernode.keep_running", lambda *_: 15)
+        monkeypatch.setattr("client.node.supernode.keep_running", lambda *_: 15)
         options = ["--data", str(tiny_images), "--name", "A", "--superlink", "127.0.0.1:1", "--insecure"]
         assert cli.main([*options, "--image-px", "64"]) == 0
         yield home
@@ -64,9 +65,9 @@ def test_pixels_labels_features_and_scores_of_a_run_are_closed(
     context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
 
     def ask(request: Request) -> Reply:
-        reply = app(make_message(wire.pack_request(request), wire.MESSAGE_TYPES[request.phase]), context)
+        reply = app(make_message(envelopes.pack_request(request), envelopes.MESSAGE_TYPES[request.phase]), context)
         assert reply.has_content(), (request.phase, reply.error)
-        return wire.unpack_reply(reply.content)
+        return envelopes.unpack_reply(reply.content)
 
     ask(Request(phase="enrol"))
     whole_run(ask, recipe, FINDINGS)
@@ -101,5 +102,5 @@ def test_a_store_that_is_served_as_it_is_has_a_warning(served: Path, tmp_path: P
 def test_a_second_start_mends_what_was_opened_since(served: Path, tiny_images: Path, tiny_recipe: Any) -> None:
     (served / "store-64").chmod(0o755)
     (served / "store-64" / "index.sqlite").chmod(0o644)
-    site.site_of({"site": "A", "data": str(tiny_images)}, tiny_recipe.image_px, enrolling=True)
+    hospital.site_of({"site": "A", "data": str(tiny_images)}, tiny_recipe.image_px, enrolling=True)
     assert readable(served) == []

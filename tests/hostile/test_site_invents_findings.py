@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound import wire
+from chexfound.contract.request import Reply, Request
 from chexfound.errors import ProtocolError
-from chexfound.phases import Reply, Request
-from server import exchange
-from server.exchange import checked_roster
-from server.plan import bounded, choose_findings
+from chexfound.recipe import load as recipes
+from chexfound.wire import envelopes
+from server.exchange import protocol
+from server.exchange.protocol import checked_roster
+from server.rounds.work import bounded, choose_findings
 
 LARGE = {"positives": 50, "negatives": 50}
 
 
 def enrolment(name: str, findings: list[str], *, masked: bool = False) -> Reply:
     """Of a site with these findings, whatever else it may be."""
-    about = {"site": name, "versions": {"chexfound": exchange.chexfound.__version__}, "cells": 0, "withheld": False}
+    about = {"site": name, "versions": {"chexfound": protocol.chexfound.__version__}, "cells": 0, "withheld": False}
     if masked:
         return Reply(values={**about, "findings": findings})
     counts = {"images": 200, "patients": 200, "train": 100, "val": 40, "test": 60, "store_hmac": "0" * 64}
@@ -45,20 +45,20 @@ def test_more_findings_than_a_request_can_name_are_the_senders_fault(masked: boo
 @pytest.mark.parametrize("liars", [1, 3])
 def test_what_a_few_invent_together_makes_no_honest_site_fail(make_message: Any, liars: int) -> None:
     """The request that comes of it is one that a site takes, and has the findings that honest sites share."""
-    asked = [enrolment(f"liar {one}", invented(wire.FINDINGS_MAX, f"of {one}")) for one in range(liars)]
+    asked = [enrolment(f"liar {one}", invented(envelopes.FINDINGS_MAX, f"of {one}")) for one in range(liars)]
     asked += [enrolment(name, ["Nodule", "Zebra"]) for name in ("north", "south")]
     roster = checked_roster(asked, ["node"] * len(asked), recipes.load("demo"))
     findings = choose_findings(recipes.load("demo"), [member.values["findings"] for member in roster])
     assert {"Nodule", "Zebra"} <= set(findings)
-    assert len(findings) == wire.FINDINGS_MAX
+    assert len(findings) == envelopes.FINDINGS_MAX
     assert list(findings) == sorted(findings)
     request = Request(phase="features", findings=findings)
-    assert wire.unpack_request(wire.pack_request(request)).findings == findings
+    assert envelopes.unpack_request(envelopes.pack_request(request)).findings == findings
 
 
 def test_names_of_most_sites_come_first_under_masks_too() -> None:
     """There no count is known; the names of a lone site give way."""
-    names = [invented(wire.FINDINGS_MAX), ["Nodule"], ["Nodule", "Zebra"]]
+    names = [invented(envelopes.FINDINGS_MAX), ["Nodule"], ["Nodule", "Zebra"]]
     kept = bounded({name for site in names for name in site}, names)
-    assert len(kept) == wire.FINDINGS_MAX
+    assert len(kept) == envelopes.FINDINGS_MAX
     assert "Nodule" in kept

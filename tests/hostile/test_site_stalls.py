@@ -11,10 +11,10 @@ import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from chexfound.phases import Reply
-from server import grid as grid_module
-from server.exchange import Missing
-from tests.server.test_grid import SOUTH, pretrain, secured
+from chexfound.contract.request import Reply
+from server.exchange import grid as grid_module
+from server.exchange.protocol import Missing
+from tests.server.exchange.test_grid import SOUTH, pretrain, secured
 
 HOUR_S = 3600.0
 

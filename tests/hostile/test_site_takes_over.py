@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound import phases
-from chexfound import recipe as recipes
+from chexfound.contract.request import Reply
 from chexfound.errors import ProtocolError
-from chexfound.phases import Reply
+from chexfound.phases import dispatch
 from chexfound.pretrain.bounds import UpdateBound
-from server.run import Run
-from server.secure_run import SecureRun
+from chexfound.recipe import curriculum
+from chexfound.recipe import load as recipes
+from server.rounds.loop import Run
+from server.rounds.masked import SecureRun
 from tests.secagg.federation import Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -52,7 +53,7 @@ def other_teacher(sent: Weights, reply: Weights, recipe: Any) -> Weights:
 
 def poison(monkeypatch: pytest.MonkeyPatch, name: str, attack: Callable[[Weights, Weights, Any], Weights]) -> None:
     """From its first round on that site answers with what `attack` makes of its reply."""
-    honest = phases.run
+    honest = dispatch.run
 
     def run(site: Any, recipe: Any, request: Any) -> Reply:
         reply = honest(site, recipe, request)
@@ -60,7 +61,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, attack: Callable[[Weights
             return reply
         return replace(reply, tensors=attack(request.tensors, reply.tensors, recipe))
 
-    monkeypatch.setattr(phases, "run", run)
+    monkeypatch.setattr(dispatch, "run", run)
 
 
 @pytest.mark.parametrize("attack", [loud, beyond, other_teacher])
@@ -115,8 +116,8 @@ def test_under_masks_moments_of_steps_that_nobody_took_are_refused(
     def older(sent: Weights, reply: Weights, recipe: Any) -> Weights:
         return {n: t + 1000 if n.endswith(".step") else t for n, t in reply.items()}
 
-    train = recipes.changed(fed.recipe.train, local_steps=2, optimizer_state="average")
-    fed.recipe = recipes.changed(fed.recipe, train=train)
+    train = curriculum.changed(fed.recipe.train, local_steps=2, optimizer_state="average")
+    fed.recipe = curriculum.changed(fed.recipe, train=train)
     poison(monkeypatch, "beta", older)
     with pytest.raises(ProtocolError, match=r"pretrain, round 1: the sum of 4 sites: a reply's 'optimizer\..*\.step'"):
         SecureRun(fed.recipe, fed.exchange(), tmp_path / "run").run()
@@ -128,7 +129,7 @@ def test_under_masks_a_mean_beyond_the_box_is_refused(fed: Federation, tmp_path:
     def shout(sent: Weights, reply: Weights, recipe: Any) -> Weights:
         return {n: t + 1e4 if n == BLOCK else t for n, t in reply.items()}
 
-    fed.recipe = recipes.changed(fed.recipe, train=recipes.changed(fed.recipe.train, local_steps=2))
+    fed.recipe = curriculum.changed(fed.recipe, train=curriculum.changed(fed.recipe.train, local_steps=2))
     ranges = SecureRun._ranges
 
     def wider(*given: Any) -> dict[str, float]:  # an attacker is not held by the range that clips

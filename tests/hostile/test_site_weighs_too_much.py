@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from chexfound import phases
+from chexfound.contract.request import Reply, Request
 from chexfound.model import checkpoint
-from chexfound.phases import Reply, Request, Site
+from chexfound.phases import dispatch
+from chexfound.phases.site_state import Site
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import Recipe
-from server import checks, standing
-from server.run import Run
+from chexfound.recipe.schema import Recipe
+from server.rounds import validation
+from server.rounds.loop import Run
+from server.runs import words
 from tests.secagg.federation import NAMES, Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -40,7 +42,7 @@ def claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """The liar's own program: it enrols with so many images, and counts them in each reply."""
 
     def lying(phase: str, key: str) -> Callable[[Site, Recipe, Request], Reply]:
-        true = phases.PHASES[phase]
+        true = dispatch.PHASES[phase]
 
         def answer(site: Site, recipe: Recipe, request: Request) -> Reply:
             reply = true(site, recipe, request)
@@ -53,7 +55,7 @@ def claim(monkeypatch: pytest.MonkeyPatch) -> None:
         return answer
 
     for phase, key in (("enrol", "train"), ("pretrain", "images")):
-        monkeypatch.setitem(phases.PHASES, phase, lying(phase, key))
+        monkeypatch.setitem(dispatch.PHASES, phase, lying(phase, key))
 
 
 class Heard:
@@ -93,8 +95,8 @@ def test_a_claim_of_a_billion_images_is_cut_to_half_and_told(plain: Federation, 
         worst = max(worst, float((tensor.double() - expected).abs().max()))
     assert worst < 1e-6
     assert one["capped"] == {LIAR: 1.0}
-    assert "alpha would be 100% of the sum: its weight is cut to the ceiling" in standing.line(one, {})
-    assert "times as many training images as the median of the sites" in standing.line(start, {})
+    assert "alpha would be 100% of the sum: its weight is cut to the ceiling" in words.line(one, {})
+    assert "times as many training images as the median of the sites" in words.line(start, {})
 
 
 def test_honest_sites_of_unlike_sizes_are_not_cut(plain: Federation, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_honest_sites_of_unlike_sizes_are_not_cut(plain: Federation, tmp_path: P
     told: list[Any] = []
     Run(plain.recipe, plain.exchange(), tmp_path / "run", on_event=told.append).run()
     assert not [event for event in told if "capped" in event or "norms" in event]
-    assert "median" not in standing.line(told[0], {})
+    assert "median" not in words.line(told[0], {})
 
 
 def boosted(name: str, reply: Reply, number: int, sent: dict[str, Any]) -> Reply:
@@ -134,7 +136,7 @@ def test_a_boosted_update_counts_up_to_the_median_s_norm(
 
     told: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "check_update", lambda *_: None)
+        patch.setattr(validation, "check_update", lambda *_: None)
         Run(plain.recipe, Heard(plain.exchange(), change), tmp_path / "run", on_event=told.append).run()  # type: ignore[arg-type]
     after = checkpoint.load(tmp_path / "run" / "rounds" / "pretrain-000001.safetensors")
     names = [name for name in after if not name.startswith("optimizer.")]

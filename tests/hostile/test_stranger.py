@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from chexfound.roster import Keys
-from client import flwr_private as node
-from server import guard, members, places
+from chexfound.identity.roster import Keys
+from client.node import flwr_private as node
+from server.federation import members
+from server.services import guard, places
 from tests.hostile.machine import Machine, machine
 from tests.server.doors import Node, request, running, write_roster
 

@@ -11,18 +11,19 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
-from chexfound import recipe as recipes
-from chexfound import wire
+from chexfound.contract.request import Reply, Request
 from chexfound.model.glori import build_head
-from chexfound.phases import Reply, Request
 from chexfound.pretrain.beginning import taken_backbone
 from chexfound.pretrain.optimizer import PREFIX, zero_moments
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import Recipe
-from client import site as client_site
+from chexfound.recipe import curriculum
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from chexfound.wire import envelopes, error_replies
+from client.answer import hospital as client_site
 from client.app import handle
-from client.home import site_home
-from server.flwr_private import set_identity, set_message_id
+from client.home.paths import site_home
+from server.exchange.flwr_private import set_identity, set_message_id
 
 NAME = "NORTH"
 FINDINGS = ("Bar", "Blob")
@@ -44,8 +45,8 @@ def demand(home: Path, text: str = SMALL) -> None:
 
 def short(recipe: Recipe) -> Recipe:
     """The recipe with one round of each phase."""
-    train, adapt = (recipes.changed(part, rounds=1) for part in (recipe.train, recipe.adapt))
-    return recipes.changed(recipe, train=train, adapt=adapt)
+    train, adapt = (curriculum.changed(part, rounds=1) for part in (recipe.train, recipe.adapt))
+    return curriculum.changed(recipe, train=train, adapt=adapt)
 
 
 def whole_run(
@@ -88,13 +89,13 @@ class Hospital:
     def ask(self, request: Request, recipe: Recipe | None = None) -> Reply | str:
         """Its reply, or the code that it refuses with."""
         set_identity(1)
-        kind = wire.MESSAGE_TYPES[request.phase]
-        message = Message(wire.pack_request(request), dst_node_id=1, message_type=kind, group_id="1", ttl=600.0)
+        kind = envelopes.MESSAGE_TYPES[request.phase]
+        message = Message(envelopes.pack_request(request), dst_node_id=1, message_type=kind, group_id="1", ttl=600.0)
         set_message_id(message, uuid.uuid4().hex)
         node = {"site": NAME, "data": str(self.store)}
         config = {"recipe": recipes.to_json(recipe or self.recipe)}
         reply = handle(message, _context(node, config))
-        return wire.error_code(reply) if reply.has_error() else wire.unpack_reply(reply.content)
+        return error_replies.error_code(reply) if reply.has_error() else envelopes.unpack_reply(reply.content)
 
     def pretrain(self, tensors: dict[str, Tensor], number: int = 0, **changed: Any) -> Reply | str:
         """A round of pretraining."""

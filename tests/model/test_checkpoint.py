@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from chexfound import journal
+from chexfound.durable import journal
 from chexfound.errors import CheckpointError, StorageError
 from chexfound.model import checkpoint
 

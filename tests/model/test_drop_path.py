@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chexfound.model.vit import Block, VisionTransformer, drop_path_rates
-from chexfound.schema import Input, Student
+from chexfound.recipe.schema import Input, Student
 
 
 def block(rate: float) -> Block:

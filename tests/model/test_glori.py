@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound.adapt.train import masked_bce
+from chexfound.adapt.fit import masked_bce
 from chexfound.model.glori import GLoRI
 
 TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from chexfound.model import vit
 from chexfound.model.vit import VisionTransformer
-from chexfound.schema import ARCHS, Input, Student
+from chexfound.recipe.schema import ARCHS, Input, Student
 
 TOLERANCE = 3e-5
 TAGS = ["64", "rect"]

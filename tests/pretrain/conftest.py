@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound import recipe as recipes
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import ARCHS, Recipe
 
 
 @pytest.fixture(autouse=True)

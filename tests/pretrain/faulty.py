@@ -11,8 +11,8 @@ import os
 import runpy
 from typing import Any
 
-from chexfound.pretrain import launch
-from chexfound.pretrain.environment import to_come
+from chexfound.parallel import launch
+from chexfound.parallel.environment import to_come
 
 
 class Ranks(launch.Ranks):

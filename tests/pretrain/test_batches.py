@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound.data import augment_torch
+from chexfound.data.crops import on_device as augment_torch
 from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.pretrain.batches import AHEAD, Batches, draw, make_batch
 from chexfound.pretrain.meta_arch import Batch
-from chexfound.schema import Recipe
+from chexfound.recipe.schema import Recipe
 
 Small = Callable[..., Recipe]
 PHOTOMETRY = {"crops__blur": (1.0, 0.1, 0.5), "crops__tone_curve": 1.0, "crops__noise": 0.05, "crops__solarize": 0.5}

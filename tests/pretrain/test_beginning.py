@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError
 from chexfound.model import checkpoint
 from chexfound.pretrain import beginning
 from chexfound.pretrain.train import initial_weights
+from chexfound.recipe import curriculum
+from chexfound.recipe import load as recipes
 
 
 @pytest.mark.parametrize("kept", [(True, True), (True, False), (False, True), (False, False)])
@@ -27,7 +28,7 @@ def test_the_gains_that_stay_are_those_of_the_heads_that_keep_them(kept: tuple[b
 @pytest.mark.parametrize("of", ["a path", "bytes"])
 def test_a_file_is_the_beginning_of_student_and_teacher(of: str, tiny_recipe: Any, tmp_path: Path) -> None:
     """At a site both ends load it by one function, so a teacher that was forgotten would be equal at both."""
-    weights = initial_weights(recipes.changed(tiny_recipe, seed=5))
+    weights = initial_weights(curriculum.changed(tiny_recipe, seed=5))
     path = tmp_path / "elsewhere.safetensors"
     checkpoint.save(path, beginning.taken_backbone(weights))
     mine = initial_weights(tiny_recipe)

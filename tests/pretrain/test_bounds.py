@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chexfound import recipe as recipes
-from chexfound.adapt.train import is_decayed
+from chexfound.adapt.fit import is_decayed
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.model.glori import build_head
-from chexfound.pretrain import bounds, curriculum, optimizer, schedules
+from chexfound.pretrain import bounds, optimizer, positions, schedules
 from chexfound.pretrain.bounds import UpdateBound, check_bounded
 from chexfound.pretrain.train import initial_weights
-from strategies.aggregate import Fold
+from chexfound.recipe import curriculum
+from chexfound.recipe import load as recipes
+from strategies.aggregate import RunningMean
 
 NAMES = {  # of parameters whose rates and decay differ
     "backbone.patch_embed.proj.weight": (3, 2),
@@ -133,7 +134,7 @@ def test_no_gradients_lead_out_of_the_box(
                 site.step(step, wild(wilder[place], step))
             updates.append(site.tensors())
             check(bound, updates[-1], sent)
-        fold = Fold(updates[0])
+        fold = RunningMean(updates[0])
         for place, update in enumerate(updates):
             fold.add(update, 3 + place)
         after = fold.result()
@@ -146,7 +147,7 @@ def test_no_gradients_lead_out_of_the_box(
 def test_the_worst_gradients_reach_the_wall(changes: dict[str, Any]) -> None:
     """Growing by β₂/β₁ from step to step, they make of Cauchy-Schwarz an equality at each."""
     recipe = recipe_of({**changes, "optim.clip_grad": 0.0, "train.local_steps": 10, "optim.weight_decay": 0.0})
-    recipe = recipes.changed(recipe, optim=recipes.changed(recipe.optim, weight_decay_end=0.0))
+    recipe = curriculum.changed(recipe, optim=curriculum.changed(recipe.optim, weight_decay_end=0.0))
     before = begin(0, 0.1)
     site, config = Site(recipe, before), recipe.optim
     growth = config.adamw_beta2 / config.adamw_beta1 if config.adamw_beta1 else 9.0  # the limit, where it is infinite
@@ -335,11 +336,11 @@ def test_positions_that_a_stage_resizes_stay_in_their_box(seed: int, sizes: tupl
     for number in range(2 * len(sizes) - 1):
         box = UpdateBound.of(recipe, "pretrain", range(number * k, number * k + k)).box(name, after[name])
         signs = torch.randn(after[name].shape, generator=generator).sign()
-        after = curriculum.enter({name: (after[name] + signs * box).float()}, recipe, number * k + k)
+        after = positions.enter({name: (after[name] + signs * box).float()}, recipe, number * k + k)
     steps = range((2 * len(sizes) - 1) * k)
-    start = curriculum.enter(before, recipe, steps.stop)
+    start = positions.enter(before, recipe, steps.stop)
     for stage in range(1, len(sizes)):  # as the weights went, from stage to stage
-        start = curriculum.enter(before if stage == 1 else start, recipe, 2 * stage * k)
+        start = positions.enter(before if stage == 1 else start, recipe, 2 * stage * k)
     bound = UpdateBound.of(recipe, "pretrain", steps, resized=len(sizes) - 1)
     bound.check(after, start)
     with pytest.raises(RefusedError):
@@ -351,7 +352,7 @@ def test_no_row_of_the_resizing_is_larger_than_said(grid: int) -> None:
     """Columns of the matrix, from a basis; to all larger grids of the presets, and to some smaller."""
     basis = torch.cat([torch.zeros(1, grid * grid), torch.eye(grid * grid)])[None]
     for other in {6, 8, 14, 21, 28, 32, grid + 1, 2 * grid}:
-        resized = curriculum.with_grid({"pos_embed": basis}, other)["pos_embed"]
+        resized = positions.with_grid({"pos_embed": basis}, other)["pos_embed"]
         assert float(resized.abs().sum(-1).max()) < bounds.RESIZED
 
 

@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from chexfound import cli, phases
-from chexfound import recipe as recipes
+from chexfound.commands import main
+from chexfound.contract.request import Request
 from chexfound.errors import CheckpointError, ConfigError, DataError, StorageError
-from chexfound.model import checkpoint, release
-from chexfound.phases import Request
-from chexfound.pretrain import curriculum, health
+from chexfound.model import checkpoint
+from chexfound.model.weights.release import run_model
+from chexfound.phases import dispatch
+from chexfound.pretrain import positions
+from chexfound.pretrain.health import measures
 from chexfound.pretrain.meta_arch import SSLMetaArch
 from chexfound.pretrain.train import Pretrainer, initial_weights
-from chexfound.schema import Recipe
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
 
 SETTINGS = [
     "train.pooled_batch_size=4",
@@ -47,7 +50,7 @@ def pretrain(tiny_store_path: Path, tiny_recipe_file: Path) -> Pretrain:
 
     def run(out: Path, *options: str, settings: list[str] = SETTINGS) -> int:
         command = ["pretrain", str(tiny_store_path), "--recipe", str(tiny_recipe_file), "--out", str(out), *options]
-        return cli.main([*command, *(part for pair in settings for part in ("--set", pair))])
+        return main.main([*command, *(part for pair in settings for part in ("--set", pair))])
 
     return run
 
@@ -80,7 +83,7 @@ def test_what_it_leaves(pretrain, tmp_path, recipe, capsys):
     ]  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(10))
-    loaded, findings, backbone, head = release.load(out / "model")
+    loaded, findings, backbone, head = run_model.load(out / "model")
     assert (loaded, findings, head) == (recipe, (), None)
     assert backbone.pos_embed.shape[1] == 1 + 9  # of the last stage
     heads = checkpoint.load(out / "heads.safetensors")
@@ -100,16 +103,16 @@ def test_it_is_a_lone_site_asked_for_round_after_round(pretrain, tmp_path, tiny_
     weights = initial_weights(recipe)
     rows = []
     for number in range(recipe.pretrain_rounds):
-        weights = curriculum.enter(weights, recipe, 2 * number)
+        weights = positions.enter(weights, recipe, 2 * number)
         request = Request(phase="pretrain", round=number, step=2 * number, steps=2, batch_size=4, tensors=weights)
-        reply = phases.run(site, recipe, request)
+        reply = dispatch.run(site, recipe, request)
         weights, rows = reply.tensors, rows + reply.values["history"]
     model = checkpoint.load(tmp_path / "out/model/model.safetensors")
     teacher = checkpoint.with_prefix(weights, "teacher.backbone.")
     assert checkpoint.digest(checkpoint.with_prefix(model, "backbone.")) == checkpoint.digest(teacher)
     own = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert own != rows
-    assert health.told(own) == rows  # what leaves a site has fewer digits
+    assert measures.told(own) == rows  # what leaves a site has fewer digits
     assert [row["step"] for row in rows if {"probe_images", "rankme", "knn_auroc"} <= row.keys()] == [2, 5, 8]
 
 
@@ -167,7 +170,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(pretrain, tmp_path, monkeyp
     assert "stopped before step 4 of 10; the same command goes on" in capsys.readouterr().out
     assert [path.name for path in (out / "saves").iterdir()] == ["0000000004.safetensors"]
     monkeypatch.setattr(Pretrainer, "step", step)
-    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 0
+    assert main.main(["pretrain", "--resume", "--out", str(out)]) == 0
     assert "going on at step 4" in capsys.readouterr().out
     assert files(out) == files(tmp_path / "whole")
 
@@ -179,7 +182,7 @@ def test_killed_while_the_model_is_written(pretrain, tmp_path, monkeypatch):
         def killed(*_: object) -> None:
             raise Killed
 
-        patch.setattr(release, "save", killed)
+        patch.setattr(run_model, "save", killed)
         with pytest.raises(Killed):
             pretrain(tmp_path / "out")
     assert pretrain(tmp_path / "out") == 0
@@ -249,9 +252,9 @@ def test_another_recipe_is_refused(begun, pretrain, capsys):
 
 def test_another_store_is_refused(begun, tiny_recipe_file, make_images, tmp_path, capsys):
     make_images(tmp_path / "images", {"alpha": 8})
-    assert cli.main(["ingest", str(tmp_path / "images"), str(tmp_path / "store"), "--image-px", "64"]) == 0
+    assert main.main(["ingest", str(tmp_path / "images"), str(tmp_path / "store"), "--image-px", "64"]) == 0
     capsys.readouterr()
-    assert cli.main(["pretrain", str(tmp_path / "store"), "--resume", "--out", str(begun)]) == ConfigError.exit_code
+    assert main.main(["pretrain", str(tmp_path / "store"), "--resume", "--out", str(begun)]) == ConfigError.exit_code
     assert "was begun with other images than those of" in capsys.readouterr().err
 
 
@@ -267,7 +270,7 @@ def test_another_store_is_refused(begun, tiny_recipe_file, make_images, tmp_path
 )
 def test_a_damaged_folder_is_told(tmp_path, text, message, capsys):
     (tmp_path / "pretraining.json").write_text(text)
-    assert cli.main(["pretrain", "--resume", "--out", str(tmp_path)]) == CheckpointError.exit_code
+    assert main.main(["pretrain", "--resume", "--out", str(tmp_path)]) == CheckpointError.exit_code
     assert message in capsys.readouterr().err
 
 
@@ -312,9 +315,9 @@ def test_two_at_once_are_refused(begun, capsys, pretrain):
 
 
 def test_store_and_recipe_are_missed(capsys, tmp_path):
-    assert cli.main(["pretrain", "--out", str(tmp_path)]) == ConfigError.exit_code
+    assert main.main(["pretrain", "--out", str(tmp_path)]) == ConfigError.exit_code
     assert "STORE is missing: name both, or give --resume" in capsys.readouterr().err
-    assert cli.main(["pretrain", "store", "--out", str(tmp_path)]) == ConfigError.exit_code
+    assert main.main(["pretrain", "store", "--out", str(tmp_path)]) == ConfigError.exit_code
     assert "--recipe is missing" in capsys.readouterr().err
 
 
@@ -350,17 +353,17 @@ def test_a_recipe_that_was_changed_in_the_folder_costs_no_save(begun, capsys):
     about = json.loads(whole["pretraining.json"])
     about["recipe"]["optim"]["lr"] *= 2
     (out / "pretraining.json").write_text(json.dumps(about))
-    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 4
+    assert main.main(["pretrain", "--resume", "--out", str(out)]) == 4
     assert "is a save of other work than is asked for now" in capsys.readouterr().err
     assert {name for name in whole if name.startswith("saves/")} <= set(files(out))
     (out / "pretraining.json").write_bytes(whole["pretraining.json"])
-    assert cli.main(["pretrain", "--resume", "--out", str(out)]) == 0
+    assert main.main(["pretrain", "--resume", "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize("left", [b"", b"\xff"])
 def test_rows_that_went_away_are_told(begun, capsys, left):
     (begun / "metrics.jsonl").write_bytes(left)
-    assert cli.main(["pretrain", "--resume", "--out", str(begun)]) == 0
+    assert main.main(["pretrain", "--resume", "--out", str(begun)]) == 0
     assert "metrics.jsonl: the rows of 1 steps before step 1 are not there any more" in capsys.readouterr().out
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chexfound.pretrain.probe import Probe
-from chexfound.pretrain.symptoms import GRACE, WINDOW, symptoms
+from chexfound.pretrain.health.probe import Probe
+from chexfound.pretrain.health.symptoms import GRACE, WINDOW, symptoms
 from chexfound.pretrain.train import Pretrainer
 
 STEPS, BATCH, WIDTH = GRACE + WINDOW, 16, 24

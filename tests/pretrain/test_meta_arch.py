@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound.pretrain import health, losses
+from chexfound.pretrain import losses
 from chexfound.pretrain.batches import make_batch
+from chexfound.pretrain.health import measures
 from chexfound.pretrain.meta_arch import Batch, SSLMetaArch
-from chexfound.schema import Recipe
+from chexfound.recipe.schema import Recipe
 
 TEMP = 0.05
 Small = Callable[..., Recipe]
@@ -118,7 +119,7 @@ def test_in_the_reference_s_terms(small, batch):
 def test_a_weight_of_0_leaves_its_part_out(small, batch, overrides, left):
     model = build(small(**overrides))
     total, parts = model(batch, TEMP)
-    assert set(parts) == left | set(health.STEP_FIGURES)
+    assert set(parts) == left | set(measures.STEP_FIGURES)
     weights = {"dino": 1.0, "koleo": 0.1, "ibot": 1.0}
     assert total.item() == pytest.approx(sum(weights[name] * parts[name].item() for name in left), rel=1e-5)
 
@@ -127,7 +128,7 @@ def test_without_local_crops_or_masks(small, images):
     model = build(small(crops__local_crops_number=0, ibot__mask_sample_probability=0.0))
     batch = make_batch(model.recipe, images[:4], 0, 0)
     _, parts = model(batch, TEMP)
-    assert set(parts) == {"dino", "koleo", *health.STEP_FIGURES}
+    assert set(parts) == {"dino", "koleo", *measures.STEP_FIGURES}
     targets = model.teacher_targets(batch, TEMP)[0]
     logits = model.student["dino_head"](
         model.student["backbone"].forward_features(batch.global_crops)["x_norm_clstoken"]

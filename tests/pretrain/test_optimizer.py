@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from chexfound import recipe as recipes
 from chexfound.pretrain import optimizer
 from chexfound.pretrain.meta_arch import build_student
 from chexfound.pretrain.schedules import Schedule
-from chexfound.schema import Optim
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Optim
 
 SMALL = {"crops.global_crops_size": 32, "crops.local_crops_size": 16, "image_px": 32}
 PAPER = "yaml (layerwise_decay 1.0, patch_embed_lr_mult 0.2)"

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from chexfound import machine
-from chexfound.data.sampler import EndlessSampler
+from chexfound.data.crops.sampler import EndlessSampler
 from chexfound.errors import CheckpointError, ConfigError, DivergedError
+from chexfound.host import machine
 from chexfound.pretrain import train
 from chexfound.pretrain.train import Pretrainer
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError
-from chexfound.pretrain import curriculum, losses
+from chexfound.pretrain import losses, positions
 from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.train import QUEUE, Pretrainer
-from chexfound.schema import Recipe
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
 
 
 def trainer(recipe: Recipe, images: np.ndarray) -> Pretrainer:
@@ -90,9 +90,9 @@ def test_a_stage_begins_with_an_empty_one(small, images):
     one = trainer(recipe, images)
     one.run(9, 3, 4)
     state = one.state()
-    assert QUEUE in curriculum.enter(state, recipe, 11)
-    assert QUEUE in curriculum.enter(state, recipe, 15)
-    assert set(state) - set(curriculum.enter(state, recipe, 12)) == {QUEUE}
+    assert QUEUE in positions.enter(state, recipe, 11)
+    assert QUEUE in positions.enter(state, recipe, 15)
+    assert set(state) - set(positions.enter(state, recipe, 12)) == {QUEUE}
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 7), torch.zeros(4), torch.full((4, 8), float("nan"))])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound import recipe as recipes
 from chexfound.pretrain import schedules
 from chexfound.pretrain.schedules import cosine
+from chexfound.recipe import load as recipes
 
 # The reference's run: 12 epochs of 5 iterations.
 RUN = {

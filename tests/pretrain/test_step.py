@@ -20,7 +20,7 @@ from chexfound.pretrain import optimizer, schedules
 from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.meta_arch import SUBMODULES, Batch
 from chexfound.pretrain.train import Pretrainer
-from chexfound.schema import ARCHS, Recipe
+from chexfound.recipe.schema import ARCHS, Recipe
 
 Weights = dict[str, Tensor]
 STEPS = 3

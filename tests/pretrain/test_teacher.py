@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound import recipe as recipes
-from chexfound.pretrain import curriculum, schedules, teacher
+from chexfound.pretrain import positions, schedules, teacher
 from chexfound.pretrain.train import Pretrainer, initial_weights
+from chexfound.recipe import load as recipes
 
 VALUE = st.floats(-100, 100, allow_nan=False)
 
@@ -119,12 +119,12 @@ def test_what_was_before_is_brought_into_the_stage_that_begins(small) -> None:
     step = recipe.train.rounds * recipe.train.local_steps
     lots = torch.Generator().manual_seed(0)
     before = {name: torch.randn(tensor.shape, generator=lots) for name, tensor in initial_weights(recipe).items()}
-    after = curriculum.enter(
+    after = positions.enter(
         {name: tensor + 1 for name, tensor in before.items() if name.startswith("student.")}, recipe, step
     )
     derived = teacher.rederived(recipe, step, before, after)
     a, b, c = teacher.coefficients(recipe, step - 3, 3)
-    resized = curriculum.enter(before, recipe, step)
+    resized = positions.enter(before, recipe, step)
     name = "backbone.pos_embed"
     assert before[f"teacher.{name}"].shape[1] == 1 + 4
     assert derived[f"teacher.{name}"].shape[1] == 1 + 16

@@ -13,7 +13,7 @@ from chexfound.model.checkpoint import load_tensors
 from chexfound.pretrain import train
 from chexfound.pretrain.batches import make_batch
 from chexfound.pretrain.train import Pretrainer, initial_weights
-from chexfound.schema import Recipe
+from chexfound.recipe.schema import Recipe
 
 Small = Callable[..., Recipe]
 

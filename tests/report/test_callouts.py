@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from chexfound.pretrain.symptoms import ADVICE
+from chexfound.evaluate.results import Comparison, History, Metrics, Point, Result
+from chexfound.pretrain.health.symptoms import ADVICE
 from chexfound.report import callouts
-from chexfound.report.run import Comparison, History, Metrics, Point, Result, Run
+from chexfound.report.run_folder import ReportedRun
 
 LOG_K = 5.545
 
@@ -28,7 +29,7 @@ def comparison(site, second, value, half=0.5, finding="Pneumonia"):
 
 def run(*results, steps=300, history=None, **metrics):
     recipe = {"train": {"rounds": 1, "local_steps": steps}}
-    return Run(out=None, metrics=Metrics(results=list(results), **metrics), recipe=recipe, history=history)
+    return ReportedRun(out=None, metrics=Metrics(results=list(results), **metrics), recipe=recipe, history=history)
 
 
 def texts(some, kind=None):

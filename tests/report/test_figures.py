@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from chexfound.evaluate.results import Point
 from chexfound.report import figures
-from chexfound.report.run import Point
 
 
 def dots():

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chexfound.evaluate.results import AcrossSeeds, Comparison, Difference, Metrics, Result
 from chexfound.report import story
-from chexfound.report.run import AcrossSeeds, Comparison, Difference, Metrics, Result, Run
+from chexfound.report.run_folder import ReportedRun
 
 
 def row(arm, site, auroc, half=0.03, finding="Pneumonia", positives=40):
@@ -27,7 +28,7 @@ def comparison(site, second, value, half, finding="Pneumonia"):
 
 def run(*results, differences=(), steps=300, history=None, **metrics):
     recipe = {"train": {"rounds": 1, "local_steps": steps}}
-    return Run(
+    return ReportedRun(
         out=None,
         metrics=Metrics(results=list(results), differences=list(differences), **metrics),
         recipe=recipe,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from chexfound.evaluate.results import Comparison, Metrics, Result
 from chexfound.report import tables
-from chexfound.report.run import Comparison, Metrics, Result, Run, read
+from chexfound.report.run_folder import ReportedRun, read
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_sizes(count, said):
 def test_four_sites_abreast_and_none_lost():
     sites = [f"s{index}" for index in range(9)]
     rows = [Result(arm="federated", tested_on=site, finding="f", auroc=0.8, auroc_ci=(0.7, 0.9)) for site in sites]
-    (finding,) = tables.results(Run(out=None, metrics=Metrics(results=rows)))
+    (finding,) = tables.results(ReportedRun(out=None, metrics=Metrics(results=rows)))
     assert [[head["site"] for head in table["sites"]] for table in finding["tables"]] == [
         sites[:4],
         sites[4:8],
@@ -48,7 +49,7 @@ def test_a_site_without_figures_is_told_once_and_a_gap_in_its_cell():
         Result(arm="federated", tested_on="a", finding="f", auroc=0.8),
         Result(arm="random", tested_on="a", finding="f", reason="one class in training"),
     ]
-    (finding,) = tables.results(Run(out=None, metrics=Metrics(results=rows)))
+    (finding,) = tables.results(ReportedRun(out=None, metrics=Metrics(results=rows)))
     assert finding["empty"] == [("empty", "no positive")]
     cells = {line["arm"]: line["cells"] for line in finding["tables"][0]["lines"]}
     assert cells["federated"][0]["auroc"] == "0.800"
@@ -82,14 +83,14 @@ def test_a_difference_without_an_interval_cannot_be_judged():
     pair = {"first": "federated", "second": "random", "finding": "f", "tested_on": "a", "difference": 0.2}
     reason = "no interval: all positives are of one patient"
     metrics = Metrics(results=rows, comparisons=[Comparison(**pair, reason=reason)])
-    (line,) = tables.differences(Run(out=None, metrics=metrics))["lines"]
+    (line,) = tables.differences(ReportedRun(out=None, metrics=metrics))["lines"]
     assert line["cells"]["random"]["words"] == "cannot be judged (all positives are of one patient)"
     assert line["cells"]["random"]["verdict"] == "unjudged"
 
 
 def test_phases_stand_below_their_arm():
     seconds = {"federated/pretrain": 10, "federated/adapt": 5, "ingest": 1, "federated": 20, "random@1": 3, "total": 24}
-    run = Run(out=None, metrics=Metrics(results=[], seconds=seconds))
+    run = ReportedRun(out=None, metrics=Metrics(results=[], seconds=seconds))
     lines = tables.seconds(run)
     assert [(line["name"], line["part"]) for line in lines] == [
         ("ingest", False),
@@ -105,10 +106,10 @@ def test_phases_stand_below_their_arm():
 
 
 def test_phases_without_their_arm_stand_alone_and_arms_side_by_side_are_told():
-    deployed = Run(out=None, metrics=Metrics(results=[], seconds={"federated/pretrain": 10}))
+    deployed = ReportedRun(out=None, metrics=Metrics(results=[], seconds={"federated/pretrain": 10}))
     assert [(line["name"], line["part"]) for line in tables.seconds(deployed)] == [("Federated: pretrain", False)]
     beside = {"centralized": 9, "local:a": 8, "total": 10}
-    assert tables.side_by_side(Run(out=None, metrics=Metrics(results=[], seconds=beside)))
+    assert tables.side_by_side(ReportedRun(out=None, metrics=Metrics(results=[], seconds=beside)))
 
 
 def test_what_was_left_out_names_findings_and_sites():
@@ -122,7 +123,7 @@ def test_what_was_left_out_names_findings_and_sites():
     rows += [Result(arm="federated", tested_on="a", finding="two_x", auroc=0.8)]
     rows += [Result(arm="local:b", tested_on="a", finding="two_x", reason=untrained)]
     rows += [Result(arm=arm, tested_on="b", finding="two_x", reason="no positive") for arm in ("federated", "local:b")]
-    assert tables.left_out(Run(out=None, metrics=Metrics(results=rows))) == [
+    assert tables.left_out(ReportedRun(out=None, metrics=Metrics(results=rows))) == [
         ("Local: b", f"has no figure for two x: {untrained}"),
         ("b", "has no figure for two x: no positive"),
     ]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chexfound import signing
-from chexfound.roster import Keys, Roster
+from chexfound.identity import signing
+from chexfound.identity.roster import Keys, Roster
 from chexfound.secagg import messages
 from chexfound.secagg.coordinator import Opening
 from chexfound.secagg.keys import Secrets

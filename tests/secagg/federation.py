@@ -16,27 +16,30 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message, RecordDict
 
-from chexfound import recipe as recipes
-from chexfound import signing, wire
-from chexfound.data.store import Store
-from chexfound.journal import read_journal
+from chexfound.contract.request import Reply, Request
+from chexfound.data.store.reader import Store
+from chexfound.durable.journal import read_journal
+from chexfound.identity import signing
+from chexfound.identity.roster import Roster
 from chexfound.model import checkpoint
-from chexfound.phases import Reply, Request
-from chexfound.roster import Roster
-from chexfound.schema import Recipe
-from chexfound.secagg import messages, payload
+from chexfound.phases import payload
+from chexfound.phases.payload import Settings
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from chexfound.secagg import messages
 from chexfound.secagg.coordinator import Opening
 from chexfound.secagg.messages import Advert, Attempt, Opened, Packet
 from chexfound.secagg.parameters import Parameters
-from chexfound.secagg.payload import Settings
-from client import membership
-from client import site as client_site
+from chexfound.wire import envelopes, error_replies
+from chexfound.wire import signatures as wire_signatures
+from client.answer import hospital as client_site
 from client.app import app
-from server.flwr_private import set_identity, set_message_id
-from server.grid import GridExchange
-from sim.engine import InProcessGrid
-from sim.keys import give_keys
-from sim.pool import Pool
+from client.home import membership
+from server.exchange.flwr_private import set_identity, set_message_id
+from server.exchange.grid import GridExchange
+from sim.engine.in_process import InProcessGrid
+from sim.engine.keys import give_keys
+from sim.engine.pool import Pool
 from strategies.secagg import MaskedSum
 
 NAMES = ("alpha", "beta", "delta", "gamma")
@@ -115,10 +118,10 @@ class Federation:
             edit: changes the message's content.
         """
         set_identity(run)
-        content = wire.pack_requests([request], sites or self.sites)[0]
+        content = envelopes.pack_requests([request], sites or self.sites)[0]
         if edit is not None:
             edit(content)
-        kind = wire.MESSAGE_TYPES[request.stage or request.phase]
+        kind = envelopes.MESSAGE_TYPES[request.stage or request.phase]
         message = Message(content, dst_node_id=1, message_type=kind, group_id="1", ttl=600.0)
         set_message_id(message, uuid.uuid4().hex)
         context = Context(
@@ -130,10 +133,10 @@ class Federation:
         )
         reply = app(message, context)
         if reply.has_error():
-            return wire.error_code(reply)
+            return error_replies.error_code(reply)
         key = signing.read_public_line(self.sites.sites[name].identity)
-        wire.verify_reply(reply.content, key, run, request.round, message.metadata.message_id)
-        return wire.unpack_reply(reply.content)
+        wire_signatures.verify_reply(reply.content, key, run, request.round, message.metadata.message_id)
+        return envelopes.unpack_reply(reply.content)
 
     def attempt(self, phase: str = "counts", number: int = 1, **changed: Any) -> Try:
         """An attempt that is not begun yet; `changed`: fields of the request, and of the `Try`."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from client import site
+from chexfound.data.intake.ingest import ingest
+from chexfound.recipe import load as recipes
+from client.answer import hospital
 from tests.secagg.federation import LABELLED, NAMES, SMALL, Federation, label_rare
 
 
@@ -26,4 +26,4 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..
 def fed(hospitals: Path, tiny_recipe_file: Path, tmp_path: Path) -> Iterator[Federation]:
     """The four hospitals, as new."""
     yield Federation(recipes.load(tiny_recipe_file, SMALL), hospitals / "store", tmp_path, hospitals / "ca")
-    site.forget()
+    hospital.forget()

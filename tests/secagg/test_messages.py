@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound import signing
 from chexfound.errors import ProtocolError, RefusedError
-from chexfound.roster import Roster
+from chexfound.identity import signing
+from chexfound.identity.roster import Roster
 from chexfound.secagg import messages
 from chexfound.secagg.messages import Advert, Attempt, Opened, Packet, parse, parse_all, parse_names
 from chexfound.secagg.parameters import Parameters

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from chexfound import signing
 from chexfound.errors import REFUSALS, RefusedError
+from chexfound.identity import signing
 from chexfound.secagg import keys, messages, site
 from chexfound.secagg.keys import Secrets
 from chexfound.secagg.messages import Advert, Attempt, Packet

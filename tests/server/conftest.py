@@ -11,15 +11,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chexfound import recipe as recipes
-from chexfound import signing
+from chexfound.durable.journal import Journal
 from chexfound.errors import SiteError
-from chexfound.journal import Journal
-from chexfound.roster import Address, Keys
-from chexfound.schema import Recipe
-from server import federation, flower, runs, submission
-from server.federation import Federation
-from server.runs import RunFolder
+from chexfound.identity import signing
+from chexfound.identity.roster import Address, Keys
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from server.federation import flower_cli, settings
+from server.federation.settings import Federation
+from server.runs import submission, submit
+from server.runs.folders import RunFolder
 
 
 def keys() -> Keys:
@@ -37,7 +38,7 @@ def thorax(tmp_path: Path) -> Federation:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
     public = Address("localhost", ports[0])
-    made = federation.create(tmp_path / "f", "thorax", public, public, Address("127.0.0.1", ports[1]))
+    made = settings.create(tmp_path / "f", "thorax", public, public, Address("127.0.0.1", ports[1]))
     for name in ("NORTH", "SOUTH"):
         made.write_sites(made.sites().with_site(name, keys()))
     return made
@@ -75,8 +76,8 @@ class Flower:
 @pytest.fixture
 def flwr(monkeypatch: pytest.MonkeyPatch) -> Flower:
     made = Flower()
-    monkeypatch.setattr(flower, "ask", made.ask)
-    monkeypatch.setattr(flower, "show", made.show)
+    monkeypatch.setattr(flower_cli, "ask", made.ask)
+    monkeypatch.setattr(flower_cli, "show", made.show)
     return made
 
 
@@ -88,8 +89,8 @@ def recipe() -> Recipe:
 @pytest.fixture
 def submitted(thorax: Federation, flwr: Flower, recipe: Recipe) -> RunFolder:
     """A run that Flower has, as "running"."""
-    run = runs.create(thorax, recipe, "first", None)
-    flwr.statuses[runs.submit(run)] = "running"
+    run = submit.create(thorax, recipe, "first", None)
+    flwr.statuses[submit.submit(run)] = "running"
     return run
 
 

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.superlink.routers.control.router import router as control_router
 
-from chexfound.journal import write_json
-from chexfound.roster import Keys, Roster
-from chexfound.signing import public_line
+from chexfound.durable.files import write_json
+from chexfound.identity.roster import Keys, Roster
+from chexfound.identity.signing import public_line
 
 ROOT = Path(__file__).resolve().parents[2]
 

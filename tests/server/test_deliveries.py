@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import cli as superlink_cli
 from flwr.superlink.federation import NoOpFederationManager
 
-from server import flwr_private
+from server.exchange import flwr_private
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Flower's migrations
 
@@ -99,7 +99,7 @@ def test_messages_come_in_their_order(superlink: SuperLink) -> None:
 
 
 def test_what_a_node_lost_when_it_ended_does_not_come_again(superlink: SuperLink) -> None:
-    """The run asks again, seeing that it was started again (server/grid.py); the node would do the work twice."""
+    """The run asks again, seeing that it was started again (server/exchange/grid.py); the node would work twice."""
     superlink.request()
     superlink.for_the_node()
     superlink.state.deactivate_node(superlink.node)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from chexfound.contract.request import Request
+from chexfound.durable.journal import read_journal
 from chexfound.errors import ProtocolError, SiteError
-from chexfound.journal import read_journal
-from chexfound.phases import Request
-from server.exchange import Member, Missing
-from server.result import subsets
-from server.run import Run
+from server.exchange.protocol import Member, Missing
+from server.rounds.loop import Run
+from server.rounds.result import subsets
 
 SITES = ["alpha", "beta"]
 Rule = Callable[[Request], bool]

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from chexfound import journal
-from chexfound.data.sources import ingest
-from sim.pool import Pool
+from chexfound.data.intake.ingest import ingest
+from chexfound.durable import journal
+from sim.engine.pool import Pool
 
 NOTHING: tuple[str, ...] = ("--arms", "histogram")  # no training: what is wrong is found before it
 
@@ -326,16 +326,16 @@ def test_two_processes_on_one_folder(simulate: Any, two_workers: Any) -> None:
 
 def test_two_that_start_at_once(simulate: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """The second has put its own options there before the first has its lock: neither runs with the other's."""
-    from sim import simulate as module
+    from sim import options as module_options
 
-    real = module.start
+    real = module_options.start
 
     def start(options: Any, out: Path) -> None:
         real(options, out)
         real_file = out / "simulation.json"
         real_file.write_text(real_file.read_text().replace('"by": "source"', '"by": "iid:2"'))
 
-    monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(module_options, "start", start)
     ran = simulate(*NOTHING, out=tmp_path / "out")
     assert ran.code == 2
     assert "another process has just started a run here" in text(ran)

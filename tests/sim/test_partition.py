@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound.data.store import Image, Store
+from chexfound.data.store.index import Image
+from chexfound.data.store.reader import Store
 from chexfound.errors import ConfigError
 from sim.partition import MIN_PATIENTS, partition
 
@@ -173,7 +174,7 @@ class TestErrors:
 
 
 def test_real_sources(require, tmp_path):
-    from chexfound.data.sources import find
+    from chexfound.data.intake.walk import find
 
     entries = find(require("shared") / "data" / "cxr").entries
     images = [entry.image for entry in entries]

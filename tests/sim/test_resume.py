@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chexfound import recipe as recipes
-from chexfound.data.sources import ingest
-from chexfound.data.split import Membership, View
-from chexfound.data.store import Store
-from chexfound.schema import Recipe
-from sim.arms import Plan, finished
+from chexfound.data.intake.ingest import ingest
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import Membership, View
+from chexfound.recipe import curriculum
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe
+from sim.arms.plan import ArmPlan, finished
 
 DEEP = b"[" * 200_000
 
@@ -125,7 +126,7 @@ def test_all_is_kept_if_the_journal_is_empty_and_the_store_cannot_be_opened(agai
 
 
 def test_a_start_that_fails_keeps_arms_that_have_begun(tmp_path: Path) -> None:
-    from sim.simulate import abandon
+    from sim.options import abandon
 
     for name in ("simulation.json", "work/seed-0/federated/journal.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def test_damaged_scores_are_made_again(again: Any, two_workers: Any, damage: Cal
 
 def test_sites_of_like_names_have_folders_of_their_own(tmp_path: Path) -> None:
     names = ["St. Mary", "St.+Mary", "st. mary", "St", "St_", "..", "/", "ä", "x" * 300, ""]
-    plan = Plan(recipe=Recipe(), store=tmp_path, sites={name: [] for name in names}, folder=tmp_path)
+    plan = ArmPlan(recipe=Recipe(), store=tmp_path, sites={name: [] for name in names}, folder=tmp_path)
     folders = {plan.arm_folder(f"local:{name}") for name in names} | {plan.arm_folder("federated")}
     assert len({folder.name.casefold() for folder in folders}) == len(names) + 1
     assert all(folder.parent == tmp_path and len(folder.name) < 60 for folder in folders)
@@ -184,14 +185,14 @@ def test_an_arm_of_another_site_is_not_this_ones(two_workers: Any, tmp_path: Pat
     sites = {path: json.loads((work / "shards" / f"{n:02d}.json").read_text()) for n, path in enumerate("abc")}
     sites = dict(zip(("alpha", "beta", "gamma"), sites.values(), strict=True))
     recipe = recipes.load(two_workers.out / "recipe.yaml")
-    plan = Plan(recipe=recipe, store=two_workers.out / "store", sites=sites, folder=tmp_path / "work")
+    plan = ArmPlan(recipe=recipe, store=two_workers.out / "store", sites=sites, folder=tmp_path / "work")
     shutil.copytree(work, plan.folder)
     assert finished(plan, "local:alpha")
     assert finished(plan, "federated")
     shutil.rmtree(plan.arm_folder("local:alpha"))
     shutil.copytree(plan.arm_folder("local:beta"), plan.arm_folder("local:alpha"))
     assert not finished(plan, "local:alpha")
-    assert not finished(replace(plan, recipe=recipes.changed(recipe, seed=5)), "federated")
+    assert not finished(replace(plan, recipe=curriculum.changed(recipe, seed=5)), "federated")
 
 
 # ---- who trains on what

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from chexfound.cli import main as chexfound_command
-from chexfound.journal import read_journal
+from chexfound.commands.main import main as chexfound_command
+from chexfound.durable.journal import read_journal
 from chexfound.model import checkpoint
-from chexfound.names import ALL_SITES
+from chexfound.parsing.names import ALL_SITES
 from chexfound.report.build import build
 from server.app import observers
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from chexfound import load_backbone, load_head
-from chexfound.cli import main as chexfound_command
+from chexfound.commands.main import main as chexfound_command
 from chexfound.model import checkpoint
-from chexfound.pretrain.symptoms import Symptom
-from server import health
+from chexfound.pretrain.health.symptoms import Symptom
+from server.rounds import health
 
 SITES, FINDINGS = ["alpha", "beta", "gamma"], ["Bar", "Blob"]
 TRAINED = {"federated", "centralized", "local:alpha", "local:beta", "random", "shuffled"}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chexfound.errors import ProtocolError
-from strategies.aggregate import Fold
+from strategies.aggregate import RunningMean
 
 F, D = 3, 2
 
@@ -41,7 +41,7 @@ def previous() -> dict[str, torch.Tensor]:
 
 
 def folded(sites: list[Any]) -> dict[str, torch.Tensor]:
-    fold = Fold(previous(), ["rows"])
+    fold = RunningMean(previous(), ["rows"])
     for site in sites:
         fold.add(*site)
     return fold.result()
@@ -91,7 +91,7 @@ def test_a_site_without_labels_does_not_dilute(sites: list[Any]) -> None:
 
 def test_nothing_added_leaves_the_model() -> None:
     before = previous()
-    result = Fold(before, ["rows"]).result()
+    result = RunningMean(before, ["rows"]).result()
     assert bits(result) == bits(before)
     assert result["plain"] is not before["plain"]
 
@@ -124,7 +124,7 @@ HOSTILE = [
 def test_a_hostile_update_is_refused_and_nothing_added(
     update: dict[str, torch.Tensor], weight: float, rows: list[float], message: str, first: bool
 ) -> None:
-    fold = Fold(good(), ["rows"])
+    fold = RunningMean(good(), ["rows"])
     if not first:
         fold.add({name: 3 * tensor for name, tensor in good().items()}, 2, [2] * F)
     with pytest.raises(ProtocolError, match=message):
@@ -135,7 +135,7 @@ def test_a_hostile_update_is_refused_and_nothing_added(
 
 
 def test_a_mean_that_is_not_finite_is_refused() -> None:
-    fold = Fold({"plain": torch.ones(2, dtype=torch.float64)})
+    fold = RunningMean({"plain": torch.ones(2, dtype=torch.float64)})
     fold.add({"plain": torch.full((2,), 1e308, dtype=torch.float64)}, 100)
     with pytest.raises(ProtocolError, match="the mean of the updates' 'plain' is not finite"):
         fold.result()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chexfound.phases import Reply
+from chexfound.contract.request import Reply
 from strategies.ceiling import Ceiling, cut, most, outsized, share
 from strategies.fedavg import FedAvg
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from chexfound import recipe as recipes
 from chexfound.errors import ConfigError, DataError
-from chexfound.recipe import changed
-from chexfound.schema import Recipe, Robust
+from chexfound.recipe import load as recipes
+from chexfound.recipe.curriculum import changed
+from chexfound.recipe.schema import Recipe, Robust
 from chexfound.secagg.fixed import levels
-from server.secure_run import SecureRun
+from server.rounds.masked import SecureRun
 from strategies.composition import LEVELS_MIN, SECAGG, check
 from tests.secagg.cohort import roster
 

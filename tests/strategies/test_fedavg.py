@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from chexfound.contract.request import Reply
 from chexfound.errors import ProtocolError
-from chexfound.phases import Reply
 from strategies.fedavg import FedAvg
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chexfound.phases import Reply
+from chexfound.contract.request import Reply
 from strategies.ceiling import Ceiling
 from strategies.fedavg import FedAvg
 from strategies.robust import bound, clipped, norm

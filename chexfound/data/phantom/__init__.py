@@ -13,6 +13,6 @@ hospitals.py   folders, manifests
 
 from __future__ import annotations
 
-from chexfound.data.phantom.hospitals import Summary, generate
+from chexfound.data.phantom.hospitals import PhantomSummary, generate
 
-__all__ = ["Summary", "generate"]
+__all__ = ["PhantomSummary", "generate"]

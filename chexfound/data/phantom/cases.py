@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chexfound.data.phantom.sites import Site
+from chexfound.data.phantom.sites import Hospital
 from chexfound.rng import derive, numpy_generator
 
 FINDINGS = ("Cardiomegaly", "Consolidation", "Effusion", "Nodule", "Pneumothorax", "Tube")
@@ -97,7 +97,7 @@ class Patient:
     visits: tuple[tuple[datetime.date, Case], ...]
 
 
-def patient(seed: int, site: Site, index: int) -> Patient:
+def patient(seed: int, site: Hospital, index: int) -> Patient:
     """Patient `index` of a site, the same whatever else is generated."""
     stream: tuple[int | str, ...] = (seed, "phantom", site.name, index)
     rng = numpy_generator(*stream, "patient")
@@ -135,7 +135,7 @@ def _body(rng: np.random.Generator, sex: str, age: float, large_heart: bool) -> 
     )
 
 
-def _chronic(rng: np.random.Generator, site: Site) -> tuple[Finding, ...]:
+def _chronic(rng: np.random.Generator, site: Hospital) -> tuple[Finding, ...]:
     found = []
     for name in CHRONIC:
         draws = rng.random(4)
@@ -151,7 +151,7 @@ def _chronic(rng: np.random.Generator, site: Site) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def _visit(stream: tuple[int | str, ...], image: int, site: Site, body: Body, chronic: tuple[Finding, ...]) -> Case:
+def _visit(stream: tuple[int | str, ...], image: int, site: Hospital, body: Body, chronic: tuple[Finding, ...]) -> Case:
     rng = numpy_generator(*stream, "visit", image)
     acute = []
     for name in FINDINGS:

@@ -18,17 +18,17 @@ import numpy as np
 from chexfound.data.phantom import scanner, write
 from chexfound.data.phantom.cases import Case, Patient, patient
 from chexfound.data.phantom.projection import attenuation
-from chexfound.data.phantom.sites import Site, site
+from chexfound.data.phantom.sites import Hospital, site
+from chexfound.durable.files import storage
 from chexfound.errors import ConfigError, Problems
-from chexfound.journal import storage
-from chexfound.names import utf8, written
+from chexfound.parsing.names import utf8, written
 
 COLUMNS = ("file", "source", "patient_id", "view", "age", "sex", "findings", "site")
 NONE = "No Finding"
 
 
 @dataclass(frozen=True)
-class Summary:
+class PhantomSummary:
     """What was written."""
 
     folder: Path
@@ -47,7 +47,7 @@ def generate(
     seed: int = 0,
     size_px: int = 512,
     progress: Callable[[int, int], None] | None = None,
-) -> Summary:
+) -> PhantomSummary:
     """Write phantom chest radiographs of several hospitals as DICOM files.
 
     Each site gets a folder `out/NAME/` with `PATIENT/DATE-N.dcm`, a `manifest.csv` and a
@@ -95,7 +95,7 @@ def generate(
             os.replace(work, out)  # onto a missing folder or an empty one
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return Summary(out, sites * patients, images, found)
+    return PhantomSummary(out, sites * patients, images, found)
 
 
 def _hold_heap() -> np.ndarray:
@@ -125,7 +125,7 @@ def _check(out: Path, sites: int, patients: int, size_px: int) -> None:
     problems.check()
 
 
-def _radiographs(folder: Path, hospital: Site, person: Patient, size_px: int) -> list[dict[str, str]]:
+def _radiographs(folder: Path, hospital: Hospital, person: Patient, size_px: int) -> list[dict[str, str]]:
     """Draw and write one patient's radiographs; their rows of the manifest."""
     rows = []
     (folder / person.id).mkdir(parents=True)
@@ -146,12 +146,12 @@ def _radiographs(folder: Path, hospital: Site, person: Patient, size_px: int) ->
     return rows
 
 
-def _named(hospital: Site, case: Case) -> str:
+def _named(hospital: Hospital, case: Case) -> str:
     """The findings that this site's readers name; nothing named is No Finding, as in a report."""
     return "|".join(name for name in case.names if name in hospital.labelled) or NONE
 
 
-def _labels(folder: Path, hospital: Site, rows: list[dict[str, str]]) -> None:
+def _labels(folder: Path, hospital: Hospital, rows: list[dict[str, str]]) -> None:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -11,7 +11,7 @@ import numpy as np
 from chexfound.data.phantom.canvas import SCALE, WIDTH, Plane
 from chexfound.data.phantom.cases import Case
 from chexfound.data.phantom.frame import APEX
-from chexfound.data.phantom.sites import Site
+from chexfound.data.phantom.sites import Hospital
 from chexfound.rng import numpy_generator
 
 
@@ -27,7 +27,7 @@ class Exposure:
     """Centre and width."""
 
 
-def expose(attenuation: Plane, case: Case, site: Site, size_px: int) -> Exposure:
+def expose(attenuation: Plane, case: Case, site: Hospital, size_px: int) -> Exposure:
     """Take the picture.
 
     Args:
@@ -49,7 +49,7 @@ def expose(attenuation: Plane, case: Case, site: Site, size_px: int) -> Exposure
     return Exposure(_coded(_film(log, site, rng), site, rng), spacing * 10, _window(site))
 
 
-def _posed(attenuation: Plane, case: Case, site: Site, rng: np.random.Generator, size: tuple[int, int]) -> Plane:
+def _posed(attenuation: Plane, case: Case, site: Hospital, rng: np.random.Generator, size: tuple[int, int]) -> Plane:
     """The field of the detector, placed over the patient with a little turn and shift: (rows, columns)."""
     loose = 1.0 if case.view == "PA" else 2.2
     columns, rows = size
@@ -71,7 +71,7 @@ def _posed(attenuation: Plane, case: Case, site: Site, rng: np.random.Generator,
     return cv2.warpAffine(attenuation, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _marker(beam: Plane, site: Site, rng: np.random.Generator) -> Plane:
+def _marker(beam: Plane, site: Hospital, rng: np.random.Generator) -> Plane:
     """The lead letter of the side, near the shoulder on that side: the patient's left is on the right."""
     rows, columns = beam.shape
     size = 0.045 * rows
@@ -83,7 +83,7 @@ def _marker(beam: Plane, site: Site, rng: np.random.Generator) -> Plane:
     return np.asarray(beam + drawing.astype(np.float32) * np.float32(8.0 / 255))
 
 
-def _scattered(primary: Plane, site: Site) -> Plane:
+def _scattered(primary: Plane, site: Hospital) -> Plane:
     """Light from elsewhere, which greys what is dense: a wide blur of the beam and a constant."""
     rows, columns = primary.shape
     small = cv2.resize(np.minimum(primary, 0.25), (columns // 16 + 1, rows // 16 + 1), interpolation=cv2.INTER_AREA)
@@ -93,7 +93,7 @@ def _scattered(primary: Plane, site: Site) -> Plane:
     )
 
 
-def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
+def _film(log: Plane, site: Hospital, rng: np.random.Generator) -> Plane:
     """Grey values in [0, 1], bone bright: range found from the picture, unsharp mask, sigmoid curve."""
     rows, columns = log.shape
     if site.edges:
@@ -112,7 +112,7 @@ def _film(log: Plane, site: Site, rng: np.random.Generator) -> Plane:
     return np.asarray(np.clip((value - np.float32(bottom)) * np.float32(1 / (top - bottom)), 0, 1))
 
 
-def _coded(grey: Plane, site: Site, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+def _coded(grey: Plane, site: Hospital, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     """Stored values: collimated, scaled into the site's part of the range, inverted where it does."""
     rows, columns = grey.shape
     widest, shade = site.border
@@ -129,7 +129,7 @@ def _coded(grey: Plane, site: Site, rng: np.random.Generator) -> np.ndarray[Any,
     return np.round(code).astype(np.uint8 if site.bits == 8 else np.uint16)
 
 
-def _window(site: Site) -> tuple[float, float]:
+def _window(site: Hospital) -> tuple[float, float]:
     scale = 2**site.bits - 1
     low, high = (float(round(part * scale)) for part in site.code)
     return (low + high + 1) / 2, high - low + 1

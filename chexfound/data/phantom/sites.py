@@ -9,7 +9,7 @@ from chexfound.rng import numpy_generator
 
 
 @dataclass(frozen=True)
-class Site:
+class Hospital:
     """A hospital with one scanner."""
 
     name: str
@@ -62,7 +62,7 @@ def _prevalence(*values: float) -> dict[str, float]:
 
 
 BASE = (
-    Site(
+    Hospital(
         name="northfield", prefix="NF", institution="Northfield General Hospital", modality="DX",
         maker="Phantom Imaging", model="Flat 43", bits=12, inverted=False, field=(37.0, 37.0),
         noise=0.006, blur=0.035, scatter=0.10, contrast=3.2, brightness=0.50, edges=0.45,
@@ -70,7 +70,7 @@ BASE = (
         compressed=False, marker="L", age=55, portable=0.10,
         prevalence=_prevalence(0.24, 0.18, 0.24, 0.20, 0.12, 0.14), labelled=ALL,
     ),
-    Site(
+    Hospital(
         name="riverside", prefix="RV", institution="Riverside Clinic", modality="CR",
         maker="Example Radiography", model="Plate 35", bits=10, inverted=True, field=(35.0, 40.0),
         noise=0.007, blur=0.075, scatter=0.22, contrast=2.4, brightness=0.44, edges=0.15,
@@ -78,7 +78,7 @@ BASE = (
         compressed=False, marker="R", age=62, portable=0.20,
         prevalence=_prevalence(0.32, 0.22, 0.30, 0.14, 0.08, 0.12), labelled=ALL,
     ),
-    Site(
+    Hospital(
         name="st-brigid", prefix="SB", institution="St Brigid University Hospital", modality="DX",
         maker="Phantom Imaging", model="Mobile 35", bits=14, inverted=False, field=(40.0, 35.0),
         noise=0.009, blur=0.050, scatter=0.30, contrast=2.8, brightness=0.54, edges=0.60,
@@ -87,7 +87,7 @@ BASE = (
         prevalence=_prevalence(0.30, 0.28, 0.36, 0.10, 0.18, 0.40),
         labelled=("Cardiomegaly", "Effusion", "Tube"),
     ),
-    Site(
+    Hospital(
         name="westgate", prefix="WG", institution="Westgate Chest Centre", modality="CR",
         maker="Example Radiography", model="Plate 43", bits=8, inverted=False, field=(36.0, 38.0),
         noise=0.008, blur=0.060, scatter=0.16, contrast=3.6, brightness=0.48, edges=0.0,
@@ -98,7 +98,7 @@ BASE = (
 )  # fmt: skip
 
 
-def site(seed: int, index: int) -> Site:
+def site(seed: int, index: int) -> Hospital:
     """Site `index`: one of the four above, or a cousin of one with its own settings."""
     base, round_ = BASE[index % len(BASE)], index // len(BASE)
     if round_ == 0:

@@ -22,7 +22,7 @@ from pydicom.uid import (
 
 from chexfound.data.phantom.cases import FAMILY, Case, Patient
 from chexfound.data.phantom.scanner import Exposure
-from chexfound.data.phantom.sites import Site
+from chexfound.data.phantom.sites import Hospital
 from chexfound.rng import derive
 
 IMPLEMENTATION = UID("2.25.138450621390762584209347155128466003")
@@ -34,7 +34,7 @@ def uid(*name: int | str) -> UID:
     return UID(f"2.25.{derive(*name, 'high') << 63 | derive(*name, 'low')}")
 
 
-def write(path: Path, site: Site, person: Patient, date: datetime.date, case: Case, exposure: Exposure) -> None:
+def write(path: Path, site: Hospital, person: Patient, date: datetime.date, case: Case, exposure: Exposure) -> None:
     """Write one radiograph. The caller makes the folder."""
     kind = DigitalXRayImageStorageForPresentation if site.modality == "DX" else ComputedRadiographyImageStorage
     meta = FileMetaDataset()
@@ -68,7 +68,7 @@ def age(person: Patient, date: datetime.date) -> int:
     return date.year - person.born.year - ((date.month, date.day) < (person.born.month, person.born.day))
 
 
-def _study(image: Dataset, site: Site, date: datetime.date, case: Case) -> None:
+def _study(image: Dataset, site: Hospital, date: datetime.date, case: Case) -> None:
     number = derive(*case.stream, "accession", case.image)
     image.StudyInstanceUID = uid(*case.stream, "study", case.image)
     image.SeriesInstanceUID = uid(*case.stream, "series", case.image)
@@ -85,7 +85,7 @@ def _study(image: Dataset, site: Site, date: datetime.date, case: Case) -> None:
     image.ImageComments = "Computed phantom, not a patient"
 
 
-def _equipment(image: Dataset, site: Site) -> None:
+def _equipment(image: Dataset, site: Hospital) -> None:
     image.Manufacturer, image.ManufacturerModelName = site.maker, site.model
     image.InstitutionName = site.institution
     image.InstitutionAddress = f"1 Example Road, {site.name.title()}"
@@ -98,7 +98,7 @@ def _equipment(image: Dataset, site: Site) -> None:
         image.CassetteID, image.PlateType = "35X43", "Storage phosphor"
 
 
-def _pixels(image: Dataset, site: Site, exposure: Exposure) -> None:
+def _pixels(image: Dataset, site: Hospital, exposure: Exposure) -> None:
     allocated = 8 if site.bits == 8 else 16
     image.ImageType = ["ORIGINAL", "PRIMARY", ""]
     image.SamplesPerPixel = 1
@@ -120,7 +120,7 @@ def _code(value: str, scheme: str, meaning: str) -> Dataset:
     return code
 
 
-def _digital(image: Dataset, site: Site, case: Case) -> None:
+def _digital(image: Dataset, site: Hospital, case: Case) -> None:
     """What the DX object asks for beyond CR (PS3.3 A.26)."""
     values: dict[str, Any] = {
         "PresentationIntentType": "FOR PRESENTATION",

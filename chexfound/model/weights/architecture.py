@@ -21,8 +21,8 @@ from chexfound.model import checkpoint
 from chexfound.model.glori import GLoRI, head_options
 from chexfound.model.heads import DINOHead, LinearHead
 from chexfound.model.vit import VisionTransformer, swiglu_width
-from chexfound.names import shown
-from chexfound.schema import ARCHS, Input, Prototypes, Recipe, Student, TokenNorm, Width
+from chexfound.parsing.names import shown
+from chexfound.recipe.schema import ARCHS, Input, Prototypes, Recipe, Student, TokenNorm, Width
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Module = TypeVar("Module", bound=nn.Module)

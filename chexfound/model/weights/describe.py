@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from chexfound.model.weights.architecture import Backbone, Glori, Linear, Projection
-from chexfound.model.weights.parts import Part, Weights
-from chexfound.schema import Input
+from chexfound.model.weights.in_parts import Part, Weights
+from chexfound.recipe.schema import Input
 
 HINTS = {
     "heads": "--heads",

@@ -9,16 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chexfound import recipe as recipes
+from chexfound.durable.files import new_folder, write_json, write_text
 from chexfound.errors import CheckpointError, ConfigError
-from chexfound.journal import new_folder, write_json, write_text
 from chexfound.model import checkpoint
-from chexfound.model.weights import folder as folders
-from chexfound.model.weights import load, parts, timm_format
+from chexfound.model.weights import in_parts, load
 from chexfound.model.weights.architecture import filled
-from chexfound.model.weights.parts import Options, Weights
-from chexfound.model.weights.release_card import card
-from chexfound.model.weights.untrusted import at
+from chexfound.model.weights.in_parts import ImportOptions, Weights
+from chexfound.model.weights.published.untrusted import at
+from chexfound.model.weights.release import folder as folders
+from chexfound.model.weights.release import timm_format
+from chexfound.model.weights.release.card import card
+from chexfound.recipe import load as recipes
 
 ABOUT = {
     "model.safetensors": "the backbone in timm's names",
@@ -37,7 +38,7 @@ ABOUT = {
 UNKNOWN = {"note": "not trained by federated CheXFound; ask its source for the data and the training"}
 
 
-def export(source: Path, out: Path, options: Options) -> tuple[Weights, str | None, list[str]]:
+def export(source: Path, out: Path, options: ImportOptions) -> tuple[Weights, str | None, list[str]]:
     """Write a release directory from a run, its model/, or an imported folder.
 
     Returns:
@@ -59,7 +60,7 @@ def export(source: Path, out: Path, options: Options) -> tuple[Weights, str | No
         weights = load.read(source, options)
         if not weights.parts:
             raise CheckpointError(f"{source}: holds no part of a model")
-        parts.check_widths(weights)
+        in_parts.check_widths(weights)
         why_not, others = _write_timm(folder, weights)
         folders.write_parts(folder, weights)
         if weights.input is not None:

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from chexfound.errors import CheckpointError, ConfigError
-from chexfound.model.weights import describe, load, parts, pth, published
-from chexfound.model.weights import folder as folders
-from chexfound.model.weights.parts import Options, Weights
-from chexfound.model.weights.untrusted import at
-from chexfound.names import shown
+from chexfound.model.weights import describe, in_parts, load
+from chexfound.model.weights.in_parts import ImportOptions, Weights
+from chexfound.model.weights.published import pth, tensor_names
+from chexfound.model.weights.published.untrusted import at
+from chexfound.model.weights.release import folder as folders
+from chexfound.parsing.names import shown
 
 RUN = "a run's model"
 
@@ -28,7 +29,7 @@ class Look:
     found: Weights | None
 
 
-def look(path: Path, options: Options) -> Look:
+def look(path: Path, options: ImportOptions) -> Look:
     """Kind, parts with their architectures, what was assumed and left out, every file's SHA-256.
 
     A file of tensors that belong to no model that is known is told of too, by its names.
@@ -40,7 +41,7 @@ def look(path: Path, options: Options) -> Look:
         return _folder(path, options) if path.is_dir() else _file(path, options)
 
 
-def _folder(path: Path, options: Options) -> Look:
+def _folder(path: Path, options: ImportOptions) -> Look:
     found = load.read(path, options)
     kind, files = RUN, {}
     stated = folders.stated(path)
@@ -52,7 +53,7 @@ def _folder(path: Path, options: Options) -> Look:
     return Look(values=values | {"timm": found.backbone is not None and "model.safetensors" in files}, found=found)
 
 
-def _file(path: Path, options: Options) -> Look:
+def _file(path: Path, options: ImportOptions) -> Look:
     file = pth.read(path)
     values: dict[str, Any] = {
         "path": shown(path.name),
@@ -60,13 +61,13 @@ def _file(path: Path, options: Options) -> Look:
         "format": file.format,
         "bytes": path.stat().st_size,
         "sha256": file.sha256,
-        "dtypes": parts.dtypes(file),
-        "says": parts.said(file),
+        "dtypes": in_parts.dtypes(file),
+        "says": in_parts.said(file),
         "groups": _groups(file.tensors),
         "left_out": file.left_out,
     }
     try:
-        found = parts.of_tensors(file, options)
+        found = in_parts.of_tensors(file, options)
     except (CheckpointError, ConfigError) as error:
         why = str(error).removeprefix(f"{path}: ")
         return Look(values=values | {"kind": "tensors, not a checkpoint that can be taken in", "why": why}, found=None)
@@ -107,7 +108,7 @@ def _group(name: str) -> str:
     if "classifiers_dict" in words:
         return ".".join(words[: words.index("classifiers_dict") + 2])
     kept = [word for word in words if not re.fullmatch(r"\d+", word)]
-    here = next((place for place, word in enumerate(kept) if word in (*published.PROJECTIONS, "blocks")), None)
+    here = next((place for place, word in enumerate(kept) if word in (*tensor_names.PROJECTIONS, "blocks")), None)
     return ".".join(kept[: here + 1]) if here is not None else ".".join(kept[:-1] or kept)
 
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound import recipe as recipes
-from chexfound.journal import Journal, write_json, write_text
-from chexfound.model import checkpoint, release
+from chexfound.durable.files import write_json, write_text
+from chexfound.durable.journal import Journal
+from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.model.weights.architecture import Backbone, Projection
+from chexfound.model.weights.release import run_model
 from chexfound.pretrain.train import initial_weights
-from chexfound.schema import ARCHS, Input
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import ARCHS, Input
 
 torch.set_num_threads(1)
 
@@ -128,7 +130,7 @@ def make_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., P
         figures = {"model_sha256": {"federated": sha256}, "results": [{**row, "reason": None}], "replicates": []}
         write_json(out / "metrics.json", {**figures, "date": "2026-01-01", "machine": {}, "versions": {}})
         if model:
-            release.save(out / "model", recipe, ("Effusion", "Mass"), tensors, "# A card\n")
+            run_model.save(out / "model", recipe, ("Effusion", "Mass"), tensors, "# A card\n")
         return out
 
     return make

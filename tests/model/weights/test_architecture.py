@@ -7,11 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model.glori import build_head
 from chexfound.model.vit import build
-from chexfound.model.weights import published
 from chexfound.model.weights.architecture import (
     Backbone,
     Glori,
@@ -23,7 +21,9 @@ from chexfound.model.weights.architecture import (
     head_of_recipe,
     section,
 )
-from chexfound.schema import ARCHS, Input
+from chexfound.model.weights.published import tensor_names
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import ARCHS, Input
 
 
 @settings(max_examples=40)
@@ -76,14 +76,14 @@ def test_the_paper_s_backbone_is_recognised(reference):
         if line and not line.startswith("#"):
             name, shape = line.rsplit(" ", 1)
             tensors[name.removeprefix("backbone.")] = torch.empty([int(n) for n in shape.split("x")], device="meta")
-    config = Backbone.of_shapes(published.backbone_names(tensors))
+    config = Backbone.of_shapes(tensor_names.backbone_names(tensors))
     assert config.arch == "vit_large"
     assert (config.dim, config.depth, config.heads, config.ffn_dim) == (1024, 24, 16, 2736)
     assert (config.patch_size, config.registers, config.position_px, config.layerscale) == (16, 4, 512, True)
     with torch.device("meta"):
         module = config.build(Input())
     assert {name: t.shape for name, t in module.state_dict().items()} == {
-        name: t.shape for name, t in published.backbone_names(tensors).items()
+        name: t.shape for name, t in tensor_names.backbone_names(tensors).items()
     }
 
 

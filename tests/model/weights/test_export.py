@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import chexfound
-from chexfound import recipe as recipes
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model.checkpoint import add_prefix
-from chexfound.model.weights import folder as folders
-from chexfound.model.weights import timm_format
 from chexfound.model.weights.export import export
-from chexfound.model.weights.parts import Options, of_file
-from chexfound.schema import Input
+from chexfound.model.weights.in_parts import ImportOptions, of_file
+from chexfound.model.weights.release import folder as folders
+from chexfound.model.weights.release import timm_format
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Input
 
 LINEAR = {"student.stem": "linear", "input.normalization": "mean_std"}
 TOLERANCE = 2e-5
@@ -35,7 +35,7 @@ IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 32),
 def imported(folder: Path, tensors: dict[str, Tensor], heads: int | None = None) -> Path:
     """A published checkpoint, imported."""
     torch.save({"teacher": add_prefix(tensors, "backbone.")}, folder / "teacher_checkpoint.pth")
-    weights = of_file(folder / "teacher_checkpoint.pth", Options(heads=heads))
+    weights = of_file(folder / "teacher_checkpoint.pth", ImportOptions(heads=heads))
     (folder / "imported").mkdir()
     folders.write_parts(folder / "imported", weights)
     folders.write_config(folder / "imported", weights, "imported")
@@ -79,7 +79,7 @@ def compare(release: Path, px: int) -> None:
 def test_timm_gives_our_features(make_backbone, as_published, tmp_path, ffn, registers, layerscale, in_chans):
     config, tensors = make_backbone(ffn=ffn, registers=registers, layerscale=layerscale, in_chans=in_chans)
     source = imported(tmp_path, as_published(tensors, chunks=2), heads=4)
-    _, why_not, files = export(source, tmp_path / "release", Options())
+    _, why_not, files = export(source, tmp_path / "release", ImportOptions())
     assert why_not is None
     assert "model.safetensors" in files
     compare(tmp_path / "release", 32)
@@ -89,7 +89,7 @@ def test_timm_gives_our_features(make_backbone, as_published, tmp_path, ffn, reg
 def test_timm_gives_our_features_at_other_widths(make_backbone, as_published, tmp_path, dim, heads):
     """SwiGLU's hidden width is not a round multiple of the width."""
     _, tensors = make_backbone(dim=dim, heads=heads, depth=2)
-    export(imported(tmp_path, as_published(tensors), heads), tmp_path / "release", Options())
+    export(imported(tmp_path, as_published(tensors), heads), tmp_path / "release", ImportOptions())
     compare(tmp_path / "release", 32)
 
 
@@ -108,7 +108,7 @@ def test_timm_comes_to_the_hidden_width(ffn):
 def test_timm_s_own_transform_gives_our_pixels(make_backbone, as_published, tmp_path):
     from PIL import Image
 
-    export(imported(tmp_path, as_published(make_backbone()[1]), 4), tmp_path / "release", Options())
+    export(imported(tmp_path, as_published(make_backbone()[1]), 4), tmp_path / "release", ImportOptions())
     model = by_timm(tmp_path / "release")[-1]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     pixels = transform(Image.fromarray(IMAGES[0].numpy()).convert("RGB"))
@@ -125,7 +125,7 @@ def test_timm_s_own_transform_gives_our_pixels(make_backbone, as_published, tmp_
 def test_positions_are_made_for_the_run_s_images(make_run):
     """The run was pretrained at 32 px and is used at 48: timm's file has positions for 48, by our rule."""
     out = make_run({**LINEAR, "image_px": 48})
-    export(out, out.parent / "release", Options())
+    export(out, out.parent / "release", ImportOptions())
     assert load_file(out.parent / "release" / "model.safetensors")["pos_embed"].shape == (1, 9, 24)
     assert load_file(out.parent / "release" / folders.COMPATIBLE)["pos_embed"].shape == (1, 1 + 4, 24)
     compare(out.parent / "release", 48)
@@ -139,7 +139,7 @@ def test_positions_are_made_for_the_run_s_images(make_run):
 def test_a_run_is_released_with_its_heads(make_run, where, teacher):
     out = make_run({**LINEAR, "teacher.policy": teacher})
     release = out.parent / "release"
-    weights, why_not, files = export(out / where, release, Options())
+    weights, why_not, files = export(out / where, release, ImportOptions())
     assert why_not is None
     assert (
         {path.name for path in release.iterdir()}
@@ -179,7 +179,7 @@ def test_a_model_that_was_taken_out_of_its_run_has_no_ssl_heads_and_says_so(make
     alone = tmp_path / "elsewhere" / "mine"
     alone.parent.mkdir()
     (make_run(LINEAR) / "model").rename(alone)
-    weights, _, files = export(alone, tmp_path / "release", Options())
+    weights, _, files = export(alone, tmp_path / "release", ImportOptions())
     assert "dino_head.safetensors" not in files
     assert weights.left_out["ibot_head"].startswith("no round's weights lie beside the model: export the folder")
     compare(tmp_path / "release", 32)
@@ -191,10 +191,10 @@ def test_ssl_heads_of_another_model_are_not_taken(make_run, tmp_path):
     tensors = load_file(path)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
     with pytest.raises(CheckpointError, match="is not what the journal says it should be"):
-        export(out, tmp_path / "release", Options())
+        export(out, tmp_path / "release", ImportOptions())
     assert not (tmp_path / "release").exists()
     path.unlink()
-    weights, _, files = export(out, tmp_path / "release", Options())
+    weights, _, files = export(out, tmp_path / "release", ImportOptions())
     assert weights.left_out["dino_head"] == "the last round's weights, rounds/pretrain-000001.safetensors, are gone"
 
 
@@ -208,7 +208,7 @@ def test_ssl_heads_of_another_model_are_not_taken(make_run, tmp_path):
 def test_what_timm_lacks_is_said_and_no_file_misleads(make_run, overrides, why):
     out = make_run(overrides)
     release = out.parent / "release"
-    _, why_not, files = export(out, release, Options())
+    _, why_not, files = export(out, release, ImportOptions())
     assert why in str(why_not)
     assert "model.safetensors" not in files
     assert set(json.loads((release / "config.json").read_text())) == {"chexfound"}
@@ -229,7 +229,7 @@ def test_what_timm_lacks_is_said_and_no_file_misleads(make_run, overrides, why):
 def test_the_card_s_snippets_run_as_they_stand(make_run, overrides):
     out = make_run(overrides)
     release = out.parent / "release"
-    export(out, release, Options())
+    export(out, release, ImportOptions())
     text = (release / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     if not READS_FOLDERS:
@@ -251,7 +251,7 @@ def test_the_card_s_snippets_run_as_they_stand(make_run, overrides):
 def test_every_file_has_its_sha_256_in_the_config(make_run):
     out = make_run(LINEAR)
     release = out.parent / "release"
-    _, _, files = export(out, release, Options())
+    _, _, files = export(out, release, ImportOptions())
     stated = json.loads((release / "config.json").read_text())["chexfound"]["files"]
     assert set(stated) == set(files) - {"config.json"}
     for name, value in stated.items():
@@ -263,15 +263,15 @@ def test_a_folder_that_is_not_new_is_refused_and_left_as_it_is(make_run):
     out = make_run(LINEAR)
     release = out.parent / "release"
     release.mkdir()
-    export(out, release, Options())  # an empty one is as good as new
+    export(out, release, ImportOptions())  # an empty one is as good as new
     before = {path: path.read_bytes() for path in release.iterdir()}
     with pytest.raises(ConfigError, match="release: the folder is not empty; give a new one, or empty it"):
-        export(out, release, Options())
+        export(out, release, ImportOptions())
     assert {path: path.read_bytes() for path in release.iterdir()} == before
     with pytest.raises(ConfigError, match=r"recipe\.yaml: is a file; give a new folder"):
-        export(out, release / "recipe.yaml", Options())
+        export(out, release / "recipe.yaml", ImportOptions())
     with pytest.raises(ConfigError, match="release: is a release already; copy it as it is"):
-        export(release, out.parent / "again", Options())
+        export(release, out.parent / "again", ImportOptions())
     assert {path.name for path in out.parent.iterdir()} == {"out", "release"}  # nothing half-written is left
 
 
@@ -279,12 +279,12 @@ def test_a_head_alone_is_released_without_a_backbone(tmp_path):
     path = tmp_path / "linear.safetensors"
     save_file({"linear.weight": torch.randn(2, 8), "linear.bias": torch.zeros(2)}, path)
     with pytest.raises(ConfigError, match=r"is a file; take it in first.* weights import \S+linear\.safetensors --out"):
-        export(path, tmp_path / "release", Options())
-    weights = of_file(path, Options())
+        export(path, tmp_path / "release", ImportOptions())
+    weights = of_file(path, ImportOptions())
     (tmp_path / "imported").mkdir()
     folders.write_parts(tmp_path / "imported", weights)
     folders.write_config(tmp_path / "imported", weights, "imported")
-    _, why_not, files = export(tmp_path / "imported", tmp_path / "release", Options(findings=("A", "B")))
+    _, why_not, files = export(tmp_path / "imported", tmp_path / "release", ImportOptions(findings=("A", "B")))
     assert why_not is None
     assert files == ["head.safetensors", "training_summary.json", "README.md", "config.json"]
     assert chexfound.load_head(tmp_path / "release").findings == ("A", "B")
@@ -300,4 +300,4 @@ def test_heads_of_another_width_are_refused(make_backbone, as_published, tmp_pat
     ).hexdigest()
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="the head is made for a backbone of width 20, this one's is 64"):
-        export(source, tmp_path / "release", Options())
+        export(source, tmp_path / "release", ImportOptions())

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import chexfound
-from chexfound.cli import main
+from chexfound.commands.main import main
 from chexfound.errors import CheckpointError, ConfigError
-from chexfound.model import checkpoint, release
+from chexfound.model import checkpoint
 from chexfound.model.checkpoint import add_prefix
 from chexfound.model.weights import load
+from chexfound.model.weights.release import run_model
 
 BACKBONE_TOLERANCE, HEAD_TOLERANCE, BCE_TOLERANCE = 3e-5, 1e-5, 1e-4  # the reference's README
 FROM = ["file", "imported", "released"]
@@ -168,7 +169,7 @@ def test_half_precision_is_taken_in(published):
 
 def test_a_run_s_folder_its_model_and_its_arm_give_the_same(make_run):
     out = make_run()
-    _, findings, expected, expected_head = release.load(out / "model")
+    _, findings, expected, expected_head = run_model.load(out / "model")
     for path in (out, out / "model", out / "work" / "seed-0" / "federated"):
         module, head = chexfound.load_backbone(path), chexfound.load_head(str(path))
         layers = module.get_intermediate_layers(IMAGES, head.n_blocks, return_class_token=True)

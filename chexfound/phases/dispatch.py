@@ -1,0 +1,60 @@
+"""What a site does in a phase: (site, recipe, request) -> reply.
+
+One piece of code for all: the ClientApp calls it at a hospital, the simulation calls it for the
+centralized arm and for each site alone.  A site's state lives under its home on its own disk:
+everything that a later request stands on is written, atomically, before the reply is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from chexfound.contract.request import Reply, Request
+from chexfound.errors import DataError, ProtocolError
+from chexfound.host import machine
+from chexfound.phases import gpus
+from chexfound.phases.adapt import adapt, extract
+from chexfound.phases.enrol import counts, enrol
+from chexfound.phases.evaluate import evaluate
+from chexfound.phases.pretrain import pretrain
+from chexfound.phases.site_state import Site
+from chexfound.pretrain.beginning import FILE
+from chexfound.recipe.schema import Recipe
+
+
+def run(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Do what is asked, once the recipe's thread count is set (another count gives other bits).
+
+    Raises: ChexfoundError; the site's state is then what it was before.
+    """
+    torch.set_num_threads(recipe.threads)
+    request = replace(request, tensors={n: t for n, t in request.tensors.items() if n != FILE})  # looked at before
+    if site.view.store.px != recipe.image_px:
+        raise DataError(
+            f"site {site.name!r}: the store holds images of {site.view.store.px} px, the recipe asks "
+            f"for {recipe.image_px}; ingest again with --image-px {recipe.image_px}"
+        )
+    if request.phase not in PHASES:
+        raise ProtocolError(f"unknown phase {request.phase!r}")
+    if request.phase in ("pretrain", "adapt") and not (request.steps > 0 and request.batch_size > 0):
+        raise ProtocolError(f"phase {request.phase!r} asks for no step, or for no image a step")
+    return PHASES[request.phase](site, recipe, request)
+
+
+def _pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
+    """Pretrain in this process, or by a process for each of the GPUs that the site trains on."""
+    number = machine.gpus(site.gpus)
+    return gpus.ask_all(site, recipe, request, number) if number > 1 else pretrain(site, recipe, request)
+
+
+PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
+    "enrol": enrol,
+    "counts": counts,
+    "pretrain": _pretrain,
+    "features": extract,
+    "adapt": adapt,
+    "evaluate": evaluate,
+}

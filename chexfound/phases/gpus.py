@@ -1,0 +1,140 @@
+"""A site's round of pretraining on several GPUs: asked of N processes, each of which does `phases.pretrain`.
+
+`python -m chexfound.phases.gpus FOLDER` is one of them.  What they need stands in the folder, under the
+site's home, and so does what they answer: safetensors and JSON, nothing that is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chexfound.contract.request import Reply, Request
+from chexfound.data.store.reader import Store
+from chexfound.data.store.split import View
+from chexfound.durable.files import write_json
+from chexfound.errors import CODES, ChexfoundError
+from chexfound.host import logs
+from chexfound.model import checkpoint
+from chexfound.parallel import group
+from chexfound.parallel.environment import GRACE_S, end, named
+from chexfound.parallel.launch import Ranks, died
+from chexfound.phases.pretrain import pretrain
+from chexfound.phases.site_state import Site
+from chexfound.recipe import check, curriculum
+from chexfound.recipe import load as recipes
+from chexfound.recipe.schema import Recipe, Split
+
+log = logging.getLogger("chexfound.pretrain")
+
+
+def ask_all(site: Site, recipe: Recipe, request: Request, number: int) -> Reply:
+    """The reply to a request, by `number` processes of this machine.
+
+    Raises: ChexfoundError of the first that failed; SiteError if one died.
+    """
+    group.share(request.batch_size, number)
+    folder = site.home / "ranks"
+    shutil.rmtree(folder, ignore_errors=True)
+    _write(folder, site, recipe, request)
+    try:
+        codes = Ranks(["-m", "chexfound.phases.gpus", str(folder)], number, _listener(site)).run()
+        if any(codes):
+            raise _failure(folder, codes)
+        values = json.loads((folder / "reply.json").read_text())
+        return Reply(tensors=checkpoint.load(folder / "reply.safetensors"), values=values)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(folder: Path, site: Site, recipe: Recipe, request: Request) -> None:
+    checkpoint.save(folder / "request.safetensors", request.tensors)
+    np.save(folder / "images.npy", site.view.ids)
+    asked = {name: value for name, value in vars(request).items() if name != "tensors"}
+    here = {
+        "name": site.name,
+        "home": str(site.home),
+        "store": str(site.view.store.path),
+        "shuffle_labels": site.shuffle_labels,
+        "cells": site.cells,
+        "words": None if site.words is None else sorted(site.words),
+        "split_key": site.split_key.hex() if site.split_key else None,
+        "fractions": vars(site.fractions) if site.fractions else None,
+    }
+    write_json(folder / "job.json", {"recipe": recipes.to_dict(recipe), "request": asked, "site": here})
+
+
+def _read(folder: Path) -> tuple[Site, Recipe, Request]:
+    job = json.loads((folder / "job.json").read_text())
+    here, asked = job["site"], job["request"]
+    ids = np.load(folder / "images.npy", allow_pickle=False)
+    view = View(Store.open(Path(here["store"])), ids, here["name"])
+    site = Site(
+        view=view,
+        home=Path(here["home"]),
+        shuffle_labels=here["shuffle_labels"],
+        cells=here["cells"],
+        words=None if here["words"] is None else frozenset(here["words"]),
+        split_key=bytes.fromhex(here["split_key"]) if here["split_key"] else None,
+        fractions=curriculum.changed(Split(), **here["fractions"]) if here["fractions"] else None,
+    )
+    tensors = checkpoint.load(folder / "request.safetensors")
+    request = Request(**{**asked, "findings": tuple(asked["findings"])}, tensors=tensors)
+    return site, check.validate(job["recipe"], "recipe"), request
+
+
+def _listener(site: Site) -> Callable[[bytes], None]:
+    def listen(line: bytes) -> None:
+        if site.progress is not None:
+            site.progress(*json.loads(line))
+
+    return listen
+
+
+def _failure(folder: Path, codes: list[int]) -> ChexfoundError:
+    """What the ranks died of: the error that one of them told, else how one of them ended."""
+    for number in range(len(codes)):
+        path = folder / f"error-{number}.json"
+        if path.is_file():
+            told = json.loads(path.read_text())
+            return CODES[told["code"]]((named(number, len(codes)) if number else "") + told["text"])
+    number, code = next((number, code) for number, code in enumerate(codes) if code)
+    return died(number, len(codes), code)
+
+
+def main(folder: Path) -> int:
+    """What one rank does; returns its exit code."""
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints is not for whoever listens
+    logs.show()
+    try:
+        with group.process_group():
+            site, recipe, request = _read(folder)
+            if group.first():
+                site.progress = lambda *told: print(json.dumps(told), file=channel)
+            torch.set_num_threads(recipe.threads)
+            reply = pretrain(site, recipe, request)
+            if group.first():
+                checkpoint.save(folder / "reply.safetensors", reply.tensors)
+                write_json(folder / "reply.json", reply.values)
+            return 0
+    except ChexfoundError as error:
+        write_json(folder / f"error-{os.environ['RANK']}.json", {"code": error.code, "text": str(error)})
+        return error.exit_code
+    except Exception:
+        time.sleep(GRACE_S)  # another's death shows here as an error of the connection: let it be told instead
+        log.exception("phase=pretrain rank=%s error=internal", os.environ.get("RANK"))
+        return 1
+
+
+if __name__ == "__main__":
+    end(main(Path(sys.argv[1])))
