@@ -22,9 +22,9 @@ from server.exchange.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.exchange.grid import GridExchange
 from server.federation import policies
 from server.rounds import health, weight
-from server.rounds.loop import Event, Run
-from server.rounds.masked import SecureRun
+from server.rounds.record import Event
 from server.rounds.result import write_metrics
+from server.rounds.start import run_of
 from server.runs import submission
 from server.runs.live import Live
 
@@ -161,8 +161,7 @@ def _run(grid: Grid, context: Context, sites: Roster | None = None) -> None:
         spool=None if isinstance(grid, LocalGrid) else folder / "parts",
         on_event=hear,
     )
-    kind = SecureRun if recipe.aggregation == "secagg" else Run
-    run = kind(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)
+    run = run_of(recipe, exchange, folder, backbone=Path(str(backbone)) if backbone else None, on_event=tell)
     outcome = run.run()
     write_metrics(folder, recipe, outcome)
     log.info("event=written folder=%s next='chexfound report %s'", folder, folder)

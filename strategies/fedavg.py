@@ -29,18 +29,24 @@ class FedAvg:
 
     Args:
         previous: what the sites were sent.
+        rows: names of tensors whose first axis is the findings.
+        ceiling: the most that a site may weigh; None: any.
+        bound: the largest norm of an update that counts whole; None: any.
     """
 
     def __init__(
-        self, phase: str, previous: Mapping[str, Tensor], n_findings: int = 0, rows: Sequence[str] = ()
+        self,
+        phase: str,
+        previous: Mapping[str, Tensor],
+        n_findings: int = 0,
+        rows: Sequence[str] = (),
+        *,
+        ceiling: Ceiling | None = None,
+        bound: float | None = None,
     ) -> None:
-        self.phase, self.n_findings, self.previous = phase, n_findings, previous
-        self.hold(Ceiling(labelled=(None,) * n_findings, capped={}), None)
+        self.phase, self.n_findings, self.previous, self.bound = phase, n_findings, previous, bound
+        self.ceiling = ceiling or Ceiling(labelled=(None,) * n_findings, capped={})
         self._fold = RunningMean(previous, rows)
-
-    def hold(self, ceiling: Ceiling, bound: float | None) -> None:
-        """Set what a site's weight may be, and the norm of its update (None: any); before any reply is folded in."""
-        self.ceiling, self.bound = ceiling, bound
 
     def add(self, reply: Reply) -> None:
         """Fold in one site's reply: `admit`, and what that returns."""

@@ -19,7 +19,7 @@ from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.model.glori import build_head
 from chexfound.pretrain.train import Pretrainer
-from server.rounds.loop import Run
+from server.rounds.start import run_of
 
 
 def centralized(
@@ -54,7 +54,7 @@ def test_one_site_federated_is_centralized(
         adapt=replace(tiny_recipe.adapt, head=head),
         federation=replace(tiny_recipe.federation, min_sites=1),
     )
-    outcome = Run(recipe, make_exchange(recipe, ["all"]), tmp_path / "run").run()
+    outcome = run_of(recipe, make_exchange(recipe, ["all"]), tmp_path / "run").run()
     store = Store.open(tiny_store_path)
     assert outcome.findings == ("Bar", "Blob")
 

@@ -22,7 +22,8 @@ from chexfound.phases import dispatch
 from chexfound.pretrain.train import Pretrainer, initial_weights
 from chexfound.recipe.schema import Stage
 from client.answer import hospital as client_site
-from server.rounds.loop import Run
+from server.rounds.record import Record
+from server.rounds.start import run_of
 from sim.arms.plan import ArmPlan
 
 SITES = ["alpha", "beta", "gamma"]
@@ -63,13 +64,13 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def committed(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
     """What the coordinator keeps after each round."""
     kept: list[Weights] = []
-    real = Run._commit
+    real = Record.commit
 
-    def commit(self: Run, phase: str, number: int, weights: Weights, *rest: Any) -> None:
+    def commit(self: Record, phase: str, number: int, weights: Weights, *rest: Any) -> None:
         kept.append(weights)
         real(self, phase, number, weights, *rest)
 
-    monkeypatch.setattr(Run, "_commit", commit)
+    monkeypatch.setattr(Record, "commit", commit)
     return kept
 
 
@@ -80,7 +81,7 @@ def teachers(weights: Weights) -> str:
 def test_all_teachers_are_the_coordinators(
     recipe: Any, make_exchange: Any, tmp_path: Path, begun: Seen, committed: list[Weights]
 ) -> None:
-    outcome = Run(recipe, make_exchange(recipe, SITES), tmp_path / "run").run()
+    outcome = run_of(recipe, make_exchange(recipe, SITES), tmp_path / "run").run()
     assert [(index, step) for index, step, _ in begun] == [(index, step) for step in (0, 2, 4) for index in range(3)]
     for number in (1, 2):
         here = {teachers(weights) for _, step, weights in begun if step == 2 * number}
@@ -106,7 +107,7 @@ def test_the_teacher_is_close_to_the_mean_of_the_sites_own(
     monkeypatch.setattr(Pretrainer, "run", run)
     train = replace(recipe.train, rounds=1, local_steps=4)
     one_round = replace(recipe, train=train, optim=replace(recipe.optim, warmup_epochs=0), curriculum=())
-    Run(one_round, make_exchange(one_round, SITES), tmp_path / "run").run()
+    run_of(one_round, make_exchange(one_round, SITES), tmp_path / "run").run()
     start = initial_weights(one_round)
     error = way = 0.0
     for name in (name for name in start if name.startswith("teacher.")):
@@ -130,7 +131,7 @@ def test_one_site_is_close_to_centralized(
         curriculum=(),
         federation=replace(recipe.federation, min_sites=1),
     )
-    Run(plain, make_exchange(plain, ["all"]), tmp_path / "run").run()
+    run_of(plain, make_exchange(plain, ["all"]), tmp_path / "run").run()
     store = Store.open(tiny_store_path)
     ids = View(store, store.ids, "all").split(Membership.of(plain), "train")
     torch.set_num_threads(plain.threads)
@@ -155,7 +156,7 @@ def test_the_upload_is_half_of_averages(recipe: Any, make_exchange: Any, tmp_pat
     moved = {}
     for policy in ("average", "rederive"):
         other = replace(recipe, teacher=replace(recipe.teacher, policy=policy), curriculum=())
-        Run(other, make_exchange(other, SITES), tmp_path / policy).run()
+        run_of(other, make_exchange(other, SITES), tmp_path / policy).run()
         moved[policy] = up(tmp_path / policy)
     assert [2 * now["up"] for now in moved["rederive"]] == [now["up"] for now in moved["average"]]
     assert [2 * now["down"] for now in moved["rederive"]] == [now["down"] for now in moved["average"]]
@@ -175,7 +176,7 @@ class Altered:
 
 def test_a_teacher_in_a_reply_is_refused(recipe: Any, make_exchange: Any, tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match=r"'alpha' in pretrain.*other tensors than were sent: \['teacher\."):
-        Run(recipe, Altered(make_exchange(recipe, SITES)), tmp_path / "run").run()
+        run_of(recipe, Altered(make_exchange(recipe, SITES)), tmp_path / "run").run()
 
 
 # ---- lost and killed
@@ -202,7 +203,7 @@ def crash_at(patch: pytest.MonkeyPatch, number: int, *, after: bool) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Any, make_exchange: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return Run(recipe, make_exchange(recipe, SITES), tmp_path_factory.mktemp("calm") / "run").run().model_sha256
+    return run_of(recipe, make_exchange(recipe, SITES), tmp_path_factory.mktemp("calm") / "run").run().model_sha256
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -215,12 +216,12 @@ def test_killed_and_resumed_is_uninterrupted(
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, 2, after=after)
             try:
-                outcome = Run(recipe, make_exchange(recipe, SITES, tmp_path / "homes"), tmp_path / "run").run()
+                outcome = run_of(recipe, make_exchange(recipe, SITES, tmp_path / "homes"), tmp_path / "run").run()
                 break
             except Crash:
                 crashes += 1
         if not after:  # it would die there for ever
-            outcome = Run(recipe, make_exchange(recipe, SITES, tmp_path / "homes"), tmp_path / "run").run()
+            outcome = run_of(recipe, make_exchange(recipe, SITES, tmp_path / "homes"), tmp_path / "run").run()
             break
     assert crashes
     assert outcome.model_sha256 == undisturbed
@@ -246,12 +247,12 @@ def test_a_site_that_lost_its_state_is_sent_the_teacher_by_resuming(
 ) -> None:
     """With moments averaged and no queue nothing else is lost, so the resumed run ends with the same hash."""
     plain = replace(recipe, train=replace(recipe.train, sinkhorn_queue=0, optimizer_state="average"))
-    calm = Run(plain, make_exchange(plain, SITES), tmp_path / "calm").run()
+    calm = run_of(plain, make_exchange(plain, SITES), tmp_path / "calm").run()
     homes, folder = tmp_path / "homes", tmp_path / "run"
     told = r"site 'beta' in pretrain, round 2: replied with error 'state' \(exit code 4\); resume the run"
     with pytest.raises(SiteError, match=told):
-        Run(plain, lose(make_exchange(plain, SITES, homes), homes, 2), folder).run()
-    outcome = Run(plain, make_exchange(plain, SITES, homes), folder).run()
+        run_of(plain, lose(make_exchange(plain, SITES, homes), homes, 2), folder).run()
+    outcome = run_of(plain, make_exchange(plain, SITES, homes), folder).run()
     assert outcome.model_sha256 == calm.model_sha256
     sent = [now["down"] for now in up(folder)]
     backbone_and_heads = [

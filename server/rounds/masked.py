@@ -1,11 +1,10 @@
-"""A run whose figures, updates and results exist as sums over the sites only: `aggregation: secagg`."""
+"""Rounds whose figures, updates and results exist as sums over the sites only: `aggregation: secagg`."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,56 +22,59 @@ from chexfound.phases import payload
 from chexfound.phases.payload import Settings
 from chexfound.pretrain.bounds import UpdateBound, betas, check_bounded, largest
 from chexfound.pretrain.optimizer import PREFIX
+from chexfound.recipe.schema import Recipe
 from chexfound.secagg import moments
 from chexfound.secagg.parameters import MINIMUM, labelling
-from chexfound.wire import arrays
 from server.exchange.grid import GridExchange
+from server.exchange.protocol import Member
 from server.rounds import validation
-from server.rounds.loop import Event, Run
+from server.rounds.record import Event, Record
+from server.rounds.reduction import Reduced, Task
 from server.rounds.sums import SecureSums, Summed
 from server.rounds.work import bounded
 from strategies import ceiling, composition
-from strategies.fedavg import FedAvg
 
 FINEST = 2.0**-20  # of the range that the recipe bounds, below which a tensor's range does not fall
 
 
-class SecureRun(Run):
-    """As `Run`, over an exchange whose sites have keys.
+class MaskedRounds:
+    """Rounds over an exchange whose sites have keys.
 
     What a site would tell in the clear (counts, updates, losses, results) comes as one sum; the journal has one entry
     for all sites in its place, and under `cohort` who is in it.
     """
 
-    exchange: GridExchange
+    def __init__(self, recipe: Recipe, exchange: GridExchange, record: Record) -> None:
+        self.recipe, self.exchange, self.record = recipe, exchange, record
+        self.own = record.folder / "secagg"
 
-    def run(self) -> Any:
-        """As `Run.run`.
+    def check(self) -> None:
+        """As `Rounds.check`.
 
-        Raises: ConfigError, before any site is contacted, for a recipe that masked sums cannot serve.
+        Raises: ConfigError for a recipe that masked sums cannot serve; DataError for sites without keys.
         """
         sites = self.exchange.sites
         composition.check(self.recipe, len(sites.sites) if sites else self.recipe.federation.min_sites)
         check_bounded(self.recipe)  # whose steps the ranges of fixed point are of
         if sites is None:
             raise DataError("secure aggregation needs sites with keys: make a federation with chexfound-server init")
-        self.own = self.folder / "secagg"
-        return super().run()
 
     # -- who takes part, and how much there is
 
-    def _counted(self) -> list[dict[str, Any]]:
+    def count(self, roster: list[Member]) -> list[dict[str, Any]]:
+        """As `Rounds.count`, of all sites together."""
         assert self.exchange.sites is not None
+        self.roster = roster
         self.sums = SecureSums(
             recipe=self.recipe,
             exchange=self.exchange,
-            members=self.roster,
+            members=roster,
             sites=self.exchange.sites,
             run_id=self.exchange.run_id,
             folder=self.own,
-            tell=self._told_of,
+            tell=self.record.note,
         )
-        self.totals: dict[str, Any] = self._begun("totals", None) or self._count()
+        self.totals: dict[str, Any] = self.record.begun("totals", None) or self._count()
         asked, known = self.recipe.adapt.findings, self.totals["findings"]
         if "adapt" in self.recipe.phases and not known.keys() & set(known if asked is None else asked):
             what = f"none of {', '.join(asked)}" if asked else "no finding"
@@ -101,42 +103,24 @@ class SecureRun(Run):
         """Patients below which nothing is told of the sum either: as the strictest of the sites has it."""
         return max(int(member.values["cells"]) for member in self.roster)
 
-    def _told(self) -> Event:
+    def about(self) -> Event:
+        """Say what there is at all sites, and by which parameters it is summed."""
         return {"totals": self.totals, "secagg": {**self.sums.parameters.shared(), "ring": self.recipe.secagg.ring}}
-
-    def _told_of(self, event: Event) -> None:
-        """An attempt that failed, or a site that was lost in one; the run's start comes first in the journal."""
-        if self.journal.entries:
-            self.journal.append(event)
-        if self.on_event is not None:
-            self.on_event(event)
 
     # -- rounds
 
-    def _train_round(
-        self,
-        phase: str,
-        strategy: FedAvg,
-        weights: dict[str, Tensor],
-        frozen: set[str],
-        number: int,
-        steps: int,
-        batch: int,
-        *,
-        stays: dict[str, Tensor] | None = None,
-        beside: dict[str, Tensor] | None = None,
-        finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-    ) -> dict[str, Tensor]:
-        started, taken = time.monotonic(), range(number * steps, (number + 1) * steps)
-        request = self._request(phase, weights | (beside or {}), number, steps, batch)
-        trained = [name for name in weights if name not in frozen]
-        bound = UpdateBound.of(self.recipe, phase, taken)
+    def train(self, task: Task) -> Reduced:
+        """As `Rounds.train`."""
+        phase, weights = task.phase, task.weights
+        request = self._request(task)
+        trained = [name for name in weights if name not in task.frozen]
+        bound = UpdateBound.of(self.recipe, phase, task.taken)
         bounds = _ranges_of(bound, trained, weights)
         settings = Settings(
             ring=self.recipe.secagg.ring,
             images=self._most(self.totals["train"]),
-            labelled=self._labelled() if phase == "adapt" else [],
-            ranges=self._ranges(phase, number, bounds),
+            labelled=self._labelled(task.findings) if phase == "adapt" else [],
+            ranges=self._ranges(phase, task.number, bounds),
         )
         ask = functools.partial(
             self.sums.sum,
@@ -144,7 +128,7 @@ class SecureRun(Run):
             settings,
             {name: tuple(weights[name].shape) for name in trained},
             backbone=self._backbone if phase == "adapt" else "",
-            whole=weights | stays if stays else None,
+            whole={**weights, **task.stays} if task.stays else None,
         )
         summed = self._on_backbone(ask) if phase == "adapt" else ask()
         self._check_quorum(summed)
@@ -153,61 +137,44 @@ class SecureRun(Run):
         mean = {name: moved[name] for name in weights}
         images = int(summed.sums["images"])
         if images:  # else no site had a part in it, and all is as it was
-            self._check_mean(mean, weights, frozen, bound, summed)
-        self._keep_ranges(phase, number + 1, bounds, weights, mean)
+            self._check_mean(mean, task, bound, summed)
+        self._keep_ranges(phase, task.number + 1, bounds, weights, mean)
         constants = {"log_k": math.log(self.recipe.dino.head_n_prototypes)} if phase == "pretrain" else {}
         entry = {
             "site": ALL_SITES,
-            "bytes": summed.up,
             "images": images,
             "labelled": [int(value) for value in summed.sums["labelled"]] if phase == "adapt" else [],
             "history": summed.plan.history(summed.sums, constants),
         }
-        told = self._about(summed)
-        if phase == "pretrain":
-            told["health"] = self.watch.look(number, taken.start, [entry])
-        weights = finish(mean)
-        self._commit(phase, number, weights, started, [entry], summed.down, told)
-        return weights
+        return Reduced(weights=mean, sites=[entry], up=summed.up, down=summed.down, about=_about(summed))
 
-    def _check_mean(
-        self,
-        mean: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-        frozen: set[str],
-        bound: UpdateBound,
-        summed: Summed,
-    ) -> None:
+    def _check_mean(self, mean: Mapping[str, Tensor], task: Task, bound: UpdateBound, summed: Summed) -> None:
         """Hold a mean, its moments too, against the box: fixed point leaves it by no more than `rounding` says.
 
         Moments need none of that: `lift` raised the squares to what the first moments have become.
 
         Raises: ProtocolError; who is at fault cannot be known.
         """
-        request = summed.plan.request
+        rounding = summed.plan.rounding(summed.sums)
         try:
-            validation.check_update(mean, weights, frozen, bound, summed.plan.rounding(summed.sums))
+            validation.check_update(mean, task.weights, task.frozen, bound, rounding)
         except ProtocolError as error:
-            raise ProtocolError(
-                f"{request.phase}, round {request.round + 1}: the sum of {len(summed.survivors)} sites: {error}"
-            ) from error
+            raise ProtocolError(f"{task.where}: the sum of {len(summed.survivors)} sites: {error}") from error
 
-    def _request(
-        self, phase: str, tensors: dict[str, Tensor], number: int = 0, steps: int = 0, batch: int = 0
-    ) -> Request:
-        return self._requests(phase, tensors, number, steps, batch)[0]
+    def _request(self, task: Task) -> Request:
+        return Request(
+            phase=task.phase,
+            round=task.number,
+            step=task.taken.start,
+            steps=task.steps,
+            batch_size=task.batch_size,
+            findings=task.findings,
+            tensors={**task.weights, **task.beside},
+        )
 
-    def _about(self, summed: Summed) -> Event:
-        told: Event = {"cohort": summed.survivors, "clipped": summed.clipped}
-        if summed.zeroed:
-            told["zeroed"] = summed.zeroed
-        if summed.missing:
-            told["missing"] = summed.missing
-        return told
-
-    def _labelled(self) -> list[int]:
+    def _labelled(self, findings: tuple[str, ...]) -> list[int]:
         counted = self.totals["findings"]
-        return [self._most(sum(counted.get(finding, {}).values())) for finding in self.findings]
+        return [self._most(sum(counted.get(finding, {}).values())) for finding in findings]
 
     def _most(self, together: int) -> int:
         """How many images of one site count, of so many at all sites: what a weight of 1 stands for."""
@@ -219,7 +186,7 @@ class SecureRun(Run):
         Raises: SiteError.
         """
         config = self.recipe.federation
-        if summed.plan.request.phase == "adapt" and len(summed.zeroed) == len(self.findings):
+        if summed.plan.request.phase == "adapt" and len(summed.zeroed) == len(summed.plan.request.findings):
             return
         images, total = int(summed.sums["images"]), self.totals["train"]
         if config.quorum_sites is not None and images < config.quorum_weight * total:
@@ -227,12 +194,6 @@ class SecureRun(Run):
                 f"{summed.plan.request.phase}, round {summed.plan.request.round + 1}: the sum is over {images} of "
                 f"{total} training images, less than federation.quorum_weight {config.quorum_weight:g}"
             )
-
-    def _unscored(self) -> dict[str, str]:
-        rounds = self._rounds("adapt")
-        zeroed = rounds[-1].get("zeroed", ()) if rounds else ()
-        rare = "not trained: fewer sites label it than secure aggregation tells a sum of"
-        return {finding: rare if finding in zeroed else why for finding, why in super()._unscored().items()}
 
     # -- ranges
 
@@ -266,16 +227,14 @@ class SecureRun(Run):
 
     # -- features and results
 
-    def _features(self, backbone: dict[str, Tensor], *, first: bool) -> None:
+    def hand_out(
+        self, backbone: dict[str, Tensor], beside: Mapping[str, Tensor], findings: tuple[str, ...], again: bool
+    ) -> list[Event]:
+        """As `Rounds.hand_out`; again only to sites that a sum has shown to hold another run's features."""
         self._backbone = checkpoint.digest(backbone)
-        request = self._request("features", backbone | self._first_file(backbone))
+        request = Request(phase="features", findings=findings, tensors={**backbone, **beside})
         self._again = functools.partial(self.sums.hand_out, request)
-        if any(entry["event"] == "features" for entry in self.journal.entries):
-            return
-        started = time.monotonic()
-        missing = self._again()
-        down = len(self.roster) * arrays.payload_bytes(backbone)
-        self._record_features(started, down, missing)
+        return [] if again else self._again()
 
     def _on_backbone(self, ask: Callable[[], Summed]) -> Summed:
         """What `ask` gives; the backbone is sent once more if the sites hold another run's by now."""
@@ -287,14 +246,16 @@ class SecureRun(Run):
         self._again()
         return ask()
 
-    def _evaluate(self, model: dict[str, Tensor]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    def evaluate(self, model: dict[str, Tensor], findings: tuple[str, ...]) -> tuple[list[Event], list[Event]]:
+        """As `Rounds.evaluate`; the rows are of all sites together."""
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
         settings = Settings(ring=self.recipe.secagg.ring, images=1)
-        ask = functools.partial(self.sums.sum, self._request("evaluate", head), settings, {}, backbone=self._backbone)
+        request = Request(phase="evaluate", findings=findings, tensors=head)
+        ask = functools.partial(self.sums.sum, request, settings, {}, backbone=self._backbone)
         summed = self._on_backbone(ask)
         config = self.recipe.evaluate
         rows = histograms.rows(
-            ARM, TRAINED_ON, ALL_SITES, summed.sums["histograms"], self.findings,
+            ARM, TRAINED_ON, ALL_SITES, summed.sums["histograms"], findings,
             config.bootstrap_samples, config.confidence, self.recipe.seed, summed.zeroed,
         )  # fmt: skip
         least = self._least()
@@ -303,6 +264,15 @@ class SecureRun(Run):
             for row in rows
         ]
         return told, summed.missing
+
+
+def _about(summed: Summed) -> Event:
+    told: Event = {"cohort": summed.survivors, "clipped": summed.clipped}
+    if summed.zeroed:
+        told["zeroed"] = summed.zeroed
+    if summed.missing:
+        told["missing"] = summed.missing
+    return told
 
 
 def _ranges_of(bound: UpdateBound, trained: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, float]:

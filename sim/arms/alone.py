@@ -22,7 +22,7 @@ def run_alone(plan: ArmPlan, arm: str) -> float:
     from chexfound.recipe.batch_sizes import BatchSizes
     from client.answer import hospital as site_module
     from server.exchange.direct import DirectExchange
-    from server.rounds.loop import Run
+    from server.rounds.start import run_of
 
     store = Store.open(plan.store)
     listener = site_module.on_progress
@@ -37,7 +37,7 @@ def run_alone(plan: ArmPlan, arm: str) -> float:
     own = Site(view=view, home=folder / "own", progress=progress, split_key=key)
     batches = BatchSizes.pooled(recipe, n_sites)
     warn = listeners.warner(plan.recipe.seed, arm, listeners.on_warnings)
-    outcome = Run(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches, on_event=warn).run()
+    outcome = run_of(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches, on_event=warn).run()
     for name, shard in plan.sites.items() if "evaluate" in recipe.phases else ():
         tested = Site(view=View.of(store, name, shard), home=plan.site_home(arm, name), split_key=key)
         request = Request(phase="evaluate", findings=outcome.findings, tensors=outcome.tensors)

@@ -30,7 +30,7 @@ from chexfound.recipe.schema import Recipe
 from client.home.paths import store_path
 from client.home.secret import Secret
 from server.exchange.protocol import Member, Missing, checked_roster
-from server.rounds.loop import Run
+from server.rounds.start import run_of
 from tests.e2e.conftest import PART_MB, PATIENCE_S
 from tests.e2e.hospitals import SECRET, Hospitals, kill
 
@@ -179,7 +179,7 @@ def test_auroc_is_that_of_plain_averaging_without_who_is_gone(
         adapt=replace(secret.adapt, findings=findings),
     )
     sites = InTheClear(secured, tmp_path, recipe.image_px)
-    plain = Run(recipe, sites, tmp_path / "run").run()
+    plain = run_of(recipe, sites, tmp_path / "run").run()
     first, second = (one for one in read_journal(tmp_path / "run" / "journal.jsonl") if one.get("phase") == "pretrain")
     assert ("missing" in first, [one["site"] for one in second["missing"]]) == (False, [secured.gone])
     exact, rounded = sites.aurocs(), sites.aurocs(bins)

@@ -23,7 +23,7 @@ from chexfound.model.glori import build_head
 from chexfound.pretrain.train import Pretrainer, initial_weights
 from chexfound.recipe.curriculum import changed
 from chexfound.recipe.schema import Recipe
-from server.rounds.loop import Run
+from server.rounds.start import run_of
 from tests.secagg.federation import NAMES, Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -167,7 +167,7 @@ def test_a_released_head_holds_no_sum_over_images(
     """Only what was learned by gradient, and the queries, which are random."""
     adapt = changed(tiny_recipe.adapt, rounds=1, local_steps=1, token_norm=kind)
     recipe = changed(tiny_recipe, phases=("adapt",), adapt=adapt)
-    outcome = Run(recipe, make_exchange(recipe, list(("alpha", "beta"))), tmp_path / "run").run()
+    outcome = run_of(recipe, make_exchange(recipe, list(("alpha", "beta"))), tmp_path / "run").run()
     head = build_head(recipe, len(outcome.findings))
     learned = {name for name, parameter in head.named_parameters() if parameter.requires_grad}
     released = checkpoint.with_prefix(outcome.tensors, "head.")

@@ -21,8 +21,8 @@ from chexfound.phases import dispatch
 from chexfound.pretrain.bounds import UpdateBound
 from chexfound.recipe import curriculum
 from chexfound.recipe import load as recipes
-from server.rounds.loop import Run
-from server.rounds.masked import SecureRun
+from server.rounds.masked import MaskedRounds
+from server.rounds.start import run_of
 from tests.secagg.federation import Federation
 
 pytest_plugins = ("tests.secagg.fixtures",)
@@ -71,7 +71,7 @@ def test_an_update_beyond_the_box_is_refused_and_its_sender_named(
     recipe = recipes.load(tiny_recipe_file, {"phases": ["pretrain"]})
     poison(monkeypatch, "beta", attack)
     with pytest.raises(ProtocolError, match=r"site 'beta' in pretrain, round 1: a reply's .* beyond where"):
-        Run(recipe, make_exchange(recipe, SITES), tmp_path / "run").run()
+        run_of(recipe, make_exchange(recipe, SITES), tmp_path / "run").run()
 
 
 def test_with_a_quorum_the_others_go_on_as_if_he_had_not_come(
@@ -85,7 +85,7 @@ def test_with_a_quorum_the_others_go_on_as_if_he_had_not_come(
     for attack in (loud, lambda sent, reply, recipe: {n: torch.zeros(1) for n in reply}):
         with monkeypatch.context() as patch:
             poison(patch, "beta", attack)
-            outcome = Run(recipe, make_exchange(recipe, SITES), tmp_path / f"run-{len(hashes)}").run()
+            outcome = run_of(recipe, make_exchange(recipe, SITES), tmp_path / f"run-{len(hashes)}").run()
         hashes.append(outcome.model_sha256)
     assert hashes[0] == hashes[1]  # of alpha and gamma alone
 
@@ -105,7 +105,7 @@ def test_what_a_site_can_still_do_is_bounded_by_its_steps(
 
     recipe = recipes.load(tiny_recipe_file, {"phases": ["pretrain"], "train.rounds": 1})
     poison(monkeypatch, "beta", wall)
-    assert Run(recipe, make_exchange(recipe, SITES), tmp_path / "run").run().model_sha256
+    assert run_of(recipe, make_exchange(recipe, SITES), tmp_path / "run").run().model_sha256
 
 
 def test_under_masks_moments_of_steps_that_nobody_took_are_refused(
@@ -120,7 +120,7 @@ def test_under_masks_moments_of_steps_that_nobody_took_are_refused(
     fed.recipe = curriculum.changed(fed.recipe, train=train)
     poison(monkeypatch, "beta", older)
     with pytest.raises(ProtocolError, match=r"pretrain, round 1: the sum of 4 sites: a reply's 'optimizer\..*\.step'"):
-        SecureRun(fed.recipe, fed.exchange(), tmp_path / "run").run()
+        run_of(fed.recipe, fed.exchange(), tmp_path / "run").run()
 
 
 def test_under_masks_a_mean_beyond_the_box_is_refused(fed: Federation, tmp_path: Path, monkeypatch: Any) -> None:
@@ -130,12 +130,12 @@ def test_under_masks_a_mean_beyond_the_box_is_refused(fed: Federation, tmp_path:
         return {n: t + 1e4 if n == BLOCK else t for n, t in reply.items()}
 
     fed.recipe = curriculum.changed(fed.recipe, train=curriculum.changed(fed.recipe.train, local_steps=2))
-    ranges = SecureRun._ranges
+    ranges = MaskedRounds._ranges
 
     def wider(*given: Any) -> dict[str, float]:  # an attacker is not held by the range that clips
         return {n: r * 1e3 if n == BLOCK else r for n, r in ranges(*given).items()}
 
-    monkeypatch.setattr(SecureRun, "_ranges", wider)
+    monkeypatch.setattr(MaskedRounds, "_ranges", wider)
     poison(monkeypatch, "beta", shout)
     with pytest.raises(ProtocolError, match=rf"pretrain, round 1: the sum of 4 sites: a reply's '{BLOCK}'"):
-        SecureRun(fed.recipe, fed.exchange(), tmp_path / "run").run()
+        run_of(fed.recipe, fed.exchange(), tmp_path / "run").run()

@@ -17,7 +17,7 @@ from chexfound.phases.site_state import Site
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe.schema import Recipe
 from server.rounds import validation
-from server.rounds.loop import Run
+from server.rounds.start import run_of
 from server.runs import words
 from tests.secagg.federation import NAMES, Federation
 
@@ -85,7 +85,7 @@ def test_a_claim_of_a_billion_images_is_cut_to_half_and_told(plain: Federation, 
     plain.recipe = replace(plain.recipe, train=replace(plain.recipe.train, rounds=1))
     told: list[Any] = []
     exchange = Heard(plain.exchange())
-    Run(plain.recipe, exchange, tmp_path / "run", on_event=told.append).run()  # type: ignore[arg-type]
+    run_of(plain.recipe, exchange, tmp_path / "run", on_event=told.append).run()  # type: ignore[arg-type]
     start, one = told[0], next(event for event in told if event["event"] == "round")
     mean, worst = first_round(tmp_path / "run"), 0.0
     honest = {member["site"]: member["train"] for member in start["roster"] if member["site"] != LIAR}
@@ -102,7 +102,7 @@ def test_a_claim_of_a_billion_images_is_cut_to_half_and_told(plain: Federation, 
 def test_honest_sites_of_unlike_sizes_are_not_cut(plain: Federation, tmp_path: Path) -> None:
     plain.recipe = replace(plain.recipe, train=replace(plain.recipe.train, rounds=1))
     told: list[Any] = []
-    Run(plain.recipe, plain.exchange(), tmp_path / "run", on_event=told.append).run()
+    run_of(plain.recipe, plain.exchange(), tmp_path / "run", on_event=told.append).run()
     assert not [event for event in told if "capped" in event or "norms" in event]
     assert "median" not in words.line(told[0], {})
 
@@ -137,7 +137,7 @@ def test_a_boosted_update_counts_up_to_the_median_s_norm(
     told: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "check_update", lambda *_: None)
-        Run(plain.recipe, Heard(plain.exchange(), change), tmp_path / "run", on_event=told.append).run()  # type: ignore[arg-type]
+        run_of(plain.recipe, Heard(plain.exchange(), change), tmp_path / "run", on_event=told.append).run()  # type: ignore[arg-type]
     after = checkpoint.load(tmp_path / "run" / "rounds" / "pretrain-000001.safetensors")
     names = [name for name in after if not name.startswith("optimizer.")]
     moved = sum(float((after[name].double() - sent[name].double()).square().sum()) for name in names) ** 0.5

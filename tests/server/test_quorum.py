@@ -13,8 +13,8 @@ from chexfound.contract.request import Request
 from chexfound.durable.journal import read_journal
 from chexfound.errors import ProtocolError, SiteError
 from server.exchange.protocol import Member, Missing
-from server.rounds.loop import Run
 from server.rounds.result import subsets
+from server.rounds.start import run_of
 
 SITES = ["alpha", "beta"]
 Rule = Callable[[Request], bool]
@@ -64,7 +64,7 @@ def rounds(folder: Path, phase: str) -> list[dict[str, Any]]:
 
 
 def test_a_round_without_a_site_says_so(short: Any, make_exchange: Any, tmp_path: Path) -> None:
-    Run(short, Unreliable(make_exchange(short, SITES), beta("pretrain", 1)), tmp_path).run()
+    run_of(short, Unreliable(make_exchange(short, SITES), beta("pretrain", 1)), tmp_path).run()
     first, second, third = rounds(tmp_path, "pretrain")
     assert [one["site"] for one in second["sites"]] == ["alpha"]
     assert second["missing"] == [{"site": "beta", "reason": "late"}]
@@ -78,7 +78,7 @@ def test_a_site_that_missed_a_round_is_sent_what_it_cannot_derive(
 ) -> None:
     derived = replace(short, teacher=replace(short.teacher, policy="rederive"))
     exchange = Unreliable(make_exchange(derived, SITES), beta("pretrain", 1))
-    Run(derived, exchange, tmp_path).run()
+    run_of(derived, exchange, tmp_path).run()
     with_teacher = {
         (request.round, request.roster_index): any(name.startswith("teacher.") for name in request.tensors)
         for request in exchange.sent
@@ -91,7 +91,7 @@ def test_a_site_without_this_runs_features_has_no_part_in_the_head(
     short: Any, make_exchange: Any, tmp_path: Path
 ) -> None:
     exchange = Unreliable(make_exchange(short, SITES), beta("features"))
-    outcome = Run(short, exchange, tmp_path).run()
+    outcome = run_of(short, exchange, tmp_path).run()
     assert {request.phase for request in exchange.sent if request and request.roster_index == 1} == {
         "pretrain", "features",
     }  # fmt: skip
@@ -109,7 +109,7 @@ def test_a_reply_that_cannot_be_is_one_that_did_not_come(short: Any, make_exchan
             Unreliable(make_exchange(short, SITES), beta("pretrain", 1)),
         )
     ):
-        hashes.append(Run(short, exchange, tmp_path / str(number)).run().model_sha256)
+        hashes.append(run_of(short, exchange, tmp_path / str(number)).run().model_sha256)
     assert hashes[0] == hashes[1]
     assert rounds(tmp_path / "0", "pretrain")[1]["missing"] == [{"site": "beta", "reason": "protocol"}]
 
@@ -117,14 +117,14 @@ def test_a_reply_that_cannot_be_is_one_that_did_not_come(short: Any, make_exchan
 def test_too_few_are_no_quorum(short: Any, make_exchange: Any, tmp_path: Path) -> None:
     both = replace(short, federation=replace(short.federation, quorum_sites=2))
     with pytest.raises(SiteError, match=r"pretrain, round 2: no quorum: 1 of 2 sites .* missing: beta \(late\)"):
-        Run(both, Unreliable(make_exchange(both, SITES), beta("pretrain", 1)), tmp_path).run()
+        run_of(both, Unreliable(make_exchange(both, SITES), beta("pretrain", 1)), tmp_path).run()
     assert len(rounds(tmp_path, "pretrain")) == 1
 
 
 def test_too_few_images_are_no_quorum(short: Any, make_exchange: Any, tmp_path: Path) -> None:
     heavy = replace(short, federation=replace(short.federation, quorum_weight=0.99))
     with pytest.raises(SiteError, match="quorum_weight 0.99"):
-        Run(heavy, Unreliable(make_exchange(heavy, SITES), beta("pretrain", 1)), tmp_path).run()
+        run_of(heavy, Unreliable(make_exchange(heavy, SITES), beta("pretrain", 1)), tmp_path).run()
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_without_a_quorum_every_site_is_needed(
 ) -> None:
     all_of_them = replace(short, federation=replace(short.federation, quorum_sites=None))
     with pytest.raises(error):
-        Run(all_of_them, Unreliable(make_exchange(all_of_them, SITES), absent, spoiled), tmp_path).run()
+        run_of(all_of_them, Unreliable(make_exchange(all_of_them, SITES), absent, spoiled), tmp_path).run()
 
 
 def test_a_quorum_of_all_gives_the_same_model_as_none(short: Any, make_exchange: Any, tmp_path: Path) -> None:
     outcomes = []
     for quorum in (None, 1):
         recipe = replace(short, federation=replace(short.federation, quorum_sites=quorum))
-        outcomes.append(Run(recipe, make_exchange(recipe, SITES), tmp_path / str(quorum)).run().model_sha256)
+        outcomes.append(run_of(recipe, make_exchange(recipe, SITES), tmp_path / str(quorum)).run().model_sha256)
     assert outcomes[0] == outcomes[1]

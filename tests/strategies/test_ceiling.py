@@ -68,9 +68,9 @@ def reply(value: float, images: int, labelled: Sequence[int] = ()) -> Reply:
 def test_a_mean_goes_half_of_the_way_of_who_claims_more_than_all_others(claimed: int) -> None:
     sent = {"weight": torch.zeros(2), "rows": torch.zeros(1, 2)}
     for phase, rows in (("pretrain", ()), ("adapt", ("rows",))):
-        fold = FedAvg(phase, sent, len(rows), rows)
         counts = {"alpha": claimed, "beta": 10, "delta": 10, "gamma": 10}
-        fold.hold(Ceiling.of(counts, {name: [number] for name, number in counts.items()} if rows else None), None)
+        ceiling = Ceiling.of(counts, {name: [number] for name, number in counts.items()} if rows else None)
+        fold = FedAvg(phase, sent, len(rows), rows, ceiling=ceiling)
         for name, number in counts.items():
             fold.add(reply(1.0 if name == "alpha" else 0.0, number, [number]))
         assert all(torch.equal(tensor, torch.full_like(tensor, 0.5)) for tensor in fold.result().values()), phase
@@ -82,8 +82,8 @@ def test_below_the_ceiling_the_mean_has_the_same_bits(sites: list[tuple[float, i
     if 2 * max(counts) > sum(counts):
         return
     sent = {"weight": torch.zeros(2), "rows": torch.zeros(1, 2)}
-    plain, held = FedAvg("pretrain", sent), FedAvg("pretrain", sent)
-    held.hold(Ceiling.of({str(place): number for place, number in enumerate(counts)}), None)
+    ceiling = Ceiling.of({str(place): number for place, number in enumerate(counts)})
+    plain, held = FedAvg("pretrain", sent), FedAvg("pretrain", sent, ceiling=ceiling)
     for value, number in sites:
         plain.add(reply(value, number))
         held.add(reply(value, number))

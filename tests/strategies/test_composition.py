@@ -15,7 +15,7 @@ from chexfound.recipe import load as recipes
 from chexfound.recipe.curriculum import changed
 from chexfound.recipe.schema import Recipe, Robust
 from chexfound.secagg.fixed import levels
-from server.rounds.masked import SecureRun
+from server.rounds.start import run_of
 from strategies.composition import LEVELS_MIN, SECAGG, check
 from tests.secagg.cohort import roster
 
@@ -195,23 +195,23 @@ class Exchange:
 def test_a_recipe_outside_fails_before_any_site_is_contacted(key: str, tmp_path: Path) -> None:
     recipe, n = RULES[key]
     with pytest.raises(ConfigError, match=key):
-        SecureRun(recipe, Exchange(n), tmp_path / "run").run()  # type: ignore[arg-type]
+        run_of(recipe, Exchange(n), tmp_path / "run").run()  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("n", [2, 129])
 def test_so_does_a_federation_of_too_few_or_too_many(n: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"this federation has {n}"):
-        SecureRun(good(), Exchange(n), tmp_path / "run").run()  # type: ignore[arg-type]
+        run_of(good(), Exchange(n), tmp_path / "run").run()  # type: ignore[arg-type]
 
 
 def test_a_recipe_inside_asks(tmp_path: Path) -> None:
     """Else the tests above would pass of an exchange that is never used."""
     with pytest.raises(Asked, match="enrol"):
-        SecureRun(good(), Exchange(8), tmp_path / "run").run()  # type: ignore[arg-type]
+        run_of(good(), Exchange(8), tmp_path / "run").run()  # type: ignore[arg-type]
 
 
 def test_sites_without_keys_are_not_asked_either(tmp_path: Path) -> None:
     recipe = replace(good(), federation=replace(good().federation, min_sites=3))
     with pytest.raises(DataError, match="needs sites with keys"):
-        SecureRun(recipe, Exchange(None), tmp_path / "run").run()  # type: ignore[arg-type]
+        run_of(recipe, Exchange(None), tmp_path / "run").run()  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chexfound.contract.request import Reply
-from strategies.ceiling import Ceiling
 from strategies.fedavg import FedAvg
 from strategies.robust import bound, clipped, norm
 
@@ -47,8 +46,7 @@ def test_the_bound_is_by_the_median_of_the_round_before() -> None:
 @pytest.mark.parametrize(("most", "expected"), [(None, 252.0), (4.0, 1 + 5 / 3), (6.0, 3.0)])
 def test_a_boosted_site_moves_the_mean_by_the_bound(most: float | None, expected: float) -> None:
     """Three sites whose weights go by 1, 2 and 750, so with norms of 2, 4 and 1500."""
-    fold = FedAvg("pretrain", sent())
-    fold.hold(Ceiling(capped={}), most)
+    fold = FedAvg("pretrain", sent(), bound=most)
     for by in (1.0, 2.0, 750.0):
         fold.add(Reply(tensors=moved(by), values={"images": 10}))
     assert fold.result()["weight"][0].item() == pytest.approx(expected, rel=1e-5)

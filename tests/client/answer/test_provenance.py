@@ -17,8 +17,8 @@ from chexfound.recipe import curriculum
 from chexfound.recipe import load as recipes
 from client.answer import acceptance
 from client.answer import hospital as client_site
-from server.rounds.loop import Run
-from server.rounds.masked import SecureRun
+from server.rounds.record import Record
+from server.rounds.start import run_of
 from tests.client.test_hostile_coordinator import featuring, pretraining
 from tests.secagg.federation import Federation
 
@@ -51,7 +51,7 @@ def test_an_honest_run_passes_and_its_model_is_the_same(
     hashes = []
     for checked in (True, False):
         exchange = make_exchange(recipe, SITES, tmp_path / f"homes-{checked}", lineage=checked)
-        hashes.append(Run(recipe, exchange, tmp_path / f"run-{checked}").run().model_sha256)
+        hashes.append(run_of(recipe, exchange, tmp_path / f"run-{checked}").run().model_sha256)
     assert hashes[0] == hashes[1]
     for name in SITES:
         home = tmp_path / "homes-True" / name
@@ -68,7 +68,7 @@ def test_an_honest_masked_run_passes(fed: Federation, tmp_path: Path, ring: int)
     fed.recipe = curriculum.changed(fed.recipe, train=train, secagg=curriculum.changed(fed.recipe.secagg, ring=ring))
     for node in fed.nodes.values():
         node["lineage"] = True
-    assert SecureRun(fed.recipe, fed.exchange(), tmp_path / f"run-{ring}").run().model_sha256
+    assert run_of(fed.recipe, fed.exchange(), tmp_path / f"run-{ring}").run().model_sha256
 
 
 def test_first_weights_that_differ_in_the_last_place_are_one_set_of_weights(fed: Federation) -> None:
@@ -102,22 +102,22 @@ def test_a_run_that_is_resumed_goes_on(
 ) -> None:
     """The coordinator dies between a site's reply and its own checkpoint: the round is asked for again."""
     recipe = recipes.load(tiny_recipe_file, {"teacher.policy": "rederive", "train.rounds": 3})
-    whole = Run(recipe, make_exchange(recipe, SITES, tmp_path / "a"), tmp_path / "whole").run().model_sha256
+    whole = run_of(recipe, make_exchange(recipe, SITES, tmp_path / "a"), tmp_path / "whole").run().model_sha256
     for phase, number in (("pretrain", 0), ("pretrain", 2), ("adapt", 1)):
         folder = tmp_path / f"{phase}-{number}"
 
-        def dies(self: Any, *given: Any, phase: str = phase, number: int = number, commit: Any = Run._commit) -> None:
+        def dies(self: Any, *given: Any, phase: str = phase, number: int = number, commit: Any = Record.commit) -> None:
             if given[:2] == (phase, number):
                 raise KeyboardInterrupt
             commit(self, *given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "_commit", dies)
+            patch.setattr(Record, "commit", dies)
             with pytest.raises(KeyboardInterrupt):
-                Run(recipe, make_exchange(recipe, SITES, folder / "homes", lineage=True), folder / "run").run()
+                run_of(recipe, make_exchange(recipe, SITES, folder / "homes", lineage=True), folder / "run").run()
         client_site.forget()
         exchange = make_exchange(recipe, SITES, folder / "homes", lineage=True)
-        assert Run(recipe, exchange, folder / "run").run().model_sha256 == whole
+        assert run_of(recipe, exchange, folder / "run").run().model_sha256 == whole
         assert len(list((folder / "homes" / "alpha" / "weights").iterdir())) == 1
 
 

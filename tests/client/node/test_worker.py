@@ -130,7 +130,7 @@ def test_secrets_of_an_attempt_whose_time_is_over_go_without_a_message(
         swept.append(clock.now)
         raise ConfigError("its operator is releasing a sum")
 
-    monkeypatch.setattr(worker.secure, "sweep", sweep)
+    monkeypatch.setattr(worker.stages, "sweep", sweep)
     work(tmp_path, *[None] * 200)
     assert len(swept) == (clock.now - 1000) // worker.SWEEP_S + 1 > 1
     assert swept == sorted(swept)

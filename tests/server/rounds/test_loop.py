@@ -20,7 +20,8 @@ from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolEr
 from chexfound.model import checkpoint
 from chexfound.recipe.batch_sizes import BatchSizes
 from chexfound.recipe.schema import Stage
-from server.rounds.loop import Outcome, Run
+from server.rounds.loop import Outcome
+from server.rounds.start import run_of
 from server.rounds.work import choose_findings
 
 SITES = ["alpha", "beta"]
@@ -47,7 +48,7 @@ def head_only(short: Any) -> Any:
 def calm(short: Any, make_exchange: MakeExchange, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A run that nothing disturbed: a folder with its `run` and `homes`, and its outcome."""
     folder = tmp_path_factory.mktemp("calm")
-    return folder, Run(short, make_exchange(short, SITES, folder / "homes"), folder / "run").run()
+    return folder, run_of(short, make_exchange(short, SITES, folder / "homes"), folder / "run").run()
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_what_the_journal_holds(undisturbed: Outcome, tmp_path: Path) -> None:
 def test_the_order_of_the_nodes_does_not_matter(
     short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path
 ) -> None:
-    again = Run(short, make_exchange(short, SITES[::-1], tmp_path / "other homes"), tmp_path / "other").run()
+    again = run_of(short, make_exchange(short, SITES[::-1], tmp_path / "other homes"), tmp_path / "other").run()
     assert again.model_sha256 == undisturbed.model_sha256
 
 
@@ -98,7 +99,7 @@ def test_arrays_in_parts_give_the_same_model(
     recipe = replace(short, federation=replace(short.federation, part_mb=0.05))
     exchange = make_exchange(recipe, SITES, tmp_path / "homes")
     exchange.spool = tmp_path / "run" / "parts"
-    assert Run(recipe, exchange, tmp_path / "run").run().model_sha256 == undisturbed.model_sha256
+    assert run_of(recipe, exchange, tmp_path / "run").run().model_sha256 == undisturbed.model_sha256
     for site in SITES:
         assert [
             path.name.partition("-")[0] for path in sorted((tmp_path / "homes" / site / "parts" / "1").iterdir())
@@ -110,7 +111,7 @@ def test_run_again_when_done_changes_nothing(
     short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path
 ) -> None:
     before = (tmp_path / "calm" / "journal.jsonl").read_bytes()
-    again = Run(short, make_exchange(short, SITES, tmp_path / "calm homes"), tmp_path / "calm").run()
+    again = run_of(short, make_exchange(short, SITES, tmp_path / "calm homes"), tmp_path / "calm").run()
     assert again.model_sha256 == undisturbed.model_sha256
     assert again.results == undisturbed.results
     assert (tmp_path / "calm" / "journal.jsonl").read_bytes() == before
@@ -151,7 +152,7 @@ def test_a_run_that_dies_at_every_commit_ends_the_same(
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, COMMITS[commit], crashes + 1, after=after)
             try:
-                outcome = Run(short, make_exchange(short, SITES, tmp_path / "torn homes"), folder).run()
+                outcome = run_of(short, make_exchange(short, SITES, tmp_path / "torn homes"), folder).run()
                 break
             except Crash:
                 crashes += 1
@@ -173,12 +174,12 @@ def test_another_recipe_roster_or_backbone_in_the_folder(
     before = (folder / "journal.jsonl").read_bytes()
     other = replace(short, seed=1)
     with pytest.raises(ConfigError, match="another recipe_sha256.*choose another folder"):
-        Run(other, make_exchange(other, SITES), folder).run()
+        run_of(other, make_exchange(other, SITES), folder).run()
     with pytest.raises(ConfigError, match="another .*roster"):
-        Run(short, make_exchange(short, ["alpha", "all"]), folder).run()
+        run_of(short, make_exchange(short, ["alpha", "all"]), folder).run()
     checkpoint.save(tmp_path / "b.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(ConfigError, match="another backbone_sha256"):
-        Run(short, make_exchange(short, SITES), folder, backbone=tmp_path / "b.safetensors").run()
+        run_of(short, make_exchange(short, SITES), folder, backbone=tmp_path / "b.safetensors").run()
     assert (folder / "journal.jsonl").read_bytes() == before
 
 
@@ -199,26 +200,26 @@ def test_a_damaged_round_file(
     with pytest.raises(
         CheckpointError, match="adapt-000001.safetensors: (is not what the journal says|not a readable)"
     ):
-        Run(short, make_exchange(short, SITES), tmp_path / "calm").run()
+        run_of(short, make_exchange(short, SITES), tmp_path / "calm").run()
 
 
 def test_a_damaged_journal(short: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path) -> None:
     path = tmp_path / "calm" / "journal.jsonl"
     path.write_text(path.read_text().replace('"round":0', '"round":1', 1))
     with pytest.raises(CheckpointError, match="line 2 does not continue the chain"):
-        Run(short, make_exchange(short, SITES), tmp_path / "calm").run()
+        run_of(short, make_exchange(short, SITES), tmp_path / "calm").run()
 
 
 def test_two_runs_in_one_folder(short: Any, make_exchange: Any, tmp_path: Path) -> None:
     with journal.Journal(tmp_path / "run" / "journal.jsonl"), pytest.raises(ConfigError, match="another process"):
-        Run(short, make_exchange(short, SITES), tmp_path / "run").run()
+        run_of(short, make_exchange(short, SITES), tmp_path / "run").run()
 
 
 # ---- where it starts from
 
 
 def test_start_from_a_backbone(head_only: Any, undisturbed: Outcome, make_exchange: Any, tmp_path: Path) -> None:
-    outcome = Run(
+    outcome = run_of(
         head_only, make_exchange(head_only, SITES), tmp_path / "run", backbone=tmp_path / "calm" / "model.safetensors"
     ).run()
     for name, tensor in undisturbed.tensors.items():
@@ -229,13 +230,13 @@ def test_start_from_a_backbone(head_only: Any, undisturbed: Outcome, make_exchan
 def test_a_backbone_of_another_shape(head_only: Any, make_exchange: Any, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "b.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="is not the recipe's backbone"):
-        Run(head_only, make_exchange(head_only, SITES), tmp_path / "run", backbone=tmp_path / "b.safetensors").run()
+        run_of(head_only, make_exchange(head_only, SITES), tmp_path / "run", backbone=tmp_path / "b.safetensors").run()
 
 
 def test_no_training_image(short: Any, make_exchange: Any, tmp_path: Path) -> None:
     bare = replace(short, split=replace(short.split, train=1e-9, val=0.1))
     with pytest.raises(DataError, match="site 'alpha' has no training image"):
-        Run(bare, make_exchange(bare, SITES), tmp_path / "run").run()
+        run_of(bare, make_exchange(bare, SITES), tmp_path / "run").run()
 
 
 def test_findings_that_nobody_labels_are_told_before_any_training(
@@ -243,7 +244,7 @@ def test_findings_that_nobody_labels_are_told_before_any_training(
 ) -> None:
     odd = replace(short, adapt=replace(short.adapt, findings=("Blub",)))
     with pytest.raises(DataError, match="no site has a training image labelled with any of Blub"):
-        Run(odd, make_exchange(odd, SITES), tmp_path / "run").run()
+        run_of(odd, make_exchange(odd, SITES), tmp_path / "run").run()
     assert not rounds(tmp_path / "run")
 
 
@@ -269,7 +270,7 @@ def test_a_batch_that_cannot_be_divided(tiny_recipe: Any) -> None:
 
 def test_a_finding_that_no_site_can_train_has_no_figures(head_only: Any, make_exchange: Any, tmp_path: Path) -> None:
     recipe = replace(head_only, adapt=replace(head_only.adapt, findings=("Bar", "Blob")))
-    outcome = Run(recipe, make_exchange(recipe, ["beta", "gamma"]), tmp_path / "run").run()
+    outcome = run_of(recipe, make_exchange(recipe, ["beta", "gamma"]), tmp_path / "run").run()
     rows = {(row["tested_on"], row["finding"]): row for row in outcome.results}
     assert rows["beta", "Blob"]["auroc"] is not None
     for site in ("beta", "gamma"):
@@ -458,19 +459,19 @@ def once(short: Any) -> Any:
 @pytest.fixture(scope="module")
 def recorded(once: Any, make_exchange: MakeExchange, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     recorded = Recorded(make_exchange(once, SITES))
-    Run(once, recorded, tmp_path_factory.mktemp("recorded")).run()
+    run_of(once, recorded, tmp_path_factory.mktemp("recorded")).run()
     return recorded
 
 
 def test_replies_that_were_not_changed_pass(once: Any, recorded: Recorded, tmp_path: Path) -> None:
-    Run(once, Altered(recorded, "pretrain", lambda reply: reply), tmp_path).run()
+    run_of(once, Altered(recorded, "pretrain", lambda reply: reply), tmp_path).run()
 
 
 def test_the_first_site_is_blamed_for_its_own_fault(once: Any, recorded: Recorded, tmp_path: Path) -> None:
     """Not the one after it, whose update was once held against the first one's."""
     less = Altered(recorded, "pretrain", tensors(lambda t: dict(list(t.items())[1:])), site=0)
     with pytest.raises(ProtocolError, match="site 'alpha' in pretrain, round 1: an update holds other tensors"):
-        Run(once, less, tmp_path / "run").run()
+        run_of(once, less, tmp_path / "run").run()
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
@@ -478,7 +479,7 @@ def test_hostile_replies(once: Any, recorded: Recorded, tmp_path: Path, number: 
     """A ProtocolError, and the journal ends with the round before."""
     phase, change, *message = HOSTILE[number]
     with pytest.raises(ProtocolError, match=f"site 'beta' in {phase}.*{''.join(message)}"):
-        Run(once, Altered(recorded, phase, change), tmp_path / "run").run()
+        run_of(once, Altered(recorded, phase, change), tmp_path / "run").run()
     events = [entry["event"] for entry in read_journal(tmp_path / "run" / "journal.jsonl")]
     assert (
         events
@@ -508,7 +509,7 @@ def staged(short: Any) -> Any:
 
 
 def test_a_curriculum_survives_a_crash_at_every_commit(staged: Any, make_exchange: Any, tmp_path: Path) -> None:
-    calm = Run(staged, make_exchange(staged, SITES, tmp_path / "homes"), tmp_path / "calm").run()
+    calm = run_of(staged, make_exchange(staged, SITES, tmp_path / "homes"), tmp_path / "calm").run()
     assert calm.tensors["backbone.pos_embed"].shape == (1, 1 + 16, 96)
     batches = [len(entry["sites"][0]["history"]) for entry in read_journal(tmp_path / "calm" / "journal.jsonl")[1:4]]
     assert batches == [1, 1, 1]
@@ -517,7 +518,7 @@ def test_a_curriculum_survives_a_crash_at_every_commit(staged: Any, make_exchang
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, COMMITS["journal append"], crashes + 1, after=True)
             try:
-                again = Run(staged, make_exchange(staged, SITES, tmp_path / "torn homes"), tmp_path / "torn").run()
+                again = run_of(staged, make_exchange(staged, SITES, tmp_path / "torn homes"), tmp_path / "torn").run()
                 break
             except Crash:
                 crashes += 1
@@ -540,8 +541,8 @@ def test_a_backbone_of_another_resolution_starts_a_run(
 ) -> None:
     """Its positions are interpolated: for the first stage, or for the finished model where nothing is pretrained."""
     path = tmp_path / "backbone.safetensors"
-    model = Run(staged, make_exchange(staged, SITES), tmp_path / "first").run().tensors
+    model = run_of(staged, make_exchange(staged, SITES), tmp_path / "first").run().tensors
     checkpoint.save(path, checkpoint.with_prefix(model, "backbone."))
     for recipe, side in ((staged, 4), (head_only, 2)):
-        outcome = Run(recipe, make_exchange(recipe, SITES), tmp_path / f"to {side}", backbone=path).run()
+        outcome = run_of(recipe, make_exchange(recipe, SITES), tmp_path / f"to {side}", backbone=path).run()
         assert outcome.tensors["backbone.pos_embed"].shape == (1, 1 + side**2, 96)

@@ -26,8 +26,10 @@ from client.answer import hospital as client_site
 from client.masked import stages as client_secure
 from server.app import log_event
 from server.exchange.protocol import Missing
-from server.rounds.loop import Outcome, Run
-from server.rounds.masked import SecureRun
+from server.rounds.loop import Outcome
+from server.rounds.masked import MaskedRounds
+from server.rounds.record import Record
+from server.rounds.start import run_of
 from server.rounds.sums import SecureSums
 from server.runs import words
 from tests.secagg.federation import NAMES, STAGES, Federation
@@ -355,7 +357,7 @@ def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averag
     whole: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secagg = whole.recipe
-    undisturbed = SecureRun(secagg, whole.exchange(), tmp_path / "run").run()
+    undisturbed = run_of(secagg, whole.exchange(), tmp_path / "run").run()
 
     homes = {name: tmp_path / "others" / name for name in NAMES}
     for name, home in homes.items():
@@ -377,7 +379,7 @@ def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averag
 
         exchange.ask = ask  # type: ignore[method-assign]
         try:
-            outcome = SecureRun(secagg, exchange, tmp_path / "killed").run()
+            outcome = run_of(secagg, exchange, tmp_path / "killed").run()
         except Killed:
             client_site.forget()
     assert len(killed) == 4 * len(STAGES) + 1  # the backbone is handed out in one message
@@ -407,7 +409,7 @@ def in_the_clear(whole: Federation, tmp_path: Path) -> Outcome:
         (home / "site.yaml").write_text("plain: accepted")
     client_site.forget()
     whole.recipe = replace(whole.recipe, aggregation="fedavg")
-    return Run(whole.recipe, whole.exchange(), tmp_path / "fedavg").run()
+    return run_of(whole.recipe, whole.exchange(), tmp_path / "fedavg").run()
 
 
 def copy_keys(home: Path, to: Path) -> None:
@@ -422,7 +424,7 @@ def test_averaged_moments_are_those_of_plain_averaging_but_for_the_mean_of_roots
     """A round each, from the same weights."""
     train = replace(whole.recipe.train, optimizer_state="average", local_steps=2)
     whole.recipe = replace(whole.recipe, train=train, phases=("pretrain",))
-    SecureRun(whole.recipe, whole.exchange(), tmp_path / "run").run()
+    run_of(whole.recipe, whole.exchange(), tmp_path / "run").run()
     masked = checkpoint.load(next((tmp_path / "run" / "rounds").glob("*.safetensors")))
     in_the_clear(whole, tmp_path)
     plain = checkpoint.load(next((tmp_path / "fedavg" / "rounds").glob("*.safetensors")))
@@ -465,7 +467,7 @@ def test_a_finding_that_too_few_sites_can_train_ends_with_the_reason(
         recipe, phases=("adapt", "evaluate"), adapt=replace(recipe.adapt, rounds=2, findings=("Bar",))
     )
     told: list[Any] = []
-    outcome = SecureRun(whole.recipe, whole.exchange(), tmp_path / "run", on_event=told.append).run()
+    outcome = run_of(whole.recipe, whole.exchange(), tmp_path / "run", on_event=told.append).run()
     rounds = [event for event in told if event["event"] == "round"]
     assert [one["zeroed"] for one in rounds] == [["Bar"]] * 2
     assert [one["sites"][0]["history"] for one in rounds] == [[], []]
@@ -487,7 +489,7 @@ def test_sites_take_the_moments_of_a_round_that_nobody_trained_in(
     adapt = replace(whole.recipe.adapt, rounds=2, optimizer_state="average")
     whole.recipe = replace(whole.recipe, phases=("adapt",), adapt=adapt)
     if masked:
-        SecureRun(whole.recipe, whole.exchange(), tmp_path / "run").run()
+        run_of(whole.recipe, whole.exchange(), tmp_path / "run").run()
     else:
         in_the_clear(whole, tmp_path)
     (path,) = (tmp_path / ("run" if masked else "fedavg") / "rounds").glob("adapt-*.safetensors")
@@ -507,7 +509,7 @@ def test_a_site_without_a_trainable_finding_has_no_part_and_no_say(
     monkeypatch.setattr(client_site.Site, "training_labels", labels)
     whole.recipe = replace(whole.recipe, phases=("adapt", "evaluate"))
     told: list[Any] = []
-    SecureRun(whole.recipe, whole.exchange(), tmp_path / "run", on_event=told.append).run()
+    run_of(whole.recipe, whole.exchange(), tmp_path / "run", on_event=told.append).run()
     (one,) = [event for event in told if event["event"] == "round"]
     assert set(one.get("zeroed", ())) < {"Bar", "Blob"}
     assert "delta" in one["cohort"]
@@ -548,15 +550,15 @@ def test_a_site_that_advertises_what_was_not_asked_is_left_out(
 
 def refusing(monkeypatch: pytest.MonkeyPatch, stage: str, names: Sequence[str]) -> None:
     """These sites take no part in sums of so few patients: they say so as they advertise, or once they see the work."""
-    what = {"advertise": "declared", "masked": "run"}[stage]
-    true = getattr(client_secure.phases, what)
+    module, what = {"advertise": (parted, "declared"), "masked": (dispatch, "run")}[stage]
+    true = getattr(module, what)
 
     def instead(site: Any, *given: Any) -> Any:
         if site.name in names:
             raise RefusedError("policy.patients")
         return true(site, *given)
 
-    monkeypatch.setattr(client_secure.phases, what, instead)
+    monkeypatch.setattr(module, what, instead)
 
 
 @pytest.mark.parametrize("stage", ["advertise", "masked"])
@@ -599,7 +601,7 @@ def without_beta(run: SecureSums) -> SecureSums:
 def test_a_site_counts_at_most_its_share_of_what_all_counted(
     n: int, together: int, most: int, fed: Federation, tmp_path: Path
 ) -> None:
-    run = SecureRun(fed.recipe, fed.exchange(), tmp_path / "run")
+    rounds = MaskedRounds(fed.recipe, fed.exchange(), Record(tmp_path / "run"))
     sites = {str(number): None for number in range(n)}
-    run.sums = SimpleNamespace(sites=SimpleNamespace(sites=sites))  # type: ignore[assignment]
-    assert run._most(together) == most
+    rounds.sums = SimpleNamespace(sites=SimpleNamespace(sites=sites))  # type: ignore[assignment]
+    assert rounds._most(together) == most
