@@ -272,7 +272,7 @@ def test_gpus_are_told_to_the_node(images, serve, monkeypatch, capsys):
 NO_RIGHTS = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"]  # root, without what makes modes mean nothing to it
 PROGRAMS = """
 import sys
-from chexfound import cli as ingest
+from chexfound.commands import main as ingest
 from client import cli as client
 from sim import cli as sim
 where, data = sys.argv[1:]

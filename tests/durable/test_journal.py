@@ -236,7 +236,8 @@ def test_file_and_folder_are_synced(path, monkeypatch):
 
 LOOP = """
 import sys
-from chexfound.durable.journal import Journal, write_json
+from chexfound.durable.files import write_json
+from chexfound.durable.journal import Journal
 from pathlib import Path
 path = Path(sys.argv[1])
 with Journal(path) as log:

@@ -10,7 +10,7 @@ import pytest
 HOLES = """
 import re
 import numpy as np
-from chexfound import processes
+from chexfound.host import processes
 
 
 def resident():

@@ -20,6 +20,7 @@ from chexfound.contract.request import Reply, Request
 from chexfound.errors import CODES, ChexfoundError, ProtocolError, StorageError
 from chexfound.identity import signing
 from chexfound.parsing import values as wire_values
+from chexfound.parsing.names import is_name
 from chexfound.wire import arrays as wire_arrays
 from chexfound.wire import envelopes, error_replies, signatures
 
@@ -374,8 +375,8 @@ def test_finite_count_and_word() -> None:
     assert not any(wire_values.finite(v) for v in (True, None, "1", float("nan"), float("inf"), 10**400, [1]))
     assert [wire_values.count(v) for v in (0, 7, 2**40 - 1)] == [True] * 3
     assert not any(wire_values.count(v) for v in (-1, 2**40, True, 1.0, "1", None))
-    assert [envelopes.word(v) for v in ("a", "é 1", "x" * 64)] == [True] * 3
-    assert not any(envelopes.word(v) for v in ("", "x" * 65, "a\nb", "\ud800", 1, None))
+    assert [is_name(v) for v in ("a", "é 1", "x" * 64)] == [True] * 3
+    assert not any(is_name(v) for v in ("", "x" * 65, "a\nb", "\ud800", 1, None))
 
 
 # ---- requests that share what is heavy
@@ -384,7 +385,7 @@ def test_finite_count_and_word() -> None:
 def test_requests_that_share_their_tensors_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = []
     pack = wire_arrays.pack_tensors
-    monkeypatch.setattr(wire_arrays, "pack_tensors", lambda tensors: packed.append(tensors) or pack(tensors))
+    monkeypatch.setattr(envelopes, "pack_tensors", lambda tensors: packed.append(tensors) or pack(tensors))
     monkeypatch.setattr(wire_arrays, "INLINE_BYTES", 0)
     shared, own = {"x": torch.arange(3.0)}, {"x": torch.zeros(2)}
     requests = [Request(phase="pretrain", round=n, tensors=own if n == 1 else shared) for n in range(3)]

@@ -212,12 +212,12 @@ def test_a_row_of_the_history_that_may_not_leave(row: dict[str, float], message:
 
 
 def test_reasons_are_those_that_a_row_of_results_is_given() -> None:
-    """Each text of evaluate/metrics.py and histograms.py matches, and a name among them does not."""
+    """Each text of evaluate/rows.py and histograms.py matches, and a name among them does not."""
     for reason in (
         rows._absence(np.array([-1])),
         rows._absence(np.array([0])),
         rows._absence(np.array([1, 1])),
-        bootstrap.lone(["a", "a", "b"], [1, 1, 0]),
+        bootstrap.lone_class(["a", "a", "b"], [1, 1, 0]),
         bootstrap.bounded(np.array([np.nan, np.nan, 0.5]), 0.95, None)[1],
     ):
         assert re.fullmatch("|".join(declared.REASONS), reason)

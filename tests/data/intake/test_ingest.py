@@ -655,7 +655,7 @@ class TestAgain:
 KILL = """
 import os, sys
 from pathlib import Path
-from chexfound.data import shards, store
+from chexfound.data.store import shards
 from chexfound.data.intake.ingest import ingest
 
 def die(*args):

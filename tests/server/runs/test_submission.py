@@ -30,7 +30,8 @@ def database(flwr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def tokens(made: Any) -> dict[str, str]:
         return {tomllib.loads(text)["submission"]: str(100 + place) for place, text in enumerate(flwr.configs)}
 
-    monkeypatch.setattr(folders, "submitted", tokens)
+    for module in (folders, submit):
+        monkeypatch.setattr(module, "submitted", tokens)
 
 
 def full(*_: Any) -> Any:
@@ -214,7 +215,7 @@ def test_two_processes_do_not_work_at_one_run(submitted: RunFolder, monkeypatch:
 
 def test_a_folder_that_could_not_be_filled_is_not_left(thorax, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """`run` with its name would be sent to `resume`, and that back to `run`."""
-    monkeypatch.setattr(folders, "write_json", full)
+    monkeypatch.setattr(submit, "write_json", full)
     with pytest.raises(StorageError):
         submit.create(thorax, recipe, "first", None)
     assert folders.all_runs(thorax) == []

@@ -1,0 +1,34 @@
+"""Which rounds a recipe's run has: in the clear, or under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from chexfound.recipe.batch_sizes import BatchSizes
+from chexfound.recipe.schema import Recipe
+from server.exchange.grid import GridExchange
+from server.exchange.protocol import Exchange
+from server.rounds.loop import Run
+from server.rounds.masked import MaskedRounds
+from server.rounds.plain import PlainRounds
+from server.rounds.record import Event, Record
+
+
+def run_of(
+    recipe: Recipe,
+    exchange: Exchange,
+    folder: Path,
+    *,
+    batches: BatchSizes | None = None,
+    backbone: Path | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Run:
+    """Compose the run of a recipe, in a folder of its own; arguments as of `Run` and `Record`."""
+    record = Record(folder, on_event)
+    secure = recipe.aggregation == "secagg"
+    rounds = (
+        MaskedRounds(recipe, cast(GridExchange, exchange), record) if secure else PlainRounds(recipe, exchange, record)
+    )
+    return Run(recipe, exchange, record, rounds, batches=batches, backbone=backbone)
