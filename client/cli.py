@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chexfound import __version__
-from chexfound.errors import ChexfoundError, ConfigError
+from chexfound.errors import ConfigError
+from chexfound.host.exits import ended
+from client.operator import options
 
 if TYPE_CHECKING:
     from chexfound.data.store.naming import Naming
@@ -126,32 +128,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.umask(UMASK)  # the node's and the worker's too
-    try:
-        if words and words[0] in ("enrol", "join", "roster", "approve", "check", "status", "secagg", "unit"):
-            from client.operator import commands
-
-            code = commands.main(words)
-            sys.stdout.flush()
-            return code
-        return _serve(parser().parse_args(words))
-    except BrokenPipeError:  # its reader has gone (`| head`): quietly, with a shell's code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("\nStopped; nothing was left half-written.", file=sys.stderr)
-        return 130
-    except ChexfoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if words and words[0] in options.COMMANDS:
+        return ended(lambda: options.run(words))
+    return ended(lambda: _serve(parser().parse_args(words)))
 
 
 def _serve(given: argparse.Namespace) -> int:
-    from client.home import approval, link, secret
     from client.home.paths import close, named, site_home, site_name
+
+    name = site_name(given.name)
+    from client.home import approval, link, secret
     from client.home.policy import Policy
     from client.node import flower_node, supernode
 
-    name = site_name(given.name)
     home = site_home(name)
     address, credentials = _connection(given, name, home)
     Policy.load(home)  # else every run would be refused

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chexfound import __version__
-from chexfound.errors import ChexfoundError
-from chexfound.parsing.names import shown
+from chexfound.host.exits import ended
 
 EPILOG = """\
 from nothing to a model:
@@ -185,19 +183,16 @@ def _plan_command(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = parser().parse_args(arguments)
-    run = getattr(importlib.import_module(given.module), given.command.replace("-", "_"))
-    try:
-        code: int = run(given)
-        sys.stdout.flush()
+    from server.federation import settings
+
+    def run() -> int:
+        if given.command not in ("init", "plan-secagg"):
+            settings.load(given.dir)  # refused before all that a command needs is imported
+        command = getattr(importlib.import_module(given.module), given.command.replace("-", "_"))
+        code: int = command(given)
         return code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # its reader has gone (`| head`): quietly, with a shell's code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except ChexfoundError as error:
-        print("error: " + "\n".join(shown(line, 2000) for line in str(error).split("\n")), file=sys.stderr)
-        return error.exit_code
+
+    return ended(run, stopped="")
 
 
 if __name__ == "__main__":

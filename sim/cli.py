@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chexfound.errors import ChexfoundError, ConfigError, SiteError, StorageError
+from chexfound.host.exits import ended
 
 if TYPE_CHECKING:
     from sim.options import Options
@@ -82,30 +83,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = parser().parse_args(arguments)
-    from rich.console import Console
-    from rich.markup import escape
+    again = f"go on with: chexfound-sim --out {shlex.quote(given.out)} --resume"
 
-    errors = Console(stderr=True)
-    try:
-        report = _simulate(given)
-    except KeyboardInterrupt:
-        errors.print(
-            f"\nStopped. What is done is kept; go on with: chexfound-sim --out {escape(given.out)} --resume",
-            highlight=False,
-        )
-        return 130
-    except ChexfoundError as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        if isinstance(error, SiteError | StorageError) and (Path(given.out) / "simulation.json").exists():
-            again = f"what is done is kept; go on with: chexfound-sim --out {shlex.quote(given.out)} --resume"
-            errors.print(escape(again), highlight=False, soft_wrap=True)
-        return error.exit_code
-    except (RuntimeError, MemoryError, OSError) as error:
-        told = escape(_unforeseen(error, Path(given.out)))
-        errors.print(f"[red]error:[/red] {told}", highlight=False, soft_wrap=True)
-        return 1
-    print(f"report: {report}")
-    return 0
+    def run() -> int:
+        try:
+            print(f"report: {_simulate(given)}")
+        except ChexfoundError as error:
+            if isinstance(error, SiteError | StorageError) and (Path(given.out) / "simulation.json").exists():
+                error.add_note(f"what is done is kept; {again}")
+            raise
+        except BrokenPipeError:
+            raise
+        except (RuntimeError, MemoryError, OSError) as error:
+            print(f"error: {_unforeseen(error, Path(given.out))}", file=sys.stderr)
+            return 1
+        return 0
+
+    return ended(run, f"Stopped. What is done is kept; {again}")
 
 
 def _unforeseen(error: Exception, out: Path) -> str:
@@ -120,16 +114,12 @@ def _unforeseen(error: Exception, out: Path) -> str:
 
 
 def _simulate(given: argparse.Namespace) -> Path:
-    from rich.console import Console
-
     out = Path(given.out)
     gpus = _gpus(given.gpus)
     workers = given.workers if given.workers is not None else 1 if gpus > 1 else _cores()
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least one")
-    from sim.display import Display
     from sim.options import Options, start
-    from sim.simulate import Simulation
 
     if given.resume:
         clashing = [f"--{name}" for name in ("data", "by", "recipe", "set", "seeds", "arms") if getattr(given, name)]
@@ -141,6 +131,11 @@ def _simulate(given: argparse.Namespace) -> Path:
         options = _options(given)
         with path_told("--out", given.out):
             start(options, out)
+    from rich.console import Console
+
+    from sim.display import Display
+    from sim.simulate import Simulation
+
     with Display(Console()) as display:
         return Simulation(options, out, workers, display, resume=given.resume).run()
 
@@ -182,9 +177,7 @@ def path_told(option: str, path: str) -> Iterator[None]:
 
 
 def _options(given: argparse.Namespace) -> Options:
-    from chexfound.recipe import load as recipes
-    from sim.options import Options, unknown_arms
-    from sim.partition import PartitionRule
+    from sim.options import Options, PartitionRule, unknown_arms
 
     if not given.data:
         raise ConfigError("--data is missing: name a folder of images, for example one made by `chexfound phantom`")
@@ -194,6 +187,8 @@ def _options(given: argparse.Namespace) -> Options:
     if not there:
         raise ConfigError(f"--data {given.data!r}: no such folder")
     PartitionRule.parse(given.by or "source")
+    from chexfound.recipe import load as recipes
+
     recipe = recipes.load(given.recipe or "laptop", recipes.parse_overrides(given.set))
     try:
         seeds = tuple(int(part) for part in given.seeds.split(",")) if given.seeds else (recipe.seed,)

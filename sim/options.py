@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chexfound.durable.files import write_json
-from chexfound.errors import ConfigError
-from sim.arms import plan as arms
+from chexfound.errors import CheckpointError, ConfigError
 
 ARMS = ("federated", "centralized", "local", "random", "shuffled", "site-view", "histogram")
+
+
+_FORMS = "source, site, iid:N or dirichlet:N:ALPHA"
+_EXAMPLES = {"source": "source", "site": "site", "iid": "iid:4", "dirichlet": "dirichlet:4:0.5"}
+
+
+class PartitionRule(NamedTuple):
+    """How patients are dealt: by a form of `--by`, and its numbers."""
+
+    form: str
+    shards: int = 0
+    alpha: float = 0.0
+
+    @staticmethod
+    def parse(by: str) -> PartitionRule:
+        """Read `source`, `site`, `iid:N` or `dirichlet:N:ALPHA`.
+
+        Raises: ConfigError.
+        """
+        form, *numbers = by.split(":")
+        if form in ("source", "site") and not numbers:
+            return PartitionRule(form)
+        if form == "iid" and len(numbers) == 1:
+            return PartitionRule(form, _shards(by, numbers[0]))
+        if form == "dirichlet" and len(numbers) == 2:
+            return PartitionRule(form, _shards(by, numbers[0]), _alpha(by, numbers[1]))
+        raise ConfigError(_unknown(by, form))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +64,8 @@ class Options:
         path = out / "simulation.json"
         if not path.is_file():
             raise ConfigError(f"{out}: no simulation to resume here (no simulation.json); start one without --resume")
-        with arms.damage_told(path):
-            values = arms.load_json(path)
+        with damage_told(path):
+            values = load_json(path)
             options = Options(
                 data=values["data"],
                 by=values["by"],
@@ -90,3 +119,48 @@ def abandon(out: Path) -> None:
         shutil.rmtree(out / part, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else is in it
         out.rmdir()
+
+
+@contextlib.contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Say of a file of this run that cannot be read as what was written that it is damaged.
+
+    Raises: CheckpointError.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, so the run cannot be resumed; start it anew in another folder"
+        ) from error
+
+
+def load_json(path: Path) -> Any:
+    """A file that this simulation wrote."""
+    return json.loads(path.read_text())
+
+
+def _unknown(by: str, form: str) -> str:
+    near = [form] if form in _EXAMPLES else difflib.get_close_matches(form, _EXAMPLES, n=1)
+    hint = f"did you mean {_EXAMPLES[near[0]]!r}? " if near else ""
+    return f"--by {by!r}: {hint}write {_FORMS}"
+
+
+def _shards(by: str, text: str) -> int:
+    try:
+        n = int(text)
+    except ValueError:
+        raise ConfigError(f"--by {by!r}: {text!r} is not a number of sites") from None
+    if n < 1:
+        raise ConfigError(f"--by {by!r}: there must be at least 1 site (got {n!r})")
+    return n
+
+
+def _alpha(by: str, text: str) -> float:
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha < math.inf:
+        raise ConfigError(f"--by {by!r}: ALPHA must be a number above 0 (got {text!r})")
+    return alpha

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,37 +11,12 @@ import numpy as np
 from chexfound.data.store.reader import Store
 from chexfound.errors import ConfigError
 from chexfound.rng import numpy_generator
+from sim.options import PartitionRule
 
 MIN_PATIENTS = 8
 OTHER = "other"
 _TOLD = 12  # small groups named in a note
-_FORMS = "source, site, iid:N or dirichlet:N:ALPHA"
-_EXAMPLES = {"source": "source", "site": "site", "iid": "iid:4", "dirichlet": "dirichlet:4:0.5"}
-
 Groups = dict[str, list[str]]
-
-
-class PartitionRule(NamedTuple):
-    """How patients are dealt: by a form of `--by`, and its numbers."""
-
-    form: str
-    shards: int = 0
-    alpha: float = 0.0
-
-    @staticmethod
-    def parse(by: str) -> PartitionRule:
-        """Read `source`, `site`, `iid:N` or `dirichlet:N:ALPHA`.
-
-        Raises: ConfigError.
-        """
-        form, *numbers = by.split(":")
-        if form in ("source", "site") and not numbers:
-            return PartitionRule(form)
-        if form == "iid" and len(numbers) == 1:
-            return PartitionRule(form, _shards(by, numbers[0]))
-        if form == "dirichlet" and len(numbers) == 2:
-            return PartitionRule(form, _shards(by, numbers[0]), _alpha(by, numbers[1]))
-        raise ConfigError(_unknown(by, form))
 
 
 class Partition(NamedTuple):
@@ -88,32 +61,6 @@ def partition(store: Store, by: str, seed: int) -> Partition:
         lots = numpy_generator(seed, "partition", "dirichlet", n, by.split(":")[2])
         groups = _named(_dirichlet(_classes(store), n, rule.alpha, lots))
     return _merged(groups)
-
-
-def _unknown(by: str, form: str) -> str:
-    near = [form] if form in _EXAMPLES else difflib.get_close_matches(form, _EXAMPLES, n=1)
-    hint = f"did you mean {_EXAMPLES[near[0]]!r}? " if near else ""
-    return f"--by {by!r}: {hint}write {_FORMS}"
-
-
-def _shards(by: str, text: str) -> int:
-    try:
-        n = int(text)
-    except ValueError:
-        raise ConfigError(f"--by {by!r}: {text!r} is not a number of sites") from None
-    if n < 1:
-        raise ConfigError(f"--by {by!r}: there must be at least 1 site (got {n!r})")
-    return n
-
-
-def _alpha(by: str, text: str) -> float:
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not 0 < alpha < math.inf:
-        raise ConfigError(f"--by {by!r}: ALPHA must be a number above 0 (got {text!r})")
-    return alpha
 
 
 def _named(parts: list[list[str]]) -> Groups:

@@ -34,8 +34,8 @@ from sim.arms import plan as arms
 from sim.arms.plan import FEDERATED_ARMS, FITTED_ARMS, ArmPlan
 from sim.display import Display
 from sim.engine.pool import Pool
-from sim.options import ARMS, Options, abandon
-from sim.partition import OTHER, PartitionRule, partition
+from sim.options import ARMS, Options, PartitionRule, abandon, damage_told
+from sim.partition import OTHER, partition
 from strategies import composition
 
 
@@ -57,7 +57,7 @@ class Simulation:
         Raises: ChexfoundError; what was done is kept.
         """
         started = time.monotonic()
-        with arms.damage_told(self.out / "simulation.jsonl"):
+        with damage_told(self.out / "simulation.jsonl"):
             self.journal = Journal(self.out / "simulation.jsonl")
         with self.journal as journal:  # its lock keeps a second process out
             if Options.read(self.out) != self.options:

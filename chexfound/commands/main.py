@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from chexfound import __version__
 from chexfound.commands import weights
-from chexfound.errors import ChexfoundError, ConfigError, StorageError
+from chexfound.errors import ConfigError, DataError
+from chexfound.host.exits import ended
 from chexfound.parallel.environment import teller
-from chexfound.parsing.names import shown
 from chexfound.pretrain import command
 
 
@@ -94,6 +90,8 @@ def _phantom(given: argparse.Namespace) -> int:
 
 
 def _ingest(given: argparse.Namespace) -> int:
+    if not Path(given.source).exists():
+        raise DataError(f"{given.source}: no such folder; give the folder that holds the images")
     from chexfound.data.intake.ingest import ingest
 
     bar, progress = _progress("taking in")
@@ -131,6 +129,8 @@ def _recipe(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
+    if not Path(given.folder).is_dir():
+        raise DataError(f"{given.folder}: no such folder; a report is drawn from the folder of a finished run")
     from chexfound.report.build import build
 
     print(f"report: {build(Path(given.folder))}")
@@ -138,42 +138,14 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code.
+    """Run the command; returns the exit code."""
 
-    Output that its reader closed (`| head`) ends it quietly, with a shell's 141; a full device is told, with 8.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    try:
-        try:
-            return _run(arguments)
-        finally:
-            sys.stdout.flush()  # here, where it can still be told
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        with contextlib.suppress(OSError, ValueError):  # what is still to be written would fail again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            return 141
-        with contextlib.suppress(OSError):
-            print(f"error: the output could not be written ({os.strerror(error.errno)})", file=sys.stderr)
-        return StorageError.exit_code
-
-
-def _run(arguments: list[str] | None) -> int:
-    given = parser().parse_args(arguments)
-    try:
+    def run() -> int:
+        given = parser().parse_args(arguments)
         code: int = given.run(given)
-    except KeyboardInterrupt:
-        print("\nStopped; nothing was left half-written.", file=sys.stderr)
-        return 130
-    except ChexfoundError as error:
-        text = f"{teller()}{error}"
-        print("error: " + "\n".join(shown(line, 2000) for line in text.split("\n")), file=sys.stderr)
-        return error.exit_code
-    return code
+        return code
+
+    return ended(run, who=teller())
 
 
 if __name__ == "__main__":

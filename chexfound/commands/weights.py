@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from chexfound.errors import ConfigError
+from chexfound.errors import CheckpointError, ConfigError
 
 IMPORT = """\
 Reads a published checkpoint as it is, checks that no weight is missing and none is left over, and prints what it
@@ -146,7 +146,15 @@ def _numbers(text: str | None, option: str) -> Any:
     return numbers if len(numbers) == 3 else numbers[0]
 
 
+def _there(*paths: str) -> None:
+    """Raise CheckpointError for a path at which there is nothing, before all that reads it is imported."""
+    for path in paths:
+        if not Path(path).exists():
+            raise CheckpointError(f"{path}: cannot be read (No such file or directory)")
+
+
 def _import(given: argparse.Namespace) -> int:
+    _there(*given.files)
     from chexfound.durable.files import new_folder
     from chexfound.model.weights import describe, in_parts
     from chexfound.model.weights.release import folder
@@ -169,6 +177,7 @@ def _import(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
+    _there(given.path)
     from chexfound.model.weights import show
 
     seen = show.look(Path(given.path), _told(given))
@@ -177,6 +186,7 @@ def _show(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
+    _there(given.source)
     from chexfound.model.weights import describe
     from chexfound.model.weights.export import export
     from chexfound.model.weights.in_parts import ImportOptions

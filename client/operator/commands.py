@@ -8,161 +8,25 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import chexfound
 from chexfound.durable.files import write_text
 from chexfound.errors import REFUSALS, ConfigError, PolicyError
 from chexfound.host import systemd
-from chexfound.identity.roster import check_name, public_file
+from chexfound.identity.roster import public_file
 from chexfound.identity.signing import fingerprint
 from chexfound.parsing.names import counted
 from chexfound.secagg.parameters import MINIMUM
 from client.home import approval, membership, secret, template
-from client.home.paths import close, named, site_home, site_name
+from client.home.paths import close, named, site_home
 from client.home.paths import home as chexfound_home
 from client.operator import join
 
 
-def parser() -> argparse.ArgumentParser:
-    """The commands' options."""
-    result = argparse.ArgumentParser(prog="chexfound-client")
-    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    enrol = commands.add_parser(
-        "enrol",
-        help="make this site's keys",
-        description="Make this site's two keys, which never leave, and SITE.pub with their public halves, for the "
-        "coordinator. Done again, it writes the same file.",
-    )
-    enrol.add_argument("--name", metavar="SITE", required=True, help="which the other sites and the report see")
-    enrol.add_argument("--out", metavar="FILE", type=Path, help="where to (default: SITE.pub here)")
-    enrol.set_defaults(run=_enrol)
-    join.add(commands)
-    roster = commands.add_parser("roster", help="who is in the federation")
-    of_roster = roster.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    approve = of_roster.add_parser(
-        "approve",
-        help="approve the coordinator's file",
-        description="Show who is in the federation, by the file that the coordinator sent, and approve it. Compare the "
-        "fingerprints with those people, by telephone or in person, before you say yes. Each change of who is in it "
-        "needs a new file and a new approval.",
-    )
-    approve.add_argument("file", metavar="FILE", type=Path, help="NAME.federation.json")
-    join.add_name(approve)
-    approve.add_argument("--yes", action="store_true", help="do not ask: the fingerprints were compared before")
-    approve.set_defaults(run=_approve)
-    show = of_roster.add_parser("show", help="show what was approved")
-    join.add_name(show)
-    show.set_defaults(run=_show)
-    code = commands.add_parser(
-        "approve",
-        help="approve the code that runs may have, and weights that they may begin with",
-        description="A run comes with a bundle of code, which this site never executes: it runs its own, installed "
-        "release, and only for runs whose bundle was approved. Without a word this approves the bundle of the "
-        "installed release; after an update of both ends, approve again. A bundle that came with a run and was refused "
-        "is named by its first digits: what sets it apart from the installed release is shown first. With --weights it "
-        "approves a file of weights that a run may begin with, or the digest of weights that a refusal named.",
-    )
-    code.add_argument("bundle", metavar="DIGITS", nargs="?", help="of a bundle that was refused (see --list)")
-    join.add_name(code)
-    code.add_argument(
-        "--weights",
-        metavar="FILE|SHA256",
-        help="a safetensors file, which is hashed here, or a SHA-256; of one that was refused the first digits do",
-    )
-    code.add_argument("--list", action="store_true", help="show what was approved, and what was refused")
-    code.add_argument("--withdraw", metavar="DIGITS", help="approve no longer: code, or weights")
-    code.add_argument("--yes", action="store_true", help="do not ask")
-    code.set_defaults(run=_approve_code)
-    check = commands.add_parser(
-        "check",
-        help="look whether this site can serve, and what to do if not",
-        description="Look at this machine, the way to the coordinator and the coordinator's end, and say for each "
-        "fault its cause and its remedy. It changes nothing, here or there, and a site may be serving meanwhile. "
-        "Some MB of random bytes are sent to the coordinator, to time the uplink. Exit code 2 if anything failed.",
-    )
-    join.add_name(check)
-    check.add_argument("--data", metavar="DIR", type=Path, help="the images, as for serving")
-    check.add_argument("--gpus", metavar="N", help="as for serving (default: $CHEXFOUND_GPUS)")
-    check.add_argument("--json", action="store_true", help="one JSON object")
-    check.add_argument(
-        "--recipe",
-        metavar="FILE",
-        help="a coordinator's recipe, or a preset: say line by line what it asks and whether site.yaml grants it, and "
-        "look at nothing else",
-    )
-    check.set_defaults(run=_check)
-    status = commands.add_parser(
-        "status",
-        help="what this site is doing",
-        description="What this site is doing, by what its own processes wrote last; nobody else is asked.",
-    )
-    join.add_name(status)
-    status.add_argument("--json", action="store_true", help="one JSON object")
-    status.add_argument("--refused", action="store_true", help="the files that were left out, each with the reason")
-    status.set_defaults(run=_status)
-    _secagg_parsers(commands)
-    unit = commands.add_parser(
-        "unit",
-        help="print a systemd unit",
-        description="Print the systemd unit that serves this site, from each start of the machine on.",
-    )
-    unit.add_argument("--data", metavar="DIR", type=Path, required=True, help="as for serving; it is only read")
-    join.add_name(unit)
-    unit.add_argument("--gpus", metavar="N", help="as for serving")
-    unit.add_argument("--drain", metavar="SECONDS", type=float, default=120.0, help="as for serving")
-    unit.add_argument("--image-px", metavar="N", type=int, help="as for serving")
-    unit.add_argument("--out", metavar="FILE", type=Path, help="write it there")
-    unit.set_defaults(run=_unit)
-    return result
-
-
-def _secagg_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    secagg = commands.add_parser("secagg", help="secure aggregation: which sums this site helped to open")
-    of_secagg = secagg.add_subparsers(dest="what", required=True, metavar="COMMAND")
-    show = of_secagg.add_parser(
-        "show",
-        help="the numbers in force, sums that were opened, what was refused",
-        description="Show what protects this site under secure aggregation: the numbers in force (of the approved "
-        "roster and site.yaml), the attempt in hand, the sums that it helped to open, and what it refused and why. "
-        "docs/secure-aggregation.md explains all of it.",
-    )
-    join.add_name(show)
-    show.add_argument("--json", action="store_true", help="one JSON object, with all sums")
-    show.set_defaults(run=_secagg_show)
-    release = of_secagg.add_parser(
-        "release",
-        help="allow one more sum on weights on which one was opened, or take that back",
-        description="Of the same weights a site helps to open one sum, or that over the same sites again: two over "
-        "different sites would tell the coordinator their difference. Where a sum was opened and then lost (a "
-        "coordinator that died, a site that left), and the run is refused with secagg.differencing, this allows one "
-        "more: with --last the one that was refused, and no other; given before any was refused, whichever comes next "
-        "on these weights. Each site that refuses has to do so; then the coordinator resumes the run.",
-    )
-    release.add_argument("phase", metavar="PHASE", nargs="?", help="of the sum: counts, pretrain, adapt, evaluate")
-    release.add_argument("weights", metavar="WEIGHTS", nargs="?", help="first digits of their digest, by secagg show")
-    release.add_argument("--last", action="store_true", help="the one that was refused last")
-    join.add_name(release)
-    release.add_argument("--yes", action="store_true", help="do not ask")
-    release.add_argument(
-        "--withdraw", action="store_true", help="take back the latest release that no sum was opened with; asks nothing"
-    )
-    release.set_defaults(run=_secagg_release)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run a command; returns the exit code.
-
-    Raises: ChexfoundError.
-    """
-    given = parser().parse_args(arguments)
-    code: int = given.run(given)
-    return code
-
-
-def _enrol(given: argparse.Namespace) -> int:
-    check_name(given.name, "site name")
+def enrol(given: argparse.Namespace) -> int:
+    """Make a site's keys and secret, and the file with their public halves; say what comes next."""
     home, out = site_home(given.name), given.out or Path(f"{given.name}.pub")
     close(home)
     keys, made = membership.make_keys(home)
@@ -181,7 +45,8 @@ def _enrol(given: argparse.Namespace) -> int:
     return 0
 
 
-def _approve(given: argparse.Namespace) -> int:
+def approve_roster(given: argparse.Namespace) -> int:
+    """Show who is in the federation and what changed, ask, and approve it."""
     name, home, federation, before = join.admissible(given)
     join.tell(federation, name)
     join.tell_changes(before, federation)
@@ -194,12 +59,13 @@ def _approve(given: argparse.Namespace) -> int:
     return 0
 
 
-def _approve_code(given: argparse.Namespace) -> int:
+def approve_code(given: argparse.Namespace) -> int:
+    """Approve, list or withdraw code; with `--weights`, weights."""
     from client.node.flwr_private import release_bundle
 
     if given.weights is not None:
         return _approve_weights(given)
-    name = site_name(given.name)
+    name = given.site
     home = site_home(name)
     if given.withdraw is not None:
         weights = approval.approved_weights(home)
@@ -244,7 +110,7 @@ def _approve_code(given: argparse.Namespace) -> int:
 
 def _approve_weights(given: argparse.Namespace) -> int:
     """Approve a file, hashed here, or a digest in full; of weights that were refused the first digits do."""
-    name = site_name(given.name)
+    name = given.site
     home, path = site_home(name), Path(given.weights)
     refused = approval.refused_weights(home)
     if path.is_file():
@@ -282,8 +148,9 @@ def _one_of(digests: Iterable[str], start: str, what: str, of: str = "bundle") -
     return found[0]
 
 
-def _show(given: argparse.Namespace) -> int:
-    name = site_name(given.name)
+def show_roster(given: argparse.Namespace) -> int:
+    """Show the federation that was approved."""
+    name = given.site
     federation = membership.approved(site_home(name))
     if federation is None:
         raise ConfigError(f"site {name!r}: nothing was approved yet; chexfound-client join FILE{named(name)}")
@@ -291,11 +158,12 @@ def _show(given: argparse.Namespace) -> int:
     return 0
 
 
-def _check(given: argparse.Namespace) -> int:
+def check(given: argparse.Namespace) -> int:
+    """Look whether the site can serve, or what a recipe asks of it."""
     from client.operator.preflight import checks
     from client.operator.preflight.order import CHECKS
 
-    name = site_name(given.name)
+    name = given.site
     if given.recipe is not None:
         return _check_recipe(given, name)
     data = given.data.resolve() if given.data else None
@@ -353,10 +221,11 @@ def _said_of_recipe(path: Path, lines: int, against: int) -> list[str]:
     ]
 
 
-def _status(given: argparse.Namespace) -> int:
+def status(given: argparse.Namespace) -> int:
+    """Say what the site is doing."""
     from client.operator import status
 
-    name = site_name(given.name)
+    name = given.site
     if given.refused:
         print("\n".join(status.refused(site_home(name))))
         return 0
@@ -365,20 +234,22 @@ def _status(given: argparse.Namespace) -> int:
     return 0
 
 
-def _secagg_show(given: argparse.Namespace) -> int:
+def secagg_show(given: argparse.Namespace) -> int:
+    """Say which numbers protect the site, which sums it helped to open, and what it refused."""
     from client.operator import sums
 
-    name = site_name(given.name)
+    name = given.site
     found = sums.read(name, site_home(name))
     print(sums.as_json(found) if given.json else "\n".join(sums.lines(found)))
     return 0
 
 
-def _secagg_release(given: argparse.Namespace) -> int:
+def secagg_release(given: argparse.Namespace) -> int:
+    """Allow one more sum on weights on which one was opened, or take that back."""
     from client.masked import ledger
     from client.operator import sums
 
-    name = site_name(given.name)
+    name = given.site
     if given.last + given.withdraw + (given.phase is not None) > 1:
         raise ConfigError("give --last, PHASE and WEIGHTS, or --withdraw; one of them")
     home = site_home(name)
@@ -395,8 +266,9 @@ def _secagg_release(given: argparse.Namespace) -> int:
     return 0
 
 
-def _unit(given: argparse.Namespace) -> int:
-    name, data = site_name(given.name), given.data.absolute()
+def unit(given: argparse.Namespace) -> int:
+    """Print or write the systemd unit that serves the site."""
+    name, data = given.site, given.data.absolute()
     words = ["--data", str(data), "--name", name, "--drain", f"{given.drain:g}"]
     for option, value in (("--gpus", given.gpus), ("--image-px", given.image_px)):
         if value is not None:

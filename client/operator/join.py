@@ -17,31 +17,10 @@ from chexfound.parsing.names import counted
 from chexfound.secagg.parameters import MINIMUM
 from client.home import approval, membership
 from client.home.membership import ApprovedFederation
-from client.home.paths import named, site_home, site_name
+from client.home.paths import named, site_home
 from client.home.policy import Policy
 
 QUESTION = "Are these the fingerprints that they told you, and may runs have this code, under this policy?"
-
-
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The command's options."""
-    join = commands.add_parser(
-        "join",
-        help="approve the coordinator's file and the code, in one step",
-        description="Show who is in the federation, by the file that the coordinator sent, the code that runs may have "
-        "(that of the installed release) and the policy in force (site.yaml, or the defaults); ask once, and approve "
-        "both. Compare the fingerprints with those people, by telephone or in person, before you say yes. It is the "
-        "same as `roster approve FILE` and `approve`, one after the other.",
-    )
-    join.add_argument("file", metavar="FILE", type=Path, help="NAME.federation.json")
-    add_name(join)
-    join.add_argument("--yes", action="store_true", help="do not ask: all of it was compared and read before")
-    join.set_defaults(run=run)
-
-
-def add_name(command: argparse.ArgumentParser) -> None:
-    """The option by which a command is told which site is meant."""
-    command.add_argument("--name", metavar="SITE", help="this site (default: the one enrolled on this machine)")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -72,7 +51,7 @@ def admissible(given: argparse.Namespace) -> tuple[str, Path, ApprovedFederation
 
     Raises: ConfigError if the file is not one, not of this site, or older than what was approved.
     """
-    name = site_name(given.name)
+    name = given.site
     home, federation = site_home(name), membership.read(given.file)
     membership.check_own(name, membership.public_keys(home), federation, str(given.file))
     before = membership.approved(home)

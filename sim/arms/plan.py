@@ -6,12 +6,9 @@ local:<site> are one site each, asked directly.  All call the same phases, with 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from chexfound.model import checkpoint
 from chexfound.recipe import load as recipes
 from chexfound.recipe.curriculum import changed
 from chexfound.recipe.schema import Recipe
+from sim.options import damage_told
 
 FEDERATED_ARMS = ("federated", "random", "shuffled")
 FITTED_ARMS = ("site-view", "histogram")
@@ -85,20 +83,6 @@ class ArmPlan:
         return {site: load_scores(self.site_home(arm, site) / "scores.npz", unscored) for site in self.sites}
 
 
-@contextlib.contextmanager
-def damage_told(path: Path) -> Iterator[None]:
-    """Say of a file of this run that cannot be read as what was written that it is damaged.
-
-    Raises: CheckpointError.
-    """
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: damaged, so the run cannot be resumed; start it anew in another folder"
-        ) from error
-
-
 def recipe_sha256(recipe: Recipe) -> str:
     """The digest that a run's journal starts with."""
     return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
@@ -141,11 +125,6 @@ def discard(plan: ArmPlan, arm: str) -> None:
     for home in homes:
         for part in ("features", "state", "health"):
             shutil.rmtree(home / part, ignore_errors=True)
-
-
-def load_json(path: Path) -> Any:
-    """A file that this simulation wrote."""
-    return json.loads(path.read_text())
 
 
 def trained_on(arm: str) -> str:

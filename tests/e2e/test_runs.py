@@ -26,7 +26,13 @@ from tests.e2e.hospitals import Hospitals
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reason="finds who holds a lock in /proc")]
 SECONDS = 20.0  # on a machine that does much else; Flower's own minute, and a round of an hour, are far from it
-KILLED = "import os; from server import cli; from server.runs import submission; submission.record = lambda *_: os._exit(9); cli.main()"
+KILLED = """
+import os
+from server import cli
+from server.runs import submission
+submission.record = lambda *_: os._exit(9)
+cli.main()
+"""
 
 
 def until(what: str, true: Callable[[], Any], seconds: float = 180.0) -> float:

@@ -18,6 +18,7 @@ from chexfound.contract.request import Reply, Request
 from chexfound.durable.journal import Journal, read_journal
 from chexfound.errors import RefusedError, SiteError
 from chexfound.model import checkpoint
+from chexfound.phases import dispatch, parted
 from chexfound.phases.payload import Settings
 from chexfound.pretrain.train import initial_weights
 from chexfound.secagg.keys import Secrets
