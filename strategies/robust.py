@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from chexfound.pretrain.optimizer import PREFIX
+from chexfound.contract.request import MOMENTS
 
 
 def norm(update: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> float:
@@ -22,7 +22,7 @@ def norm(update: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> float:
     squares = (
         float((tensor.double() - previous[name].double()).square_().sum())
         for name, tensor in update.items()
-        if not name.startswith(PREFIX)
+        if not name.startswith(MOMENTS)
     )
     return math.sqrt(sum(squares))
 
@@ -37,6 +37,6 @@ def clipped(update: Mapping[str, Tensor], previous: Mapping[str, Tensor], own: f
     """An update of norm `own`, its weights drawn back towards what was sent until its norm is `most`."""
     part = most / own
     return {
-        name: tensor if name.startswith(PREFIX) else previous[name].lerp(tensor, part)
+        name: tensor if name.startswith(MOMENTS) else previous[name].lerp(tensor, part)
         for name, tensor in update.items()
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chexfound import rng
 from chexfound.adapt.features import Features, tokens
+from chexfound.contract.request import MOMENTS
 from chexfound.data.crops.sampler import EndlessSampler
 from chexfound.errors import DataError
 from chexfound.model.checkpoint import load_tensors
@@ -71,7 +72,7 @@ class HeadTrainer:
 
         Raises: CheckpointError.
         """
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(MOMENTS)}
         weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
         states = optimizer.checked_moments(self.head, moments)
         load_tensors(self.head, weights, list(self.head.state_dict()))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chexfound.contract.detached import Detached
 
+MOMENTS = "optimizer."  # begins the names of the optimizer's moments among the tensors of a message
 COUNTS = ("images", "patients", "train", "val", "test")
 ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chexfound.contract.request import MOMENTS
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.pretrain import schedules
-from chexfound.pretrain.optimizer import PREFIX, multipliers
+from chexfound.pretrain.optimizer import multipliers
 from chexfound.pretrain.schedules import cosine
 from chexfound.recipe import curriculum
 from chexfound.recipe.schema import ARCHS, Recipe
@@ -214,7 +215,7 @@ class UpdateBound:
         """
         norms = _Norms(self)
         for name, tensor in after.items():
-            if name.startswith(PREFIX):
+            if name.startswith(MOMENTS):
                 continue
             if name in frozen:
                 if not torch.equal(tensor, before[name]):
@@ -268,7 +269,7 @@ class UpdateBound:
         Raises: RefusedError of `weights.box`.
         """
         for name, value in moments.items():
-            if name.startswith(PREFIX):
+            if name.startswith(MOMENTS):
                 parameter, _, key = name.rpartition(".")
                 if not self._can_be(parameter, key, value, moments):
                     raise RefusedError("weights.box", f"{name!r} holds what cannot be a moment of the optimizer")

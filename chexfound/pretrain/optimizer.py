@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from chexfound.contract.request import MOMENTS
 from chexfound.errors import CheckpointError
 from chexfound.parallel import group as ranks
 from chexfound.pretrain.schedules import Schedule
 from chexfound.recipe.schema import Optim
 
-PREFIX = "optimizer."  # of the moments' names
 Moments = dict[nn.Parameter, dict[str, Tensor]]
 
 
@@ -63,7 +63,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: Schedule) -> None:
 def moments(optimizer: torch.optim.Optimizer, module: nn.Module, *, copy: bool = True) -> dict[str, Tensor]:
     """Copies of the optimizer's state, by parameter: `optimizer.<parameter>.<key>`; on the first rank."""
     found = (
-        (f"{PREFIX}{name}.{key}", torch.as_tensor(value))
+        (f"{MOMENTS}{name}.{key}", torch.as_tensor(value))
         for name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
@@ -84,9 +84,9 @@ def zero_moments(module: nn.Module) -> dict[str, Tensor]:
     result = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            result[f"{PREFIX}{name}.step"] = torch.zeros(())
-            result[f"{PREFIX}{name}.exp_avg"] = torch.zeros_like(parameter)
-            result[f"{PREFIX}{name}.exp_avg_sq"] = torch.zeros_like(parameter)
+            result[f"{MOMENTS}{name}.step"] = torch.zeros(())
+            result[f"{MOMENTS}{name}.exp_avg"] = torch.zeros_like(parameter)
+            result[f"{MOMENTS}{name}.exp_avg_sq"] = torch.zeros_like(parameter)
     return result
 
 
@@ -99,7 +99,7 @@ def checked_moments(module: nn.Module, tensors: Mapping[str, Tensor]) -> Moments
     parameters = dict(module.named_parameters())
     result: Moments = {}
     for full_name, value in tensors.items():
-        name, _, key = full_name.removeprefix(PREFIX).rpartition(".")
+        name, _, key = full_name.removeprefix(MOMENTS).rpartition(".")
         if name not in parameters:
             raise CheckpointError(f"optimizer state does not fit: {full_name} belongs to no parameter")
         shape = torch.Size() if key == "step" else parameters[name].shape

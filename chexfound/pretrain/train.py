@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chexfound import rng
+from chexfound.contract.request import MOMENTS
 from chexfound.errors import CheckpointError, ConfigError, DataError, DivergedError
 from chexfound.host import machine
 from chexfound.model.checkpoint import load_tensors
@@ -127,7 +128,7 @@ class Pretrainer:
 
         Raises: CheckpointError naming what is missing, unexpected or of another shape.
         """
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(MOMENTS)}
         weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
         expected = self.global_names(teacher=any(name.startswith("teacher.") for name in weights))
         states = optimizer.checked_moments(self.model.student, moments)
@@ -181,7 +182,7 @@ class Pretrainer:
 
         Raises: CheckpointError; nothing was changed then.
         """
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(optimizer.PREFIX)}
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith(MOMENTS)}
         states = optimizer.checked_moments(self.model.student, moments)
         model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         scale = tensors.get("scaler.scale")

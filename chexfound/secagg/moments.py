@@ -11,25 +11,25 @@ from collections.abc import Collection
 
 from torch import Tensor
 
+from chexfound.contract.request import MOMENTS
 from chexfound.pretrain.bounds import squared
-from chexfound.pretrain.optimizer import PREFIX
 
 KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def is_step(name: str) -> bool:
     """Whether a tensor is the number of an optimizer's steps."""
-    return name.startswith(PREFIX) and name.endswith(".step")
+    return name.startswith(MOMENTS) and name.endswith(".step")
 
 
 def is_square(name: str) -> bool:
     """Whether a tensor is of Adam's squares."""
-    return name.startswith(PREFIX) and name.endswith(".exp_avg_sq")
+    return name.startswith(MOMENTS) and name.endswith(".exp_avg_sq")
 
 
 def names(parameter: str) -> list[str]:
     """The moments of a parameter."""
-    return [f"{PREFIX}{parameter}.{key}" for key in KEYS]
+    return [f"{MOMENTS}{parameter}.{key}" for key in KEYS]
 
 
 def with_moments(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -18,13 +18,12 @@ from flwr.app import Message, RecordDict
 
 from chexfound.contract import cells
 from chexfound.contract.limits import Tensors
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import MOMENTS, Reply, Request
 from chexfound.errors import ChexfoundError, DataError, PolicyError, ProtocolError, StorageError
 from chexfound.evaluate.histograms import BINS
 from chexfound.parsing.names import is_name
 from chexfound.phases import parted
 from chexfound.pretrain.health.measures import problem
-from chexfound.pretrain.optimizer import PREFIX
 from chexfound.recipe.schema import Recipe
 from chexfound.wire import arrays, envelopes, error_replies
 from client.answer import declared
@@ -106,11 +105,11 @@ class Gate:
         images = reply.values.get("images") if isinstance(reply.values, dict) else None
         if phase == "pretrain":
             kinds = ["student."] + ["teacher."] * (self.recipe.teacher.policy == "average")
-            kinds += [PREFIX] * (self.recipe.train.optimizer_state == "average")
+            kinds += [MOMENTS] * (self.recipe.train.optimizer_state == "average")
             found = {name: form for name, form in self.sent.items() if name.startswith(tuple(kinds))}
         elif phase == "adapt" and images not in (0, cells.SUPPRESSED):
             averaged = self.recipe.adapt.optimizer_state == "average"
-            found = {name: form for name, form in self.sent.items() if averaged or not name.startswith(PREFIX)}
+            found = {name: form for name, form in self.sent.items() if averaged or not name.startswith(MOMENTS)}
         else:
             return {}
         if self.tensors is not None and (odd := {_kind(phase, name) for name in found} - set(self.tensors)):
@@ -185,7 +184,7 @@ def _form(tensor: Any) -> tuple[str, tuple[int, ...]] | None:
 
 def _kind(phase: str, name: str) -> str:
     """Which of site.yaml's `tensors` a tensor is."""
-    if name.startswith(PREFIX):
+    if name.startswith(MOMENTS):
         return "optimizer"
     return name.split(".")[0] if phase == "pretrain" else "head"
 

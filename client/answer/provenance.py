@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import MOMENTS, Reply, Request
 from chexfound.durable.files import canonical
 from chexfound.errors import CheckpointError, ConfigError, RefusedError, StateError
 from chexfound.model import checkpoint
@@ -30,7 +30,7 @@ from chexfound.model.glori import build_head
 from chexfound.phases.site_state import Site
 from chexfound.pretrain import beginning, positions, teacher
 from chexfound.pretrain.bounds import UpdateBound, check_bounded, largest
-from chexfound.pretrain.optimizer import PREFIX, zero_moments
+from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from chexfound.recipe.schema import Recipe
@@ -331,8 +331,8 @@ class _Judge:
         students = checkpoint.with_prefix(weights, "student.")
         trained = set(students) - beginning.frozen_gains(self.recipe, students)
         keys = ("exp_avg", "exp_avg_sq")
-        found = {f"{PREFIX}{name}.{key}": students[name] for name in trained for key in keys}
-        return found | {f"{PREFIX}{name}.step": torch.zeros(()) for name in trained}
+        found = {f"{MOMENTS}{name}.{key}": students[name] for name in trained for key in keys}
+        return found | {f"{MOMENTS}{name}.step": torch.zeros(()) for name in trained}
 
     def _bound(self, before: dict[str, Tensor], start: int, stop: int) -> tuple[UpdateBound, dict[str, Tensor]]:
         """The box of all steps from what was accepted, and that in the stage where they end."""
@@ -509,7 +509,7 @@ def _check_place(request: Request, local_steps: int, rounds: int) -> None:
 
 
 def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTS)}
 
 
 def _with_teacher(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

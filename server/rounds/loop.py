@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from chexfound.contract import cells
+from chexfound.contract.request import MOMENTS
 from chexfound.durable.files import write_text
 from chexfound.errors import DataError
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
 from chexfound.pretrain import positions, teacher
 from chexfound.pretrain.beginning import file_tensor, frozen_gains, load_backbone, taken_backbone
-from chexfound.pretrain.optimizer import PREFIX, zero_moments
+from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from chexfound.recipe import load as recipes
@@ -228,7 +229,7 @@ class Run:
             head = {name: tensor.clone() for name, tensor in head_module.state_dict().items()}
             if config.optimizer_state == "average":
                 head |= zero_moments(head_module)
-        moments = [f"{PREFIX}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
+        moments = [f"{MOMENTS}{name}.{key}" for name in head_module.row_parameters for key in ("exp_avg", "exp_avg_sq")]
         trained = {name for name, parameter in head_module.named_parameters() if parameter.requires_grad}
         for number in range(done, config.rounds):
             task = Task(
@@ -242,7 +243,7 @@ class Run:
                 rows=[*head_module.row_parameters, *moments],
             )
             head = self._round(task, functools.partial(_at_step, task.taken.stop))
-        return {name: tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
+        return {name: tensor for name, tensor in head.items() if not name.startswith(MOMENTS)}
 
     def _features(self, backbone: dict[str, Tensor]) -> None:
         """Have the sites make their features of the backbone; the first time is in the journal."""
@@ -292,7 +293,7 @@ def _with_teacher(recipe: Recipe, step: int, before: dict[str, Tensor], mean: di
 def _at_step(step: int, mean: dict[str, Tensor]) -> dict[str, Tensor]:
     """A head's mean, whose moments have the run's steps behind them: also those of a round that no site trained in."""
     return {
-        name: torch.full_like(tensor, step) if name.startswith(PREFIX) and name.endswith(".step") else tensor
+        name: torch.full_like(tensor, step) if name.startswith(MOMENTS) and name.endswith(".step") else tensor
         for name, tensor in mean.items()
     }
 

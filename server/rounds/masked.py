@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from chexfound.contract import cells
-from chexfound.contract.request import ARM, COUNTS, TRAINED_ON, Request
+from chexfound.contract.request import ARM, COUNTS, MOMENTS, TRAINED_ON, Request
 from chexfound.durable.files import write_json
 from chexfound.errors import DataError, ProtocolError, SiteError
 from chexfound.evaluate import histograms
@@ -21,7 +21,6 @@ from chexfound.parsing.names import ALL_SITES
 from chexfound.phases import payload
 from chexfound.phases.payload import Settings
 from chexfound.pretrain.bounds import UpdateBound, betas, check_bounded, largest
-from chexfound.pretrain.optimizer import PREFIX
 from chexfound.recipe.schema import Recipe
 from chexfound.secagg import moments
 from chexfound.secagg.parameters import MINIMUM, labelling
@@ -279,7 +278,7 @@ def _ranges_of(bound: UpdateBound, trained: Sequence[str], weights: Mapping[str,
     """How far each tensor can go in a round; of the optimizer's moments, which gradients' clipping holds, likewise."""
 
     def most(name: str) -> float:
-        if name.startswith(PREFIX):
+        if name.startswith(MOMENTS):
             return bound.gradient + largest(moments.summed(name, weights[name]))
         return bound.largest(name, weights)
 

@@ -16,12 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound.contract.request import Reply
+from chexfound.contract.request import MOMENTS, Reply
 from chexfound.model import checkpoint
 from chexfound.pretrain import positions
 from chexfound.pretrain.beginning import FILE, file_tensor, load_backbone, taken_backbone
 from chexfound.pretrain.bounds import UpdateBound
-from chexfound.pretrain.optimizer import PREFIX
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from chexfound.recipe import load as recipes
@@ -114,7 +113,7 @@ OTHERS: dict[str, Callable[[Weights], Weights]] = {
     "a tensor too few": lambda w: {n: t for n, t in w.items() if n != BLOCK},
     "float64": lambda w: w | {BLOCK: w[BLOCK].double()},
     "bytes that are no file": lambda w: w | {BLOCK: torch.zeros(5, dtype=torch.uint8)},
-    "no moments": lambda w: {n: t for n, t in w.items() if not n.startswith(PREFIX)},
+    "no moments": lambda w: {n: t for n, t in w.items() if not n.startswith(MOMENTS)},
 }
 
 

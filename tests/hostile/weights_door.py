@@ -11,10 +11,10 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import MOMENTS, Reply, Request
 from chexfound.model.glori import build_head
 from chexfound.pretrain.beginning import taken_backbone
-from chexfound.pretrain.optimizer import PREFIX, zero_moments
+from chexfound.pretrain.optimizer import zero_moments
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from chexfound.recipe import load as recipes
@@ -61,7 +61,7 @@ def whole_run(
     made = ask(Request(phase="features", findings=findings, tensors=backbone))
     adapted = ask(Request(phase="adapt", steps=recipe.adapt.local_steps, tensors=fresh, **work))
     last = adapted.tensors or fresh
-    last = {f"head.{name}": tensor for name, tensor in last.items() if not name.startswith(PREFIX)}
+    last = {f"head.{name}": tensor for name, tensor in last.items() if not name.startswith(MOMENTS)}
     return [trained, made, adapted, ask(Request(phase="evaluate", findings=findings, tensors=last))]
 
 
@@ -121,7 +121,7 @@ class Hospital:
 
     def evaluate(self, head: dict[str, Tensor]) -> Reply | str:
         """The figures of a head."""
-        tensors = {f"head.{name}": tensor for name, tensor in head.items() if not name.startswith(PREFIX)}
+        tensors = {f"head.{name}": tensor for name, tensor in head.items() if not name.startswith(MOMENTS)}
         return self.ask(Request(phase="evaluate", findings=FINDINGS, tensors=tensors))
 
     def restart(self) -> None:

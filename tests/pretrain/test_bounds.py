@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chexfound.adapt.fit import is_decayed
+from chexfound.contract.request import MOMENTS
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.model.glori import build_head
 from chexfound.pretrain import bounds, optimizer, positions, schedules
@@ -64,7 +65,7 @@ class Site:
         self.module, self.parameters = module_of({n: t for n, t in sent.items() if n.startswith("student.")})
         self.teacher = {n: t.clone() for n, t in sent.items() if n.startswith("teacher.")}
         self.optimizer = optimizer.build(self.module, 4, recipe.optim)
-        moments = {n: t for n, t in sent.items() if n.startswith(optimizer.PREFIX)}
+        moments = {n: t for n, t in sent.items() if n.startswith(MOMENTS)}
         if moments:
             optimizer.set_moments(self.optimizer, optimizer.checked_moments(self.module, moments))
 
@@ -251,7 +252,7 @@ def test_squares_are_raised_where_positions_are_resized_and_nowhere_else() -> No
     recipe, clip = recipe_of({"curriculum": [stage], "optim.clip_grad": 2.0}), 2.0
     bound = UpdateBound.of(recipe, "pretrain", range(20, 25))
     for name, most in (("pos_embed", bounds.RESIZED * clip), ("cls_token", clip)):
-        key = f"{optimizer.PREFIX}backbone.{name}.exp_avg_sq"
+        key = f"{MOMENTS}backbone.{name}.exp_avg_sq"
         bound.check_moments({key: torch.tensor([most**2])})
         with pytest.raises(RefusedError, match=name):
             bound.check_moments({key: torch.tensor([1.01 * most**2])})
@@ -286,10 +287,10 @@ def test_moments_that_cannot_be() -> None:
     site = Site(recipe, before)
     for step in range(5):
         site.step(step, wild([1.0, -2.0, 0.5], step))
-    moments = {n: t for n, t in site.tensors().items() if n.startswith(optimizer.PREFIX)}
+    moments = {n: t for n, t in site.tensors().items() if n.startswith(MOMENTS)}
     bound = UpdateBound.of(recipe, "pretrain", range(5))
     bound.check_moments(moments)
-    name = f"{optimizer.PREFIX}backbone.blocks.0.norm1.weight"
+    name = f"{MOMENTS}backbone.blocks.0.norm1.weight"
     for key, value in (
         ("step", torch.tensor(4.0)),
         ("step", torch.tensor(6.0)),
@@ -306,7 +307,7 @@ def test_moments_that_cannot_be() -> None:
 def test_steps_of_an_optimizer_that_leaves_some_out() -> None:
     """Whose mean over sites is no whole number; below none, and above all, there is none."""
     recipe = recipe_of({"compute_precision.param_dtype": "fp16", "compute_precision.grad_scaler": True})
-    bound, name = UpdateBound.of(recipe, "pretrain", range(5)), f"{optimizer.PREFIX}backbone.cls_token.step"
+    bound, name = UpdateBound.of(recipe, "pretrain", range(5)), f"{MOMENTS}backbone.cls_token.step"
     for done in (0.0, 3.5, 5.0):
         bound.check_moments({name: torch.tensor(done)})
     for done in (-0.5, 5.5, math.nan):
@@ -316,7 +317,7 @@ def test_steps_of_an_optimizer_that_leaves_some_out() -> None:
 
 def test_moments_of_a_head_that_cannot_be() -> None:
     recipe = recipes.load("demo", {"adapt.clip_grad": 3.0})
-    bound, name = UpdateBound.of(recipe, "adapt", range(5)), f"{optimizer.PREFIX}duplicate_pooling"
+    bound, name = UpdateBound.of(recipe, "adapt", range(5)), f"{MOMENTS}duplicate_pooling"
     most = {f"{name}.exp_avg": torch.zeros(3), f"{name}.exp_avg_sq": torch.full((3,), 9.0)}
     bound.check_moments(most)
     for key, value in (("exp_avg_sq", 9.1), ("exp_avg_sq", -1.0), ("exp_avg", 3.0 * bound.squared**0.5 + 0.1)):

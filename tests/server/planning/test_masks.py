@@ -85,13 +85,13 @@ def test_a_recipe_is_counted_and_its_ring_taken(tmp_path, capsys) -> None:
 
 
 def test_the_count_is_that_of_the_tensors_that_a_run_sums(capsys) -> None:
+    from chexfound.contract.request import MOMENTS
     from chexfound.pretrain.beginning import frozen_gains
-    from chexfound.pretrain.optimizer import PREFIX
     from chexfound.pretrain.train import initial_weights
 
     weights = initial_weights(load("demo"))
     left = set(weights) - frozen_gains(load("demo"), weights)
-    steps = {name for name in left if name.startswith(PREFIX) and name.endswith(".step")}
+    steps = {name for name in left if name.startswith(MOMENTS) and name.endswith(".step")}
     expected = sum(
         weights[name].numel() for name in left - steps
     )  # of which one is counted, and not masked in the ring
