@@ -396,7 +396,7 @@ class TimedExchange(GridExchange):
             self.began, self.stages = start, {}
         yield from super().ask(requests, timeout_s)
         if first.phase == "pretrain":
-            self.stages[first.stage or first.phase] = clocks()[1] - start[1]
+            self.stages[first.kind] = clocks()[1] - start[1]
 
 
 def clocks() -> tuple[float, float]:

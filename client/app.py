@@ -7,21 +7,19 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from chexfound.contract import detached, limits
-from chexfound.contract.detached import ByteView
-from chexfound.contract.request import Reply, Request
+from chexfound.contract import limits
+from chexfound.contract.detached import ByteView, Envelope
+from chexfound.contract.request import MaskedRequest, PartRequest, Reply, Request, StageRequest
 from chexfound.errors import CodeError, ConfigError, ProtocolError
 from chexfound.host import logs
 from chexfound.phases import dispatch
 from chexfound.pretrain.beginning import FILE
 from chexfound.recipe import load
 from chexfound.recipe.schema import Recipe
-from chexfound.secagg.messages import STAGES
 from chexfound.wire import arrays, envelopes, signatures
 from client.answer import egress, hospital, provenance, refusals
 from client.answer.asked import forms
@@ -52,25 +50,26 @@ def handle(message: Message, context: Context, *, spend: bool = False) -> Messag
         if "home" not in context.node_config:  # a simulated site has one, and the simulation its own display
             logs.show(hospital.folder_of(context.node_config) / logs.REASONS)
             hospital.on_progress = hospital.on_progress or logs.Steps(log)
-        request = _admitted(message, context, phase)
+        envelope = _admitted(message, context, phase)
+        request = envelope.message
         run_recipe, grant = load.from_run_config(context.run_config), Grant.of(context.node_config)
-        gate = _gate(run_recipe, request, context, grant)
+        gate = _gate(run_recipe, envelope, context, grant)
         sign = _signer(message, context, request)
         run_id = message.metadata.run_id
-        refusing = grant.check(run_recipe, request, run_id) if grant is not None else None
+        refusing = grant.check(run_recipe, envelope, run_id) if grant is not None else None
         if refusing is not None and grant is not None:
             outcome = refusing
             against = limits.refused(grant.judge(run_recipe))
             refusals.note(grant.home, run_id, phase, against[0].code)
         else:
-            request = _begun(context, run_recipe, request, run_id, grant)
+            request = _begun(context, run_recipe, envelope, run_id, grant)
             if spend:
                 message.content.clear()
             outcome = _answer(context, request, run_id, grant, gate)
             if grant is not None:
                 refusals.answered(grant.home, run_id)
-        if request.part_bytes:
-            keep = functools.partial(_kept, _parts(context, run_id), request.part_bytes)
+        if envelope.part_bytes:
+            keep = functools.partial(_kept, _parts(context, run_id), envelope.part_bytes)
     except Exception as error:  # noqa: BLE001 (nothing of an exception may leave: Flower would send its text)
         outcome = error
         _note(context, message.metadata.run_id, phase, error)
@@ -85,7 +84,7 @@ def _note(context: Context, run_id: int, phase: str, error: BaseException) -> No
             refusals.note(hospital.folder_of(context.node_config), run_id, phase, code)
 
 
-def _admitted(message: Message, context: Context, phase: str) -> Request:
+def _admitted(message: Message, context: Context, phase: str) -> Envelope[Request]:
     """The request, once its code, release and sites are what this site approved; before any data is touched."""
     if refusal := context.run_config.get("refused"):
         raise CodeError(str(refusal))
@@ -93,25 +92,30 @@ def _admitted(message: Message, context: Context, phase: str) -> Request:
     home = hospital.member_home(context.node_config)
     if home is not None:
         membership.check_terms(sites, membership.present(home))
-    request = envelopes.unpack_request(message.content)
-    if request.stage in STAGES:
+    envelope = envelopes.unpack_request(message.content)
+    request = envelope.message
+    if isinstance(request, MaskedRequest):
         membership.check_equal(sites, None if home is None else membership.present(home))
-    if (request.stage or request.phase) != phase:
+    if request.kind != phase:
         raise ProtocolError(f"a {message.metadata.message_type!r} message asks for phase {request.phase!r}")
     if request.phase not in dispatch.PHASES:
         raise ProtocolError(f"a stage of {request.phase!r}, which is no phase")
-    return request
+    return envelope
 
 
-def _begun(context: Context, run_recipe: Recipe, request: Request, run_id: int, grant: Grant | None) -> Request:
+def _begun(
+    context: Context, run_recipe: Recipe, envelope: Envelope[Request], run_id: int, grant: Grant | None
+) -> Request:
     """The request with its arrays, once the site takes part in the run."""
-    if not request.stage or (request.stage in detached.STAGES and run_recipe.aggregation != "secagg"):
+    request = envelope.message
+    part = isinstance(request, PartRequest)
+    if not isinstance(request, StageRequest) or (part and run_recipe.aggregation != "secagg"):
         stages.check_plain(run_recipe, request, run_id, hospital.member_home(context.node_config))
     if grant is not None:
         grant.begin(run_recipe, request, run_id)
-    if request.apart is None:
+    if envelope.detached is None:
         return request
-    return arrays.with_arrays(request, _parts(context, run_id).received(request.apart))
+    return arrays.with_arrays(request, envelope.detached, _parts(context, run_id).received(envelope.detached))
 
 
 def _parts(context: Context, run_id: int) -> Parts:
@@ -136,13 +140,13 @@ def _signer(message: Message, context: Context, request: Request) -> Callable[[R
     )
 
 
-def _gate(run_recipe: Recipe, request: Request, context: Context, grant: Grant | None) -> Gate:
+def _gate(run_recipe: Recipe, envelope: Envelope[Request], context: Context, grant: Grant | None) -> Gate:
     """What the reply has to pass."""
     home = hospital.member_home(context.node_config)
     return Gate(
         recipe=run_recipe,
-        request=replace(request, tensors={}, chunk=None),
-        sent={name: form for name, form in forms(request).items() if name != FILE},
+        request=Request(**envelope.message.place()),
+        sent={name: form for name, form in forms(envelope).items() if name != FILE},
         site=str(context.node_config.get("site", "")),
         peers=frozenset() if home is None else frozenset(membership.present(home).sites.sites),
         tensors=None if grant is None else grant.policy.tensors,
@@ -152,7 +156,7 @@ def _gate(run_recipe: Recipe, request: Request, context: Context, grant: Grant |
 def _answer(context: Context, request: Request, run_id: int, grant: Grant | None, gate: Gate) -> Reply:
     started, run_recipe = time.monotonic(), gate.recipe
     home = hospital.member_home(context.node_config)
-    if request.stage in detached.STAGES:
+    if isinstance(request, PartRequest):
         if home is not None:
             stages.sweep(home)
         return _parts(context, run_id).answer(request)
@@ -161,7 +165,7 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
     if grant is not None:
         here.limits, here.least = grant.limits.as_dict(), (grant.policy.min_patients, grant.policy.min_images)
     try:
-        if request.stage:
+        if isinstance(request, MaskedRequest):
             assert home is not None  # or the request was refused
             return stages.answer(here, run_recipe, request, run_id, home)
         if run_recipe.aggregation == "secagg" and request.phase == "features":

@@ -31,7 +31,7 @@ def test_tensors_come_back(kinds: dict[str, tuple[torch.dtype, list[int]]]) -> N
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(wire_arrays, "INLINE_BYTES", inline_bytes)
             packed = envelopes.pack_reply(Reply(tensors=tensors))
-        same_tensors(envelopes.unpack_reply(packed).tensors, tensors)
+        same_tensors(envelopes.unpack_reply(packed).message.tensors, tensors)
 
 
 def same_tensors(back: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from chexfound.contract.request import Reply, Request
+
+M = TypeVar("M", bound="Request | Reply", covariant=True)
 STAGES = ("deliver", "collect")
 PIECE = 2**22  # bytes that are looked at at a time
 PART_MAX = 2**30  # bytes of a part
@@ -39,6 +42,21 @@ class Detached:
     def size(self) -> int:
         """Bytes of all arrays."""
         return sum(self.arrays.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Envelope(Generic[M]):
+    """A request or a reply as it travels.
+
+    Args:
+        message: without its arrays, where they are detached.
+        detached: what of it comes apart.
+        part_bytes: of a reply's arrays, from which on they are to come apart; 0: never.
+    """
+
+    message: M
+    detached: Detached | None = None
+    part_bytes: int = 0
 
 
 class ByteView:

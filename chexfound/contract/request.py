@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-
-from chexfound.contract.detached import Detached
 
 MOMENTS = "optimizer."  # begins the names of the optimizer's moments among the tensors of a message
 COUNTS = ("images", "patients", "train", "val", "test")
@@ -27,19 +25,50 @@ class Request:
     roster_index: int = 0
     findings: tuple[str, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    apart: Detached | None = None  # the tensors, where they come apart from it
-    # Of secure aggregation: advertise | share | masked | consistency | unmask; of arrays apart: deliver | collect.
-    stage: str = ""
-    told: dict[str, Any] = field(default_factory=dict)  # what the coordinator says in that stage, as JSON
-    chunk: np.ndarray | None = None  # uint8: what it delivers
-    part_bytes: int = 0  # of a reply's arrays, from which on they are to be kept apart from it; 0: never
-    fresh: bool = False  # start without state of earlier rounds; a site's own decision, which no message carries
-    left_out: tuple[str, ...] = ()  # of what `parted` names: the site has no part in it; its own decision too
+
+    @property
+    def kind(self) -> str:
+        """What is asked for: the phase, or the stage of it."""
+        return self.phase
+
+    def place(self) -> dict[str, Any]:
+        """All fields of any request but the tensors."""
+        return {one.name: getattr(self, one.name) for one in fields(Request) if one.name != "tensors"}
 
     def shared(self) -> dict[str, Any]:
         """The fields that all sites are told alike."""
-        fields = {name: getattr(self, name) for name in ("phase", "round", "step", "steps", "batch_size")}
-        return fields | {"findings": list(self.findings)}
+        alike = {name: getattr(self, name) for name in ("phase", "round", "step", "steps", "batch_size")}
+        return alike | {"findings": list(self.findings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRequest(Request):
+    """One stage of a phase that takes several messages.
+
+    Args:
+        stage: its name.
+        params: what the coordinator says in it, as JSON.
+    """
+
+    stage: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The stage."""
+        return self.stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedRequest(StageRequest):
+    """A stage of secure aggregation: advertise | share | masked | consistency | unmask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRequest(StageRequest):
+    """A part of a message's arrays: deliver | collect.  `chunk`: the bytes uint8 (N,) that are delivered."""
+
+    chunk: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,5 +78,10 @@ class Reply:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     masked: dict[int, np.ndarray] = field(default_factory=dict)
-    apart: Detached | None = None  # the tensors or masked arrays, where they are still to be collected
-    chunk: np.ndarray | None = None  # uint8: what was collected of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReply(Reply):
+    """The bytes uint8 (N,) that were collected of an earlier reply's arrays."""
+
+    chunk: np.ndarray

@@ -16,7 +16,7 @@ from chexfound.host import machine
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
 from chexfound.phases.carried import carried_state, keep_state
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain.health import measures
 from chexfound.recipe.schema import Recipe
 
@@ -47,10 +47,10 @@ def extract(site: Site, recipe: Recipe, request: Request) -> Reply:
     return Reply()
 
 
-def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
+def adapt(site: Site, recipe: Recipe, request: Request, decision: Decision = UNDECIDED) -> Reply:
     """K local steps of the head on the frozen features; per finding, by how many labelled images."""
     labels = site.training_labels(recipe, request.findings)
-    trained = trainable(site, recipe, labels) & ~np.isin(request.findings, request.left_out)
+    trained = trainable(site, recipe, labels) & ~np.isin(request.findings, decision.excluded)
     labels = labels[(labels >= 0).any(1)]
     labels = np.where(trained, labels, np.int8(-1)).astype(np.int8)
     counts = (labels >= 0).sum(0)
@@ -64,7 +64,7 @@ def adapt(site: Site, recipe: Recipe, request: Request) -> Reply:
     trainer = HeadTrainer(recipe, features.load(site.home / "features"), labels, request.roster_index)
     own_moments = recipe.adapt.optimizer_state == "local"
     if own_moments:
-        trainer.load_state(carried_state(site, recipe, request))
+        trainer.load_state(carried_state(site, recipe, request, decision.reset_state))
     trainer.load_global(request.tensors)
     rows = trainer.run(
         request.step,

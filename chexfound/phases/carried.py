@@ -44,9 +44,9 @@ def all_travels(recipe: Recipe) -> bool:
     )
 
 
-def carried_state(site: Site, recipe: Recipe, request: Request) -> dict[str, Tensor]:
+def carried_state(site: Site, recipe: Recipe, request: Request, reset: bool = False) -> dict[str, Tensor]:
     """State as it was at the start of global step `request.step`; nothing at step 0, afresh, or where there is none."""
-    if not request.step or request.fresh:
+    if not request.step or reset:
         if group.first():
             shutil.rmtree(state_folder(site, recipe, request.phase), ignore_errors=True)
         return {}

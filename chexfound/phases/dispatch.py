@@ -20,12 +20,14 @@ from chexfound.phases.adapt import adapt, extract
 from chexfound.phases.enrol import counts, enrol
 from chexfound.phases.evaluate import evaluate
 from chexfound.phases.pretrain import pretrain
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain.beginning import FILE
 from chexfound.recipe.schema import Recipe
 
+Phase = Callable[[Site, Recipe, Request, Decision], Reply]
 
-def run(site: Site, recipe: Recipe, request: Request) -> Reply:
+
+def run(site: Site, recipe: Recipe, request: Request, decision: Decision = UNDECIDED) -> Reply:
     """Do what is asked, once the recipe's thread count is set (another count gives other bits).
 
     Raises: ChexfoundError; the site's state is then what it was before.
@@ -41,20 +43,27 @@ def run(site: Site, recipe: Recipe, request: Request) -> Reply:
         raise ProtocolError(f"unknown phase {request.phase!r}")
     if request.phase in ("pretrain", "adapt") and not (request.steps > 0 and request.batch_size > 0):
         raise ProtocolError(f"phase {request.phase!r} asks for no step, or for no image a step")
-    return PHASES[request.phase](site, recipe, request)
+    return PHASES[request.phase](site, recipe, request, decision)
 
 
-def _pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
+def _pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision) -> Reply:
     """Pretrain in this process, or by a process for each of the GPUs that the site trains on."""
     number = machine.gpus(site.gpus)
-    return gpus.ask_all(site, recipe, request, number) if number > 1 else pretrain(site, recipe, request)
+    if number > 1:
+        return gpus.ask_all(site, recipe, request, decision, number)
+    return pretrain(site, recipe, request, decision)
 
 
-PHASES: dict[str, Callable[[Site, Recipe, Request], Reply]] = {
-    "enrol": enrol,
-    "counts": counts,
+def _undecided(phase: Callable[[Site, Recipe, Request], Reply]) -> Phase:
+    """A phase of which the site decides nothing."""
+    return lambda site, recipe, request, decision: phase(site, recipe, request)
+
+
+PHASES: dict[str, Phase] = {
+    "enrol": _undecided(enrol),
+    "counts": _undecided(counts),
     "pretrain": _pretrain,
-    "features": extract,
+    "features": _undecided(extract),
     "adapt": adapt,
-    "evaluate": evaluate,
+    "evaluate": _undecided(evaluate),
 }

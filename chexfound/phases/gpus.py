@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from chexfound.parallel import group
 from chexfound.parallel.environment import GRACE_S, end, named
 from chexfound.parallel.launch import Ranks, died
 from chexfound.phases.pretrain import pretrain
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import Decision, Site
 from chexfound.recipe import check, curriculum
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Recipe, Split
@@ -37,7 +38,7 @@ from chexfound.recipe.schema import Recipe, Split
 log = logging.getLogger("chexfound.pretrain")
 
 
-def ask_all(site: Site, recipe: Recipe, request: Request, number: int) -> Reply:
+def ask_all(site: Site, recipe: Recipe, request: Request, decision: Decision, number: int) -> Reply:
     """The reply to a request, by `number` processes of this machine.
 
     Raises: ChexfoundError of the first that failed; SiteError if one died.
@@ -45,7 +46,7 @@ def ask_all(site: Site, recipe: Recipe, request: Request, number: int) -> Reply:
     group.share(request.batch_size, number)
     folder = site.home / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
-    _write(folder, site, recipe, request)
+    _write(folder, site, recipe, request, decision)
     try:
         codes = Ranks(["-m", "chexfound.phases.gpus", str(folder)], number, _listener(site)).run()
         if any(codes):
@@ -56,10 +57,9 @@ def ask_all(site: Site, recipe: Recipe, request: Request, number: int) -> Reply:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, site: Site, recipe: Recipe, request: Request) -> None:
+def _write(folder: Path, site: Site, recipe: Recipe, request: Request, decision: Decision) -> None:
     checkpoint.save(folder / "request.safetensors", request.tensors)
     np.save(folder / "images.npy", site.view.ids)
-    asked = {name: value for name, value in vars(request).items() if name != "tensors"}
     here = {
         "name": site.name,
         "home": str(site.home),
@@ -70,10 +70,13 @@ def _write(folder: Path, site: Site, recipe: Recipe, request: Request) -> None:
         "split_key": site.split_key.hex() if site.split_key else None,
         "fractions": vars(site.fractions) if site.fractions else None,
     }
-    write_json(folder / "job.json", {"recipe": recipes.to_dict(recipe), "request": asked, "site": here})
+    write_json(
+        folder / "job.json",
+        {"recipe": recipes.to_dict(recipe), "request": request.place(), "decision": asdict(decision), "site": here},
+    )
 
 
-def _read(folder: Path) -> tuple[Site, Recipe, Request]:
+def _read(folder: Path) -> tuple[Site, Recipe, Request, Decision]:
     job = json.loads((folder / "job.json").read_text())
     here, asked = job["site"], job["request"]
     ids = np.load(folder / "images.npy", allow_pickle=False)
@@ -89,7 +92,9 @@ def _read(folder: Path) -> tuple[Site, Recipe, Request]:
     )
     tensors = checkpoint.load(folder / "request.safetensors")
     request = Request(**{**asked, "findings": tuple(asked["findings"])}, tensors=tensors)
-    return site, check.validate(job["recipe"], "recipe"), request
+    decided = job["decision"]
+    decision = Decision(reset_state=decided["reset_state"], excluded=tuple(decided["excluded"]))
+    return site, check.validate(job["recipe"], "recipe"), request, decision
 
 
 def _listener(site: Site) -> Callable[[bytes], None]:
@@ -118,11 +123,11 @@ def main(folder: Path) -> int:
     logs.show()
     try:
         with group.process_group():
-            site, recipe, request = _read(folder)
+            site, recipe, request, decision = _read(folder)
             if group.first():
                 site.progress = lambda *told: print(json.dumps(told), file=channel)
             torch.set_num_threads(recipe.threads)
-            reply = pretrain(site, recipe, request)
+            reply = pretrain(site, recipe, request, decision)
             if group.first():
                 checkpoint.save(folder / "reply.safetensors", reply.tensors)
                 write_json(folder / "reply.json", reply.values)

@@ -15,7 +15,7 @@ from chexfound.model import checkpoint
 from chexfound.model.checkpoint import load_tensors
 from chexfound.parallel import group
 from chexfound.phases.carried import all_travels, carried_state, keep_state, recipe_digest
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain import checkpoints, positions, teacher
 from chexfound.pretrain.health import measures, watch
 from chexfound.pretrain.health.probe import Probe
@@ -27,7 +27,7 @@ log = logging.getLogger("chexfound.site")
 log.addHandler(logging.NullHandler())  # whoever runs the site shows its log; a simulation has its own display
 
 
-def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
+def pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision = UNDECIDED) -> Reply:
     """K local steps of DINO + iBOT + KoLeo from the coordinator's student, in one process or as one of a group."""
     ids = site.training_ids(recipe)
     store = site.view.store
@@ -40,7 +40,7 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
         device=machine.device(),
     )
     travels = all_travels(recipe)
-    kept = {} if travels else carried_state(site, recipe, request)
+    kept = {} if travels else carried_state(site, recipe, request, decision.reset_state)
     if kept:
         trainer.load_state(positions.enter(kept, recipe, request.step))
     trainer.load_global(request.tensors)
@@ -52,7 +52,7 @@ def pretrain(site: Site, recipe: Recipe, request: Request) -> Reply:
     state = "travels" if travels else "kept" if kept else "fresh"
     kept.clear()  # it is in the trainer
     try:
-        probe = probe_of(site, recipe, request)
+        probe = probe_of(site, recipe, request, decision.excluded)
         rows = checkpoints.run(trainer, request.step, request.steps, request.batch_size, progress, under_way, probe)
     except DivergedError as error:
         raise checkpoints.diverged(site.home, store, ids, trainer, error) from error
@@ -85,7 +85,7 @@ def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Requ
         trainer.model.teacher.load_state_dict(trainer.model.student.state_dict())
 
 
-def probe_of(site: Site, recipe: Recipe, request: Request) -> Probe | None:
+def probe_of(site: Site, recipe: Recipe, request: Request, excluded: tuple[str, ...] = ()) -> Probe | None:
     """What looks at the teacher while it trains: the run's findings, or all whose names may leave."""
     config, findings = recipe.health, request.findings or tuple(site.findings())
     ids = site.training_ids(recipe)
@@ -101,7 +101,7 @@ def probe_of(site: Site, recipe: Recipe, request: Request) -> Probe | None:
         roster_index=request.roster_index,
         dtype=DTYPES[recipe.compute_precision.param_dtype],
         fewest=max(measures.FEWEST_PATIENTS, site.cells),
-        left_out=request.left_out,
+        left_out=excluded,
     )
 
 

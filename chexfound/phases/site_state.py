@@ -18,6 +18,22 @@ from chexfound.recipe.schema import Recipe, Split
 Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a site decides itself about a request; no message can carry it.
+
+    Args:
+        reset_state: it starts without state of earlier rounds.
+        excluded: of what `parted` names, that in which it has no part.
+    """
+
+    reset_state: bool = False
+    excluded: tuple[str, ...] = ()
+
+
+UNDECIDED = Decision()
+
+
 @dataclass
 class Site:
     """One hospital, or the process that plays it: its images and its disk.

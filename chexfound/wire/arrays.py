@@ -120,13 +120,12 @@ def detached_of(content: RecordDict, key: str, names: Collection[str]) -> Detach
     return apart
 
 
-def with_arrays(message: _Message, path: Path) -> _Message:
+def with_arrays(message: _Message, apart: Detached, path: Path) -> _Message:
     """A message with what came apart from it, read where it is: in that file, which has all of it and nothing else.
 
     Raises: ProtocolError.
     """
-    apart, start = message.apart, 0
-    assert apart is not None
+    start = 0
     arrays: dict[str, np.ndarray] = {}
     for name, nbytes in sorted(apart.arrays.items()):
         dtype = little_endian(name)
@@ -137,7 +136,7 @@ def with_arrays(message: _Message, path: Path) -> _Message:
         arrays[empty] = np.zeros(0, empty)  # of tensors without a value
     rings = {int(name.removeprefix("uint")): arrays.pop(name) for name in list(arrays) if name not in DTYPES}
     given: dict[str, Any] = {"tensors": _cut(apart.table, arrays)} | ({"masked": rings} if rings else {})
-    return replace(message, apart=None, **given)
+    return replace(message, **given)
 
 
 def _flat_arrays(content: RecordDict, own: ConfigRecord) -> dict[str, np.ndarray]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,8 +20,8 @@ from pydantic.dataclasses import dataclass
 
 import chexfound
 from chexfound.contract import detached
-from chexfound.contract.detached import ByteView, Detached
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.detached import ByteView, Detached, Envelope
+from chexfound.contract.request import MaskedRequest, PartReply, PartRequest, Reply, Request, StageRequest
 from chexfound.errors import (
     ConfigError,
     ProtocolError,
@@ -66,6 +65,7 @@ MESSAGE_TYPES = {
 }
 LARGEST, LARGEST_BATCH = 2**31 - 1, 2**20  # of a request's numbers; step times batch stays below 2**63
 FINDINGS_MAX = 4096  # of a request; a site holds labels for each
+NUMBERS = ("phase", "round", "step", "steps", "batch_size", "roster_index", "findings")  # fields of any request
 STAGES = (*messages.STAGES, *detached.STAGES)
 Keep = Callable[[ByteView], str | None]  # keeps arrays apart, for who asks, by SHA-256; or does not
 
@@ -86,26 +86,31 @@ class _RequestFields:
 _request_adapter = TypeAdapter(_RequestFields)
 
 
-def pack_request(request: Request, sites: Roster | None = None) -> RecordDict:
+def pack_request(
+    request: Request, sites: Roster | None = None, *, detached: Detached | None = None, part_bytes: int = 0
+) -> RecordDict:
     """A request as a message's content; `sites` are those of the federation, where they have keys."""
-    return pack_requests([request], sites)[0]
+    return pack_requests([Envelope(message=request, detached=detached, part_bytes=part_bytes)], sites)[0]
 
 
-def pack_requests(requests: Sequence[Request], sites: Roster | None = None) -> list[RecordDict]:
+def pack_requests(requests: Sequence[Envelope[Request]], sites: Roster | None = None) -> list[RecordDict]:
     """As `pack_request`; tensors that several requests share are packed, and held in memory, once."""
     terms = json.dumps({"version": chexfound.__version__, "roster": sites and sites.as_dict()})
     packed: dict[int, tuple[dict[str, str | bytes], dict[str, ArrayRecord]]] = {}
     contents = []
-    for request in requests:
-        large = request.tensors if request.chunk is None else request.chunk
+    for envelope in requests:
+        request = envelope.message
+        chunk = request.chunk if isinstance(request, PartRequest) else None
+        large = request.tensors if chunk is None else chunk
         if id(large) not in packed:
-            packed[id(large)] = pack_chunk(large) if isinstance(large, np.ndarray) else pack_tensors(large)
-        fields = {name: getattr(request, name) for name in _RequestFields.__dataclass_fields__}
+            packed[id(large)] = pack_tensors(request.tensors) if chunk is None else pack_chunk(chunk)
+        fields = {name: getattr(request, name) for name in NUMBERS} | {"part_bytes": envelope.part_bytes}
         own, others = packed[id(large)]
-        if request.apart is not None:
-            own = own | pack_detached(request.apart)
-        if request.stage:
-            own = own | {"told": json.dumps(request.told, allow_nan=False)}
+        if envelope.detached is not None:
+            own = own | pack_detached(envelope.detached)
+        if isinstance(request, StageRequest):
+            fields |= {"stage": request.stage}
+            own = own | {"told": json.dumps(request.params, allow_nan=False)}
         of_request = ConfigRecord({"terms": terms, "json": json.dumps(fields), **own})
         contents.append(RecordDict({"request": of_request, **others}))
     return contents
@@ -132,7 +137,7 @@ def unpack_terms(content: RecordDict) -> Roster | None:
         raise ProtocolError(str(error)) from error
 
 
-def unpack_request(content: RecordDict) -> Request:
+def unpack_request(content: RecordDict) -> Envelope[Request]:
     """The inverse of `pack_request`, for content from outside.
 
     Raises: ProtocolError.
@@ -153,11 +158,17 @@ def unpack_request(content: RecordDict) -> Request:
         raise ProtocolError("the request's findings are too many, named twice, or no names")
     if not is_name(fields.phase) or (fields.stage and fields.stage not in STAGES):
         raise ProtocolError("the request is of a phase or stage that there is not")
-    values = {name: getattr(fields, name) for name in _RequestFields.__dataclass_fields__}
-    told = object_of(content, "request", "told") if fields.stage else {}
-    if (apart := detached_of(content, "request", DTYPES)) is not None:
-        return Request(apart=apart, told=told, **values)
-    return Request(tensors=tensors_of(content, "request"), told=told, chunk=chunk_of(content, "request"), **values)
+    apart = detached_of(content, "request", DTYPES)
+    values: dict[str, Any] = {name: getattr(fields, name) for name in NUMBERS}
+    values |= {} if apart is not None else {"tensors": tensors_of(content, "request")}
+    request = Request(**values)
+    if fields.stage:
+        stage: dict[str, Any] = {"stage": fields.stage, "params": object_of(content, "request", "told")}
+        if fields.stage in messages.STAGES:
+            request = MaskedRequest(**values, **stage)
+        else:
+            request = PartRequest(**values, **stage, chunk=chunk_of(content, "request"))
+    return Envelope(message=request, detached=apart, part_bytes=fields.part_bytes)
 
 
 def pack_reply(reply: Reply, keep: Keep | None = None) -> RecordDict:
@@ -176,7 +187,7 @@ def pack_reply(reply: Reply, keep: Keep | None = None) -> RecordDict:
         if (sha256 := keep(laid)) is not None:
             apart = pack_detached(Detached(sha256=sha256, arrays=laid.arrays, table=table))
             return RecordDict({"reply": ConfigRecord({"json": text, **apart})})
-    own, others = pack_tensors(reply.tensors) if reply.chunk is None else pack_chunk(reply.chunk)
+    own, others = pack_chunk(reply.chunk) if isinstance(reply, PartReply) else pack_tensors(reply.tensors)
     masked = {f"uint{ring}": array for ring, array in sorted(reply.masked.items())}
     if masked and sum(array.nbytes for array in masked.values()) <= INLINE_BYTES:
         own = own | {name: array.astype(little_endian(name)).tobytes() for name, array in masked.items()}
@@ -185,14 +196,15 @@ def pack_reply(reply: Reply, keep: Keep | None = None) -> RecordDict:
     return RecordDict({"reply": ConfigRecord({"json": text, **own}), **others})
 
 
-def unpack_reply(content: RecordDict) -> Reply:
+def unpack_reply(content: RecordDict) -> Envelope[Reply]:
     """The inverse of `pack_reply`, for content from outside.
 
     Raises: ProtocolError.
     """
     values = object_of(content, "reply")
     if (apart := detached_of(content, "reply", (*DTYPES, *(f"uint{ring}" for ring in RINGS)))) is not None:
-        return Reply(apart=apart, values=values)
-    return Reply(
-        tensors=tensors_of(content, "reply"), values=values, masked=masked_of(content), chunk=chunk_of(content, "reply")
-    )
+        return Envelope(message=Reply(values=values), detached=apart)
+    tensors, masked = tensors_of(content, "reply"), masked_of(content)
+    if (chunk := chunk_of(content, "reply")) is not None:
+        return Envelope(message=PartReply(tensors=tensors, values=values, masked=masked, chunk=chunk))
+    return Envelope(message=Reply(tensors=tensors, values=values, masked=masked))

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from chexfound.contract import detached
+from chexfound.contract.detached import Envelope
 from chexfound.contract.limits import Limits
-from chexfound.contract.request import Request
+from chexfound.contract.request import PartRequest, Request
 from chexfound.errors import ProtocolError, RefusedError
 from chexfound.model import vit
 from chexfound.model.glori import build_head
@@ -31,29 +31,30 @@ BEGIN = ("enrol", "counts")  # asked in every run, whatever its phases
 RESTS_ON = {"features": "adapt"}  # the recipe's phase that another is part of
 
 
-def check(recipe: Recipe, request: Request, limits: Limits, n_sites: int | None) -> None:
+def check(recipe: Recipe, envelope: Envelope[Request], limits: Limits, n_sites: int | None) -> None:
     """That a request asks for what its recipe has: phase, round, steps, images, findings and tensors.
 
     Args:
         recipe: of the run.
-        request: its arrays may still be apart from it.
+        envelope: of the request, whose arrays may still be apart from it.
         limits: of the site.
         n_sites: of the federation, where it is known.
 
     Raises: RefusedError; ProtocolError for a phase that there is not.
     """
+    request = envelope.message
     if request.phase not in dispatch.PHASES:
         raise ProtocolError(f"unknown phase {request.phase!r}")
     _check_work(recipe, request, limits, n_sites)
     named = recipe.adapt.findings
     if named is not None and request.phase not in BEGIN and (odd := sorted(set(request.findings) - set(named))):
         raise _beyond(f"{len(odd)} findings that its recipe does not name")
-    if request.stage in detached.STAGES:
+    if isinstance(request, PartRequest):
         _check_part(recipe, request)
-    elif request.stage in ("", "masked"):
-        check_tensors(recipe, request)
-    elif request.tensors or request.apart is not None:
-        raise RefusedError("request.tensors", f"tensors in the stage {request.stage}, which takes none")
+    elif request.kind in (request.phase, "masked"):
+        check_tensors(recipe, envelope)
+    elif request.tensors or envelope.detached is not None:
+        raise RefusedError("request.tensors", f"tensors in the stage {request.kind}, which takes none")
 
 
 def _beyond(text: str) -> RefusedError:
@@ -92,13 +93,14 @@ def _check_work(recipe: Recipe, request: Request, limits: Limits, n_sites: int |
 # -- tensors
 
 
-def check_tensors(recipe: Recipe, request: Request) -> None:
+def check_tensors(recipe: Recipe, envelope: Envelope[Request]) -> None:
     """That a request has the tensors of its recipe's model, and no others; by names, dtypes and shapes.
 
     Raises: RefusedError.
     """
+    request = envelope.message
     must, may = expected(recipe, request)
-    given = dict(forms(request))
+    given = dict(forms(envelope))
     _check_file(recipe, request, given.pop(FILE, None))
     if lacking := [name for name in must if name not in given]:
         raise RefusedError("request.tensors", f"{request.phase}: {len(lacking)} lack, {lacking[0]!r} for one")
@@ -128,21 +130,22 @@ def _file_bytes(recipe: Recipe, request: Request) -> int:
     return TIMES * nbytes(expected(recipe, request)[0]) + BESIDE if first else 0
 
 
-def forms(request: Request) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+def forms(envelope: Envelope[Request]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each tensor of a request, which may still be apart from it.
 
     Raises: RefusedError if they are not of the arrays that are to come.
     """
-    if request.apart is None:
+    apart = envelope.detached
+    if apart is None:
         return {
             name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in request.tensors.items()
+            for name, tensor in envelope.message.tensors.items()
         }
-    given = {name: (dtype, tuple(shape)) for name, dtype, shape in request.apart.table}
+    given = {name: (dtype, tuple(shape)) for name, dtype, shape in apart.table}
     arrays: dict[str, int] = {}
     for dtype, shape in given.values():
         arrays[dtype] = arrays.get(dtype, 0) + math.prod(shape) * (1 if dtype == "uint8" else 4)
-    if len(given) != len(request.apart.table) or dict(request.apart.arrays) != arrays:
+    if len(given) != len(apart.table) or dict(apart.arrays) != arrays:
         raise RefusedError("request.tensors", "a table that is not of the arrays which come apart from it")
     return given
 
@@ -207,11 +210,11 @@ def model_bytes(recipe: Recipe) -> int:
     return max(nbytes(_student(stage)[0]) for stage in curriculum.stages(recipe))
 
 
-def _check_part(recipe: Recipe, request: Request) -> None:
+def _check_part(recipe: Recipe, request: PartRequest) -> None:
     """That no more is delivered than the request can bring which it is for."""
     if request.stage != "deliver":
         return
     must, may = expected(recipe, request)
-    most, size = nbytes(must) + sum(map(nbytes, may)) + _file_bytes(recipe, request), request.told.get("size")
+    most, size = nbytes(must) + sum(map(nbytes, may)) + _file_bytes(recipe, request), request.params.get("size")
     if not isinstance(size, int) or size > most:
         raise RefusedError("request.tensors", f"{size!r} bytes are to be delivered, and its recipe's are {most}")

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from chexfound.contract import detached
 from chexfound.contract.detached import ByteView, Detached
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import PartReply, PartRequest, Reply
 from chexfound.durable.files import replace_file, storage
 from chexfound.errors import ProtocolError, StorageError
 from chexfound.secagg import messages
@@ -47,14 +47,14 @@ class Parts:
     def __init__(self, home: Path, run_id: int | str) -> None:
         self.folder = home / "parts" / str(run_id)
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: PartRequest) -> Reply:
         """Take a part that is delivered, and say how many bytes are here; or give one that is collected.
 
         Raises: ProtocolError; StorageError if the disk is full.
         """
-        part = messages.parse(_Piece, request.told, "a part")
+        part = messages.parse(_Piece, request.params, "a part")
         if request.stage == "collect":
-            return Reply(chunk=self._give(part))
+            return PartReply(chunk=self._give(part))
         if request.chunk is None or not 0 < request.chunk.size <= part.size - part.start:
             raise ProtocolError("a part without bytes, or beyond the arrays that it is of")
         return Reply(values={"size": self._take(part, request.chunk)})

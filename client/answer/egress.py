@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 
 from chexfound.contract import cells
 from chexfound.contract.limits import Tensors
-from chexfound.contract.request import MOMENTS, Reply, Request
+from chexfound.contract.request import MOMENTS, PartReply, Reply, Request
 from chexfound.errors import ChexfoundError, DataError, PolicyError, ProtocolError, StorageError
 from chexfound.evaluate.histograms import BINS
 from chexfound.parsing.names import is_name
@@ -83,10 +83,8 @@ class Gate:
     def _check_arrays(self, phase: str, reply: Reply) -> None:
         if reply.masked and phase != "masked":
             raise PolicyError(f"{phase}: the reply holds masked arrays, which leave in their stage only")
-        if reply.chunk is not None and phase != "collect":
+        if isinstance(reply, PartReply) and phase != "collect":
             raise PolicyError(f"{phase}: the reply holds a part of another, which leaves only when that is collected")
-        if reply.apart is not None:
-            raise PolicyError(f"{phase}: the reply names arrays that did not pass here")
         expected = self._leaving(phase, reply)
         if odd := declared.strangers(map(str, reply.tensors), expected):
             raise PolicyError(f"{phase}: the reply holds the tensor {odd[0]!r}, which may not leave")

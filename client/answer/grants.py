@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chexfound.contract import detached
 from chexfound.contract import limits as limiting
+from chexfound.contract.detached import Envelope
 from chexfound.contract.limits import Limits, Verdict
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import PartRequest, Reply, Request
 from chexfound.data.store.index import INDEX
 from chexfound.data.store.reader import Store
 from chexfound.errors import RefusedError
@@ -85,7 +85,7 @@ class Grant:
         """How many sites a recipe's pooled batch is reckoned to be shared by: those of the roster, if there is one."""
         return self.n_sites or recipe.federation.min_sites
 
-    def check(self, recipe: Recipe, request: Request, run_id: int) -> Reply | None:
+    def check(self, recipe: Recipe, envelope: Envelope[Request], run_id: int) -> Reply | None:
         """Hold recipe and request against the policy.
 
         Returns: what a site says that enrols under a recipe which it refuses: its policy and nothing of its images;
@@ -93,17 +93,17 @@ class Grant:
 
         Raises: RefusedError.
         """
-        verdicts = self.judge(recipe)
+        verdicts, request = self.judge(recipe), envelope.message
         against = [one for one in limiting.refused(verdicts) if one.code != "secagg.plain"]  # whose time is later
         if ledger.key_of(recipe, run_id) not in ledger.read(self.home) and (not against or request.phase == "enrol"):
             log.info("event=asked run=%d", run_id)
             for line in limiting.table(verdicts):
                 log.info("event=asked run=%d %s", run_id, line)
-        if against and request.phase == "enrol" and not request.stage:
+        if against and request.kind == "enrol":
             return Reply(values={"site": self.name, "versions": enrol.versions(), "policy": self.limits.as_dict()})
         if against:
             raise RefusedError(against[0].code, f"{against[0].asked}; site.yaml says {against[0].line!r}")
-        asked.check(recipe, request, self.limits, self.n_sites)
+        asked.check(recipe, envelope, self.limits, self.n_sites)
         return None
 
     def begin(self, recipe: Recipe, request: Request, run_id: int) -> None:
@@ -120,7 +120,7 @@ class Grant:
                 f"{before} runs were begun in 30 days; site.yaml says 'max_runs: {self.policy.max_runs}'",
             )
         self._check_machine(recipe, request.batch_size, runs.get(key))
-        if key not in runs or request.stage not in detached.STAGES:
+        if key not in runs or not isinstance(request, PartRequest):
             ledger.asked(self.home, key)
 
     def worked(self, recipe: Recipe, run_id: int, seconds: float) -> None:

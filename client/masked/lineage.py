@@ -16,7 +16,7 @@ from chexfound.durable.files import canonical, write_json
 from chexfound.errors import RefusedError
 from chexfound.model import checkpoint
 from chexfound.phases import carried
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Recipe
 from chexfound.secagg.messages import weights_of
@@ -71,13 +71,13 @@ def begin(site: Site, recipe: Recipe, request: Request) -> None:
         _write(site, recipe, request.phase, {str(request.step): present(site, recipe, request)})
 
 
-def record(site: Site, recipe: Recipe, request: Request, base: str) -> None:
+def record(site: Site, recipe: Recipe, request: Request, base: str, decision: Decision = UNDECIDED) -> None:
     """Add the round that was just done to the state that it left; `base`: as the function of that name gives it."""
     if not carried.carries(recipe, request.phase):
         return
-    before = "" if request.fresh else present(site, recipe, request)
+    before = "" if decision.reset_state else present(site, recipe, request)
     fields = [before, request.phase, request.step, request.steps, request.batch_size, base]
-    fields += [request.findings, request.left_out]
+    fields += [request.findings, decision.excluded]
     after = hashlib.sha256(canonical(fields)).hexdigest()
     kept = {str(request.step): before, str(request.step + request.steps): after}
     _write(site, recipe, request.phase, kept)

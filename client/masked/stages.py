@@ -11,14 +11,14 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import MaskedRequest, Reply, Request
 from chexfound.durable.files import canonical, replace_file, write_json
 from chexfound.errors import ProtocolError, RefusedError
 from chexfound.identity.roster import Roster
 from chexfound.model import checkpoint
 from chexfound.phases import dispatch, parted, payload
 from chexfound.phases.payload import Payload, Settings
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import Decision, Site
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Recipe
 from chexfound.secagg import mask, messages
@@ -39,7 +39,7 @@ TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses 
 }
 
 
-def answer(site: Site, recipe: Recipe, request: Request, run_id: int, home: Path) -> Reply:
+def answer(site: Site, recipe: Recipe, request: MaskedRequest, run_id: int, home: Path) -> Reply:
     """What a site answers in a stage of secure aggregation, or to a request in the clear that its recipe allows.
 
     Raises: RefusedError for what would tell more than one sum; any ChexfoundError of the phase itself.
@@ -108,17 +108,17 @@ class SiteProtocol(Attempts):
         self.parameters = policy.parameters(len(sites.sites))
         super().__init__(home, policy.secagg.attempt_s)
 
-    def answer(self, site: Site, recipe: Recipe, request: Request, run_id: int) -> Reply:
+    def answer(self, site: Site, recipe: Recipe, request: MaskedRequest, run_id: int) -> Reply:
         """Answer a stage, or give the same answer again.
 
         Raises: RefusedError, after which the attempt is over; ProtocolError for what is no request.
         """
         if recipe.aggregation != "secagg":
             raise ProtocolError("a stage of secure aggregation in a run whose recipe does not aggregate under masks")
-        number = request.told.get("attempt")
+        number = request.params.get("attempt")
         told = {"run": run_id, "phase": request.phase, "round": request.round, "attempt": number}
         attempt = messages.parse(Attempt, told, "the attempt")
-        asked = hashlib.sha256(canonical({"request": request.shared(), "told": request.told})).hexdigest()
+        asked = hashlib.sha256(canonical({"request": request.shared(), "told": request.params})).hexdigest()
         try:
             if (before := self._before(request.stage, attempt)) is not None:
                 if before.asked != asked:
@@ -139,7 +139,7 @@ class SiteProtocol(Attempts):
 
     # -- the stages
 
-    def _stage(self, site: Site, recipe: Recipe, request: Request, attempt: Attempt, asked: str) -> AttemptStage:
+    def _stage(self, site: Site, recipe: Recipe, request: MaskedRequest, attempt: Attempt, asked: str) -> AttemptStage:
         if request.stage == "advertise":
             values, kept = self._advertise(site, recipe, request, attempt)
         elif request.stage == "share":
@@ -155,7 +155,7 @@ class SiteProtocol(Attempts):
         return AttemptStage(asked=asked, values=values, kept=kept)
 
     def _advertise(
-        self, site: Site, recipe: Recipe, request: Request, attempt: Attempt
+        self, site: Site, recipe: Recipe, request: MaskedRequest, attempt: Attempt
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         _keys(request, {"attempt"})
         if request.phase not in payload.PHASES:
@@ -178,19 +178,19 @@ class SiteProtocol(Attempts):
         return {"advert": asdict(advert)}, {"request": request.shared(), "recipe": _digest(recipe)}
 
     def _share(
-        self, site: Site, recipe: Recipe, request: Request, attempt: Attempt
+        self, site: Site, recipe: Recipe, request: MaskedRequest, attempt: Attempt
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         _keys(request, {"attempt", "adverts", "parameters", "weights", "settings", "shapes"})
         self._check_same(recipe, request)
-        if request.told["parameters"] != self.parameters.shared():
+        if request.params["parameters"] != self.parameters.shared():
             raise RefusedError(
-                "secagg.parameters", f"told {request.told['parameters']}, has {self.parameters.shared()} (site.yaml)"
+                "secagg.parameters", f"told {request.params['parameters']}, has {self.parameters.shared()} (site.yaml)"
             )
-        adverts = messages.parse_all(Advert, request.told["adverts"], "the adverts")
+        adverts = messages.parse_all(Advert, request.params["adverts"], "the adverts")
         own = messages.parse(Advert, self._values("advertise")["advert"], "this site's advert")
         by_name = check_adverts(adverts, own, attempt, self.sites, self.parameters)
-        weights = messages.parse(str, request.told["weights"], "the weights' digest")
-        plan = self._plan(recipe, request, request.told)
+        weights = messages.parse(str, request.params["weights"], "the weights' digest")
+        plan = self._plan(recipe, request, request.params)
         base = self._base(site, recipe, request, weights)
         context = messages.context_of(
             attempt,
@@ -204,7 +204,7 @@ class SiteProtocol(Attempts):
         )
         side = self._side_of(attempt, by_name, context)
         kept = {
-            "told": {key: request.told[key] for key in ("adverts", "weights", "settings", "shapes")},
+            "told": {key: request.params[key] for key in ("adverts", "weights", "settings", "shapes")},
             "context": context.hex(),
             "base": base,
             "question": plan.question(),
@@ -213,11 +213,11 @@ class SiteProtocol(Attempts):
         return {"context": context.hex(), "packets": [asdict(packet) for packet in side.deal()]}, kept
 
     def _masked(
-        self, side: Side, site: Site, recipe: Recipe, request: Request
+        self, side: Side, site: Site, recipe: Recipe, request: MaskedRequest
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         _keys(request, {"attempt", "sharers", "packets"})
-        sharers = messages.parse_names(request.told["sharers"], "the sharers")
-        packets = messages.parse_all(Packet, request.told["packets"], "the packets")
+        sharers = messages.parse_names(request.params["sharers"], "the sharers")
+        packets = messages.parse_all(Packet, request.params["packets"], "the packets")
         side.check_sharers(sharers, packets)  # opened again when they are needed: on the disk they stay sealed
         shared = self._kept("share")
         self._check_same(recipe, request)
@@ -229,20 +229,18 @@ class SiteProtocol(Attempts):
         if self._base(site, recipe, request, weights) != shared["base"]:
             raise RefusedError("secagg.weights", "the backbone here is another one by now")
         held = lines.admit(site, recipe, replace(request, roster_index=0), side.attempt.run, self.parameters.n)
-        request = held.request
-        plan = self._plan(recipe, request, shared["told"])
+        plan = self._plan(recipe, held.request, shared["told"])
         zeroed = side.zeroed(parted.parted(recipe, request), sharers)
         states = {advert.state for advert in side.adverts.values()}
-        work = replace(
-            request,
-            fresh=len(states) > 1 or "" in states,  # all the same rounds behind them, or all without
-            left_out=tuple(zeroed),  # before the work, not after: what is trained on them is in every other number
-            roster_index=self.index(),
+        work = replace(held.request, roster_index=self.index())
+        decision = Decision(
+            reset_state=len(states) > 1 or "" in states,  # all the same rounds behind them, or all without
+            excluded=tuple(zeroed),  # before the work, not after: what is trained on them is in every other number
         )
         lineage.begin(site, recipe, work)
-        reply = dispatch.run(site, recipe, work)
+        reply = dispatch.run(site, recipe, work, decision)
         held.keep(reply)
-        lineage.record(site, recipe, work, shared["base"])
+        lineage.record(site, recipe, work, shared["base"], decision)
         values, weight = plan.values(reply, zeroed, spend=True)
         arrays = self._arrays(plan.layout.sizes)
         mask.masked(plan.layout, values, weight, side.masks(sharers), arrays)
@@ -262,16 +260,16 @@ class SiteProtocol(Attempts):
             "signature": side.sign_masked(sharers, digest),
         }, kept
 
-    def _consistency(self, side: Side, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _consistency(self, side: Side, request: MaskedRequest) -> tuple[dict[str, Any], dict[str, Any]]:
         _keys(request, {"attempt", "survivors"})
-        survivors = messages.parse_names(request.told["survivors"], "the survivors")
+        survivors = messages.parse_names(request.params["survivors"], "the survivors")
         masked = self._kept("masked")
         signature = side.sign_survivors(masked["sharers"], survivors, masked["summed"])
         return {"signature": signature}, {"survivors": survivors}
 
-    def _unmask(self, side: Side, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _unmask(self, side: Side, request: MaskedRequest) -> tuple[dict[str, Any], dict[str, Any]]:
         _keys(request, {"attempt", "signatures"})
-        signatures = messages.parse(dict[str, messages.Signature], request.told["signatures"], "the signatures")
+        signatures = messages.parse(dict[str, messages.Signature], request.params["signatures"], "the signatures")
         masked, survivors = self._kept("masked"), self._kept("consistency")["survivors"]
         side.check_signers(masked["sharers"], survivors, signatures)
         packets = messages.parse_all(Packet, masked["packets"], "the packets")
@@ -286,7 +284,7 @@ class SiteProtocol(Attempts):
         """This site's number, which is not what the coordinator says."""
         return sorted(self.sites.sites).index(self.site)
 
-    def _check_same(self, recipe: Recipe, request: Request) -> None:
+    def _check_same(self, recipe: Recipe, request: MaskedRequest) -> None:
         """That a later stage is of what this site advertised for, which is all that the context then binds.
 
         Raises: RefusedError.
@@ -297,7 +295,7 @@ class SiteProtocol(Attempts):
         if _digest(recipe) != before["recipe"]:
             raise RefusedError("secagg.weights", "another recipe than this site advertised for")
 
-    def _base(self, site: Site, recipe: Recipe, request: Request, weights: str) -> str:
+    def _base(self, site: Site, recipe: Recipe, request: MaskedRequest, weights: str) -> str:
         if request.phase == "adapt":
             lineage.check_features(site, recipe, request)
         return lineage.base(site, request.phase, weights)
@@ -332,8 +330,8 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
 
 
-def _keys(request: Request, keys: set[str]) -> None:
-    if set(request.told) != keys:
+def _keys(request: MaskedRequest, keys: set[str]) -> None:
+    if set(request.params) != keys:
         raise ProtocolError(f"{request.stage}: holds other values than {', '.join(sorted(keys))}")
 
 

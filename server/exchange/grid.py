@@ -12,7 +12,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
+from chexfound.contract.detached import Envelope
 from chexfound.contract.limits import Limits
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import PartRequest, Reply, Request
 from chexfound.errors import ChexfoundError, CodeError, ConfigError, ProtocolError, RosterError, SiteError, VersionError
 from chexfound.host.processes import trim
 from chexfound.identity import signing
@@ -33,7 +34,7 @@ from chexfound.recipe.schema import Recipe
 from chexfound.wire import envelopes, error_replies, signatures
 from server.exchange.flwr_private import node_key, of_superlink, pull_until
 from server.exchange.protocol import Member, Missing, checked_roster
-from server.exchange.transfer import Download, Outgoing
+from server.exchange.transfer import Came, Download, Outgoing, Sent, Talk
 
 LOST = (3, 4, 5)  # error codes of the SuperLink's own (wire.FLOWER_ERRORS), after which it helps to ask again
 CRASHED = 8  # that of a site's node whose worker died, which is started again
@@ -53,8 +54,8 @@ class _Asked:
     """What is under way to one site: a request, or one of the messages that it takes in parts."""
 
     index: int
-    talk: Generator[Request, Reply, Reply]
-    request: Request  # the present message
+    talk: Talk
+    sent: Sent  # the present message
     parted: bool  # its tensors go in parts, or its reply may come so
     spool: Download | None
     outcome: Reply | Missing | None = None
@@ -64,6 +65,11 @@ class _Asked:
     again: int = 0
     until: float = math.inf  # while it is lost (time.monotonic), if not to the deadline
     pulls: dict[str, Future[list[Message]]] = field(default_factory=dict)  # of replies that may be on their way
+
+    @property
+    def request(self) -> Request:
+        """What the present message asks."""
+        return self.sent.message
 
     def close(self) -> None:
         """Drop what its reply came in."""
@@ -251,14 +257,14 @@ class GridExchange:
             Message(
                 content=content,
                 dst_node_id=self._nodes[one.index],
-                message_type=envelopes.MESSAGE_TYPES[one.request.stage or one.request.phase],
+                message_type=envelopes.MESSAGE_TYPES[one.request.kind],
                 group_id=str(one.request.round + 1),  # only shown in the logs, where the first is 1
                 ttl=max(deadline - time.monotonic(), 0.0) + GRACE_S,
             )
-            for one, content in zip(there, envelopes.pack_requests([o.request for o in there], self.sites), strict=True)
+            for one, content in zip(there, envelopes.pack_requests([o.sent for o in there], self.sites), strict=True)
         ]
         ids = list(self.grid.push_messages(messages))
-        if any(one.request.tensors or one.request.chunk is not None for one in there):
+        if any(one.request.tensors or isinstance(one.request, PartRequest) for one in there):
             messages.clear()
             trim()
         for one, message_id in zip(there, ids + [""] * (len(there) - len(ids)), strict=True):
@@ -301,14 +307,14 @@ class GridExchange:
         for message_id in list(one.ids):
             if one.outcome is not None or (outcome := self._pulled(one, message_id, deadline)) is None:
                 continue
-            one.outcome = self._next(one, outcome, deadline) if isinstance(outcome, Reply) else outcome
+            one.outcome = self._next(one, outcome, deadline) if isinstance(outcome, Envelope) else outcome
             return True
         return False
 
-    def _next(self, one: _Asked, reply: Reply, deadline: float) -> Reply | Missing | None:
+    def _next(self, one: _Asked, reply: Came, deadline: float) -> Reply | Missing | None:
         """What a reply leads to: the end, or another message."""
         try:
-            one.request = one.talk.send(reply)
+            one.sent = one.talk.send(reply)
         except StopIteration as ended:
             whole: Reply = ended.value
             return whole
@@ -320,7 +326,7 @@ class GridExchange:
             self._push([one], self._connected(), deadline)
         return None
 
-    def _pulled(self, one: _Asked, message_id: str, deadline: float) -> Reply | Missing | None:
+    def _pulled(self, one: _Asked, message_id: str, deadline: float) -> Came | Missing | None:
         """What came of a request.
 
         Flower raises what it likes over a reply whose parts are not what they say, and that is its sender's fault; and
@@ -401,7 +407,7 @@ class GridExchange:
             self._tell({"event": "back", **_where(one.request), "site": self._names[one.index]})
         one.lost, one.until = False, math.inf
 
-    def _judged(self, one: _Asked, message_id: str, message: Message) -> Reply | Missing | None:
+    def _judged(self, one: _Asked, message_id: str, message: Message) -> Came | Missing | None:
         """The reply, or why it does not count; None if there may be another."""
         where = self._where(one)
         if message.has_error():
@@ -424,7 +430,7 @@ class GridExchange:
             if not message.has_content():
                 raise ProtocolError("a reply without content")
             reply = envelopes.unpack_reply(message.content)
-            self._verify(one, reply, message_id, message)
+            self._verify(one, reply.message, message_id, message)
         except ProtocolError as error:
             return self._missing(one, error.code, ProtocolError(f"{where}: {error}"))
         return reply
@@ -452,9 +458,9 @@ class GridExchange:
         return where + (f", round {one.request.round + 1}" if one.request.steps else "")
 
 
-def _single(request: Request) -> Generator[Request, Reply, Reply]:
-    reply = yield request
-    return reply
+def _single(request: Request) -> Talk:
+    reply = yield Envelope(message=request)
+    return reply.message
 
 
 def _where(request: Request) -> Event:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import MaskedRequest, Reply, Request
 from chexfound.durable.files import write_json
 from chexfound.errors import ProtocolError, RefusedError, SiteError
 from chexfound.identity import signing
@@ -438,8 +438,9 @@ class _Try:
         """Ask the sites of `told`; one that does not reply, or whose reply `take` refuses, is out of this attempt."""
         names = [member.name for member in self.run_.members]
         shared = dict(tensors or {})
+        place = self.request.place()
         requests = [
-            replace(self.request, stage=stage, told={"attempt": self.attempt.attempt, **told[name]}, tensors=shared)
+            MaskedRequest(**place, stage=stage, params={"attempt": self.attempt.attempt, **told[name]}, tensors=shared)
             if name in told
             else None
             for name in names

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chexfound.contract import request as phases_request
 from chexfound.contract.detached import ByteView, Detached
-from chexfound.contract.request import Request
+from chexfound.contract.request import PartRequest, Request
 from chexfound.errors import ProtocolError
 from chexfound.identity import signing
 from chexfound.identity.roster import Address, Keys, Roster
@@ -41,7 +41,7 @@ def make_context(tiny_store_path: Path, tiny_recipe: Any, tmp_path: Path) -> Cal
 
 def test_it_enrols(make_message: Any, make_context: Any) -> None:
     reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), make_context())
-    values = envelopes.unpack_reply(reply.content).values
+    values = envelopes.unpack_reply(reply.content).message.values
     assert (values["site"], values["images"]) == ("all", 77)
 
 
@@ -259,7 +259,7 @@ def test_images_are_taken_in_at_enrolment_only(
 
     def count() -> int:
         reply = app(make_message(envelopes.pack_request(Request(phase="enrol"))), context)
-        return envelopes.unpack_reply(reply.content).values["images"]
+        return envelopes.unpack_reply(reply.content).message.values["images"]
 
     before = count()
     site = site_module.site_of(context.node_config, tiny_recipe.image_px, enrolling=False)
@@ -281,10 +281,13 @@ def test_images_are_taken_in_at_enrolment_only(
 def ask(make_message: Any, make_context: Any) -> Callable[..., Any]:
     """`ask(request)`: the reply, or the code of an error."""
 
-    def ask(request: Request) -> Any:
-        kind = envelopes.MESSAGE_TYPES[request.stage or request.phase]
-        reply = app(make_message(envelopes.pack_request(request), kind), make_context())
-        return reply.error.reason if reply.has_error() else envelopes.unpack_reply(reply.content)
+    def ask(request: Request, **sent: Any) -> Any:
+        kind = envelopes.MESSAGE_TYPES[request.kind]
+        reply = app(make_message(envelopes.pack_request(request, **sent), kind), make_context())
+        if reply.has_error():
+            return reply.error.reason
+        came = envelopes.unpack_reply(reply.content)
+        return came.message if came.detached is None else came
 
     return ask
 
@@ -293,7 +296,7 @@ def ask(make_message: Any, make_context: Any) -> Callable[..., Any]:
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site gives back twice what it was sent."""
 
-    def run(site: Any, recipe: Any, request: Request) -> phases_request.Reply:
+    def run(site: Any, recipe: Any, request: Request, *decision: Any) -> phases_request.Reply:
         values = {"images": 1, "state": "travels", "history": []}
         return phases_request.Reply(
             tensors={name: 2 * tensor for name, tensor in request.tensors.items()}, values=values
@@ -309,31 +312,32 @@ APART = Detached(sha256=LAID.sha256(), arrays=LAID.arrays, table=[("student.x", 
 
 def delivery(start: int, size: int) -> Request:
     told = {"sha256": APART.sha256, "size": APART.size, "start": start}
-    return Request(phase="pretrain", stage="deliver", told=told, chunk=LAID.read(start, size))
+    return PartRequest(phase="pretrain", stage="deliver", params=told, chunk=LAID.read(start, size))
 
 
 def test_arrays_are_delivered_and_collected_in_parts(ask: Any, doubled: None, tmp_path: Path) -> None:
-    request = Request(phase="pretrain", apart=APART, part_bytes=20)
-    assert ask(request) == "protocol"  # nothing was delivered
+    request, sent = Request(phase="pretrain"), {"detached": APART, "part_bytes": 20}
+    assert ask(request, **sent) == "protocol"  # nothing was delivered
     assert [ask(delivery(start, 20)).values["size"] for start in (0, 20)] == [20, 36]
-    reply = ask(request)
-    assert reply.apart.size == 36
-    told = {"sha256": reply.apart.sha256, "start": 0, "size": 36}
-    chunk = ask(Request(phase="pretrain", stage="collect", told=told)).chunk
+    reply = ask(request, **sent)
+    assert reply.detached.size == 36
+    told = {"sha256": reply.detached.sha256, "start": 0, "size": 36}
+    chunk = ask(PartRequest(phase="pretrain", stage="collect", params=told)).chunk
     (tmp_path / "reply").write_bytes(chunk.tobytes())
-    assert torch.equal(arrays.with_arrays(reply, tmp_path / "reply").tensors["student.x"], 2 * TENSORS["student.x"])
-    assert ask(Request(phase="pretrain", stage="collect", told=told | {"sha256": APART.sha256})) == "protocol"
+    whole = arrays.with_arrays(reply.message, reply.detached, tmp_path / "reply")
+    assert torch.equal(whole.tensors["student.x"], 2 * TENSORS["student.x"])
+    assert ask(PartRequest(phase="pretrain", stage="collect", params=told | {"sha256": APART.sha256})) == "protocol"
 
 
 @pytest.mark.parametrize("part_bytes", [0, 36])
 def test_arrays_that_make_one_part_are_in_the_reply(ask: Any, doubled: None, part_bytes: int) -> None:
-    reply = ask(Request(phase="pretrain", tensors=TENSORS, part_bytes=part_bytes))
+    reply = ask(Request(phase="pretrain", tensors=TENSORS), part_bytes=part_bytes)
     assert torch.equal(reply.tensors["student.x"], 2 * TENSORS["student.x"])
 
 
 def test_nothing_is_kept_of_a_reply_that_may_not_leave(ask: Any, doubled: None, tmp_path: Path) -> None:
     tensors = {"odd.x": torch.arange(9.0)}
-    assert ask(Request(phase="pretrain", tensors=tensors, part_bytes=20)) == "policy"
+    assert ask(Request(phase="pretrain", tensors=tensors), part_bytes=20) == "policy"
     assert not list(tmp_path.rglob("out-*"))
 
 

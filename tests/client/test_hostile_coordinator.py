@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.detached import Envelope
+from chexfound.contract.request import PartRequest, Reply, Request
 from chexfound.durable.journal import Journal
 from chexfound.errors import REFUSALS
 from chexfound.identity import signing
@@ -36,6 +37,7 @@ from client.answer import hospital as client_site
 from client.masked import lineage
 from server.rounds import loop as server_run
 from tests.secagg.federation import NAMES, RARE, STAGES, Answer, Federation, Try, identity
+from tests.staged import staged
 
 pytest_plugins = ("tests.secagg.fixtures",)
 VICTIM, COLLUDER = "alpha", "beta"
@@ -533,7 +535,7 @@ def test_equal_weights_cannot_hide_behind_a_tensor_without_a_part(phase: str, fe
 
 def test_a_site_that_requires_masks_takes_no_delivery_of_a_plain_run(fed: Federation) -> None:
     told = {"sha256": "0" * 64, "size": 4, "start": 0}
-    part = Request(phase="pretrain", stage="deliver", told=told, chunk=np.zeros(4, np.uint8))
+    part = PartRequest(phase="pretrain", stage="deliver", params=told, chunk=np.zeros(4, np.uint8))
     assert fed.ask(VICTIM, part, recipe=replace(fed.recipe, aggregation="fedavg")) == "secagg.plain"
     assert not list(fed.homes[VICTIM].glob("parts/*/*"))
     assert fed.ask(VICTIM, part).values == {"size": 4}
@@ -545,9 +547,9 @@ def test_masked_arrays_are_not_collected_after_their_attempt(
 ) -> None:
     one = pretraining(fed).until("masked")
     for name in NAMES:
-        assert isinstance(one.ask("masked", name, part_bytes=1000), Reply)
-    apart = one.answers["masked"][VICTIM].apart  # type: ignore[union-attr]
-    collect = replace(one.request, tensors={}, stage="collect", told={"sha256": apart.sha256, "start": 0, "size": 1000})
+        assert isinstance(one.ask("masked", name, message={"part_bytes": 1000}), Envelope)
+    apart = one.answers["masked"][VICTIM].detached  # type: ignore[union-attr]
+    collect = staged(one.request, "collect", {"sha256": apart.sha256, "start": 0, "size": 1000})
     assert fed.ask(VICTIM, collect).chunk.size == 1000
     fed.kill()
     assert fed.ask(VICTIM, collect).chunk.size == 1000  # as often as it is asked, while the attempt goes on
@@ -568,7 +570,7 @@ def test_a_part_is_for_a_phase_that_there_is(fed: Federation) -> None:
     """Else each word that is made up would be an entry in the journal of refusals, and a line in the log."""
     told = {"sha256": "0" * 64, "size": 4, "start": 0}
     for phase in ("", "x", "x" * 100, "pretrain\n03:14:15 chexfound.client all is well"):
-        part = Request(phase=phase, stage="deliver", told=told, chunk=np.zeros(4, np.uint8))
+        part = PartRequest(phase=phase, stage="deliver", params=told, chunk=np.zeros(4, np.uint8))
         assert fed.ask(VICTIM, part, recipe=replace(fed.recipe, aggregation="fedavg")) == "protocol"
     assert fed.journal(VICTIM) == []
 

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from chexfound.contract.detached import ByteView, Detached
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.detached import ByteView, Detached, Envelope
+from chexfound.contract.request import PartReply, PartRequest, Reply, Request
 from chexfound.errors import ProtocolError
 from chexfound.wire import arrays as wire_arrays
 from chexfound.wire import envelopes
@@ -69,23 +69,25 @@ def test_a_reply_comes_back_as_it_was(tmp_path: Path) -> None:
     reply = Reply(tensors=TENSORS, values={"images": 3})
     content = envelopes.pack_reply(reply, Kept(tmp_path / "kept"))
     assert list(content) == ["reply"]
-    apart = envelopes.unpack_reply(content)
-    assert apart.values == {"images": 3}
-    assert not apart.tensors
-    assert apart.apart is not None
-    assert apart.apart.size == (tmp_path / "kept").stat().st_size == 6 * 4 + 8
-    back = wire_arrays.with_arrays(apart, tmp_path / "kept")
-    assert back.apart is None
+    came = envelopes.unpack_reply(content)
+    assert came.message.values == {"images": 3}
+    assert not came.message.tensors
+    assert came.detached is not None
+    assert came.detached.size == (tmp_path / "kept").stat().st_size == 6 * 4 + 8
+    back = wire_arrays.with_arrays(came.message, came.detached, tmp_path / "kept")
     assert list(back.tensors) == list(TENSORS)
     assert all(torch.equal(back.tensors[name], TENSORS[name]) for name in TENSORS)
     back.tensors["b"][0, 0] = 9  # is the reader's own
-    assert torch.equal(wire_arrays.with_arrays(apart, tmp_path / "kept").tensors["b"], TENSORS["b"])
+    assert torch.equal(
+        wire_arrays.with_arrays(came.message, came.detached, tmp_path / "kept").tensors["b"], TENSORS["b"]
+    )
 
 
 def test_masked_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     masked = {32: np.arange(5, dtype=np.uint32), 16: np.arange(3, dtype=np.uint16), 64: np.zeros(0, np.uint64)}
-    apart = envelopes.unpack_reply(envelopes.pack_reply(Reply(masked=masked), Kept(tmp_path / "kept")))
-    back = wire_arrays.with_arrays(apart, tmp_path / "kept").masked
+    came = envelopes.unpack_reply(envelopes.pack_reply(Reply(masked=masked), Kept(tmp_path / "kept")))
+    assert came.detached is not None
+    back = wire_arrays.with_arrays(came.message, came.detached, tmp_path / "kept").masked
     assert {ring: array.tolist() for ring, array in back.items()} == {32: [0, 1, 2, 3, 4], 16: [0, 1, 2]}
     assert {ring: array.dtype for ring, array in back.items()} == {32: np.uint32, 16: np.uint16}
 
@@ -94,18 +96,22 @@ def test_a_request_comes_back_as_it_was(tmp_path: Path) -> None:
     arrays, table = wire_arrays.lay(TENSORS)
     sha256 = Kept(tmp_path / "kept")(ByteView(arrays))
     apart = Detached(sha256=sha256, arrays=ByteView(arrays).arrays, table=table)
-    back = envelopes.unpack_request(envelopes.pack_request(Request(phase="pretrain", apart=apart, part_bytes=12)))
-    assert back == Request(phase="pretrain", apart=apart, part_bytes=12)
-    assert torch.equal(wire_arrays.with_arrays(back, tmp_path / "kept").tensors["b"], TENSORS["b"])
+    sent = Envelope(message=Request(phase="pretrain"), detached=apart, part_bytes=12)
+    back = envelopes.unpack_request(envelopes.pack_requests([sent])[0])
+    assert back == sent
+    whole = wire_arrays.with_arrays(back.message, apart, tmp_path / "kept")
+    assert torch.equal(whole.tensors["b"], TENSORS["b"])
 
 
 @pytest.mark.parametrize("size", [1, wire_arrays.INLINE_BYTES, wire_arrays.INLINE_BYTES + 1])
 def test_a_chunk_comes_back_as_it_was(size: int) -> None:
     chunk = np.arange(size, dtype=np.uint64).astype(np.uint8)
-    back = envelopes.unpack_reply(envelopes.pack_reply(Reply(chunk=chunk))).chunk
-    assert back is not None
-    assert back.tobytes() == chunk.tobytes()
-    request = envelopes.unpack_request(envelopes.pack_request(Request(phase="adapt", stage="deliver", chunk=chunk)))
+    back = envelopes.unpack_reply(envelopes.pack_reply(PartReply(chunk=chunk))).message
+    assert isinstance(back, PartReply)
+    assert back.chunk.tobytes() == chunk.tobytes()
+    sent = PartRequest(phase="adapt", stage="deliver", chunk=chunk)
+    request = envelopes.unpack_request(envelopes.pack_request(sent)).message
+    assert isinstance(request, PartRequest)
     assert request.chunk is not None
     assert request.chunk.tobytes() == chunk.tobytes()
 
@@ -114,7 +120,9 @@ def test_nothing_is_kept_of_a_reply_without_arrays() -> None:
     def never(laid: ByteView) -> str:
         raise AssertionError
 
-    assert envelopes.unpack_reply(envelopes.pack_reply(Reply(values={"size": 1}), never)) == Reply(values={"size": 1})
+    assert envelopes.unpack_reply(envelopes.pack_reply(Reply(values={"size": 1}), never)).message == Reply(
+        values={"size": 1}
+    )
 
 
 DIGEST = "0" * 64
@@ -170,9 +178,7 @@ def test_arrays_are_apart_or_in_the_messages_own_record(name: str) -> None:
 def test_a_table_of_other_tensors_than_there_are(table: Any, tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(bytes(4))
     with pytest.raises(ProtocolError):
-        wire_arrays.with_arrays(
-            Reply(apart=Detached(sha256=DIGEST, arrays={"float32": 4}, table=table)), tmp_path / "kept"
-        )
+        wire_arrays.with_arrays(Reply(), Detached(sha256=DIGEST, arrays={"float32": 4}, table=table), tmp_path / "kept")
 
 
 @pytest.mark.parametrize("arrays", [{"float32": np.zeros(1, np.float32)}, {"uint8": np.zeros((1, 1), np.uint8)}, {}])

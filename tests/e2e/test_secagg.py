@@ -24,7 +24,7 @@ from chexfound.evaluate.scores import load_scores
 from chexfound.model import checkpoint
 from chexfound.parsing.names import ALL_SITES
 from chexfound.phases import dispatch
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import Decision, Site
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Recipe
 from client.home.paths import store_path
@@ -155,7 +155,7 @@ class InTheClear:
                 yield self.asked(site, request)
 
     def asked(self, site: Site, request: Request) -> Reply:
-        return dispatch.run(site, self.recipe, replace(request, left_out=tuple(RARE)))
+        return dispatch.run(site, self.recipe, request, Decision(excluded=tuple(RARE)))
 
     def aurocs(self, rank: Callable[[np.ndarray], np.ndarray] = np.asarray) -> dict[str, float]:
         """Of the survivors' held-out images together, as they were last scored; `rank` is what scores are taken as."""

@@ -36,6 +36,7 @@ from chexfound.wire import envelopes, error_replies
 from client.answer import hospital as client_site
 from client.answer import refusals
 from client.app import handle
+from tests.staged import staged
 
 pytest_plugins = ("tests.secagg.fixtures",)
 
@@ -88,12 +89,12 @@ class Hospital:
         """Its reply, or the code of its refusal."""
         content = envelopes.pack_request(request)
         edit(content)
-        message = make_message(content, envelopes.MESSAGE_TYPES[request.stage or request.phase])
+        message = make_message(content, envelopes.MESSAGE_TYPES[request.kind])
         message.metadata.__dict__["_run_id"] = run
         config = {"recipe": recipes.to_json(recipe)}
         context = Context(run_id=run, node_id=1, node_config=dict(self.node), state=RecordDict(), run_config=config)
         reply = handle(message, context)
-        return error_replies.error_code(reply) if reply.has_error() else envelopes.unpack_reply(reply.content)
+        return error_replies.error_code(reply) if reply.has_error() else envelopes.unpack_reply(reply.content).message
 
 
 @pytest.fixture
@@ -354,7 +355,7 @@ def test_a_delivery_that_is_larger_than_its_recipe_s_model_is_refused(
     recipe = small()
     told = {"sha256": "0" * 64, "start": 0, "size": 2**40}
     chunk = np.zeros(10, np.uint8)
-    request = replace(round_of(recipe), tensors={}, stage="deliver", told=told, chunk=chunk)
+    request = staged(round_of(recipe), "deliver", told, chunk=chunk)
     assert ask(request, recipe) == "request.tensors"
     assert not (hospital.home / "parts").exists()
 

@@ -71,7 +71,7 @@ def ask(make_message: Callable[..., Any]) -> Callable[..., Any]:
         run = {"recipe": recipes.to_json(recipe)}
         context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
         reply = app(make_message(envelopes.pack_request(first(recipe, phase)), PLAIN[phase]), context)
-        return reply.error.reason if reply.has_error() else envelopes.unpack_reply(reply.content).values
+        return reply.error.reason if reply.has_error() else envelopes.unpack_reply(reply.content).message.values
 
     return say
 

@@ -59,7 +59,7 @@ class Hospital:
         """Likewise, unpacked."""
         answered = self.ask(request, recipe)
         assert answered.has_content(), answered.error
-        return envelopes.unpack_reply(answered.content)
+        return envelopes.unpack_reply(answered.content).message
 
     def run(self, findings: tuple[str, ...], recipe: Recipe | None = None) -> list[Reply]:
         """What it answers in an honest run over these findings, to one request of each phase."""
@@ -151,7 +151,7 @@ def test_a_name_typed_as_a_label_does_not_leave_at_enrolment(hospital: Any, aggr
         place = hospital(labelled(*numbers), name=str(len(numbers)))
         answered = place.ask(Request(phase="enrol"), replace(place.recipe, aggregation=aggregation))
         assert answered.has_content()
-        whole, values = sent(answered), envelopes.unpack_reply(answered.content).values
+        whole, values = sent(answered), envelopes.unpack_reply(answered.content).message.values
         assert b"MUELLER" not in whole
         assert base64.b64encode(b"MUELLER") not in whole
         assert "Nodule" in values["findings"]

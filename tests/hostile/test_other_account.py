@@ -67,7 +67,7 @@ def test_pixels_labels_features_and_scores_of_a_run_are_closed(
     def ask(request: Request) -> Reply:
         reply = app(make_message(envelopes.pack_request(request), envelopes.MESSAGE_TYPES[request.phase]), context)
         assert reply.has_content(), (request.phase, reply.error)
-        return envelopes.unpack_reply(reply.content)
+        return envelopes.unpack_reply(reply.content).message
 
     ask(Request(phase="enrol"))
     whole_run(ask, recipe, FINDINGS)

@@ -53,7 +53,7 @@ def test_what_a_few_invent_together_makes_no_honest_site_fail(make_message: Any,
     assert len(findings) == envelopes.FINDINGS_MAX
     assert list(findings) == sorted(findings)
     request = Request(phase="features", findings=findings)
-    assert envelopes.unpack_request(envelopes.pack_request(request)).findings == findings
+    assert envelopes.unpack_request(envelopes.pack_request(request)).message.findings == findings
 
 
 def test_names_of_most_sites_come_first_under_masks_too() -> None:

@@ -95,7 +95,7 @@ class Hospital:
         node = {"site": NAME, "data": str(self.store)}
         config = {"recipe": recipes.to_json(recipe or self.recipe)}
         reply = handle(message, _context(node, config))
-        return error_replies.error_code(reply) if reply.has_error() else envelopes.unpack_reply(reply.content)
+        return error_replies.error_code(reply) if reply.has_error() else envelopes.unpack_reply(reply.content).message
 
     def pretrain(self, tensors: dict[str, Tensor], number: int = 0, **changed: Any) -> Reply | str:
         """A round of pretraining."""

@@ -12,7 +12,7 @@ import torch
 from chexfound.contract.request import Request
 from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError
 from chexfound.phases import dispatch, gpus
-from chexfound.phases.site_state import Site
+from chexfound.phases.site_state import Decision, Site
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Split
@@ -87,10 +87,11 @@ NOT_OF_A_STEP = {"view", "progress", "gpus", "digest_key", "limits", "least", "l
 def test_each_gpu_s_process_has_what_the_site_may_tell_and_of_whom(make_site, recipe, tmp_path, policy):
     """Else the probe of a site with two GPUs would judge names, and cells, that the site keeps to itself."""
     site, sent = replace(make_site("all", None), **policy), {"w": torch.ones(2)}
-    gpus._write(tmp_path / "ranks", site, recipe, Request(phase="pretrain", left_out=("knn_auroc",), tensors=sent))
-    found, read_recipe, request = gpus._read(tmp_path / "ranks")
+    decision = Decision(excluded=("knn_auroc",))
+    gpus._write(tmp_path / "ranks", site, recipe, Request(phase="pretrain", tensors=sent), decision)
+    found, read_recipe, request, decided = gpus._read(tmp_path / "ranks")
     assert read_recipe == recipe
-    assert list(request.left_out) == ["knn_auroc"]
+    assert decided == decision
     assert found.view.ids.tolist() == site.view.ids.tolist()
     kept = {field.name for field in fields(Site)} - NOT_OF_A_STEP
     assert {name: getattr(found, name) for name in kept} == {name: getattr(site, name) for name in kept}

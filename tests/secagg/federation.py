@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from sim.engine.in_process import InProcessGrid
 from sim.engine.keys import give_keys
 from sim.engine.pool import Pool
 from strategies.secagg import MaskedSum
+from tests.staged import staged
 
 NAMES = ("alpha", "beta", "delta", "gamma")
 RARE = "Rare"  # a finding that alpha alone labels
@@ -106,6 +107,7 @@ class Federation:
         run: int = 1,
         sites: Roster | None = None,
         edit: Callable[[RecordDict], None] | None = None,
+        part_bytes: int = 0,
     ) -> Answer:
         """One message to one site; its reply, the signature verified, or the code of its error.
 
@@ -116,12 +118,13 @@ class Federation:
             run: its id.
             sites: in the terms, if they are others than the roster.
             edit: changes the message's content.
+            part_bytes: of the reply, from which on it comes in parts.
         """
         set_identity(run)
-        content = envelopes.pack_requests([request], sites or self.sites)[0]
+        content = envelopes.pack_request(request, sites or self.sites, part_bytes=part_bytes)
         if edit is not None:
             edit(content)
-        kind = envelopes.MESSAGE_TYPES[request.stage or request.phase]
+        kind = envelopes.MESSAGE_TYPES[request.kind]
         message = Message(content, dst_node_id=1, message_type=kind, group_id="1", ttl=600.0)
         set_message_id(message, uuid.uuid4().hex)
         context = Context(
@@ -136,7 +139,8 @@ class Federation:
             return error_replies.error_code(reply)
         key = signing.read_public_line(self.sites.sites[name].identity)
         wire_signatures.verify_reply(reply.content, key, run, request.round, message.metadata.message_id)
-        return envelopes.unpack_reply(reply.content)
+        came = envelopes.unpack_reply(reply.content)
+        return came.message if came.detached is None else came
 
     def attempt(self, phase: str = "counts", number: int = 1, **changed: Any) -> Try:
         """An attempt that is not begun yet; `changed`: fields of the request, and of the `Try`."""
@@ -212,8 +216,7 @@ class Try:
         """The request of a stage to one site; `changed`: fields of it, and of `told`."""
         told = {key: changed.pop(key) for key in list(changed) if key not in Request.__dataclass_fields__}
         tensors = self.request.tensors if stage == "masked" else {}
-        given = {"stage": stage, "told": self.told(stage, name) | told, "tensors": tensors} | changed
-        return replace(self.request, **given)
+        return staged(self.request, stage, self.told(stage, name) | told, **{"tensors": tensors} | changed)
 
     def ask(self, stage: str, name: str, *, message: Mapping[str, Any] | None = None, **changed: Any) -> Answer:
         """One site; a good answer is taken in.  `message`: as `Federation.ask`; `changed`: as `asked`."""

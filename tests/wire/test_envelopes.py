@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chexfound.contract.detached import Envelope
 from chexfound.contract.request import Reply, Request
 from chexfound.errors import CODES, ChexfoundError, ProtocolError, StorageError
 from chexfound.identity import signing
@@ -56,7 +57,7 @@ def test_a_request_comes_back() -> None:
         findings=("A", "é|b"),
         tensors={"x": torch.tensor([[1.5, -0.0]]), "y": torch.tensor(2.0).double(), "empty": torch.zeros(0, 3)},
     )
-    back = envelopes.unpack_request(envelopes.pack_request(request))
+    back = envelopes.unpack_request(envelopes.pack_request(request)).message
     for name in FIELDS:
         assert getattr(back, name) == getattr(request, name)
     assert set(back.tensors) == set(request.tensors)
@@ -77,14 +78,14 @@ def test_a_request_comes_back() -> None:
     )
 )
 def test_a_reply_comes_back(values: dict[str, Any]) -> None:
-    back = envelopes.unpack_reply(envelopes.pack_reply(Reply(values=values)))
+    back = envelopes.unpack_reply(envelopes.pack_reply(Reply(values=values))).message
     assert back.values == values
     assert back.tensors == {}
 
 
 def test_tensors_are_copies_that_may_be_written() -> None:
     before = torch.ones(3)
-    back = envelopes.unpack_reply(envelopes.pack_reply(Reply(tensors={"x": before})))
+    back = envelopes.unpack_reply(envelopes.pack_reply(Reply(tensors={"x": before}))).message
     back.tensors["x"] += 1
     assert before.tolist() == [1, 1, 1]
 
@@ -182,7 +183,7 @@ def test_a_changed_byte_gives_an_array_or_our_error(place: int, change: int) -> 
     data[place] ^= change
     sent["arrays"] = ArrayRecord({"float32": array(bytes(data))})
     try:
-        tensors = envelopes.unpack_reply(sent).tensors
+        tensors = envelopes.unpack_reply(sent).message.tensors
     except ProtocolError:
         return
     assert (tensors["x"].dtype, tensors["x"].shape) == (torch.float32, (4,))
@@ -201,7 +202,7 @@ def with_table(*rows: Any, names: tuple[str, ...] = ("float32",), inline: bool =
 @pytest.mark.parametrize("inline", [False, True])
 def test_the_table_cuts_the_flat_array(inline: bool) -> None:
     rows = [["a", "float32", [2, 2]], ["b", "float32", []], ["c", "float32", [0, 7]], ["d", "float32", [1]]]
-    back = envelopes.unpack_reply(with_table(*rows, inline=inline))
+    back = envelopes.unpack_reply(with_table(*rows, inline=inline)).message
     assert {name: tensor.tolist() for name, tensor in back.tensors.items()} == {
         "a": [[0, 1], [2, 3]],
         "b": 4,
@@ -274,7 +275,7 @@ def test_small_arrays_travel_in_the_record_and_large_ones_beside_it() -> None:
         reply, request = envelopes.pack_reply(Reply(tensors=tensors)), Request(phase="pretrain", tensors=tensors)
         assert list(reply) == ["reply", *beside]
         assert list(envelopes.pack_request(request)) == ["request", *beside]
-        back = envelopes.unpack_reply(reply).tensors
+        back = envelopes.unpack_reply(reply).message.tensors
         assert {name: tensor.shape for name, tensor in back.items()} == {n: t.shape for n, t in tensors.items()}
 
 
@@ -284,7 +285,7 @@ def test_missing_records() -> None:
             envelopes.unpack_request(empty)
         with pytest.raises(ProtocolError, match="no readable 'reply'"):
             envelopes.unpack_reply(empty)
-    assert envelopes.unpack_reply(RecordDict({"reply": ConfigRecord({"json": "{}"})})) == Reply()
+    assert envelopes.unpack_reply(RecordDict({"reply": ConfigRecord({"json": "{}"})})).message == Reply()
 
 
 @pytest.mark.parametrize(
@@ -389,21 +390,23 @@ def test_requests_that_share_their_tensors_are_packed_once(monkeypatch: pytest.M
     monkeypatch.setattr(wire_arrays, "INLINE_BYTES", 0)
     shared, own = {"x": torch.arange(3.0)}, {"x": torch.zeros(2)}
     requests = [Request(phase="pretrain", round=n, tensors=own if n == 1 else shared) for n in range(3)]
-    contents = envelopes.pack_requests(requests)
+    contents = envelopes.pack_requests([Envelope(message=request) for request in requests])
     assert len(packed) == 2
     first, other, last = (content.array_records["arrays"] for content in contents)
     assert first["float32"] is last["float32"]
     assert first["float32"] is not other["float32"]
     for request, content in zip(requests, contents, strict=True):
-        back = envelopes.unpack_request(content)
+        back = envelopes.unpack_request(content).message
         assert (back.round, back.tensors["x"].tolist()) == (request.round, request.tensors["x"].tolist())
     assert envelopes.pack_requests([]) == []
 
 
 def test_equal_tensors_of_another_request_are_its_own() -> None:
-    one, other = envelopes.pack_requests([Request(phase="pretrain", tensors={"x": torch.zeros(n)}) for n in (1, 2)])
-    assert envelopes.unpack_request(one).tensors["x"].shape == (1,)
-    assert envelopes.unpack_request(other).tensors["x"].shape == (2,)
+    one, other = envelopes.pack_requests(
+        [Envelope(message=Request(phase="pretrain", tensors={"x": torch.zeros(n)})) for n in (1, 2)]
+    )
+    assert envelopes.unpack_request(one).message.tensors["x"].shape == (1,)
+    assert envelopes.unpack_request(other).message.tensors["x"].shape == (2,)
 
 
 # ---- signatures
@@ -421,7 +424,7 @@ def signed() -> RecordDict:
 def test_a_signed_reply() -> None:
     reply = signed()
     signatures.verify_reply(reply, KEY.public_key(), **ASKED)
-    assert envelopes.unpack_reply(reply).values == {"images": 3, "loss": 0.5}
+    assert envelopes.unpack_reply(reply).message.values == {"images": 3, "loss": 0.5}
 
 
 @pytest.mark.parametrize(

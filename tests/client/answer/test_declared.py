@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from chexfound.contract import limits
+from chexfound.contract.detached import Envelope
 from chexfound.contract.request import Reply
 from client.answer import asked, declared
 from client.answer.egress import Gate, _kind
@@ -61,7 +62,7 @@ def test_a_row_has_the_fields_that_are_declared(phase: str) -> None:
 def test_a_row_has_the_tensors_that_leave(tiny_recipe: Any, phase: str) -> None:
     """Of a recipe in which everything is averaged that can be."""
     request = requests(tiny_recipe)[phase]
-    gate = Gate(recipe=tiny_recipe, request=request, sent=asked.forms(request), site="north")
+    gate = Gate(recipe=tiny_recipe, request=request, sent=asked.forms(Envelope(message=request)), site="north")
     leaving = gate._leaving(phase, Reply(values={"images": 30}))
     assert set(words(FIELDS[phase][2])) == {_kind(phase, name) for name in leaving}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chexfound.contract.detached import ByteView, Detached
-from chexfound.contract.request import Request
+from chexfound.contract.request import PartReply, PartRequest
 from chexfound.errors import ProtocolError, StorageError
 from client.answer import delivery as parts_module
 from client.answer.delivery import Parts
@@ -28,15 +28,15 @@ def here(tmp_path: Path) -> Parts:
 
 def deliver(here: Parts, begin: int, end: int, **told: Any) -> int:
     told = {"sha256": APART.sha256, "size": APART.size, "start": begin} | told
-    reply = here.answer(Request(phase="pretrain", stage="deliver", told=told, chunk=BYTES[begin:end]))
+    reply = here.answer(PartRequest(phase="pretrain", stage="deliver", params=told, chunk=BYTES[begin:end]))
     return int(reply.values["size"])
 
 
 def collect(here: Parts, start: int, size: int, **told: Any) -> list[int]:
     told = {"sha256": APART.sha256, "size": size, "start": start} | told
-    chunk = here.answer(Request(phase="pretrain", stage="collect", told=told)).chunk
-    assert chunk is not None
-    return list(chunk)
+    reply = here.answer(PartRequest(phase="pretrain", stage="collect", params=told))
+    assert isinstance(reply, PartReply)
+    return list(reply.chunk)
 
 
 def names(here: Parts) -> list[str]:
@@ -102,7 +102,9 @@ def test_a_part_that_cannot_be(here: Parts, told: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         deliver(here, 0, 4, **told)
     with pytest.raises(ProtocolError):
-        here.answer(Request(phase="pretrain", stage="deliver", told={"sha256": APART.sha256, "size": 4, "start": 0}))
+        here.answer(
+            PartRequest(phase="pretrain", stage="deliver", params={"sha256": APART.sha256, "size": 4, "start": 0})
+        )
     assert not here.folder.exists()
 
 

@@ -14,7 +14,7 @@ import torch
 from flwr.app import RecordDict
 
 from chexfound import errors
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import PartReply, Reply, Request
 from chexfound.errors import CODES, PolicyError
 from chexfound.evaluate import bootstrap, rows
 from chexfound.recipe import load
@@ -112,13 +112,13 @@ SOUND = Reply(tensors={"student.x": torch.ones(2)}, values={"images": 3, "state"
 
 
 def gate(phase: str = "pretrain") -> Gate:
-    request = Request(phase="pretrain", stage="" if phase == "pretrain" else phase, steps=1, batch_size=4)
+    request = Request(phase="pretrain", steps=1, batch_size=4)
     return Gate(recipe=RECIPE, request=request, sent=SENT, site="NORTH")
 
 
 def test_what_is_declared_leaves(make_message: Any) -> None:
     reply = egress.release(make_message(RecordDict()), "pretrain", SOUND, gate())
-    back = envelopes.unpack_reply(reply.content)
+    back = envelopes.unpack_reply(reply.content).message
     assert back.values == SOUND.values
     assert torch.equal(back.tensors["student.x"], SOUND.tensors["student.x"])
 
@@ -181,7 +181,7 @@ def test_a_reply_that_cannot_be_packed_is_a_code(make_message: Any) -> None:
 
 
 def test_a_part_leaves_only_when_it_is_collected() -> None:
-    part = Reply(chunk=np.zeros(4, np.uint8))
+    part = PartReply(chunk=np.zeros(4, np.uint8))
     assert gate("collect").admit("collect", part) is part
     for phase in declared.KINDS.keys() - {"collect"}:
         with pytest.raises(PolicyError, match="a part of another"):

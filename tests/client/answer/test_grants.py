@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chexfound.contract.request import Request
+from chexfound.contract.request import PartRequest, Request
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.host import machine
 from chexfound.recipe import curriculum
@@ -51,7 +51,7 @@ def test_runs_are_counted_once_each_and_for_thirty_days(tmp_path: Path, monkeypa
 
 def test_a_run_begins_with_the_first_part_of_it_that_comes(tmp_path: Path) -> None:
     recipe = recipes.load("demo")
-    part = Request(phase="pretrain", stage="deliver")
+    part = PartRequest(phase="pretrain", stage="deliver")
     grant(tmp_path, max_runs=1).begin(recipe, part, 7)
     with pytest.raises(RefusedError, match="max_runs: 1"):
         grant(tmp_path, max_runs=1).begin(recipe, part, 8)

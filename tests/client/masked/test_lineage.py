@@ -16,6 +16,7 @@ from chexfound.contract.request import Request
 from chexfound.errors import RefusedError
 from chexfound.model import checkpoint
 from chexfound.phases import carried
+from chexfound.phases.site_state import Decision
 from chexfound.recipe.schema import Adapt, Recipe, Train
 from chexfound.secagg.messages import weights_of
 from client.masked import lineage
@@ -39,13 +40,13 @@ def request(round_: int, phase: str = "pretrain", **changes: Any) -> Request:
     return Request(**({"phase": phase, "round": round_, "step": 2 * round_, "steps": 2, "batch_size": 4} | changes))
 
 
-def do(site: Any, asked: Request, weights: str, recipe: Recipe = RECIPE) -> str:
+def do(site: Any, asked: Request, weights: str, recipe: Recipe = RECIPE, **decided: Any) -> str:
     """A round as client/masked/stages.py does it: the state that it leaves, and its record; the digest after it."""
     folder = carried.state_folder(site, recipe, asked.phase)
     folder.mkdir(parents=True, exist_ok=True)
     lineage.begin(site, recipe, asked)
     (folder / f"{asked.step + asked.steps:08d}.safetensors").write_bytes(b"")
-    lineage.record(site, recipe, asked, weights)
+    lineage.record(site, recipe, asked, weights, Decision(**decided))
     return lineage.present(site, recipe, replace(asked, step=asked.step + asked.steps))
 
 
@@ -64,14 +65,14 @@ def test_sites_that_did_the_same_rounds_stand_on_the_same(tmp_path: Path) -> Non
         assert len({*after[0], ""}) == 4
 
 
-OTHER: dict[str, Callable[[], tuple[Request, str]]] = {
+OTHER: dict[str, Callable[[], tuple[Any, ...]]] = {
     "other weights": lambda: (request(1), "9" * 64),
     "other steps": lambda: (request(1, steps=3), WEIGHTS[1]),
     "another batch": lambda: (request(1, batch_size=5), WEIGHTS[1]),
-    "afresh": lambda: (request(1, fresh=True), WEIGHTS[1]),
+    "afresh": lambda: (request(1), WEIGHTS[1], {"reset_state": True}),
     "another start": lambda: (request(1, step=0), WEIGHTS[1]),
     "other findings": lambda: (request(1, findings=("Edema",)), WEIGHTS[1]),
-    "a finding left out": lambda: (request(1, left_out=("Edema",)), WEIGHTS[1]),
+    "a finding left out": lambda: (request(1), WEIGHTS[1], {"excluded": ("Edema",)}),
 }
 
 
@@ -81,7 +82,8 @@ def test_whoever_did_another_round_stands_on_something_else(other: str, tmp_path
     assert do(one, request(0), WEIGHTS[0]) == do(two, request(0), WEIGHTS[0])
     after = do(one, request(1), WEIGHTS[1])
     assert after
-    assert do(two, *OTHER[other]()) not in ("", after)
+    asked, weights, *decided = OTHER[other]()
+    assert do(two, asked, weights, **dict(*decided)) not in ("", after)
 
 
 def test_one_that_missed_a_round_stands_on_something_else(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_one_that_missed_a_round_stands_on_something_else(tmp_path: Path) -> Non
         do(one, request(number), WEIGHTS[number])
     do(two, request(0), WEIGHTS[0])
     assert lineage.present(two, RECIPE, request(2)) == ""  # no state at that step, so it starts afresh
-    assert do(one, request(2), WEIGHTS[2]) != do(two, request(2, fresh=True), WEIGHTS[2])
+    assert do(one, request(2), WEIGHTS[2]) != do(two, request(2), WEIGHTS[2], reset_state=True)
 
 
 def test_starting_afresh_is_standing_on_nothing(tmp_path: Path) -> None:
@@ -98,8 +100,8 @@ def test_starting_afresh_is_standing_on_nothing(tmp_path: Path) -> None:
     one, two = make(tmp_path / "one"), make(tmp_path / "two")
     do(one, request(0), WEIGHTS[0])
     do(two, request(0), "9" * 64)
-    fresh = request(1, fresh=True)
-    assert do(one, fresh, WEIGHTS[1]) == do(two, fresh, WEIGHTS[1])
+    first, second = (do(site, request(1), WEIGHTS[1], reset_state=True) for site in (one, two))
+    assert first == second
 
 
 def test_a_round_that_is_asked_again_stands_where_it_stood(site: Any) -> None:

@@ -20,7 +20,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable import inflatable_utils
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.request import PartRequest, Reply, Request
 from chexfound.errors import ChexfoundError, ConfigError, DataError, ProtocolError, RefusedError, SiteError
 from chexfound.identity import signing
 from chexfound.identity.roster import Keys, Roster
@@ -161,7 +161,7 @@ def test_each_site_gets_its_own_request(quick: Any) -> None:
     grid.asked.clear()
     list(exchange.ask([Request(phase="adapt", roster_index=index, round=4, steps=1) for index in range(2)]))
     seen = {message.metadata.dst_node_id: message for message in grid.asked.values()}
-    assert {node: envelopes.unpack_request(message.content).roster_index for node, message in seen.items()} == {
+    assert {node: envelopes.unpack_request(message.content).message.roster_index for node, message in seen.items()} == {
         9: 0,
         7: 1,
     }
@@ -335,7 +335,7 @@ class Hospital:
         asked = {
             "key": self.identity,
             "run_id": message.metadata.run_id,
-            "round_number": envelopes.unpack_request(message.content).round,
+            "round_number": envelopes.unpack_request(message.content).message.round,
             "message_id": message.metadata.message_id,
         } | changes
         signatures.sign_reply(content, **asked)
@@ -571,14 +571,14 @@ class InParts:
         self.order.append((hospital.name, message.metadata.message_type))
         if message.metadata.message_type == "query.enrol":
             return hospital.answer(message)
-        request = envelopes.unpack_request(message.content)
-        parts = Parts(self.folder / hospital.name, RUN)
+        came = envelopes.unpack_request(message.content)
+        request, parts = came.message, Parts(self.folder / hospital.name, RUN)
         keep = None
-        if request.stage:
+        if isinstance(request, PartRequest):
             reply = parts.answer(request)
         else:
-            if request.apart is not None:
-                request = arrays.with_arrays(request, parts.received(request.apart))
+            if came.detached is not None:
+                request = arrays.with_arrays(request, came.detached, parts.received(came.detached))
             reply, keep = Reply(tensors={"x": request.tensors["x"] + len(hospital.name)}), parts.keep
         content = envelopes.pack_reply(reply, keep)
         signatures.sign_reply(content, hospital.identity, RUN, request.round, message.metadata.message_id)
@@ -713,8 +713,8 @@ def test_a_reply_that_is_larger_than_its_request_is_in_time_behind_one_that_is_l
     answer = sites.answer
 
     def larger(hospital: Hospital, message: Message) -> Message:
-        request = envelopes.unpack_request(message.content)
-        if request.stage:
+        request = envelopes.unpack_request(message.content).message
+        if isinstance(request, PartRequest):
             return answer(hospital, message)
         content = envelopes.pack_reply(Reply(tensors={"x": torch.zeros(1100)}), Parts(tmp_path / "SOUTH", RUN).keep)
         signatures.sign_reply(content, hospital.identity, RUN, request.round, message.metadata.message_id)

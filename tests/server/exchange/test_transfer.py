@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from chexfound.contract.request import Reply, Request
+from chexfound.contract.detached import Envelope
+from chexfound.contract.request import PartReply, PartRequest, Reply, Request
 from chexfound.errors import ProtocolError
 from chexfound.wire import arrays, envelopes
 from client.answer.delivery import Parts
@@ -33,20 +34,21 @@ class Site:
     def __init__(self, home: Path, change: Change = honest) -> None:
         self.parts, self.change, self.asked = Parts(home, 1), change, list[Request]()
 
-    def answer(self, request: Request) -> Reply:
-        request = envelopes.unpack_request(envelopes.pack_request(request))
-        self.asked.append(request)
-        return envelopes.unpack_reply(self._reply(request))
+    def answer(self, sent: Envelope[Request]) -> Envelope[Reply]:
+        came = envelopes.unpack_request(envelopes.pack_requests([sent])[0])
+        self.asked.append(came.message)
+        return envelopes.unpack_reply(self._reply(came))
 
-    def _reply(self, request: Request) -> Any:
-        if request.stage in ("deliver", "collect"):
+    def _reply(self, came: Envelope[Request]) -> Any:
+        request = came.message
+        if isinstance(request, PartRequest):
             return envelopes.pack_reply(self.change(request, self.parts.answer(request)))
-        if request.apart is not None:
-            request = arrays.with_arrays(request, self.parts.received(request.apart))
+        if came.detached is not None:
+            request = arrays.with_arrays(request, came.detached, self.parts.received(came.detached))
         reply = Reply(tensors={name: 2 * tensor for name, tensor in request.tensors.items()}, values={"images": 1})
 
         def keep(laid: Any) -> str | None:
-            return self.parts.keep(laid) if laid.size > request.part_bytes else None
+            return self.parts.keep(laid) if laid.size > came.part_bytes else None
 
         return envelopes.pack_reply(self.change(request, reply), keep)
 
@@ -66,11 +68,11 @@ def talk(site: Site, folder: Path, part_bytes: int, request: Request = REQUEST) 
 @pytest.mark.parametrize(
     ("part_bytes", "stages"),
     [
-        (1000, [""]),
-        (68, [""]),  # all that there is
-        (67, ["deliver"] * 2 + [""] + ["collect"] * 2),
-        (20, ["deliver"] * 4 + [""] + ["collect"] * 4),
-        (1, ["deliver"] * 68 + [""] + ["collect"] * 68),
+        (1000, ["pretrain"]),
+        (68, ["pretrain"]),  # all that there is
+        (67, ["deliver"] * 2 + ["pretrain"] + ["collect"] * 2),
+        (20, ["deliver"] * 4 + ["pretrain"] + ["collect"] * 4),
+        (1, ["deliver"] * 68 + ["pretrain"] + ["collect"] * 68),
     ],
 )
 def test_arrays_go_and_come_in_parts(tmp_path: Path, part_bytes: int, stages: list[str]) -> None:
@@ -78,9 +80,9 @@ def test_arrays_go_and_come_in_parts(tmp_path: Path, part_bytes: int, stages: li
     reply = talk(site, tmp_path, part_bytes)
     assert reply.values == {"images": 1}
     assert all(torch.equal(reply.tensors[name], 2 * TENSORS[name]) for name in TENSORS)
-    assert [request.stage for request in site.asked] == stages
+    assert [request.kind for request in site.asked] == stages
     assert {(request.phase, request.round, request.steps) for request in site.asked} == {("pretrain", 2, 4)}
-    assert all(request.chunk is None or 0 < request.chunk.size <= part_bytes for request in site.asked)
+    assert all(0 < one.chunk.size <= part_bytes for one in site.asked if getattr(one, "chunk", None) is not None)
 
 
 def test_a_spool_is_read_until_nobody_holds_it(tmp_path: Path) -> None:
@@ -98,23 +100,32 @@ def test_what_a_site_has_already_is_not_sent_again(tmp_path: Path) -> None:
     talk(site, tmp_path, 20)
     site.asked.clear()
     talk(site, tmp_path, 20)
-    assert [request.stage for request in site.asked] == ["deliver", "", *["collect"] * 4]
+    assert [request.kind for request in site.asked] == ["deliver", "pretrain", *["collect"] * 4]
 
 
 def test_what_a_site_lost_is_sent_again(tmp_path: Path) -> None:
     def lose(request: Request, reply: Reply) -> Reply:
-        if request.stage == "deliver" and len(site.asked) == 3:
+        if request.kind == "deliver" and len(site.asked) == 3:
             next(site.parts.folder.glob("in-*")).unlink()
             return Reply(values={"size": 0})
         return reply
 
     site = Site(tmp_path, lose)
     assert torch.equal(talk(site, tmp_path, 20).tensors["a"], 2 * TENSORS["a"])
-    assert [request.told.get("start") for request in site.asked[:8]] == [0, 20, 40, 0, 20, 40, 60, None]
+    assert [getattr(request, "params", {}).get("start") for request in site.asked[:8]] == [
+        0,
+        20,
+        40,
+        0,
+        20,
+        40,
+        60,
+        None,
+    ]
 
 
 def at(stage: str, reply: Callable[[Reply], Reply]) -> Change:
-    return lambda request, given: reply(given) if request.stage == stage else given
+    return lambda request, given: reply(given) if request.kind == stage else given
 
 
 def size(value: Any) -> Change:
@@ -122,8 +133,8 @@ def size(value: Any) -> Change:
 
 
 def other_bytes(reply: Reply) -> Reply:
-    assert reply.chunk is not None
-    return Reply(chunk=np.zeros_like(reply.chunk))
+    assert isinstance(reply, PartReply)
+    return PartReply(chunk=np.zeros_like(reply.chunk))
 
 
 @pytest.mark.parametrize(
@@ -137,8 +148,8 @@ def other_bytes(reply: Reply) -> Reply:
         (size(0), "does not keep what is delivered"),
         (at("deliver", lambda given: Reply(values={"size": 1 + given.values["size"] // 20})), "does not keep what is"),
         (at("collect", lambda given: Reply()), "sends another part"),
-        (at("collect", lambda given: Reply(chunk=given.chunk[:-1])), "sends another part"),  # type: ignore[index]
-        (at("collect", lambda given: Reply(chunk=np.zeros(10**6, np.uint8))), "sends another part"),
+        (at("collect", lambda given: PartReply(chunk=given.chunk[:-1])), "sends another part"),  # type: ignore[index]
+        (at("collect", lambda given: PartReply(chunk=np.zeros(10**6, np.uint8))), "sends another part"),
         (at("collect", other_bytes), "sends other arrays than its reply says"),
     ],
 )
@@ -155,13 +166,13 @@ def test_a_reply_has_no_more_than_can_come_of_its_request(tmp_path: Path, monkey
     most = parts_module.TIMES * 68 + 100
 
     def large(size: int) -> Change:
-        return at("", lambda given: Reply(tensors={"a": torch.zeros(size // 4)}))
+        return at("pretrain", lambda given: Reply(tensors={"a": torch.zeros(size // 4)}))
 
     assert talk(Site(tmp_path / "A", large(most)), tmp_path, 50).tensors["a"].numel() == most // 4
     site = Site(tmp_path / "B", large(most + 4))
     with pytest.raises(ProtocolError, match="more than can come of what it was sent"):
         talk(site, tmp_path, 50)
-    assert "collect" not in [request.stage for request in site.asked]
+    assert "collect" not in [request.kind for request in site.asked]
 
 
 def test_tensors_without_a_value_travel_too(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Unlucky:
     stages: list[str] = field(default_factory=list)
 
     def ask(self, requests: Sequence[Request | None], timeout_s: float | None = None) -> Iterator[Any]:
-        stage = next(request.stage for request in requests if request is not None)
+        stage = next(request.kind for request in requests if request is not None)
         self.stages.append(stage)
         lost = self.lost.pop(stage, ())
         sent = [None if name in lost and not self.asked else one for name, one in zip(NAMES, requests, strict=True)]
@@ -374,7 +374,7 @@ def test_a_coordinator_killed_at_every_stage_ends_with_the_model_of_plain_averag
         def ask(requests: Sequence[Request | None], timeout_s: float | None = None, true: Any = true) -> Iterator[Any]:
             first = next(request for request in requests if request is not None)
             yield from true(requests, timeout_s)
-            if first.phase != "enrol" and (key := (first.phase, first.stage)) not in killed:
+            if first.phase != "enrol" and (key := (first.phase, first.kind)) not in killed:
                 killed.add(key)
                 raise Killed
 

@@ -30,7 +30,7 @@ def test_messages_reach_their_nodes(tiny_store_path: Path, tiny_recipe: Any, tmp
         grid.create_message(envelopes.pack_request(Request(phase="enrol")), "query.enrol", node, "0") for node in (2, 1)
     ]
     replies = list(grid.send_and_receive(messages))
-    assert [envelopes.unpack_reply(reply.content).values["site"] for reply in replies] == ["B", "A"]
+    assert [envelopes.unpack_reply(reply.content).message.values["site"] for reply in replies] == ["B", "A"]
 
 
 def test_an_error_comes_as_a_code(tiny_recipe: Any, tmp_path: Path) -> None:
