@@ -70,8 +70,7 @@ from chexfound.secagg.mask import Mask, add_masks, masked
 from chexfound.secagg.messages import STAGES
 from server.exchange.grid import GridExchange
 from server.exchange.protocol import Missing
-from server.rounds.loop import Run
-from server.rounds.masked import SecureRun
+from server.rounds.start import run_of
 from sim.arms.federated import node_config
 from sim.arms.plan import ArmPlan
 from sim.engine.in_process import RUN_ID, InProcessGrid
@@ -362,9 +361,8 @@ class Side:
     def round(self) -> Took:
         """Enrolment and what else comes before the round is not counted."""
         self.exchange.began = None
-        kind = SecureRun if self.recipe.aggregation == "secagg" else Run
         try:
-            kind(self.recipe, self.exchange, self.folder / "run", on_event=self._heard).run()
+            run_of(self.recipe, self.exchange, self.folder / "run", on_event=self._heard).run()
         except _RoundDoneError:
             return self.took
         raise SiteError("the run ended without another round")

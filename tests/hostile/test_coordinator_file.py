@@ -21,8 +21,7 @@ from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from client.home import approval
 from client.home.paths import site_home
-from server.rounds.loop import Run
-from server.rounds.masked import SecureRun
+from server.rounds.start import run_of
 from tests.hostile.weights_door import SMALL, demand
 from tests.secagg.federation import NAMES, Federation
 
@@ -73,9 +72,8 @@ def begin(deployed: Federation, file: Path) -> Callable[..., Any]:
         federation = curriculum.changed(deployed.recipe.federation, part_mb=changes.pop("part_mb", 32.0))
         deployed.recipe = curriculum.changed(deployed.recipe, federation=federation, **changes)
         folder = deployed.folder / "run"
-        program = SecureRun if deployed.recipe.aggregation == "secagg" else Run
         spool = folder / "spool" if "in parts" in kind else None
-        return program(deployed.recipe, deployed.exchange(spool), folder, backbone=file).run()
+        return run_of(deployed.recipe, deployed.exchange(spool), folder, backbone=file).run()
 
     return run
 
