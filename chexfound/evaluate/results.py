@@ -9,10 +9,13 @@ from pydantic.dataclasses import dataclass as checked
 
 from chexfound.contract import cells
 from chexfound.contract.cells import Told
+from chexfound.evaluate.floors import VARIANTS
 
 SCHEMA = 1
 FEDERATED, CENTRALIZED, RANDOM = "federated", "centralized", "random"
-FLOORS = ("shuffled", "site-view", "histogram")
+HISTOGRAM = "histogram"  # the best of its variants, which are arms of their own
+HISTOGRAMS = tuple(f"{HISTOGRAM}:{name}" for name in VARIANTS)
+FLOORS = ("shuffled", "site-view", HISTOGRAM, *HISTOGRAMS)
 LOCAL = "local:"  # an arm's name is this and the site's
 
 lenient = ConfigDict(extra="ignore", allow_inf_nan=False, coerce_numbers_to_str=True)
@@ -49,6 +52,8 @@ class Result:
     auprc: float | None = None
     auprc_ci: Interval = None
     reason: str | None = None
+    variant: str | None = None  # of the grey-level floor: which one this is, or which was chosen
+    validation_auroc: float | None = None  # of that variant, on the site's validation patients
 
     @model_validator(mode="before")
     @classmethod

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, HISTOGRAM, LOCAL, RANDOM, Result
 from chexfound.pretrain.health.symptoms import ADVICE, PATIENCE, symptoms
 from chexfound.report.run_folder import ReportedRun
 from chexfound.report.story import (
+    FITTED,
     ORDER,
     amount,
     amounts,
@@ -112,7 +113,7 @@ def _random(run: ReportedRun, finding: str) -> list[Callout]:
 def _floors(run: ReportedRun, finding: str) -> list[Callout]:
     said = []
     names = {
-        "histogram": "grey-level histogram alone, which sees no anatomy,",
+        HISTOGRAM: "grey-level histogram alone, which sees no anatomy,",
         "site-view": "site and view alone, without the image,",
     }
     for arm, name in names.items():
@@ -122,7 +123,8 @@ def _floors(run: ReportedRun, finding: str) -> list[Callout]:
             if floor is None or own is None or floor.auroc is None or own.auroc is None or too_few(own):
                 continue
             if _above_chance(floor) and floor.auroc >= own.auroc - NEAR:
-                near.append(f"{floor.auroc:.2f} at {site} (federated {own.auroc:.2f})")
+                fitted = f"{FITTED[floor.variant]}; " if floor.variant in FITTED else ""
+                near.append(f"{floor.auroc:.2f} at {site} ({fitted}federated {own.auroc:.2f})")
         if near:
             said.append(
                 Callout(
