@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from chexfound.evaluate.results import Comparison, History, Metrics, Point, Result
@@ -92,6 +94,13 @@ def test_bad_callouts_come_before_good_ones():
 def test_a_floor_is_told_where_it_is_above_chance_and_near_the_model(floor, half, told):
     some = run(row("federated", "A", 0.8, half=0.4), row("histogram", "A", floor, half))
     assert [text.startswith("The grey-level histogram alone") for text in texts(some, "warn")] == [True] * told
+
+
+def test_a_grey_level_floor_is_told_with_its_variant_and_none_but_the_best():
+    floor = replace(row("histogram", "A", 0.8), variant="boosted")
+    some = run(row("federated", "A", 0.82), floor, row("histogram:pooled", "A", 0.9))
+    (said,) = texts(some, "warn")
+    assert "reaches 0.80 at A (boosted trees on the site’s own images; federated 0.82)" in said
 
 
 def test_a_weak_floor_near_a_weak_model_needs_to_be_clearly_above_chance():

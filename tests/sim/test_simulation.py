@@ -18,6 +18,8 @@ from server.rounds import health
 
 SITES, FINDINGS = ["alpha", "beta", "gamma"], ["Bar", "Blob"]
 TRAINED = {"federated", "centralized", "local:alpha", "local:beta", "random", "shuffled"}
+HISTOGRAMS = {"histogram", *(f"histogram:{name}" for name in ("linear", "boosted", "pooled", "pooled-boosted"))}
+FITTED = {"site-view", *HISTOGRAMS}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -93,7 +95,7 @@ def check_results(rows: list[dict[str, Any]], arms: set[str], sites: list[str], 
         "reason",
     ]
     for row in rows:
-        assert list(row) == keys
+        assert list(row) == (keys + ["variant", "validation_auroc"] if row["arm"] in HISTOGRAMS else keys)
         assert isinstance(row["trained_on"], str)
         assert type(row["n"]) is int
         assert type(row["positives"]) is int
@@ -153,7 +155,7 @@ def check_schema(metrics: dict[str, Any], trained: set[str], fitted: set[str], s
 
 def test_metrics_by_source(one_worker: Any) -> None:
     metrics = one_worker.metrics
-    check_schema(metrics, TRAINED, {"site-view", "histogram"}, SITES)
+    check_schema(metrics, TRAINED, FITTED, SITES)
     assert set(metrics["bytes"]) == {"federated/pretrain", "federated/features", "federated/adapt"}
     rows = {(row["arm"], row["tested_on"], row["finding"]): row for row in metrics["results"]}
     assert rows["federated", "beta", "Bar"]["n"] == 0  # beta labels Blob only
@@ -175,7 +177,7 @@ def test_replicates_and_the_mean_over_seeds(one_worker: Any) -> None:
     metrics = one_worker.metrics
     (replicate,) = metrics["replicates"]
     assert replicate["seed"] == 1
-    check_results(replicate["results"], TRAINED | {"site-view", "histogram"}, SITES, FINDINGS)
+    check_results(replicate["results"], TRAINED | FITTED, SITES, FINDINGS)
     check_differences(replicate["differences"], SITES, FINDINGS)
     assert set(replicate["model_sha256"]) == TRAINED
     assert all(replicate["model_sha256"][arm] != metrics["model_sha256"][arm] for arm in TRAINED)
@@ -257,7 +259,7 @@ def test_small_sites_are_merged_and_it_is_printed(simulate: Any, make_images: An
     metrics = ran.metrics
     assert metrics["sites"] == ["alpha", "other"]
     assert note in metrics["notes"]
-    assert {row["arm"] for row in metrics["results"]} == {"site-view", "histogram"}
+    assert {row["arm"] for row in metrics["results"]} == FITTED
     assert metrics["model_sha256"] == {}
     assert (ran.out / "report.html").exists()
 
@@ -265,7 +267,7 @@ def test_small_sites_are_merged_and_it_is_printed(simulate: Any, make_images: An
 def test_the_shuffled_floor_needs_the_federated_arm(simulate: Any) -> None:
     ran = simulate("--arms", "shuffled,histogram")
     assert ran.code == 0, ran.stderr
-    assert {row["arm"] for row in ran.metrics["results"]} == {"histogram"}
+    assert {row["arm"] for row in ran.metrics["results"]} == HISTOGRAMS
     assert any("without the federated arm it is left out" in note for note in ran.metrics["notes"])
 
 
