@@ -150,7 +150,7 @@ def test_a_lone_arm_takes_the_whole_batch_in_a_step_of_the_head(simulate: Any, t
     A batch of 12 is one, two or four times all that a lone arm has; a third of it, 4, is no such number of any.
     """
     data = plant(tmp_path / "images", three_sites_of_few())
-    given = settings("phases=[adapt, evaluate]", "adapt.lr=1e-12", "adapt.pooled_batch_size=12")
+    given = settings("phases=[adapt, evaluate]", "adapt.head=glori", "adapt.lr=1e-12", "adapt.pooled_batch_size=12")
     ran = simulate("--arms", "centralized,local", *given, data=data)
     assert ran.code == 0, ran.stderr
     curves = json.loads((ran.out / "history.json").read_text())["adapt"]
