@@ -35,6 +35,7 @@ def _interval(value: Any) -> Any:
     return value
 
 
+Drawn = dict[str, dict[str, dict[str, int]]]  # arm -> phase -> site -> images that its steps were taken on
 Interval = Annotated[tuple[float, float] | None, BeforeValidator(_interval)]
 
 
@@ -129,6 +130,7 @@ class Replicate:
 
     seed: int
     model_sha256: dict[str, str] = Field(default_factory=dict)
+    drawn: Drawn = Field(default_factory=dict)
 
 
 @checked(frozen=True, kw_only=True, config=lenient)
@@ -163,6 +165,7 @@ class Metrics:
     deployed: bool = False
     notes: list[str] = Field(default_factory=list)
     model_sha256: dict[str, str] = Field(default_factory=dict)
+    drawn: Drawn = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
     bytes: dict[str, dict[str, int]] = Field(default_factory=dict)
     rounds: Any = None

@@ -75,6 +75,7 @@ def render(run: ReportedRun) -> str:
         arms=_kinds(run),
         attention=_attention(run.attention),
         left_out=tables.left_out(run),
+        work=tables.work(run),
         seconds=tables.seconds(run),
         side_by_side=tables.side_by_side(run),
         traffic=tables.traffic(run),

@@ -201,6 +201,15 @@ def _no_figure(findings: list[str]) -> str:
     return f"has no figure for {story.listed([story.shown(name) for name in findings], len(findings))}"
 
 
+def work(run: ReportedRun) -> list[dict[str, str]]:
+    """Images that each arm's steps were taken on, over its sites, in pretraining and for the head."""
+    return [
+        {"name": story.arm_name(arm)}
+        | {phase: f"{sum(phases[phase].values()):,}" if phase in phases else "–" for phase in ("pretrain", "adapt")}
+        for arm, phases in run.metrics.drawn.items()
+    ]
+
+
 def seconds(run: ReportedRun) -> list[dict[str, Any]]:
     """Seconds by arm, below it those of its phases, with each one's share of the longest; the total comes last."""
     found = {name: value for name, value in run.metrics.seconds.items() if name != "total"}

@@ -207,6 +207,27 @@ def test_a_healthy_run_and_one_without_figures_are_not_warned_of():
     assert [text for text in texts(bare) if "too few" in text] == []
 
 
+@pytest.mark.parametrize(
+    ("drawn", "kind", "said"),
+    [
+        ({"federated": {"A": 24, "B": 24}, "centralized": {"all": 48}}, None, ""),
+        ({"federated": {"A": 24, "B": 24}, "centralized": {"all": 24}}, "bad", "48 (Federated) and 24 (Pooled"),
+        ({"federated": {"A": 24, "B": 0}, "centralized": {"all": 48}}, "note", "B took no step in training the head"),
+        ({"federated": {"A": 24, "B": 0}, "centralized": {"all": 20}}, "bad", "24 (Federated) and 20 (Pooled"),
+        (
+            {"federated": {"A": 24, "B": 0}, "local:A": {"A": 24}, "centralized": {"all": 48}},
+            "bad",
+            "24 (Federated, Local",
+        ),
+    ],
+    ids=["equal", "a share", "an idle site", "an idle site and too little", "a share at a lone site"],
+)
+def test_unequal_work_is_told(drawn, kind, said):
+    some = run(row("federated", "A", 0.8), drawn={arm: {"adapt": sites} for arm, sites in drawn.items()})
+    found = [one for one in callouts.callouts(some) if "training the head" in one.text]
+    assert [(one.kind, said in one.text) for one in found] == ([(kind, True)] if kind else [])
+
+
 def test_a_deployed_run_is_not_told_to_lack_arms():
     (text,) = texts(run(row("federated", "A", 0.8), deployed=True), "note")
     assert text.startswith("A deployed run trains the federated arm only")

@@ -161,6 +161,28 @@ def test_a_lone_arm_takes_the_whole_batch_in_a_step_of_the_head(simulate: Any, t
         assert max(losses) - min(losses) < 1e-3, arm
 
 
+def test_the_images_that_the_arms_draw_are_counted(one_worker: Any) -> None:
+    """Four steps of pretraining and six of the head, 12 images each, of which each of three sites takes 4.
+
+    gamma has no finding with both classes: it has a part in pretraining, and none in a head.
+    """
+    sites, shares = ("alpha", "beta", "gamma"), {"pretrain": 16, "adapt": 24}
+    pooled = {"pretrain": 48, "adapt": 72}
+    federated = {phase: {site: images for site in sites} for phase, images in shares.items()}
+    federated["adapt"]["gamma"] = 0
+    for one in (one_worker.metrics, *one_worker.metrics["replicates"]):
+        drawn = one["drawn"]
+        assert drawn.pop("federated") == federated
+        assert drawn.pop("random") == drawn.pop("shuffled") == {"adapt": federated["adapt"]}
+        assert drawn.pop("centralized") == {phase: {"all sites, pooled": images} for phase, images in pooled.items()}
+        assert drawn.pop("local:alpha") == {phase: {"alpha": images} for phase, images in pooled.items()}
+        assert drawn.pop("local:beta") == {phase: {"beta": images} for phase, images in pooled.items()}
+        assert drawn == {}
+    page = (one_worker.out / "report.html").read_text()
+    assert "gamma took no step in training the head" in page
+    assert "did not do equal work" not in page
+
+
 # ---- the sign
 
 
