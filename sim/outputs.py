@@ -127,18 +127,17 @@ def plan_index(plan: ArmPlan, site: str) -> int:
 
 
 def _epochs(plan: ArmPlan, trained: Sequence[str], site: str, train: Mapping[str, int]) -> dict[str, float]:
-    """How often each arm that saw a site's training images took a step on them in pretraining, by the images drawn."""
+    """Tell how often each arm that saw a site's training images pretrained on them, by the images that it drew."""
     arms = {
         "federated": ("federated", site, train[site]),
         "local": (f"{LOCAL}{site}", site, train[site]),
         "centralized": ("centralized", trained_on("centralized"), sum(train.values())),
     }
-    drawn = {
-        kind: plan.drawn(arm).get("pretrain", {}).get(counted_by, 0) / images
+    return {
+        kind: round(drawn[counted_by] / images, 2)
         for kind, (arm, counted_by, images) in arms.items()
-        if arm in trained
+        if arm in trained and (drawn := plan.drawn(arm).get("pretrain"))
     }
-    return {kind: round(epochs, 2) for kind, epochs in drawn.items()}
 
 
 def _write_sites(out: Path, plan: ArmPlan, trained: Sequence[str]) -> None:

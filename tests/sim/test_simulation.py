@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -192,22 +193,81 @@ def test_replicates_and_the_mean_over_seeds(one_worker: Any) -> None:
 def test_sites_and_history(one_worker: Any) -> None:
     sites = json.loads((one_worker.out / "sites.json").read_text())
     assert [site["name"] for site in sites] == SITES
+    trained = sum(site["train"] for site in sites)
     for site in sites:
         assert site["train"] + site["val"] + site["test"] == site["images"]
         for counts in site["findings"].values():
             assert sum(counts.values()) == site["images"]
-        assert set(site["epochs"]) == {"federated", "local", "centralized"} - (
-            {"local"} if site["name"] == "gamma" else set()
-        )
-        assert site["epochs"]["federated"] == pytest.approx(16 / site["train"], abs=0.01)
-        if "local" in site["epochs"]:
-            assert site["epochs"]["local"] == pytest.approx(3 * site["epochs"]["federated"], abs=0.02)
+        epochs = {"federated": 16 / site["train"], "centralized": 48 / trained, "local": 48 / site["train"]}
+        if site["name"] == "gamma":
+            del epochs["local"]  # it has no model of its own
+        assert site["epochs"] == pytest.approx(epochs, abs=0.006)
     history = json.loads((one_worker.out / "history.json").read_text())
     assert set(history) == {"pretrain", "adapt"}
     assert set(history["pretrain"]) == TRAINED - {"random", "shuffled"}
     assert set(history["adapt"]) == TRAINED
     steps = {(row["site"], row["step"]) for row in history["pretrain"]["federated"]}
     assert steps == {(site, step) for site in SITES for step in range(4)}
+
+
+def test_the_images_that_the_arms_draw_are_counted(one_worker: Any) -> None:
+    """Four steps of pretraining and six of the head, 12 images each, of which each of three sites takes 4.
+
+    gamma has no finding with both classes: it has a part in pretraining, and none in a head.
+    """
+    sites, shares = ("alpha", "beta", "gamma"), {"pretrain": 16, "adapt": 24}
+    pooled = {"pretrain": 48, "adapt": 72}
+    federated = {phase: {site: images for site in sites} for phase, images in shares.items()}
+    federated["adapt"]["gamma"] = 0
+    for one in (one_worker.metrics, *one_worker.metrics["replicates"]):
+        drawn = one["drawn"]
+        assert drawn.pop("federated") == federated
+        assert drawn.pop("random") == drawn.pop("shuffled") == {"adapt": federated["adapt"]}
+        assert drawn.pop("centralized") == {phase: {"all sites, pooled": images} for phase, images in pooled.items()}
+        assert drawn.pop("local:alpha") == {phase: {"alpha": images} for phase, images in pooled.items()}
+        assert drawn.pop("local:beta") == {phase: {"beta": images} for phase, images in pooled.items()}
+        assert drawn == {}
+    page = (one_worker.out / "report.html").read_text()
+    assert "gamma took no step in training the head" in page
+    assert "did not do equal work" not in page
+
+
+def test_a_runs_differences_are_those_of_its_results(one_worker: Any) -> None:
+    """Each difference in metrics.json is the federated figure less the other; of several seeds, their mean."""
+    metrics = one_worker.metrics
+    seeds = [metrics, *metrics["replicates"]]
+    at = [{(row["arm"], row["tested_on"], row["finding"]): row["auroc"] for row in one["results"]} for one in seeds]
+
+    def gap(number: int, row: dict[str, Any], other: str) -> float:
+        return (
+            at[number]["federated", row["tested_on"], row["finding"]]
+            - at[number][other, row["tested_on"], row["finding"]]
+        )
+
+    told = []
+    for number, one in enumerate(seeds):
+        told += [
+            (row["federated_minus_centralized"], gap(number, row, "centralized"))
+            for row in one["differences"]
+            if row["federated_minus_centralized"] is not None
+        ]
+        told += [
+            (row["difference"], gap(number, row, row["second"]))
+            for row in one["comparisons"]
+            if row["difference"] is not None
+        ]
+    for key, value in (
+        ("across_seeds", "mean_federated_minus_centralized"),
+        ("comparisons_across_seeds", "mean_difference"),
+    ):
+        told += [
+            (row[value], np.mean([gap(seed, row, row.get("second", "centralized")) for seed in row["seeds"]]))
+            for row in metrics[key]
+            if row[value] is not None
+        ]
+    assert len([value for value, _ in told if value]) > 10
+    for value, expected in told:
+        assert value == pytest.approx(expected, abs=1e-12)
 
 
 # ---- other ways to deal, fewer arms
