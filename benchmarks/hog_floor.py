@@ -34,7 +34,7 @@ from chexfound.data.store.reader import Store
 from chexfound.data.store.split import Membership, View
 from chexfound.errors import ChexfoundError, ConfigError, DataError
 from chexfound.evaluate.areas import auroc
-from chexfound.evaluate.floors import fit_scores
+from chexfound.evaluate.floors import fit_scores, linear
 from chexfound.evaluate.rows import result_rows
 from chexfound.evaluate.scores import Scores
 from chexfound.host.machine import benchmark_line
@@ -210,7 +210,7 @@ def _measure_seed(
     labels = np.concatenate([part.labels for part in parts["train"]])
 
     def scored(held_out: Sequence[Part], c: float) -> list[np.ndarray]:
-        scores, unscored = fit_scores(train, labels, _stacked(held_out, features), [finding], c)
+        scores, unscored = fit_scores(train, labels, _stacked(held_out, features), [finding], linear(c))
         if unscored:
             raise DataError(f"seed {seed}, {finding!r}: {unscored[finding]}")
         return np.split(scores, np.cumsum([len(part.ids) for part in held_out])[:-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from chexfound.data.store.reader import Store
 from chexfound.data.store.split import View
 from chexfound.durable.files import replace_file, write_json, write_text
 from chexfound.durable.journal import read_journal
+from chexfound.evaluate.results import LOCAL
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import checkpoint
 from chexfound.model.weights.release import run_model
 from chexfound.model.weights.release.run_card import card
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe import load as recipes
-from chexfound.recipe.batch_sizes import BatchSizes
 from server.rounds import result
 from server.rounds.result import SCHEMA
 from sim.arms import compare
-from sim.arms.plan import FITTED_ARMS, ArmPlan, finished
+from sim.arms.plan import FITTED_ARMS, ArmPlan, finished, trained_on
 
 SAMPLES, ATTENDED = 6, 2  # pictures a site in the report
 
@@ -48,7 +48,7 @@ def write(
     metrics["seconds"] |= seconds
     write_json(out / "metrics.json", metrics)
     _write_history(out, plan, trained)
-    _write_sites(out, plan)
+    _write_sites(out, plan, trained)
     _write_samples(out, plan)
     best = "federated" if "federated" in arms else trained[0] if trained else None
     if best:
@@ -74,6 +74,7 @@ def _metrics(plans: Sequence[ArmPlan], arms: Sequence[str], judged: bool) -> dic
                 "differences": differences,
                 "comparisons": comparisons,
                 "model_sha256": {arm: finished(one, arm)["model_sha256"] for arm in arms if arm not in FITTED_ARMS},
+                "drawn": {arm: one.drawn(arm) for arm in arms if arm not in FITTED_ARMS},
             }
         )
     over_seeds, others_over_seeds = compare.over_seeds(plans, scores)
@@ -125,12 +126,23 @@ def plan_index(plan: ArmPlan, site: str) -> int:
     return list(plan.sites).index(site) if site in plan.sites else 0
 
 
-def _write_sites(out: Path, plan: ArmPlan) -> None:
+def _epochs(plan: ArmPlan, trained: Sequence[str], site: str, train: Mapping[str, int]) -> dict[str, float]:
+    """Tell how often each arm that saw a site's training images pretrained on them, by the images that it drew."""
+    arms = {
+        "federated": ("federated", site, train[site]),
+        "local": (f"{LOCAL}{site}", site, train[site]),
+        "centralized": ("centralized", trained_on("centralized"), sum(train.values())),
+    }
+    return {
+        kind: round(drawn[counted_by] / images, 2)
+        for kind, (arm, counted_by, images) in arms.items()
+        if arm in trained and (drawn := plan.drawn(arm).get("pretrain"))
+    }
+
+
+def _write_sites(out: Path, plan: ArmPlan, trained: Sequence[str]) -> None:
     recipe, store = plan.recipe, Store.open(plan.store)
-    n_sites = len(plan.sites)
-    total_train = sum(len(View.of(store, name, p).split(plan.membership, "train")) for name, p in plan.sites.items())
-    shared = BatchSizes.of(recipe, n_sites).pretrain_images(recipe)
-    pooled = BatchSizes.pooled(recipe, n_sites).pretrain_images(recipe)
+    train = {name: len(View.of(store, name, p).split(plan.membership, "train")) for name, p in plan.sites.items()}
     refused = Counter(Path(file).parts[0] for file, _ in store.refused)
     rows = []
     for name, patients in plan.sites.items():
@@ -145,11 +157,7 @@ def _write_sites(out: Path, plan: ArmPlan) -> None:
                 "patients": len(patients),
                 **{which: len(ids) for which, ids in parts.items()},
                 "refused": refused[name] if set(refused) <= set(plan.sites) else None,  # told by folder only
-                "epochs": {
-                    "federated": round(shared / len(parts["train"]), 2),
-                    "local": round(pooled / len(parts["train"]), 2),
-                    "centralized": round(pooled / total_train, 2),
-                },
+                "epochs": _epochs(plan, trained, name, train),
                 "views": {kind: shown.count(kind) for kind in sorted(set(shown))},
                 "findings": {
                     finding: {

@@ -97,7 +97,7 @@ class HeadTrainer:
     def run(
         self, first_step: int, steps: int, batch_size: int, progress: Progress | None = None
     ) -> list[dict[str, Any]]:
-        """Take global steps first_step … first_step + steps − 1; one row (step, loss) a step.
+        """Take global steps first_step … first_step + steps − 1; one row (step, images it was taken on, loss) a step.
 
         Raises: DataError if no image is labelled, or loss or gradient is not finite (nothing was updated by it).
         """
@@ -127,7 +127,7 @@ class HeadTrainer:
             if not torch.isfinite(norm):
                 raise DataError(f"adapt step {step}: the gradient has the norm {norm.item()}; lower adapt.lr")
             self.optimizer.step()
-            rows.append({"step": step, "loss": loss.item()})
+            rows.append({"step": step, "images": len(logits), "loss": loss.item()})
             if progress is not None:
                 progress(step - first_step + 1, steps)
         return rows

@@ -1,22 +1,31 @@
 """Floors that see no anatomy: what a scanner, a view or chance can buy.
 
-A model that does not clear them has not been shown to see a chest.  Two are fitted here, per finding,
-on the pooled training images of all sites: the grey-level histogram (position-free), and site and view
-(no pixel at all).  The third retrains a head on labels that `permute_by_patient` has shuffled.
+A model that does not clear them has not been shown to see a chest.  Two are fitted here, per finding: the
+grey-level histogram (position-free), in four variants of which the best on a site's validation patients is
+the floor there, and site and view (no pixel at all), on the pooled training images of all sites.  The third
+retrains a head on labels that `permute_by_patient` has shuffled.
 
 Legend: `n` training images, `m` test images, `F` findings; labels 1, 0, -1 for unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from chexfound.errors import DataError
-from chexfound.rng import numpy_generator
+from chexfound.evaluate.areas import auroc
+from chexfound.evaluate.scores import Scores
+from chexfound.rng import derive, numpy_generator
 
 BINS = 64
+# A regression and boosted trees, on a site's own training images and on those of all sites.  In this order they
+# are preferred where validation does not decide.
+OWN, POOLED = ("linear", "boosted"), ("pooled", "pooled-boosted")
+VARIANTS = (*OWN, *POOLED)
 
 
 def histogram_features(images: np.ndarray) -> np.ndarray:
@@ -52,11 +61,128 @@ def _traits(site: str, view: str) -> tuple[tuple[str, str], ...]:
     return ("site", str(site)), ("view", str(view)), ("site and view", f"{site}\x1f{view}")
 
 
-def histogram_floor(
-    train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, findings: Sequence[str]
-) -> tuple[np.ndarray, dict[str, str]]:
-    """Scores by the grey-level histogram alone, of images (n, h, w) uint8; the rest as `fit_scores`."""
-    return fit_scores(histogram_features(train_images), train_labels, histogram_features(test_images), findings)
+@dataclass(frozen=True, kw_only=True)
+class FloorImages:
+    """Hold a part of one site's images: patients (n,), features (n, D), labels (n, F)."""
+
+    patients: Sequence[str]
+    features: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class FloorScores(Scores):
+    """Hold a floor's scores of one site's test images, and by which variant they are.
+
+    Attributes:
+        variants: finding -> variant; absent where none could be fitted.
+        validation: finding -> AUROC of that variant on the site's validation patients; absent where it has none.
+    """
+
+    variants: Mapping[str, str] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+def histogram_floors(
+    train: Mapping[str, FloorImages],
+    val: Mapping[str, FloorImages],
+    test: Mapping[str, FloorImages],
+    findings: Sequence[str],
+    seed: int,
+) -> dict[str, dict[str, FloorScores]]:
+    """Fit the four variants of the grey-level floor, and choose the best of them at each site for each finding.
+
+    The best has the highest AUROC on the site's validation patients; of equals it is the first in `VARIANTS`.  Where
+    validation has not both classes, it is the first that could be fitted: the site's own regression, else the pooled.
+    Test images are scored and take no part in the fit or the choice.
+
+    Args:
+        train: site -> its training images.
+        val: site -> its validation images, of the same sites.
+        test: site -> its test images, likewise.
+        findings: the F names.
+        seed: of the boosted trees.
+
+    Returns: "histogram" (the best) and "histogram:VARIANT" for each of `VARIANTS` -> site -> scores.
+    Raises: DataError if shapes disagree.
+    """
+    result: dict[str, dict[str, FloorScores]] = {
+        arm: {} for arm in ("histogram", *(f"histogram:{name}" for name in VARIANTS))
+    }
+    together = list(train.values())
+    asked = {site: np.concatenate([val[site].features, test[site].features]) for site in train}
+    pooled = _both(together, np.concatenate(list(asked.values())), findings, seed)
+    ends = np.cumsum([len(features) for features in asked.values()])
+    for end, site in zip(ends, train, strict=True):
+        here = slice(end - len(asked[site]), end)
+        fitted = _both([train[site]], asked[site], findings, seed) + [
+            (scores[here], unscored) for scores, unscored in pooled
+        ]
+        variants = {
+            name: _judged(name, scores, unscored, val[site], test[site], findings)
+            for name, (scores, unscored) in zip(VARIANTS, fitted, strict=True)
+        }
+        result["histogram"][site] = best(list(variants.values()))
+        for name, scores in variants.items():
+            result[f"histogram:{name}"][site] = scores
+    return result
+
+
+def _both(
+    train: Sequence[FloorImages], asked: np.ndarray, findings: Sequence[str], seed: int
+) -> list[tuple[np.ndarray, dict[str, str]]]:
+    """Fit a regression and boosted trees on the same images; each as `fit_scores` returns it."""
+    features, labels = (np.concatenate([getattr(one, name) for one in train]) for name in ("features", "labels"))
+    return [fit_scores(features, labels, asked, findings, model) for model in (linear(), boosted(seed))]
+
+
+def _judged(
+    name: str,
+    scores: np.ndarray,
+    unscored: dict[str, str],
+    val: FloorImages,
+    test: FloorImages,
+    findings: Sequence[str],
+) -> FloorScores:
+    """Split scores (validation images first) into what judges a variant and what is judged of it."""
+    areas = {
+        finding: auroc(val.labels[:, column], scores[: len(val.labels), column])
+        for column, finding in enumerate(findings)
+        if finding not in unscored
+    }
+    return FloorScores(
+        test.patients,
+        test.labels,
+        scores[len(val.labels) :],
+        findings,
+        unscored,
+        variants={finding: name for finding in areas},
+        validation={finding: area for finding, area in areas.items() if not np.isnan(area)},
+    )
+
+
+def best(floors: Sequence[FloorScores]) -> FloorScores:
+    """Take of each finding the floor with the highest AUROC on validation; of equals, or without one, the first.
+
+    A finding that no floor could be fitted for has the last one's reason.
+    """
+    last = floors[-1]
+    scores = np.full_like(last.scores, np.nan)
+    variants: dict[str, str] = {}
+    validation: dict[str, float] = {}
+    for column, finding in enumerate(last.findings):
+        there = [floor for floor in floors if finding in floor.variants]
+        if not there:
+            continue
+        chosen = max(there, key=lambda floor: floor.validation.get(finding, -1.0))
+        scores[:, column] = chosen.scores[:, column]
+        variants[finding] = chosen.variants[finding]
+        if finding in chosen.validation:
+            validation[finding] = chosen.validation[finding]
+    unscored = {finding: why for finding, why in last.unscored.items() if finding not in variants}
+    return FloorScores(
+        last.patients, last.labels, scores, last.findings, unscored, variants=variants, validation=validation
+    )
 
 
 def site_view_floor(
@@ -85,28 +211,54 @@ def site_view_floor(
     return scores[np.array(rows, dtype=np.intp)], unscored
 
 
-def fit_scores(
-    train: np.ndarray, labels: np.ndarray, test: np.ndarray, findings: Sequence[str], c: float = 1.0
-) -> tuple[np.ndarray, dict[str, str]]:
-    """Fit a logistic regression for each finding on the images with a known label; score the test images.
+def linear(c: float = 1.0) -> Any:
+    """Make a logistic regression on standardised features; `c` is the inverse strength of its L2 penalty.
 
-    Features are standardised by the training images of the finding.  Classes are not reweighed, so the
-    intercept carries the prior.  One thread, so that the bits do not depend on the machine's load.
+    Classes are not reweighed, so the intercept carries the prior.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000))
+
+
+def boosted(seed: int) -> Any:
+    """Make gradient-boosted trees, small enough for a site of a hundred images.
+
+    Source: Friedman 2001, by scikit-learn's histogram-based implementation.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(
+        learning_rate=0.05,
+        max_iter=100,
+        max_leaf_nodes=8,
+        min_samples_leaf=10,
+        l2_regularization=1.0,
+        early_stopping=False,
+        random_state=derive(seed, "boosted floor") % 2**32,
+    )
+
+
+def fit_scores(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, findings: Sequence[str], model: Any = None
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Fit a model for each finding on the images with a known label; score the test images.
+
+    One thread, so that the bits do not depend on the machine's load.
 
     Args:
         train: (n, D) features.
         labels: (n, F) 1, 0, -1.
         test: (m, D) features.
         findings: the F names.
-        c: inverse strength of the L2 penalty.
+        model: of scikit-learn, fitted anew for each finding; default: `linear()`.
 
     Returns: log-odds (m, F) float32, and finding -> reason for those with one class in training, whose
-        column is NaN; both as `metrics.Scores` takes them.
+        column is NaN; both as `Scores` takes them.
     Raises: DataError if shapes disagree.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
     if labels.shape != (len(train), len(findings)) or train.shape[1:] != test.shape[1:]:
@@ -114,6 +266,7 @@ def fit_scores(
             f"training features {train.shape!r}, test features {test.shape!r}, labels {labels.shape!r} and "
             f"{len(findings)} findings do not fit one another"
         )
+    model = linear() if model is None else model
     scores = np.full((len(test), len(findings)), np.nan, np.float32)
     unscored = {}
     for column, finding in enumerate(findings):
@@ -122,7 +275,6 @@ def fit_scores(
         if len(np.unique(target)) < 2:
             unscored[finding] = _one_class(target)
         elif len(test):
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000))
             with threadpool_limits(1):
                 scores[:, column] = model.fit(train[known], target).decision_function(test)
     return scores, unscored

@@ -9,10 +9,13 @@ from pydantic.dataclasses import dataclass as checked
 
 from chexfound.contract import cells
 from chexfound.contract.cells import Told
+from chexfound.evaluate.floors import VARIANTS
 
 SCHEMA = 1
 FEDERATED, CENTRALIZED, RANDOM = "federated", "centralized", "random"
-FLOORS = ("shuffled", "site-view", "histogram")
+HISTOGRAM = "histogram"  # the best of its variants, which are arms of their own
+HISTOGRAMS = tuple(f"{HISTOGRAM}:{name}" for name in VARIANTS)
+FLOORS = ("shuffled", "site-view", HISTOGRAM, *HISTOGRAMS)
 LOCAL = "local:"  # an arm's name is this and the site's
 
 lenient = ConfigDict(extra="ignore", allow_inf_nan=False, coerce_numbers_to_str=True)
@@ -32,6 +35,7 @@ def _interval(value: Any) -> Any:
     return value
 
 
+Drawn = dict[str, dict[str, dict[str, int]]]  # arm -> phase -> site -> images that its steps were taken on
 Interval = Annotated[tuple[float, float] | None, BeforeValidator(_interval)]
 
 
@@ -49,6 +53,8 @@ class Result:
     auprc: float | None = None
     auprc_ci: Interval = None
     reason: str | None = None
+    variant: str | None = None  # of the grey-level floor: which one this is, or which was chosen
+    validation_auroc: float | None = None  # of that variant, on the site's validation patients
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +130,7 @@ class Replicate:
 
     seed: int
     model_sha256: dict[str, str] = Field(default_factory=dict)
+    drawn: Drawn = Field(default_factory=dict)
 
 
 @checked(frozen=True, kw_only=True, config=lenient)
@@ -158,6 +165,7 @@ class Metrics:
     deployed: bool = False
     notes: list[str] = Field(default_factory=list)
     model_sha256: dict[str, str] = Field(default_factory=dict)
+    drawn: Drawn = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
     bytes: dict[str, dict[str, int]] = Field(default_factory=dict)
     rounds: Any = None

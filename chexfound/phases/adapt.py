@@ -15,6 +15,7 @@ from chexfound.contract.request import Reply, Request
 from chexfound.host import machine
 from chexfound.model import checkpoint, vit
 from chexfound.model.checkpoint import load_tensors
+from chexfound.phases import tally
 from chexfound.phases.carried import carried_state, keep_state
 from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain.health import measures
@@ -72,6 +73,7 @@ def adapt(site: Site, recipe: Recipe, request: Request, decision: Decision = UND
         request.batch_size,
         site.report("adapt", request.step, recipe.adapt.total_steps),
     )
+    tally.add(site, request, rows)
     tensors = trainer.global_tensors()
     if own_moments:
         keep_state(site, recipe, request, trainer.state())

@@ -14,6 +14,7 @@ from chexfound.host import machine
 from chexfound.model import checkpoint
 from chexfound.model.checkpoint import load_tensors
 from chexfound.parallel import group
+from chexfound.phases import tally
 from chexfound.phases.carried import all_travels, carried_state, keep_state, recipe_digest
 from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain import checkpoints, positions, teacher
@@ -59,6 +60,7 @@ def pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision = 
     if not travels:
         keep_state(site, recipe, request, trainer.state(copy=False) | checkpoint.add_prefix(began, "model."))
     if group.first():
+        tally.add(site, request, rows)
         _warn(site, recipe, request, rows)
     tensors = trainer.global_tensors(teacher=recipe.teacher.policy == "average", copy=False)
     if recipe.train.optimizer_state == "average":

@@ -49,6 +49,7 @@ class Site:
         digest_key: under which the digest of its store leaves.
         limits: what its site.yaml grants, as it is told at enrolment; None (a simulation): whatever is asked.
         least: patients and images with a label below which it trains no head; 0 (a simulation): any.
+        tally: whether it notes how many images its steps were taken on (`phases/tally.py`); a simulation's does.
         lineage: whether weights are held against where they may come from (client/answer/provenance.py); not in a
             simulation, whose coordinator is oneself.
     """
@@ -65,6 +66,7 @@ class Site:
     digest_key: bytes = field(default=SIMULATED, repr=False)
     limits: dict[str, Any] | None = None
     least: tuple[int, int] = (0, 0)
+    tally: bool = False
     lineage: bool = False
     remembered: dict[str, Any] = field(default_factory=dict)  # digests of files, by what they were taken of
 

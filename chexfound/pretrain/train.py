@@ -221,8 +221,8 @@ class Pretrainer:
             stop: asked after each step whether to take no further one; what one rank says holds for all.
 
         Returns:
-            One row a step: step, loss and its parts (means over the ranks), log_k, and the figures of health.py
-            (of the joint batch), and what the probe says.
+            One row a step: step, images of the joint batch that it was taken on, loss and its parts (means over the
+            ranks), log_k, and the figures of health.py (of the joint batch), and what the probe says.
 
         Raises:
             DivergedError naming the step and its images when loss or gradient is not finite; nothing was updated by it.
@@ -251,7 +251,8 @@ class Pretrainer:
                 rng.torch_stream(recipe.seed, "pretrain", step, self.roster_index, "torch", *own),
             ):
                 parts = self.step(batch, step)
-            rows.append({"step": step, **parts, "log_k": math.log(recipe.dino.head_n_prototypes)})
+            images = len(batch.global_crops) // 2 * group.size()
+            rows.append({"step": step, "images": images, **parts, "log_k": math.log(recipe.dino.head_n_prototypes)})
             if probe is not None:
                 rows[-1] |= probe(self.model.teacher["backbone"], step)
             if progress is not None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from chexfound.contract import cells
 from chexfound.durable.files import write_bytes
-from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Point
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, HISTOGRAM, LOCAL, RANDOM, Point
 from chexfound.parsing.names import ALL_SITES
 from chexfound.report import callouts, figures, story, tables
 from chexfound.report.run_folder import AttentionMaps, ReportedRun, read
@@ -75,6 +75,7 @@ def render(run: ReportedRun) -> str:
         arms=_kinds(run),
         attention=_attention(run.attention),
         left_out=tables.left_out(run),
+        work=tables.work(run),
         seconds=tables.seconds(run),
         side_by_side=tables.side_by_side(run),
         traffic=tables.traffic(run),
@@ -104,7 +105,7 @@ def _dots(run: ReportedRun, finding: str, site: str) -> list[figures.Dot]:
         (RANDOM, "Random", "other", "v", False),
         ("shuffled", "Shuffled", "floor", "o", False),
         ("site-view", "Site + view", "floor", "s", False),
-        ("histogram", "Grey levels", "floor", "^", False),
+        (HISTOGRAM, "Grey levels", "floor", "^", False),
     ]
     found = []
     for arm, label, role, marker, filled in kinds:
@@ -127,12 +128,16 @@ def _finding(run: ReportedRun, finding: str, number: int) -> dict[str, Any]:
         other = story.best_other(run, finding, site)
         compared = [("own model", LOCAL + site), ("pooling", CENTRALIZED), ("random weights", RANDOM)]
         compared += [(f"best other: {_short(other.removeprefix(LOCAL))}", other)] if other else []
+        compared.append(("grey levels alone", HISTOGRAM))
+        floor = run.result(HISTOGRAM, site, finding)
         panels.append(
             {
                 "site": site,
                 "n": row.n,
                 "positives": row.positives,
-                "svg": Markup(figures.dot_panel(rows, low, f"d{number}-{index}", alt)),  # noqa: S704 (drawn here; its alt text is escaped)
+                "svg": Markup(  # noqa: S704 (drawn here; its alt text is escaped)
+                    figures.dot_panel(rows, low, f"d{number}-{index}", alt, floor.auroc if floor else None)
+                ),
                 "verdicts": [
                     (name, tables.said(one))
                     for name, arm in compared

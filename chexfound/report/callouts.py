@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, LOCAL, RANDOM, Result
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, FLOORS, HISTOGRAM, LOCAL, RANDOM, Result
 from chexfound.pretrain.health.symptoms import ADVICE, PATIENCE, symptoms
 from chexfound.report.run_folder import ReportedRun
 from chexfound.report.story import (
+    FITTED,
     ORDER,
     amount,
     amounts,
@@ -28,6 +29,7 @@ from chexfound.report.story import (
 from chexfound.secagg.parameters import MINIMUM
 
 ENOUGH_STEPS = 300  # below it, gains of pretraining were inside the noise of the seeds
+WORK = {"pretrain": "pretraining", "adapt": "training the head"}
 NEAR = 0.05  # of AUROC: a floor this little below the model is near it
 ABOVE_CHANCE = 0.6  # AUROC that is clearly above chance where there is no interval
 
@@ -51,7 +53,7 @@ def callouts(run: ReportedRun) -> list[Callout]:
     if ranked:
         for part in (_random, _floors, _elsewhere, _others, _unjudged, _alone):
             found += part(run, ranked[0])
-    found += [*_missing(run), *_summed(run), *_ailing(run)]
+    found += [*_unequal(run), *_missing(run), *_summed(run), *_ailing(run)]
     kinds = ("bad", "warn", "good", "note")
     return sorted(found, key=lambda one: kinds.index(one.kind))
 
@@ -112,7 +114,7 @@ def _random(run: ReportedRun, finding: str) -> list[Callout]:
 def _floors(run: ReportedRun, finding: str) -> list[Callout]:
     said = []
     names = {
-        "histogram": "grey-level histogram alone, which sees no anatomy,",
+        HISTOGRAM: "grey-level histogram alone, which sees no anatomy,",
         "site-view": "site and view alone, without the image,",
     }
     for arm, name in names.items():
@@ -122,7 +124,8 @@ def _floors(run: ReportedRun, finding: str) -> list[Callout]:
             if floor is None or own is None or floor.auroc is None or own.auroc is None or too_few(own):
                 continue
             if _above_chance(floor) and floor.auroc >= own.auroc - NEAR:
-                near.append(f"{floor.auroc:.2f} at {site} (federated {own.auroc:.2f})")
+                fitted = f"{FITTED[floor.variant]}; " if floor.variant in FITTED else ""
+                near.append(f"{floor.auroc:.2f} at {site} ({fitted}federated {own.auroc:.2f})")
         if near:
             said.append(
                 Callout(
@@ -218,6 +221,27 @@ def _alone(run: ReportedRun, finding: str) -> list[Callout]:
         f"{listed(alone)} trained no model of its own for this finding, so what federating gained there is not known."
     )
     return [Callout("note", text)]
+
+
+def _unequal(run: ReportedRun) -> list[Callout]:
+    """Say where arms were not trained on equally many images, by what their sites counted."""
+    said = []
+    for phase, what in WORK.items():
+        drawn = {arm: phases[phase] for arm, phases in run.metrics.drawn.items() if phase in phases}
+        totals = {arm: sum(sites.values()) for arm, sites in drawn.items()}
+        if len(set(totals.values())) < 2:
+            continue
+        idle = list(dict.fromkeys(site for sites in drawn.values() for site, images in sites.items() if not images))
+        full = {totals[arm] for arm, sites in drawn.items() if all(sites.values())}
+        by_total = {total: [arm_name(arm) for arm in totals if totals[arm] == total] for total in totals.values()}
+        counts = listed([f"{total:,} ({', '.join(names)})" for total, names in by_total.items()], len(by_total))
+        if idle and len(full) == 1 and max(totals.values()) in full:
+            text = f"{listed(idle)} took no step in {what}, so the arms drew different numbers of images: {counts}."
+            said.append(Callout("note", text))
+        else:
+            text = f"The arms did not do equal work: in {what} they drew {counts} images"
+            said.append(Callout("bad", f"{text}, so their figures differ by that too.", first=True))
+    return said
 
 
 def _missing(run: ReportedRun) -> list[Callout]:

@@ -126,8 +126,11 @@ def axis_floor(dots: Sequence[Dot]) -> float:
     return max(0.0, min(0.4, float(np.floor(lowest * 10)) / 10))
 
 
-def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
-    """AUROC with interval of each arm at one site, a row an arm, the figures written beside it."""
+def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str, floor: float | None = None) -> str:
+    """Draw AUROC with interval of each arm at one site, a row an arm, the figures written beside it.
+
+    `floor`: an AUROC that all arms are held against, shaded from there down.
+    """
     rows = [
         float(index) + (0.5 if dot.floor else 0.0) for index, dot in enumerate(dots)
     ]  # the floors stand a little apart
@@ -141,6 +144,9 @@ def dot_panel(dots: Sequence[Dot], low: float, name: str, alt: str) -> str:
         _bare(axes, ticks, [f"{tick:.1f}" for tick in ticks])
         axes.axvline(0.5, color=ROLES["muted"], linewidth=1, dashes=(3, 3), zorder=1)
         axes.set_xlabel("AUROC (0.5: chance, 1: perfect)", fontsize=11, color=ROLES["muted"], labelpad=3)
+        if floor is not None:
+            axes.axvspan(low, floor, color=ROLES["floor"], alpha=0.12, linewidth=0, zorder=0)
+            axes.axvline(floor, color=ROLES["floor"], linewidth=1.2, dashes=(1, 2), zorder=1)
         reference = next((dot.auroc for dot in dots if dot.role == "federated"), None)
         if reference is not None:
             axes.axvline(reference, color=ROLES["federated"], linewidth=1, alpha=0.35, zorder=1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from chexfound.evaluate.results import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval, Result
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, HISTOGRAM, LOCAL, RANDOM, Interval, Result
 from chexfound.parsing.names import ALL_SITES
 from chexfound.report.run_folder import ReportedRun
 
@@ -27,6 +27,12 @@ WORDS: dict[Verdict, str] = {
     "unclear": "no clear difference",
     "higher": "higher",
     "unjudged": "cannot be judged",
+}
+FITTED = {  # what a variant of the grey-level floor is
+    "linear": "regression on the site’s own images",
+    "boosted": "boosted trees on the site’s own images",
+    "pooled": "regression on all sites’ images",
+    "pooled-boosted": "boosted trees on all sites’ images",
 }
 
 
@@ -318,5 +324,6 @@ def arm_name(arm: str) -> str:
         RANDOM: "Random weights",
         "shuffled": "Labels shuffled",
         "site-view": "Site and view alone",
-        "histogram": "Grey levels alone",
+        HISTOGRAM: "Grey levels alone",
+        **{f"{HISTOGRAM}:{name}": f"Grey levels: {words}" for name, words in FITTED.items()},
     }.get(arm, arm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chexfound.evaluate.results import CENTRALIZED, FEDERATED, LOCAL, RANDOM, Interval
+from chexfound.evaluate.results import CENTRALIZED, FEDERATED, HISTOGRAM, HISTOGRAMS, LOCAL, RANDOM, Interval
 from chexfound.report import story
 from chexfound.report.run_folder import ReportedRun
 
@@ -74,6 +74,7 @@ def _table(run: ReportedRun, finding: str, sites: list[str], arms: list[str]) ->
                         "auprc": figure(found.auprc),
                         "auprc_ci": between(found.auprc_ci),
                         "own": arm == story.own_model(site),
+                        "fitted": story.FITTED.get(found.variant or "", "") if arm == HISTOGRAM else "",
                         "gap": found.reason,
                     }
                 )
@@ -185,7 +186,7 @@ def left_out(run: ReportedRun) -> list[tuple[str, str]]:
             if len(told) == 1 and all(row.auroc is None for row in rows):
                 by_site.setdefault((site, told.pop() or "no reason was given"), []).append(finding)
                 continue
-            for row in rows:
+            for row in (row for row in rows if row.arm not in HISTOGRAMS):  # the best of them has its own row
                 names = by_arm.setdefault((row.arm, row.reason or "no reason was given"), [])
                 if row.auroc is None and finding not in names:
                     names.append(finding)
@@ -198,6 +199,15 @@ def left_out(run: ReportedRun) -> list[tuple[str, str]]:
 
 def _no_figure(findings: list[str]) -> str:
     return f"has no figure for {story.listed([story.shown(name) for name in findings], len(findings))}"
+
+
+def work(run: ReportedRun) -> list[dict[str, str]]:
+    """Images that each arm's steps were taken on, over its sites, in pretraining and for the head."""
+    return [
+        {"name": story.arm_name(arm)}
+        | {phase: f"{sum(phases[phase].values()):,}" if phase in phases else "–" for phase in ("pretrain", "adapt")}
+        for arm, phases in run.metrics.drawn.items()
+    ]
 
 
 def seconds(run: ReportedRun) -> list[dict[str, Any]]:

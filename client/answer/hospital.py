@@ -103,6 +103,7 @@ def _make(node_config: Mapping[str, Any], image_px: int, enrolling: bool) -> Sit
         view=view,
         home=folder,
         shuffle_labels=bool(node_config.get("shuffle-labels", False)),
+        tally=True,
         gpus=gpus,
         lineage=node_config.get("lineage") is True,
         split_key=bytes.fromhex(str(node_config["split-key"])) if "split-key" in node_config else None,

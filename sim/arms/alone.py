@@ -34,7 +34,7 @@ def run_alone(plan: ArmPlan, arm: str) -> float:
     patients = None if arm == "centralized" else plan.sites[arm.removeprefix("local:")]
     folder, n_sites, recipe = plan.arm_folder(arm), len(plan.sites), plan.recipe
     view, key = View.of(store, trained_on(arm), patients), plan.split_key
-    own = Site(view=view, home=folder / "own", progress=progress, split_key=key)
+    own = Site(view=view, home=folder / "own", progress=progress, split_key=key, tally=True)
     batches = BatchSizes.pooled(recipe, n_sites)
     warn = listeners.warner(plan.recipe.seed, arm, listeners.on_warnings)
     outcome = run_of(plan.arm_recipe(arm), DirectExchange(own), folder, batches=batches, on_event=warn).run()

@@ -19,6 +19,7 @@ from chexfound.durable.journal import read_journal
 from chexfound.errors import CheckpointError
 from chexfound.evaluate.scores import Scores, load_scores
 from chexfound.model import checkpoint
+from chexfound.phases import tally
 from chexfound.recipe import load as recipes
 from chexfound.recipe.curriculum import changed
 from chexfound.recipe.schema import Recipe
@@ -76,6 +77,15 @@ class ArmPlan:
         """Put every site's list of patients on the disk."""
         for site, patients in self.sites.items():
             write_json(self.patients_file(site), patients)
+
+    def drawn(self, arm: str) -> dict[str, dict[str, int]]:
+        """Phase -> site -> images that the steps of an arm were taken on; as its sites counted them."""
+        homes = {site: self.site_home(arm, site) for site in self.sites}
+        if arm not in FEDERATED_ARMS:
+            homes = {trained_on(arm): self.arm_folder(arm) / "own"}
+        totals = {site: tally.total(home) for site, home in homes.items()}
+        phases = [phase for phase in ("pretrain", "adapt") if any(phase in total for total in totals.values())]
+        return {phase: {site: total.get(phase, 0) for site, total in totals.items()} for phase in phases}
 
     def scores(self, arm: str) -> dict[str, Scores]:
         """An arm's scores on each site's held-out images; what it could not train is marked unscored."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,19 +36,130 @@ def test_histogram_takes_grey_bytes_only(images):
         floors.histogram_features(images)
 
 
+def images(levels: np.ndarray, labels: np.ndarray, seed: int = 0, site: str = "A") -> floors.FloorImages:
+    """Images (n) around a grey level each, of a patient each; labels (n,)."""
+    return floors.FloorImages(
+        patients=[f"{site}/{seed}-{row}" for row in range(len(levels))],
+        features=floors.histogram_features(pictures(levels, seed)),
+        labels=labels[:, None],
+    )
+
+
+def reached(scores: Scores) -> float:
+    return auroc(scores.labels[:, 0], scores.scores[:, 0])
+
+
+HALF = np.arange(80) % 2
+
+
+def brighter(by: int, seed: int, site: str = "A") -> floors.FloorImages:
+    """80 images of which the positives are brighter by so many grey levels."""
+    return images(110 + by * HALF, HALF, seed, site)
+
+
+def darker(seed: int, site: str = "A") -> floors.FloorImages:
+    """As `brighter(30, …)`, the labels turned round."""
+    one = brighter(30, seed, site)
+    return replace(one, labels=1 - one.labels)
+
+
 def test_histogram_floor_finds_brightness_and_no_place():
-    labels = np.arange(80)[:, None] % 2
-    train, test = pictures(110 + 30 * labels[:, 0]), pictures(110 + 30 * labels[:, 0], seed=1)
-    scores, unscored = floors.histogram_floor(train, labels, test, ["Edema"])
-    assert unscored == {}
-    assert scores.dtype == np.float32
-    assert auroc(labels[:, 0], scores[:, 0]) > 0.95
-    moved = np.random.default_rng(0).permuted(test.reshape(80, -1), axis=1).reshape(test.shape)
-    assert np.array_equal(scores, floors.histogram_floor(train, labels, moved, ["Edema"])[0])
+    train, val, test = ({"A": brighter(30, seed)} for seed in (0, 1, 2))
+    found = floors.histogram_floors(train, val, test, ["Edema"], 0)
+    assert list(found) == ["histogram", *(f"histogram:{name}" for name in floors.VARIANTS)]
+    assert all(reached(by_site["A"]) > 0.95 for by_site in found.values())
+    assert all((by_site["A"].scores.dtype, by_site["A"].unscored) == (np.float32, {}) for by_site in found.values())
+    moved = np.random.default_rng(0).permuted(pictures(110 + 30 * HALF, 2).reshape(80, -1), axis=1).reshape(80, 16, 16)
+    assert np.array_equal(floors.histogram_features(moved), test["A"].features)
     # anatomy alone, here which half is bright, is invisible to it
-    sides = np.where((np.arange(16) < 8) == labels[:, :, None], 160, 90).repeat(16, axis=1).astype(np.uint8)
-    blind, _ = floors.histogram_floor(sides, labels, sides, ["Edema"])
-    assert auroc(labels[:, 0], blind[:, 0]) == pytest.approx(0.5, abs=1e-6)
+    sides = np.where((np.arange(16) < 8) == HALF[:, None, None], 160, 90).repeat(16, axis=1).astype(np.uint8)
+    features = floors.histogram_features(sides)
+    scores, _ = floors.fit_scores(features, HALF[:, None], features, ["Edema"])
+    assert auroc(HALF, scores[:, 0]) == pytest.approx(0.5, abs=1e-6)
+
+
+def middling(seed: int, site: str = "A") -> floors.FloorImages:
+    """90 images, of which those with about half of their pixels bright are positive: no line tells them apart."""
+    kind = np.arange(90) % 3
+    bright = np.random.default_rng(seed).random((90, 16, 16)) < (0.1 + 0.4 * kind)[:, None, None]
+    return floors.FloorImages(
+        patients=[f"{site}/{seed}-{row}" for row in range(90)],
+        features=floors.histogram_features(np.where(bright, 180, 60).astype(np.uint8)),
+        labels=(kind == 1).astype(int)[:, None],
+    )
+
+
+def test_each_site_has_the_variant_that_its_validation_patients_choose():
+    """A: no line tells; B: brighter, C: darker with the finding, which all sites together cannot know."""
+    train, val, test = (
+        {"A": middling(seed), "B": brighter(30, seed + 10, "B"), "C": darker(seed + 20, "C")} for seed in (0, 1, 2)
+    )
+    found = floors.histogram_floors(train, val, test, ["Edema"], 0)
+    best = {site: found["histogram"][site] for site in train}
+    assert best["A"].variants == {"Edema": "boosted"}
+    assert {best[site].variants["Edema"] for site in "BC"} <= set(floors.OWN)
+    for site, scores in best.items():
+        variant = scores.variants["Edema"]
+        assert np.array_equal(scores.scores, found[f"histogram:{variant}"][site].scores)
+        assert scores.validation["Edema"] == max(
+            found[f"histogram:{name}"][site].validation["Edema"] for name in floors.VARIANTS
+        )
+        assert reached(scores) > 0.9
+    assert min(reached(found["histogram:pooled"][site]) for site in "BC") < 0.6
+
+
+def test_the_pooled_variant_is_chosen_where_it_is_the_better_one():
+    """A has four training images, whose brightness says the opposite of what it says in all others."""
+    train = {"A": images(np.array([140, 110, 140, 110]), np.array([0, 1, 0, 1])), "B": brighter(30, 1, "B")}
+    val, test = ({site: brighter(30, seed, site) for site in "AB"} for seed in (2, 3))
+    found = floors.histogram_floors(train, val, test, ["Edema"], 0)["histogram"]
+    assert found["A"].variants["Edema"] in floors.POOLED
+    assert reached(found["A"]) > 0.95
+
+
+def test_nothing_of_a_test_image_enters_the_fit_or_the_choice():
+    """The test images say the opposite of training and validation, and all sites together say as they do."""
+    train = {"A": brighter(30, 0), "B": images(110 - 30 * (np.arange(400) % 2), np.arange(400) % 2, 1, "B")}
+    val = {"A": brighter(30, 2), "B": brighter(-30, 3, "B")}
+    test = {"A": brighter(-30, 4), "B": brighter(-30, 5, "B")}
+    found = floors.histogram_floors(train, val, test, ["Edema"], 0)
+    assert reached(found["histogram:pooled"]["A"]) > 0.95
+    assert found["histogram"]["A"].variants["Edema"] in floors.OWN
+    assert reached(found["histogram"]["A"]) < 0.05
+    turned = {site: replace(one, labels=1 - one.labels) for site, one in test.items()}
+    again = floors.histogram_floors(train, val, turned, ["Edema"], 0)
+    for arm, by_site in found.items():
+        for site, scores in by_site.items():
+            assert np.array_equal(scores.scores, again[arm][site].scores)
+            assert (scores.variants, scores.validation) == (again[arm][site].variants, again[arm][site].validation)
+
+
+@pytest.mark.parametrize("label", [1, -1, None], ids=["one class", "unknown", "empty"])
+def test_without_validation_the_first_that_could_be_fitted_is_taken(label):
+    one = brighter(30, 1)
+    none = images(np.zeros(0, int), np.zeros(0, int)) if label is None else replace(one, labels=one.labels * 0 + label)
+    known, alike = brighter(30, 0), images(110 + 0 * HALF, HALF * 0, 5, "B")
+    found = floors.histogram_floors(
+        {"A": known, "B": alike}, {"A": none, "B": none}, {"A": one, "B": one}, ["Edema"], 0
+    )
+    assert [found["histogram"][site].variants["Edema"] for site in "AB"] == ["linear", "pooled"]
+    assert [found["histogram"][site].validation for site in "AB"] == [{}, {}]
+    assert found["histogram:linear"]["B"].unscored == {"Edema": "no positive among the 80 training images"}
+    assert found["histogram"]["B"].unscored == {}
+
+
+def test_a_finding_that_no_site_can_fit_has_no_floor():
+    one = {"A": images(110 + 0 * HALF, HALF * 0 + 1)}
+    (scores,) = floors.histogram_floors(one, one, one, ["Edema"], 0)["histogram"].values()
+    assert (scores.variants, scores.unscored) == ({}, {"Edema": "no negative among the 80 training images"})
+
+
+def test_boosted_trees_repeat_to_the_bit_and_take_two_images():
+    train, val, test = ({"A": middling(seed)} for seed in (0, 1, 2))
+    first, again = (floors.histogram_floors(train, val, test, ["Edema"], 7) for _ in range(2))
+    assert np.array_equal(first["histogram:boosted"]["A"].scores, again["histogram:boosted"]["A"].scores)
+    scores, unscored = floors.fit_scores(np.eye(2), np.array([[1], [0]]), np.eye(2), ["Edema"], floors.boosted(0))
+    assert (unscored, np.isfinite(scores).all()) == ({}, True)
 
 
 def test_site_and_view_give_the_log_odds_of_each_pair():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from chexfound.errors import DataError
-from chexfound.evaluate import areas, bootstrap
+from chexfound.evaluate import areas, rows
 from chexfound.evaluate.areas import auprc, auroc
 from chexfound.evaluate.bootstrap import bootstrap_weights, interval
 from chexfound.evaluate.rows import across_seeds, difference_rows, result_rows
@@ -254,7 +254,7 @@ def test_too_few_draws_with_both_classes_leave_the_figure(monkeypatch):
         weights[samples // 3 :, 2:] = 0
         return weights
 
-    monkeypatch.setattr(bootstrap, "bootstrap_weights", one_in_three)
+    monkeypatch.setattr(rows, "bootstrap_weights", one_in_three)
     (row,) = result_rows("federated", "all", "A", one_finding([0, 0, 1, 1]), 300, 0.95, 0)
     assert [row[key] for key in ("auroc", "auroc_ci", "auprc", "auprc_ci")] == [1.0, None, 1.0, None]
     assert row["reason"] == "no interval: only 100 of 300 bootstrap draws have both classes"

@@ -37,6 +37,10 @@ LEVEL = {
     "shuffled": 0.50,
     "site-view": 0.58,
     "histogram": 0.66,
+    "histogram:linear": 0.62,
+    "histogram:boosted": 0.66,
+    "histogram:pooled": 0.52,
+    "histogram:pooled-boosted": 0.6,
 }
 
 
@@ -49,8 +53,7 @@ def _results(sites: tuple[str, ...]) -> list[dict[str, Any]]:
         *(f"local:{site}" for site in sites if site != SITES[2]),
         "random",
         "shuffled",
-        "site-view",
-        "histogram",
+        *(arm for arm in LEVEL if arm.startswith(("site-view", "histogram"))),
     ]
     for arm in arms:
         for finding in FINDINGS:
@@ -66,6 +69,8 @@ def _results(sites: tuple[str, ...]) -> list[dict[str, Any]]:
                 }
                 if site in LABELLED[finding]:
                     row["positives"] = 30 + 5 * len(finding)
+                    if arm.startswith("histogram"):
+                        row |= {"variant": arm.partition(":")[2] or "boosted", "validation_auroc": LEVEL[arm]}
                     own = arm == f"local:{site}"
                     auroc = (
                         LEVEL.get(arm, 0.86 if own and site == SITES[0] else 0.79 if own else 0.55)
@@ -200,7 +205,7 @@ def write_run(
     comparisons = [
         _comparison(arm, site, finding, at[("federated", site, finding)], value)
         for (arm, site, finding), value in at.items()
-        if arm == "random" or arm.startswith("local:")
+        if arm in ("random", "histogram") or arm.startswith("local:")
     ]
     differences = []
     for finding in FINDINGS:

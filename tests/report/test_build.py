@@ -104,6 +104,15 @@ def test_every_figure_has_words_and_every_id_is_one(page):
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(outline.ids)
 
 
+def test_the_best_grey_level_floor_stands_beside_each_arm(page):
+    text = re.sub(r"<[^>]+>", " ", page)
+    panel = page[page.index('id="gain"') : page.index('id="read"')]
+    assert panel.count('<th scope="row">grey levels alone</th>') == 3  # a paired difference at each site
+    assert panel.count("fill: var(--floor); opacity: 0.12") == 3  # the shade, up to which it reaches
+    assert "boosted trees on the site’s own images" in text  # which variant was chosen
+    assert "Grey levels: regression on all sites’ images" in text
+
+
 def test_tells_the_reasons_and_what_was_left_out(page):
     text = re.sub(r"<[^>]+>", "", page)
     assert "No figure at hannover-mhh: no negative among the test images." in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from chexfound.evaluate.results import Comparison, History, Metrics, Point, Result
@@ -92,6 +94,13 @@ def test_bad_callouts_come_before_good_ones():
 def test_a_floor_is_told_where_it_is_above_chance_and_near_the_model(floor, half, told):
     some = run(row("federated", "A", 0.8, half=0.4), row("histogram", "A", floor, half))
     assert [text.startswith("The grey-level histogram alone") for text in texts(some, "warn")] == [True] * told
+
+
+def test_a_grey_level_floor_is_told_with_its_variant_and_none_but_the_best():
+    floor = replace(row("histogram", "A", 0.8), variant="boosted")
+    some = run(row("federated", "A", 0.82), floor, row("histogram:pooled", "A", 0.9))
+    (said,) = texts(some, "warn")
+    assert "reaches 0.80 at A (boosted trees on the site’s own images; federated 0.82)" in said
 
 
 def test_a_weak_floor_near_a_weak_model_needs_to_be_clearly_above_chance():
@@ -196,6 +205,27 @@ def test_a_healthy_run_and_one_without_figures_are_not_warned_of():
     assert ailing(with_history(federated=points(LEARNS))) == []
     bare = with_history(federated=[Point(step=step, loss=1.0) for step in range(20)])
     assert [text for text in texts(bare) if "too few" in text] == []
+
+
+@pytest.mark.parametrize(
+    ("drawn", "kind", "said"),
+    [
+        ({"federated": {"A": 24, "B": 24}, "centralized": {"all": 48}}, None, ""),
+        ({"federated": {"A": 24, "B": 24}, "centralized": {"all": 24}}, "bad", "48 (Federated) and 24 (Pooled"),
+        ({"federated": {"A": 24, "B": 0}, "centralized": {"all": 48}}, "note", "B took no step in training the head"),
+        ({"federated": {"A": 24, "B": 0}, "centralized": {"all": 20}}, "bad", "24 (Federated) and 20 (Pooled"),
+        (
+            {"federated": {"A": 24, "B": 0}, "local:A": {"A": 24}, "centralized": {"all": 48}},
+            "bad",
+            "24 (Federated, Local",
+        ),
+    ],
+    ids=["equal", "a share", "an idle site", "an idle site and too little", "a share at a lone site"],
+)
+def test_unequal_work_is_told(drawn, kind, said):
+    some = run(row("federated", "A", 0.8), drawn={arm: {"adapt": sites} for arm, sites in drawn.items()})
+    found = [one for one in callouts.callouts(some) if "training the head" in one.text]
+    assert [(one.kind, said in one.text) for one in found] == ([(kind, True)] if kind else [])
 
 
 def test_a_deployed_run_is_not_told_to_lack_arms():

@@ -70,7 +70,9 @@ def test_a_complete_run_is_read_whole(make_run):
     assert run.pretrain_steps == 300
     assert run.confidence == 0.95
     assert run.arms[:2] == ["federated", "centralized"]
-    assert run.arms[-4:] == ["random", "shuffled", "site-view", "histogram"]
+    assert run.arms[-8:-4] == ["random", "shuffled", "site-view", "histogram"]
+    assert run.arms[-4:] == [f"histogram:{name}" for name in ("linear", "boosted", "pooled", "pooled-boosted")]
+    assert run.result("histogram", run.site_names[0], "Effusion").variant == "boosted"
 
 
 def test_steps_come_from_the_history_where_the_recipe_is_absent(make_run):

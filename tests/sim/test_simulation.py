@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,6 +19,8 @@ from server.rounds import health
 
 SITES, FINDINGS = ["alpha", "beta", "gamma"], ["Bar", "Blob"]
 TRAINED = {"federated", "centralized", "local:alpha", "local:beta", "random", "shuffled"}
+HISTOGRAMS = {"histogram", *(f"histogram:{name}" for name in ("linear", "boosted", "pooled", "pooled-boosted"))}
+FITTED = {"site-view", *HISTOGRAMS}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -93,7 +96,7 @@ def check_results(rows: list[dict[str, Any]], arms: set[str], sites: list[str], 
         "reason",
     ]
     for row in rows:
-        assert list(row) == keys
+        assert list(row) == (keys + ["variant", "validation_auroc"] if row["arm"] in HISTOGRAMS else keys)
         assert isinstance(row["trained_on"], str)
         assert type(row["n"]) is int
         assert type(row["positives"]) is int
@@ -153,7 +156,7 @@ def check_schema(metrics: dict[str, Any], trained: set[str], fitted: set[str], s
 
 def test_metrics_by_source(one_worker: Any) -> None:
     metrics = one_worker.metrics
-    check_schema(metrics, TRAINED, {"site-view", "histogram"}, SITES)
+    check_schema(metrics, TRAINED, FITTED, SITES)
     assert set(metrics["bytes"]) == {"federated/pretrain", "federated/features", "federated/adapt"}
     rows = {(row["arm"], row["tested_on"], row["finding"]): row for row in metrics["results"]}
     assert rows["federated", "beta", "Bar"]["n"] == 0  # beta labels Blob only
@@ -175,7 +178,7 @@ def test_replicates_and_the_mean_over_seeds(one_worker: Any) -> None:
     metrics = one_worker.metrics
     (replicate,) = metrics["replicates"]
     assert replicate["seed"] == 1
-    check_results(replicate["results"], TRAINED | {"site-view", "histogram"}, SITES, FINDINGS)
+    check_results(replicate["results"], TRAINED | FITTED, SITES, FINDINGS)
     check_differences(replicate["differences"], SITES, FINDINGS)
     assert set(replicate["model_sha256"]) == TRAINED
     assert all(replicate["model_sha256"][arm] != metrics["model_sha256"][arm] for arm in TRAINED)
@@ -190,17 +193,81 @@ def test_replicates_and_the_mean_over_seeds(one_worker: Any) -> None:
 def test_sites_and_history(one_worker: Any) -> None:
     sites = json.loads((one_worker.out / "sites.json").read_text())
     assert [site["name"] for site in sites] == SITES
+    trained = sum(site["train"] for site in sites)
     for site in sites:
         assert site["train"] + site["val"] + site["test"] == site["images"]
         for counts in site["findings"].values():
             assert sum(counts.values()) == site["images"]
-        assert site["epochs"]["local"] == pytest.approx(3 * site["epochs"]["federated"], abs=0.02)
+        epochs = {"federated": 16 / site["train"], "centralized": 48 / trained, "local": 48 / site["train"]}
+        if site["name"] == "gamma":
+            del epochs["local"]  # it has no model of its own
+        assert site["epochs"] == pytest.approx(epochs, abs=0.006)
     history = json.loads((one_worker.out / "history.json").read_text())
     assert set(history) == {"pretrain", "adapt"}
     assert set(history["pretrain"]) == TRAINED - {"random", "shuffled"}
     assert set(history["adapt"]) == TRAINED
     steps = {(row["site"], row["step"]) for row in history["pretrain"]["federated"]}
     assert steps == {(site, step) for site in SITES for step in range(4)}
+
+
+def test_the_images_that_the_arms_draw_are_counted(one_worker: Any) -> None:
+    """Four steps of pretraining and six of the head, 12 images each, of which each of three sites takes 4.
+
+    gamma has no finding with both classes: it has a part in pretraining, and none in a head.
+    """
+    sites, shares = ("alpha", "beta", "gamma"), {"pretrain": 16, "adapt": 24}
+    pooled = {"pretrain": 48, "adapt": 72}
+    federated = {phase: {site: images for site in sites} for phase, images in shares.items()}
+    federated["adapt"]["gamma"] = 0
+    for one in (one_worker.metrics, *one_worker.metrics["replicates"]):
+        drawn = one["drawn"]
+        assert drawn.pop("federated") == federated
+        assert drawn.pop("random") == drawn.pop("shuffled") == {"adapt": federated["adapt"]}
+        assert drawn.pop("centralized") == {phase: {"all sites, pooled": images} for phase, images in pooled.items()}
+        assert drawn.pop("local:alpha") == {phase: {"alpha": images} for phase, images in pooled.items()}
+        assert drawn.pop("local:beta") == {phase: {"beta": images} for phase, images in pooled.items()}
+        assert drawn == {}
+    page = (one_worker.out / "report.html").read_text()
+    assert "gamma took no step in training the head" in page
+    assert "did not do equal work" not in page
+
+
+def test_a_runs_differences_are_those_of_its_results(one_worker: Any) -> None:
+    """Each difference in metrics.json is the federated figure less the other; of several seeds, their mean."""
+    metrics = one_worker.metrics
+    seeds = [metrics, *metrics["replicates"]]
+    at = [{(row["arm"], row["tested_on"], row["finding"]): row["auroc"] for row in one["results"]} for one in seeds]
+
+    def gap(number: int, row: dict[str, Any], other: str) -> float:
+        return (
+            at[number]["federated", row["tested_on"], row["finding"]]
+            - at[number][other, row["tested_on"], row["finding"]]
+        )
+
+    told = []
+    for number, one in enumerate(seeds):
+        told += [
+            (row["federated_minus_centralized"], gap(number, row, "centralized"))
+            for row in one["differences"]
+            if row["federated_minus_centralized"] is not None
+        ]
+        told += [
+            (row["difference"], gap(number, row, row["second"]))
+            for row in one["comparisons"]
+            if row["difference"] is not None
+        ]
+    for key, value in (
+        ("across_seeds", "mean_federated_minus_centralized"),
+        ("comparisons_across_seeds", "mean_difference"),
+    ):
+        told += [
+            (row[value], np.mean([gap(seed, row, row.get("second", "centralized")) for seed in row["seeds"]]))
+            for row in metrics[key]
+            if row[value] is not None
+        ]
+    assert len([value for value, _ in told if value]) > 10
+    for value, expected in told:
+        assert value == pytest.approx(expected, abs=1e-12)
 
 
 # ---- other ways to deal, fewer arms
@@ -257,7 +324,7 @@ def test_small_sites_are_merged_and_it_is_printed(simulate: Any, make_images: An
     metrics = ran.metrics
     assert metrics["sites"] == ["alpha", "other"]
     assert note in metrics["notes"]
-    assert {row["arm"] for row in metrics["results"]} == {"site-view", "histogram"}
+    assert {row["arm"] for row in metrics["results"]} == FITTED
     assert metrics["model_sha256"] == {}
     assert (ran.out / "report.html").exists()
 
@@ -265,7 +332,7 @@ def test_small_sites_are_merged_and_it_is_printed(simulate: Any, make_images: An
 def test_the_shuffled_floor_needs_the_federated_arm(simulate: Any) -> None:
     ran = simulate("--arms", "shuffled,histogram")
     assert ran.code == 0, ran.stderr
-    assert {row["arm"] for row in ran.metrics["results"]} == {"histogram"}
+    assert {row["arm"] for row in ran.metrics["results"]} == HISTOGRAMS
     assert any("without the federated arm it is left out" in note for note in ran.metrics["notes"])
 
 

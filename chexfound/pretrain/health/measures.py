@@ -28,6 +28,7 @@ KNN_TEMP = 0.07
 RANKME_EPS = 1e-7
 DIGITS = 4  # of a figure that is told: finer ones are noise, and each is a function of a few images' features
 EXACT = ("step", "log_k", "probe_images")  # of a row: what is of no image
+DRAWN = "images"  # of a row: how many images its step was taken on
 
 
 @torch.no_grad()
@@ -147,9 +148,11 @@ def told(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """The rows of a learning curve as they leave a site: to so many digits as whoever steers training can use.
 
     Exact figures of a batch could be a read-out of one image of it for whoever chose the weights, 53 bits at a time.
+    How many images a step took stays: the coordinator asked for it.
     """
     return [
-        {name: value if name in EXACT else float(f"{value:.{DIGITS}g}") for name, value in row.items()} for row in rows
+        {name: value if name in EXACT else float(f"{value:.{DIGITS}g}") for name, value in row.items() if name != DRAWN}
+        for row in rows
     ]
 
 
