@@ -10,17 +10,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from chexfound import __version__
 from chexfound.commands import weights
 from chexfound.errors import ChexfoundError, ConfigError, StorageError
-from chexfound.parallel.environment import teller
 from chexfound.parsing.names import shown
-from chexfound.pretrain import command
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+def parser(pretrain: ModuleType | None = None) -> argparse.ArgumentParser:
+    """Make the command's options; `pretrain` adds those of its own, where whoever started us has it."""
     result = argparse.ArgumentParser(
         prog="chexfound",
         description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, pretrain, "
@@ -53,15 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add("--toml", metavar="FILE", help="write the run-config file there instead of showing the recipe")
     recipe.set_defaults(run=_recipe)
 
-    pretrain = commands.add_parser(
-        "pretrain",
-        help="pretrain on one store, on one GPU or on several, without a federation",
-        description=command.DESCRIPTION,
-        epilog=command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_options(pretrain)
-    pretrain.set_defaults(run=command.run)
+    if pretrain is not None:
+        pretrain.add(commands)
 
     report = commands.add_parser("report", help="draw report.html from a run's folder")
     report.add_argument("folder", metavar="DIR", help="of a simulation or of a deployed run; holds metrics.json")
@@ -137,8 +129,8 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code.
+def main(arguments: list[str] | None = None, pretrain: ModuleType | None = None) -> int:
+    """Run the command, with `pretrain` where that is given (sim/pretrain.py); returns the exit code.
 
     Output that its reader closed (`| head`) ends it quietly, with a shell's 141; a full device is told, with 8.
     """
@@ -147,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         try:
-            return _run(arguments)
+            return _run(parser(pretrain).parse_args(arguments))
         finally:
             sys.stdout.flush()  # here, where it can still be told
     except OSError as error:
@@ -162,16 +154,14 @@ def main(arguments: list[str] | None = None) -> int:
         return StorageError.exit_code
 
 
-def _run(arguments: list[str] | None) -> int:
-    given = parser().parse_args(arguments)
+def _run(given: argparse.Namespace) -> int:
     try:
         code: int = given.run(given)
     except KeyboardInterrupt:
         print("\nStopped; nothing was left half-written.", file=sys.stderr)
         return 130
     except ChexfoundError as error:
-        text = f"{teller()}{error}"
-        print("error: " + "\n".join(shown(line, 2000) for line in text.split("\n")), file=sys.stderr)
+        print("error: " + "\n".join(shown(line, 2000) for line in str(error).split("\n")), file=sys.stderr)
         return error.exit_code
     return code
 
