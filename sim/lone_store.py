@@ -268,4 +268,4 @@ class LoneStore:
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(row, allow_nan=False, sort_keys=True) + "\n" for row in rows)
