@@ -150,7 +150,13 @@ def test_it_is_the_centralized_arm_to_the_bit(pretrain, simulate, tiny_store_pat
 
 @pytest.mark.parametrize(
     ("rounds", "steps", "epoch", "then"),
-    [(20, 5, 10, (10, 10)), (7, 5, 100, (1, 35)), (6, 5, 20, (2, 15)), (6, 5, 3, (6, 5)), (500, 250, 1250, (100, 1250))],
+    [
+        (20, 5, 10, (10, 10)),
+        (7, 5, 100, (1, 35)),
+        (6, 5, 20, (2, 15)),
+        (6, 5, 3, (6, 5)),
+        (500, 250, 1250, (100, 1250)),
+    ],
 )
 def test_rounds_are_epochs_at_most(tiny_recipe, rounds, steps, epoch, then):
     train = replace(tiny_recipe.train, rounds=rounds, local_steps=steps, OFFICIAL_EPOCH_LENGTH=epoch)
