@@ -27,7 +27,8 @@ def application_root() -> Path:
     return package / "_app"
 
 
-def _enter(module: str) -> int:
+def _enter(module: str, **more: str) -> int:
+    """Call `main` of a module of ours, with other modules of ours that it may not import, by the argument's name."""
     root = application_root()
     sys.path.insert(0, str(root))
     for name in PACKAGES:
@@ -39,13 +40,14 @@ def _enter(module: str) -> int:
                 file=sys.stderr,
             )
             return 2
-    code: int = importlib.import_module(module).main()
+    given = {name: importlib.import_module(other) for name, other in more.items()}
+    code: int = importlib.import_module(module).main(**given)
     return code
 
 
 def chexfound() -> int:
-    """`chexfound`."""
-    return _enter("chexfound.commands.main")
+    """`chexfound`; its `pretrain` is the loop that trains every arm, and stands above the library."""
+    return _enter("chexfound.commands.main", pretrain="sim.pretrain")
 
 
 def sim() -> int:

@@ -14,6 +14,7 @@ ChexfoundError            1
 │   ├── RosterError       6   a run with sites that the site's operator did not approve
 │   └── RefusedError      6   a request that a site does not take; its code says which rule it breaks
 ├── SiteError             7   a site, or the process that plays it, failed in a round
+│   └── StoppedError      7   a site that was asked to stop, and saved what it had
 └── StorageError          8   the disk is full or refuses to be written
 
 130 is Ctrl-C and 143 SIGTERM, as everywhere.  A message says what was wrong, where, and what to do; an offending
@@ -167,6 +168,12 @@ class SiteError(ChexfoundError):
     code = "site"
 
 
+class StoppedError(SiteError):
+    """A site that was asked to stop in a round of pretraining, and saved what it had: asked again, it goes on."""
+
+    code = "stopped"
+
+
 class StorageError(ChexfoundError):
     """The disk is full or refuses to be written."""
 
@@ -188,6 +195,7 @@ CODES: dict[str, type[ChexfoundError]] = {  # but for RefusedError, whose codes 
         CodeError,
         RosterError,
         SiteError,
+        StoppedError,
         StorageError,
     )
 }

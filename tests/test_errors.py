@@ -12,6 +12,7 @@ from chexfound.errors import (
     Problems,
     RosterError,
     StateError,
+    StoppedError,
     VersionError,
 )
 
@@ -28,7 +29,7 @@ def test_each_kind_has_its_own_exit_code_and_word():
         7: "site",
         8: "storage",
     }
-    finer = [StateError, VersionError, CodeError, RosterError]
+    finer = [StateError, VersionError, CodeError, RosterError, StoppedError]
     assert errors.CODES == {kind.code: kind for kind in [*kinds, *finer]}
     assert StateError.exit_code == CheckpointError.exit_code
 

@@ -43,6 +43,17 @@ except SystemExit as end:
 print('modules:', *sorted(sys.modules))
 """
 
+COMMAND = """
+import sys
+from chexfound import _launch
+sys.argv = {arguments}
+try:
+    _launch.chexfound()
+except SystemExit as end:
+    assert not end.code
+print('modules:', *sorted(sys.modules))
+"""
+
 
 def imported(file: Path) -> set[str]:
     """Dotted names that a file imports anywhere in it, in functions too."""
@@ -82,7 +93,16 @@ def test_entry_packages_are_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["chexfound", "chexfound.commands.main", "sim.cli", "client.cli", "server.cli", "chexfound._launch"]
+    "module",
+    [
+        "chexfound",
+        "chexfound.commands.main",
+        "sim.cli",
+        "client.cli",
+        "server.cli",
+        "chexfound._launch",
+        "sim.pretrain",
+    ],
 )
 def test_a_command_line_is_light(module: str) -> None:
     if not (ROOT / Path(*module.split("."))).with_suffix(".py").exists() and not (ROOT / module).is_dir():
@@ -91,6 +111,17 @@ def test_a_command_line_is_light(module: str) -> None:
         [sys.executable, "-c", LINE.format(module=module)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not HEAVY & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"]])
+def test_pretrain_is_offered_and_taught_lightly(arguments: list[str]) -> None:
+    """By the script, which puts together what may not import each other."""
+    code = COMMAND.format(arguments=["chexfound", *arguments])
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown, _, modules = ran.stdout.partition("modules:")
+    assert "pretrain" in shown
+    assert ("--log-every" in shown) == (arguments[0] == "pretrain")
+    assert not HEAVY & {name.partition(".")[0] for name in modules.split()}
 
 
 @pytest.mark.parametrize("module", ["chexfound.commands.main", "sim.cli", "server.cli"])
@@ -103,7 +134,7 @@ def test_help_is_light(module: str) -> None:
     assert not HEAVY & {name.partition(".")[0] for name in modules.split()}
 
 
-@pytest.mark.parametrize("module", ["client.app", "server.app", "sim.arms.plan", "chexfound.pretrain.central"])
+@pytest.mark.parametrize("module", ["client.app", "server.app", "sim.arms.plan", "sim.lone_store"])
 def test_whoever_trains_starts_without_timm(module: str) -> None:
     """It takes as long to import as torch, and every worker would do so for two small layers (model/vit.py)."""
     line = LINE.format(module=module)

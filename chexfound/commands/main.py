@@ -6,17 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from chexfound import __version__
 from chexfound.commands import weights
 from chexfound.errors import ConfigError, DataError
 from chexfound.host.exits import ended
-from chexfound.parallel.environment import teller
-from chexfound.pretrain import command
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's options."""
+def parser(pretrain: ModuleType | None = None) -> argparse.ArgumentParser:
+    """Make the command's options; `pretrain` adds those of its own, where whoever started us has it."""
     result = argparse.ArgumentParser(
         prog="chexfound",
         description="Federated chest X-ray pretraining: make phantoms, take in images, show recipes, pretrain, "
@@ -49,15 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add("--toml", metavar="FILE", help="write the run-config file there instead of showing the recipe")
     recipe.set_defaults(run=_recipe)
 
-    pretrain = commands.add_parser(
-        "pretrain",
-        help="pretrain on one store, on one GPU or on several, without a federation",
-        description=command.DESCRIPTION,
-        epilog=command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_options(pretrain)
-    pretrain.set_defaults(run=command.run)
+    if pretrain is not None:
+        pretrain.add(commands)
 
     report = commands.add_parser("report", help="draw report.html from a run's folder")
     report.add_argument("folder", metavar="DIR", help="of a simulation or of a deployed run; holds metrics.json")
@@ -137,15 +129,15 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def main(arguments: list[str] | None = None, pretrain: ModuleType | None = None) -> int:
+    """Run the command, with `pretrain` where that is given (sim/pretrain.py); returns the exit code."""
 
     def run() -> int:
-        given = parser().parse_args(arguments)
+        given = parser(pretrain).parse_args(arguments)
         code: int = given.run(given)
         return code
 
-    return ended(run, who=teller())
+    return ended(run)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(local)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=os.environ.get(RENDEZVOUS, "env://"),
+        init_method=os.environ[RENDEZVOUS],
         rank=int(os.environ["RANK"]),
         world_size=to_come(),
         device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,

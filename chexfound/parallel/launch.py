@@ -6,14 +6,12 @@ can be reached from another machine.  They die with the process that started the
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import chexfound
@@ -31,12 +29,18 @@ class Ranks:
         arguments: after `python`.
         number: N.
         on_line: told each line that the first rank writes to its standard output, which is then not shown.
+        stop: whether the ranks are to be asked (by SIGTERM) to stop after their step.
     """
 
-    def __init__(self, arguments: Sequence[str], number: int, on_line: Callable[[bytes], None] | None = None) -> None:
-        self.asked: int | None = None  # the signal by which we were asked to stop
-        self._asked_at = 0.0
-        self._arguments, self._number, self._on_line = list(arguments), number, on_line
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        number: int,
+        on_line: Callable[[bytes], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self._arguments, self._number, self._on_line, self._stop = list(arguments), number, on_line, stop
+        self._asked_at: float | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._rest = b""
 
@@ -57,24 +61,6 @@ class Ranks:
                     process.wait()
                     if process.stdout is not None:
                         process.stdout.close()
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM ask the ranks to stop after their step; a second time, they are ended."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        if self.asked is not None:
-            self._asked_at = -STOP_S
-        else:
-            self.asked, self._asked_at = number, time.monotonic()
-        for process in self._processes:
-            process.terminate()
 
     def _start(self, rank: int, folder: Path) -> subprocess.Popen[bytes]:
         heard = rank == 0 and self._on_line is not None
@@ -97,7 +83,11 @@ class Ranks:
             if None not in codes:
                 self._hear()
                 return [0] * self._number
-            if self.asked is not None and time.monotonic() > self._asked_at + STOP_S:
+            if self._asked_at is None and self._stop is not None and self._stop():
+                self._asked_at = time.monotonic()
+                for process in self._processes:
+                    process.terminate()
+            if self._asked_at is not None and time.monotonic() > self._asked_at + STOP_S:
                 return [0] * self._number
             time.sleep(0.05)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from chexfound.contract.request import Reply, Request
-from chexfound.errors import DataError, ProtocolError
+from chexfound.errors import DataError, ProtocolError, StoppedError
 from chexfound.host import machine
 from chexfound.phases import gpus
 from chexfound.phases.adapt import adapt, extract
@@ -48,6 +48,8 @@ def run(site: Site, recipe: Recipe, request: Request, decision: Decision = UNDEC
 
 def _pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision) -> Reply:
     """Pretrain in this process, or by a process for each of the GPUs that the site trains on."""
+    if site.stop is not None and site.stop():
+        raise StoppedError(f"stopped before step {request.step}")
     number = machine.gpus(site.gpus)
     if number > 1:
         return gpus.ask_all(site, recipe, request, decision, number)

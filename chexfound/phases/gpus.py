@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from chexfound.contract.request import Reply, Request
 from chexfound.data.store.reader import Store
 from chexfound.data.store.split import View
 from chexfound.durable.files import write_json
-from chexfound.errors import CODES, ChexfoundError
+from chexfound.errors import CODES, ChexfoundError, StoppedError
 from chexfound.host import logs
 from chexfound.model import checkpoint
 from chexfound.parallel import group
-from chexfound.parallel.environment import GRACE_S, end, named
+from chexfound.parallel.environment import GRACE_S, end, named, stoppable
 from chexfound.parallel.launch import Ranks, died
 from chexfound.phases.pretrain import pretrain
 from chexfound.phases.site_state import Decision, Site
@@ -41,16 +42,16 @@ log = logging.getLogger("chexfound.pretrain")
 def ask_all(site: Site, recipe: Recipe, request: Request, decision: Decision, number: int) -> Reply:
     """The reply to a request, by `number` processes of this machine.
 
-    Raises: ChexfoundError of the first that failed; SiteError if one died.
+    Raises: ChexfoundError of the first that failed; SiteError if one died; StoppedError if they were asked to stop.
     """
     group.share(request.batch_size, number)
     folder = site.home / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     _write(folder, site, recipe, request, decision)
     try:
-        codes = Ranks(["-m", "chexfound.phases.gpus", str(folder)], number, _listener(site)).run()
-        if any(codes):
-            raise _failure(folder, codes)
+        codes = Ranks(["-m", "chexfound.phases.gpus", str(folder)], number, _listener(site), site.stop).run()
+        if any(codes) or not (folder / "reply.json").is_file():
+            raise _failure(folder, codes, asked=site.stop is not None and site.stop())
         values = json.loads((folder / "reply.json").read_text())
         return Reply(tensors=checkpoint.load(folder / "reply.safetensors"), values=values)
     finally:
@@ -70,6 +71,7 @@ def _write(folder: Path, site: Site, recipe: Recipe, request: Request, decision:
         "words": None if site.words is None else sorted(site.words),
         "split_key": site.split_key.hex() if site.split_key else None,
         "fractions": vars(site.fractions) if site.fractions else None,
+        "stops": site.stop is not None,
     }
     write_json(
         folder / "job.json",
@@ -91,6 +93,7 @@ def _read(folder: Path) -> tuple[Site, Recipe, Request, Decision]:
         words=None if here["words"] is None else frozenset(here["words"]),
         split_key=bytes.fromhex(here["split_key"]) if here["split_key"] else None,
         fractions=curriculum.changed(Split(), **here["fractions"]) if here["fractions"] else None,
+        stop=(lambda: False) if here["stops"] else None,
     )
     tensors = checkpoint.load(folder / "request.safetensors")
     request = Request(**{**asked, "findings": tuple(asked["findings"])}, tensors=tensors)
@@ -107,13 +110,15 @@ def _listener(site: Site) -> Callable[[bytes], None]:
     return listen
 
 
-def _failure(folder: Path, codes: list[int]) -> ChexfoundError:
-    """What the ranks died of: the error that one of them told, else how one of them ended."""
+def _failure(folder: Path, codes: list[int], *, asked: bool = False) -> ChexfoundError:
+    """Say what the ranks died of: the error that one of them told, else that they were asked, else how one ended."""
     for number in range(len(codes)):
         path = folder / f"error-{number}.json"
         if path.is_file():
             told = json.loads(path.read_text())
             return CODES[told["code"]]((named(number, len(codes)) if number else "") + told["text"])
+    if asked:  # before they could hear it
+        return StoppedError("stopped before a step was taken")
     number, code = next((number, code) for number, code in enumerate(codes) if code)
     return died(number, len(codes), code)
 
@@ -124,8 +129,9 @@ def main(folder: Path) -> int:
     os.dup2(2, 1)  # whatever a library prints is not for whoever listens
     logs.show()
     try:
-        with group.process_group():
+        with stoppable(signal.SIGTERM) as asked, group.process_group():
             site, recipe, request, decision = _read(folder)
+            site.stop = (lambda: bool(asked)) if site.stop is not None else None
             if group.first():
                 site.progress = lambda *told: print(json.dumps(told), file=channel)
             torch.set_num_threads(recipe.threads)
@@ -136,7 +142,7 @@ def main(folder: Path) -> int:
             return 0
     except ChexfoundError as error:
         write_json(folder / f"error-{os.environ['RANK']}.json", {"code": error.code, "text": str(error)})
-        return error.exit_code
+        return 0 if isinstance(error, StoppedError) else error.exit_code  # all stop, and none ends another's save
     except Exception:
         time.sleep(GRACE_S)  # another's death shows here as an error of the connection: let it be told instead
         log.exception("phase=pretrain rank=%s error=internal", os.environ.get("RANK"))

@@ -49,12 +49,13 @@ def pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision = 
     # What every site and the coordinator knows of this round, and the next teacher is derived from.
     began = trainer.global_tensors(teacher=True) if recipe.teacher.policy == "rederive" else {}
     progress = site.report("pretrain", request.step, recipe.pretrain_steps)
-    under_way = _saves(site, recipe, request, kept) if recipe.train.saveckp_freq else None
+    under_way = _saves(site, recipe, request, kept) if recipe.train.saveckp_freq or site.stop else None
     state = "travels" if travels else "kept" if kept else "fresh"
     kept.clear()  # it is in the trainer
     try:
         probe = probe_of(site, recipe, request, decision.excluded)
-        rows = checkpoints.run(trainer, request.step, request.steps, request.batch_size, progress, under_way, probe)
+        asked = (request.step, request.steps, request.batch_size)
+        rows = checkpoints.run(trainer, *asked, progress, under_way, probe, site.stop)
     except DivergedError as error:
         raise checkpoints.diverged(site.home, store, ids, trainer, error) from error
     if not travels:

@@ -50,6 +50,7 @@ class Site:
         limits: what its site.yaml grants, as it is told at enrolment; None (a simulation): whatever is asked.
         least: patients and images with a label below which it trains no head; 0 (a simulation): any.
         tally: whether it notes how many images its steps were taken on (`phases/tally.py`); a simulation's does.
+        stop: asked after each step of pretraining whether to save, and take no further one; None: none asks.
         lineage: whether weights are held against where they may come from (client/answer/provenance.py); not in a
             simulation, whose coordinator is oneself.
     """
@@ -58,6 +59,7 @@ class Site:
     home: Path
     shuffle_labels: bool = False
     progress: Progress | None = None
+    stop: Callable[[], bool] | None = None
     gpus: str = ""
     cells: int = 0
     words: frozenset[str] | None = None

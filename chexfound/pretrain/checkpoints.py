@@ -22,7 +22,7 @@ from torch import Tensor
 
 from chexfound.data.store.reader import Store
 from chexfound.durable.files import canonical, remove_unfinished, storage, write_json
-from chexfound.errors import CheckpointError, DataError, DivergedError
+from chexfound.errors import CheckpointError, DataError, DivergedError, StoppedError
 from chexfound.model import checkpoint
 from chexfound.parallel import group
 from chexfound.pretrain.train import Pretrainer, Probe, Progress
@@ -63,18 +63,15 @@ class Checkpoints:
     Args:
         folder: theirs.
         work: what they belong to.
-        lasting: whether the folder is this work's for good, so that a save of other work in it is a mistake and no
-            leftover of work that is done.
     """
 
-    def __init__(self, folder: Path, work: str, *, lasting: bool = False) -> None:
-        self.folder, self.work, self.lasting = Path(folder), work, lasting
+    def __init__(self, folder: Path, work: str) -> None:
+        self.folder, self.work = Path(folder), work
 
     def newest(self) -> int | None:
         """The step of the newest sound one, if there is any; leftovers of other work and half-written ones are removed.
 
-        Raises: StorageError for one that may not be read; CheckpointError for one of other work in a lasting folder.
-        Nothing is removed then.
+        Raises: StorageError for one that may not be read; nothing is removed then.
         """
         step = group.broadcast(self._newest() if group.first() else 0)
         return step if step >= 0 else None
@@ -146,12 +143,6 @@ class Checkpoints:
                 steps.append(step)
             else:
                 others.append(path)
-        if others and self.lasting:
-            raise CheckpointError(
-                f"{others[-1]}: is a save of other work than is asked for now: another recipe, other images, or a "
-                "release that reads the recipe in another way; give back what it was begun with, or start anew in "
-                "another folder"
-            )
         for path in others:
             log.info("save=%s is of work that is done; removed", path.name)
             path.unlink()
@@ -171,10 +162,13 @@ def run(
     progress: Progress | None,
     saves: Checkpoints | None,
     probe: Probe | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """`Pretrainer.run` with saves every `train.saveckp_freq` epochs, from the newest of which it goes on.
 
-    Raises: what `Pretrainer.run` raises; CheckpointError if the newest save does not fit.
+    Asked to `stop`, it saves what it has after the step; whoever may ask gives `saves`.
+
+    Raises: what `Pretrainer.run` raises; CheckpointError if the newest save does not fit; StoppedError.
     """
     if saves is None:
         return trainer.run(first_step, steps, batch_size, progress, probe)
@@ -186,11 +180,14 @@ def run(
         log.info("pretraining goes on from the save before step %d", step)
     while step < last:
         until = next_stop(step, last, steps_between(trainer.run_recipe))
-        rows += trainer.run(step, until - step, batch_size, _shifted(progress, step - first_step, steps), probe)
-        step = until
+        rows += trainer.run(step, until - step, batch_size, _shifted(progress, step - first_step, steps), probe, stop)
+        step = first_step + len(rows)
         if step < last:
             state = trainer.state()
             saves.write(step, state, rows)
+            if stop is not None and group.any_of(stop()):
+                group.barrier()  # whoever ends first is the end of all
+                raise StoppedError(f"stopped before step {step}")
     return rows
 
 

@@ -54,12 +54,8 @@ class ArmPlan:
     def arm_recipe(self, arm: str) -> Recipe:
         """What an arm is trained by: the floors without pretraining, a lone site without the evaluation."""
         out = {"federated": (), "random": ("pretrain",), "shuffled": ("pretrain",)}.get(arm, ("evaluate",))
-        phases = tuple(phase for phase in self.recipe.phases if phase not in out)
-        teacher = self.recipe.teacher
-        if arm not in FEDERATED_ARMS and teacher.policy == "rederive":
-            teacher = changed(teacher, policy="average")  # a lone site has its teacher: there is nothing to derive
-        aggregation = self.recipe.aggregation if arm in FEDERATED_ARMS else "fedavg"  # of one site there is no sum
-        return changed(self.recipe, phases=phases, teacher=teacher, aggregation=aggregation)
+        recipe = changed(self.recipe, phases=tuple(phase for phase in self.recipe.phases if phase not in out))
+        return recipe if arm in FEDERATED_ARMS else lone_recipe(recipe)
 
     def arm_roster(self, arm: str) -> list[str]:
         """The sites that take part in an arm's run, as its journal names them."""
@@ -91,6 +87,12 @@ class ArmPlan:
         """An arm's scores on each site's held-out images; what it could not train is marked unscored."""
         unscored = finished(self, arm)["unscored"]
         return {site: load_scores(self.site_home(arm, site) / "scores.npz", unscored) for site in self.sites}
+
+
+def lone_recipe(recipe: Recipe) -> Recipe:
+    """Take out of a recipe what only several sites can do: a lone one has its teacher, and of it there is no sum."""
+    policy = "average" if recipe.teacher.policy == "rederive" else recipe.teacher.policy
+    return changed(recipe, teacher=changed(recipe.teacher, policy=policy), aggregation="fedavg")
 
 
 def recipe_sha256(recipe: Recipe) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from chexfound.errors import ConfigError
 from chexfound.parallel import environment, launch
 from chexfound.parallel.launch import Ranks
 
@@ -80,26 +79,35 @@ def test_an_exception_here_ends_them():
     assert [process.returncode for process in one._processes] == [-9, -9, -9]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_them_to_stop(tmp_path, number):
+def test_they_are_asked_to_stop(tmp_path):
     here = f"os.path.join({str(tmp_path)!r}, str(rank))"
     code = (
         f"import signal; signal.signal(signal.SIGTERM, lambda *_: (open({here}, 'w'), sys.exit(0))); "
-        f"open({here} + '-ready', 'w'); there = {str(tmp_path / '1-ready')!r}; "
-        "[time.sleep(0.02) for _ in range(3000) if not os.path.exists(there)]; print('ready', flush=True); "
-        "time.sleep(600)"
+        f"open({here} + '-ready', 'w'); time.sleep(600)"
     )
-
-    def ready(_: bytes) -> None:
-        os.kill(os.getpid(), number)
-
-    one = ranks(code, 2, on_line=ready)
-    before = signal.getsignal(number)
-    with one.signals():
-        assert one.run() == [0, 0]
-    assert signal.getsignal(number) is before
-    assert one.asked == number
+    ready = [tmp_path / f"{rank}-ready" for rank in (0, 1)]
+    assert ranks(code, 2, stop=lambda: all(path.exists() for path in ready)).run() == [0, 0]
     assert {"0", "1"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_those_that_do_not_stop_are_ended(monkeypatch):
+    monkeypatch.setattr(launch, "STOP_S", 0.5)
+    one = ranks("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)", 2, stop=lambda: True)
+    assert one.run() == [0, 0] or any(code == -signal.SIGTERM for code in (p.returncode for p in one._processes))
+    assert all(process.returncode is not None for process in one._processes)
+
+
+def test_the_first_signal_asks_and_the_second_does_what_it_did(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with environment.stoppable(signal.SIGINT, signal.SIGTERM, text="stopping") as asked:
+        assert asked == []
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err == "stopping\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -128,7 +136,7 @@ def test_whose_parent_is_gone_already_ends(monkeypatch):
     assert (done.returncode, done.stdout) == (1, b"")
 
 
-def test_torchrun_s_variables(monkeypatch):
+def test_how_many_there_are_to_come(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert environment.to_come() == 1
@@ -136,23 +144,3 @@ def test_torchrun_s_variables(monkeypatch):
     assert environment.to_come() == 1
     monkeypatch.setenv("RANK", "0")
     assert environment.to_come() == 4
-
-
-def test_an_error_of_another_rank_waits_for_the_first_s_and_is_named(monkeypatch):
-    monkeypatch.setattr(environment, "GRACE_S", 0.0)
-    monkeypatch.delenv("RANK", raising=False)
-    assert environment.teller() == ""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "0")
-    assert environment.teller() == ""
-    monkeypatch.setenv("RANK", "2")
-    assert environment.teller() == "GPU 2 (of 4): "
-
-
-def test_gpus_under_torchrun_are_refused(monkeypatch, capsys):
-    from chexfound.commands import main
-
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main.main(["pretrain", "store", "--recipe", "demo", "--out", "x", "--gpus", "2"]) == ConfigError.exit_code
-    assert "--gpus: leave it out under torchrun" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chexfound.contract.request import Request
-from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError
+from chexfound.errors import CheckpointError, ConfigError, DataError, SiteError, StoppedError
 from chexfound.phases import dispatch, gpus
 from chexfound.phases.site_state import Decision, Site
 from chexfound.pretrain.train import initial_weights
@@ -74,7 +74,7 @@ def test_a_batch_that_cannot_be_shared_out_is_told_before_anything_starts(make_s
         dispatch.run(site, recipe, request)
 
 
-NOT_OF_A_STEP = {"view", "progress", "gpus", "digest_key", "limits", "least", "lineage", "remembered"}
+NOT_OF_A_STEP = {"view", "progress", "stop", "gpus", "digest_key", "limits", "least", "lineage", "remembered"}
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,10 @@ def test_whose_failure_it_was(tmp_path):
     (tmp_path / "error-0.json").write_text(json.dumps({"code": "data", "text": "of all"}))
     told = gpus._failure(tmp_path, [3, 3])
     assert (type(told), str(told)) == (DataError, "of all")
+
+
+def test_that_they_were_asked_to_stop_is_no_failure(tmp_path):
+    assert isinstance(gpus._failure(tmp_path, [0, -15], asked=True), StoppedError)
+    assert isinstance(gpus._failure(tmp_path, [0, 0], asked=True), StoppedError)  # ended after their time was up
+    (tmp_path / "error-0.json").write_text(json.dumps({"code": "storage", "text": "no room"}))
+    assert str(gpus._failure(tmp_path, [8, 0], asked=True)) == "no room"

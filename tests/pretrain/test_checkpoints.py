@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chexfound.errors import CheckpointError, StorageError
+from chexfound.errors import CheckpointError, StoppedError, StorageError
 from chexfound.model import checkpoint
 from chexfound.pretrain import checkpoints
 from chexfound.pretrain.checkpoints import Checkpoints, next_stop
@@ -42,14 +42,6 @@ def test_a_save_of_work_that_is_done_is_removed(tmp_path):
     other = Checkpoints(tmp_path, "other")
     assert other.newest() is None
     assert files(tmp_path) == []
-
-
-def test_in_a_folder_for_good_a_save_of_other_work_is_a_mistake_and_stays(tmp_path):
-    Checkpoints(tmp_path, "one").write(3, STATE)
-    Checkpoints(tmp_path, "other").write(6, STATE)
-    with pytest.raises(CheckpointError, match="is a save of other work than is asked for now"):
-        Checkpoints(tmp_path, "other", lasting=True).newest()
-    assert len(files(tmp_path)) == 2
 
 
 def test_a_save_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
@@ -191,3 +183,29 @@ def test_stopping_is_after_a_step(small, images):
     one = Pretrainer(small(), lambda places: images[places], len(images), 0)
     answers = iter([False, True])
     assert [row["step"] for row in one.run(0, 5, 4, stop=lambda: next(answers))] == [0, 1]
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
+def test_asked_to_stop_it_saves_after_the_step(small, images, tmp_path, at):
+    """Also where it saves of itself; after the last step there is nothing left to stop."""
+    recipe = small(train__saveckp_freq=0.5)  # every 2 steps
+    one = Pretrainer(recipe, lambda places: images[places], len(images), 0)
+    rows, whole = one.run(0, 7, 4), one.state()
+    asked: list[int] = []
+    one = Pretrainer(recipe, lambda places: images[places], len(images), 0)
+
+    def progress(done: int, _: int) -> None:
+        if done == at:
+            asked.append(done)
+
+    def run() -> list[Any]:
+        return checkpoints.run(one, 0, 7, 4, progress, Checkpoints(tmp_path, "w"), None, lambda: bool(asked))
+
+    if at < 7:
+        with pytest.raises(StoppedError, match=f"^stopped before step {at}$"):
+            run()
+        assert files(tmp_path)[-1] == f"{at:010d}.safetensors"
+        asked.clear()
+        at, one = 0, Pretrainer(recipe, lambda places: images[places], len(images), 0)
+    assert run() == rows
+    assert checkpoint.digest(one.state()) == checkpoint.digest(whole)

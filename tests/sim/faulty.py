@@ -1,4 +1,4 @@
-"""`python -m chexfound.pretrain` in which rank $FAULTY_RANK does $FAULT in its third step: see test_processes.py.
+"""`chexfound pretrain` in which rank $FAULTY_RANK does $FAULT in its third step: see test_pretrain_processes.py.
 
 The process that starts the ranks makes this file theirs, too.
 """
@@ -9,8 +9,10 @@ import itertools
 import math
 import os
 import runpy
+import sys
 from typing import Any
 
+from chexfound import _launch
 from chexfound.parallel import launch
 from chexfound.parallel.environment import to_come
 
@@ -38,6 +40,7 @@ def break_it(fault: str) -> None:
 
 if to_come() == 1:
     launch.Ranks = Ranks  # type: ignore[misc]
-elif os.environ["RANK"] == os.environ["FAULTY_RANK"]:
+    sys.exit(_launch.chexfound())
+if os.environ["RANK"] == os.environ["FAULTY_RANK"]:
     break_it(os.environ["FAULT"])
-runpy.run_module("chexfound.pretrain", run_name="__main__", alter_sys=True)
+runpy.run_module("chexfound.phases.gpus", run_name="__main__", alter_sys=True)
