@@ -39,7 +39,7 @@ in DIR/runs/NAME.
 examples:
   chexfound-server run /srv/thorax demo --set train.rounds=2 --set adapt.rounds=2
   chexfound-server run /srv/thorax mine.yaml --name first --detach
-  chexfound-server run /srv/thorax vitb16-224 --backbone model/model.safetensors
+  chexfound-server run /srv/thorax vitb16-224 --backbone model/backbone.safetensors
 
 `chexfound recipe` lists the presets, `chexfound recipe NAME` shows one.
 """

@@ -4,8 +4,7 @@
     OUT/journal.jsonl        a record a round; its lock keeps a second command out
     OUT/rounds/, OUT/own/    the last round's weights, and what the store's site keeps until all is done
     OUT/metrics.jsonl        a row a step, from the journal
-    OUT/model/               at the end: the backbone, as model/weights/release/run_model.py has it
-    OUT/heads.safetensors    at the end: `student.dino_head.…`, `teacher.ibot_head.…`, and so on
+    OUT/model/               at the end: the backbone and its heads, a release directory (model/weights/export.py)
 
 The loop is that of all runs (server/rounds/loop.py), and the site is asked directly: it is the centralized arm of
 `chexfound-sim` over the whole store, to the bit.
@@ -14,6 +13,7 @@ The loop is that of all runs (server/rounds/loop.py), and the site is asked dire
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import shutil
@@ -33,8 +33,8 @@ from chexfound.durable.journal import read_journal
 from chexfound.errors import CheckpointError, ConfigError, DataError
 from chexfound.host import machine
 from chexfound.host.durations import span
-from chexfound.model import checkpoint
-from chexfound.model.weights.release import run_card, run_model
+from chexfound.model.weights import export
+from chexfound.model.weights.release import folder
 from chexfound.parallel import group
 from chexfound.phases import dispatch
 from chexfound.phases.site_state import Site
@@ -184,8 +184,8 @@ class LoneStore:
         Raises: StoppedError if it was; ChexfoundError; what was saved is kept.
         """
         model = self.out / "model"
-        if (model / "README.md").is_file():  # written last
-            run_model.load(model)  # it is there, and as it was left
+        if (model / "config.json").is_file():  # written last
+            folder.read(model)  # it is there, and as it was left
             print(f"{self.out}: finished already; its model is {model}")
             return
         self.site.stop, self.log_every = stop, log_every
@@ -254,14 +254,9 @@ class LoneStore:
     # -- what is left
 
     def _finish(self, outcome: Outcome) -> None:
-        """Leave the model, and the heads beside it."""
-        last = self.out / "rounds" / f"pretrain-{self.lone.pretrain_rounds - 1:06d}.safetensors"
-        weights = checkpoint.load(last)
-        heads = [name for name in weights if name.startswith(("student.", "teacher.")) and "_head." in name]
-        checkpoint.save(self.out / "heads.safetensors", {name: weights[name] for name in heads})
-        images, patients = len(self.ids), len(set(self.site.patients(self.ids)))
-        card = run_card.pretraining_card(self.recipe, outcome.tensors, images, patients, outcome.model_sha256)
-        run_model.save(self.out / "model", self.recipe, outcome.findings, outcome.tensors, card)
+        """Leave the model, and drop what a site needs only while it trains."""
+        metrics = {"model_sha256": {"pretrained": outcome.model_sha256}, "results": [], "replicates": []}
+        export.of_finished(self.out, self.out / "model", metrics | {"date": datetime.date.today().isoformat()})
         for part in ("saves", "state", "health"):
             shutil.rmtree(self.site.home / part, ignore_errors=True)
         with contextlib.suppress(OSError):  # not there, or what diverged is in it

@@ -18,9 +18,8 @@ from chexfound.durable.files import replace_file, write_json, write_text
 from chexfound.durable.journal import read_journal
 from chexfound.evaluate.results import LOCAL
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
-from chexfound.model import checkpoint
-from chexfound.model.weights.release import run_model
-from chexfound.model.weights.release.run_card import card
+from chexfound.model.weights import export
+from chexfound.model.weights.load import load_backbone, load_head
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe import load as recipes
 from server.rounds import result
@@ -52,7 +51,7 @@ def write(
     _write_samples(out, plan)
     best = "federated" if "federated" in arms else trained[0] if trained else None
     if best:
-        _write_model(out, plan, best, metrics)
+        export.of_finished(plan.arm_folder(best), out / "model", metrics)
         if judged:
             _write_attention(out, plan)
     from chexfound.report.build import build
@@ -193,9 +192,10 @@ def _write_samples(out: Path, plan: ArmPlan) -> None:
 
 def _write_attention(out: Path, plan: ArmPlan) -> None:
     """GLoRI's attention over held-out images: two of each site, one with and one without the commonest finding."""
-    recipe, findings, backbone, head = run_model.load(out / "model")
-    if head is None or recipe.adapt.head != "glori":
+    recipe, findings = plan.recipe, list(plan.recipe.adapt.findings or ())
+    if recipe.adapt.head != "glori" or not (out / "model" / "head.safetensors").is_file():
         return
+    backbone, head = load_backbone(out / "model"), load_head(out / "model")
     store = Store.open(plan.store)
     chosen: list[int] = []
     sites: list[str] = []
@@ -231,9 +231,3 @@ def _write_attention(out: Path, plan: ArmPlan) -> None:
         out / "artifacts" / "attention.json",
         {"findings": list(findings), "sites": sites, "captions": captions},
     )
-
-
-def _write_model(out: Path, plan: ArmPlan, arm: str, metrics: dict[str, Any]) -> None:
-    tensors = checkpoint.load(plan.arm_folder(arm) / "model.safetensors")
-    text = card(plan.recipe, arm, tensors, metrics, sum(len(patients) for patients in plan.sites.values()))
-    run_model.save(out / "model", plan.recipe, plan.recipe.adapt.findings or (), tensors, text)

@@ -26,9 +26,10 @@ examples:
   chexfound pretrain store --recipe vits16-224 --set train.num_workers=4 --out out/vits --gpus all
   CHEXFOUND_DEVICE=cpu chexfound pretrain store --recipe demo --out out/two --gpus 2   # to try it without a GPU
 
-OUT/model is the finished backbone (the teacher's), as chexfound.load_backbone reads it; OUT/heads.safetensors
-the DINO and iBOT heads of student and teacher; OUT/metrics.jsonl a line a step; OUT/journal.jsonl a record a
-round. It is the training of chexfound-sim's centralized arm, to the bit, in rounds of an epoch at most.
+OUT/model is a release directory with the finished backbone (the teacher's) and its DINO and iBOT heads;
+chexfound.load_backbone reads it, and its README.md says how others do. OUT/metrics.jsonl has a line a step,
+OUT/journal.jsonl a record a round. It is the training of chexfound-sim's centralized arm, to the bit, in rounds
+of an epoch at most.
 
 The state is saved every train.saveckp_freq epochs of the recipe, and after each round. Ctrl-C and SIGTERM
 save and end; after that, after kill -9 and after a power cut the same command goes on, and ends with the

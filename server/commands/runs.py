@@ -8,7 +8,6 @@ import json
 import shlex
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from chexfound.durable.files import new_folder
@@ -169,24 +168,27 @@ def watch(given: argparse.Namespace) -> int:
 
 def fetch_model(given: argparse.Namespace) -> int:
     """Copy a run's model."""
-    from chexfound.model import checkpoint
+    from chexfound.model.weights.release import folder as folders_of_weights
 
     chosen = folders.choose(settings.load(given.dir), given.run, done=True)
     source, stated = chosen.path / "model", _model_sha256(chosen)
-    with new_folder(given.out) as folder:
+    said = folders_of_weights.stated(source)
+    if said is None:
+        raise DataError(f"{source}: is not whole, or of an earlier release: its config.json says nothing of weights")
+    with new_folder(given.out) as made:
+        for file in ("config.json", *said.files):
+            try:
+                shutil.copyfile(source / file, made / file)
+            except FileNotFoundError as error:
+                raise DataError(f"{source}: is not whole, {file} is missing") from error
         try:
-            for file in ("model.safetensors", "config.json", "README.md"):
-                shutil.copyfile(source / file, folder / file)
-        except FileNotFoundError as error:
-            raise DataError(f"{source}: is not whole, {Path(error.filename).name} is missing") from error
-        try:
-            sound = checkpoint.digest(checkpoint.load(folder / "model.safetensors")) == stated
+            for file in said.files:
+                folders_of_weights.verify(made, file, said.files)
+            sound = getattr(said.source, "weights_sha256", None) == stated
         except CheckpointError:  # it names the copy
             sound = False
         if not sound:
-            raise CheckpointError(
-                f"{source / 'model.safetensors'}: is not the model whose hash metrics.json states: changed or damaged"
-            )
+            raise CheckpointError(f"{source}: is not the model whose hash metrics.json states: changed or damaged")
     print(f"{given.out}: the model of run {chosen.name}, SHA-256 {stated}, as the run's metrics state it")
     print(f"next: python -c 'import chexfound; print(chexfound.load_backbone(\"{given.out}\"))', or its README.md")
     return 0

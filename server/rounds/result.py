@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chexfound.contract import cells
 from chexfound.durable.files import write_json
 from chexfound.durable.journal import read_journal
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
-from chexfound.model.weights.release import run_model
-from chexfound.model.weights.release.run_card import card
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe.batch_sizes import BatchSizes
 from chexfound.recipe.schema import Recipe
@@ -113,6 +110,8 @@ def site_rows(recipe: Recipe, start: dict[str, Any]) -> list[dict[str, Any]]:
 
 def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
     """Write history.json, sites.json, model/ and, last, metrics.json into the run's folder."""
+    from chexfound.model.weights import export  # at the end of a run: it takes its time
+
     seconds, moved = costs(folder)
     entries = read_journal(folder / "journal.jsonl")
     write_json(folder / "history.json", {phase: {"federated": rows} for phase, rows in history(folder).items()})
@@ -139,9 +138,5 @@ def write_metrics(folder: Path, recipe: Recipe, outcome: Outcome) -> None:
         "versions": versions(*RUN_PACKAGES),
         "date": datetime.date.today().isoformat(),
     }
-    told = [entries[0]["totals"]] if "totals" in entries[0] else [member.values for member in outcome.roster]
-    counted = [values["patients"] for values in told]
-    together = cells.SUPPRESSED if cells.SUPPRESSED in counted else sum(counted)
-    text = card(recipe, "federated", outcome.tensors, metrics, together)
-    run_model.save(folder / "model", recipe, outcome.findings, outcome.tensors, text)
+    export.of_finished(folder, folder / "model", metrics)
     write_json(folder / "metrics.json", metrics)

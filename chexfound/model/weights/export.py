@@ -6,10 +6,12 @@ DINOv2's users know stand beside them, with a preprocessor, a card, the recipe a
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chexfound.durable.files import new_folder, write_json, write_text
+from chexfound.durable.files import new_folder, storage, write_json, write_text
 from chexfound.errors import CheckpointError, ConfigError
 from chexfound.model import checkpoint
 from chexfound.model.weights import in_parts, load
@@ -17,7 +19,7 @@ from chexfound.model.weights.architecture import filled
 from chexfound.model.weights.in_parts import ImportOptions, Weights
 from chexfound.model.weights.published.untrusted import at
 from chexfound.model.weights.release import folder as folders
-from chexfound.model.weights.release import timm_format
+from chexfound.model.weights.release import of_run, timm_format
 from chexfound.model.weights.release.card import card
 from chexfound.recipe import load as recipes
 
@@ -58,23 +60,50 @@ def export(source: Path, out: Path, options: ImportOptions) -> tuple[Weights, st
         raise ConfigError(f"{source}: is a release already; copy it as it is")
     with new_folder(out) as folder:
         weights = load.read(source, options)
-        if not weights.parts:
-            raise CheckpointError(f"{source}: holds no part of a model")
-        in_parts.check_widths(weights)
-        why_not, others = _write_timm(folder, weights)
-        folders.write_parts(folder, weights)
-        if weights.input is not None:
-            write_json(folder / "preprocessor_config.json", preprocessor(weights))
-        if weights.recipe is not None:
-            write_text(folder / "recipe.yaml", recipes.to_yaml(weights.recipe))
-        write_json(folder / "training_summary.json", weights.summary or {"source": weights.source, **UNKNOWN})
-        there = {path.name for path in folder.iterdir()} | {"README.md", "config.json"}
-        write_text(
-            folder / "README.md",
-            card(weights, why_not, {name: what for name, what in ABOUT.items() if name in there}),
-        )
-        folders.write_config(folder, weights, "release", others)
-    return weights, why_not, [name for name in ABOUT if name in there]
+        why_not, files = write(folder, weights)
+    return weights, why_not, files
+
+
+def of_finished(run: Path, out: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the model of a run that has just ended as a release directory, in the place of what may be there.
+
+    Args:
+        run: its folder, or an arm's.
+        out: the directory.
+        metrics: the run's figures.
+
+    Raises: CheckpointError if a part is absent, damaged, or does not fit the others; StorageError.
+    """
+    weights = of_run.of_arm(run, metrics=metrics)
+    with storage(out):
+        if out.exists():
+            shutil.rmtree(out)
+    with new_folder(out) as folder:
+        write(folder, weights)
+
+
+def write(folder: Path, weights: Weights) -> tuple[str | None, list[str]]:
+    """Write a model into an empty folder, as others can use it.
+
+    Returns: why timm cannot load it (None if it can, or without a backbone), and the files.
+
+    Raises: CheckpointError, ConfigError if its parts do not go together; StorageError.
+    """
+    if not weights.parts:
+        raise CheckpointError("holds no part of a model")
+    in_parts.check_widths(weights)
+    why_not, others = _write_timm(folder, weights)
+    folders.write_parts(folder, weights)
+    if weights.input is not None:
+        write_json(folder / "preprocessor_config.json", preprocessor(weights))
+    if weights.recipe is not None:
+        write_text(folder / "recipe.yaml", recipes.to_yaml(weights.recipe))
+    write_json(folder / "training_summary.json", weights.summary or {"source": weights.source, **UNKNOWN})
+    there = {path.name for path in folder.iterdir()} | {"README.md", "config.json"}
+    about = {name: what for name, what in ABOUT.items() if name in there}
+    write_text(folder / "README.md", card(weights, why_not, about))
+    folders.write_config(folder, weights, "release", others)
+    return why_not, list(about)
 
 
 def _write_timm(folder: Path, weights: Weights) -> tuple[str | None, dict[str, Any]]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chexfound.contract import cells
 from chexfound.model.weights import describe
 from chexfound.model.weights.in_parts import Weights
 from chexfound.model.weights.release import timm_format
-from chexfound.model.weights.release.run_card import result_row
 
 FRONT = """\
 ---
@@ -209,4 +209,17 @@ def _results(rows: list[dict[str, Any]], weights: Weights) -> str:
         return ""
     confidence = f"{weights.recipe.evaluate.confidence:.0%}"
     table = f"\n| tested on | finding | images | positives | AUROC [{confidence} interval] |\n|---|---|---|---|---|\n"
-    return table + "".join(result_row(row) for row in rows)
+    return table + "".join(_result_row(row) for row in rows)
+
+
+def _result_row(row: Mapping[str, Any]) -> str:
+    """A line of the table of results, of a row of metrics.json."""
+    if row["n"] == cells.SUPPRESSED:
+        figure = "of few patients"
+    elif row["auroc"] is None:
+        figure = f"– ({row['reason']})"
+    else:
+        figure = f"{row['auroc']:.3f}"
+        if row["auroc_ci"]:
+            figure += f" [{row['auroc_ci'][0]:.3f}, {row['auroc_ci'][1]:.3f}]"
+    return f"| {row['tested_on']} | {row['finding']} | {row['n']} | {row['positives']} | {figure} |\n"

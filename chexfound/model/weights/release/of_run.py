@@ -1,15 +1,15 @@
-"""A model that a run of ours left, in parts: from its model/, from an arm's folder, or from the run's own.
+"""A model that a run of ours left, in parts: from its journal, its weights, and those of its last round.
 
-The model is backbone and head of findings.  The DINO and iBOT heads that it was pretrained with stand
-only in the last round's weights, which a run's folder keeps beside its journal.
+The model is backbone and head of findings; the DINO and iBOT heads that it was pretrained with stand in the last
+round's weights, beside the journal.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,55 +20,53 @@ from chexfound.model.weights.architecture import Backbone, Projection, check, he
 from chexfound.model.weights.in_parts import ALL, Part, Weights
 from chexfound.model.weights.published.tensor_names import PROJECTIONS
 from chexfound.model.weights.release import folder as folders
-from chexfound.model.weights.release import run_model, summary
+from chexfound.model.weights.release import summary
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Dino, Ibot, Recipe
 
-NONE_BESIDE = "no round's weights lie beside the model: export the folder of the run itself"
-
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, an arm's, or the model/ in one."""
-    return any((path / name).is_file() for name in ("model/config.json", "journal.jsonl")) or _is_model(path)
-
-
-def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() and folders.stated(path) is None
+    """Tell whether a folder is a run's or a simulation's arm's, or holds the model/ of one."""
+    return any((path / name).is_file() for name in ("model/config.json", "journal.jsonl"))
 
 
 def read(path: Path, wanted: Collection[str] = ALL) -> Weights:
-    """The parts of a run's model; with its DINO and iBOT heads, if they are wanted, also how it was trained.
+    """Read the parts of a run's model; with its DINO and iBOT heads, if they are wanted, also how it was trained.
 
     Raises: CheckpointError if a part is absent, damaged, or does not fit the others.
     """
     path = Path(path)
-    model = path if _is_model(path) else path / "model" if _is_model(path / "model") else None
-    found = _of_model(model) if model is not None else _of_arm(path)
+    model = path / "model"
+    said = folders.stated(model)
+    if said is not None and not set(wanted) & set(PROJECTIONS):
+        return folders.read(model, wanted)
+    run = path if (path / "journal.jsonl").is_file() else None
+    if run is None and said is not None and isinstance(said.source, folders.FromRun):
+        run = _run_folder(path, said.source.weights_sha256)
+    if run is not None:
+        return of_arm(run, wanted)
+    if said is None:
+        raise CheckpointError(f"{model}: is of an earlier release; read it with that, or export the run anew")
+    return folders.read(model, wanted)
+
+
+def of_arm(run: Path, wanted: Collection[str] = ALL, metrics: Mapping[str, Any] | None = None) -> Weights:
+    """As `read`, of a folder with the journal of a run in it.
+
+    Args:
+        run: the folder.
+        wanted: the parts.
+        metrics: the run's figures, where they are not written yet; else those of metrics.json, if it is there.
+
+    Raises: CheckpointError as `read`, or if the run is not finished.
+    """
+    found = _of_arm(run)
     if not set(wanted) & set(PROJECTIONS):
         return found
-    sha256 = found.source["weights_sha256"]
-    base = path.parent if model == path else path
-    run = _run_folder(base, sha256)
-    if run is None and (projections := _of_pretraining(base, sha256, found.recipe)):
-        found = replace(found, projections=projections, source={**found.source, "whose": "teacher"})
-        return replace(found, summary=summary.of_recipe(found))
-    if run is None:
-        return replace(found, left_out={name: NONE_BESIDE for name in PROJECTIONS}, summary=summary.of_recipe(found))
     projections, why_not, whose = _projections(run, found)
     source = {**found.source, **({"whose": whose} if whose else {})}
     found = replace(found, projections=projections, left_out=why_not, source=source)
-    return replace(found, summary=summary.of_run(found, run))
-
-
-def _of_model(folder: Path) -> Weights:
-    recipe, findings, backbone, head = run_model.load(folder)
-    return _weights(
-        recipe,
-        findings,
-        dict(backbone.state_dict()),
-        None if head is None else dict(head.state_dict()),
-        str(folders.config(folder)["weights_sha256"]),
-    )
+    return replace(found, summary=summary.of_run(found, run, metrics))
 
 
 def _of_arm(folder: Path) -> Weights:
@@ -126,18 +124,6 @@ def _run_folder(folder: Path, sha256: str) -> Path | None:
             if entries and entries[-1].get("model_sha256") == sha256:
                 return journal.parent
     return None
-
-
-def _of_pretraining(folder: Path, sha256: str, recipe: Recipe | None) -> dict[str, Part]:
-    """The teacher's heads that `chexfound pretrain` left beside its model; nothing if it is not of this model."""
-    try:
-        about = json.loads((folder / "pretraining.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(about, dict) or about.get("model_sha256") != sha256:
-        return {}
-    tensors = checkpoint.load(folder / "heads.safetensors")
-    return {name: _projection(tensors, f"teacher.{name}.", recipe, name) for name in PROJECTIONS}
 
 
 def _projections(run: Path, found: Weights) -> tuple[dict[str, Part], dict[str, str], str | None]:

@@ -33,8 +33,11 @@ def of_recipe(weights: Weights) -> dict[str, Any]:
     }
 
 
-def of_run(weights: Weights, run: Path) -> dict[str, Any]:
-    """And what its journal and its metrics.json tell: sites, rounds, losses, bytes, seconds, results."""
+def of_run(weights: Weights, run: Path, metrics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Tell also what a run's journal and its metrics tell: sites, rounds, losses, bytes, seconds, results.
+
+    Without `metrics` those of metrics.json, in the run's folder or, of a simulation's arm, three above.
+    """
     entries = read_journal(run / "journal.jsonl")
     result = of_recipe(weights)
     result["sites"] = [
@@ -48,7 +51,7 @@ def of_run(weights: Weights, run: Path) -> dict[str, Any]:
     for phase in ("pretrain", "adapt"):
         rounds = [entry for entry in entries if entry["event"] == "round" and entry["phase"] == phase]
         result[phase] = _phase(rounds, result[phase]) if rounds else None
-    return result | _of_metrics(run, weights)
+    return result | (_of_file(run, weights) if metrics is None else _of_metrics(metrics, weights))
 
 
 def _phase(rounds: list[dict[str, Any]], known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -65,20 +68,25 @@ def _phase(rounds: list[dict[str, Any]], known: Mapping[str, Any] | None) -> dic
     }
 
 
-def _of_metrics(run: Path, weights: Weights) -> dict[str, Any]:
-    """The arm's own lines of metrics.json, in the run's folder or, of a simulation's arm, three above."""
+def _of_file(run: Path, weights: Weights) -> dict[str, Any]:
     places = [run, *([run.parents[2]] if run.parent.parent.name == "work" else [])]
     for path in (place / "metrics.json" for place in places):
         if not path.is_file():
             continue
         try:
-            metrics = json.loads(path.read_text())
-            for seed in (metrics, *metrics["replicates"]):
-                for arm, sha256 in seed["model_sha256"].items():
-                    if sha256 == weights.source["weights_sha256"]:
-                        rows = [row for row in seed["results"] if row["arm"] == arm]
-                        kept = {key: metrics[key] for key in FROM_METRICS if key in metrics}
-                        return {"arm": arm, "results": rows, **kept}
+            if told := _of_metrics(json.loads(path.read_text()), weights):
+                return told
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a run's figures: {error!r}") from error
+    return {}
+
+
+def _of_metrics(metrics: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """The model's own arm, and its rows of results."""
+    for seed in (metrics, *metrics["replicates"]):
+        for arm, sha256 in seed["model_sha256"].items():
+            if sha256 == weights.source["weights_sha256"]:
+                rows = [row for row in seed["results"] if row["arm"] == arm]
+                kept = {key: metrics[key] for key in FROM_METRICS if key in metrics}
+                return {"arm": arm, "results": rows, **kept}
     return {}

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
@@ -107,6 +106,8 @@ def check(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
 
     Raises: CheckpointError.
     """
+    import timm  # only here: whoever trains does without
+
     with torch.device("meta"):
         model = timm.create_model(values["architecture"], **values["model_args"])
     state = model.state_dict()
