@@ -102,6 +102,10 @@ def test_what_it_leaves(pretrain, tmp_path, recipe, capsys):
     assert pretrain(out) == 0
     assert "finished already" in capsys.readouterr().out
     assert files(out) == again
+    (out / "journal.jsonl").unlink()  # as it was left before this was the one loop
+    about = {"format": 1, "model_sha256": exported.source["weights_sha256"]}
+    (out / "pretraining.json").write_text(json.dumps(about))
+    assert of_run.read(out).projections.keys() == exported.projections.keys()
 
 
 def test_it_takes_the_steps_of_a_plain_sequence(pretrain, tmp_path, recipe, tiny_store_path):
