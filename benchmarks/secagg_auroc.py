@@ -116,7 +116,10 @@ def compared(folders: dict[str, Path]) -> dict[str, Any]:
     figures = {kind: aurocs(json.loads((folder / "metrics.json").read_text())) for kind, folder in folders.items()}
     common = set.intersection(*(set(one) for one in figures.values()))
     means = {kind: statistics.mean(one[key] for key in common) for kind, one in figures.items()}
-    models = {kind: checkpoint.load(folder / "model" / "model.safetensors") for kind, folder in folders.items()}
+    models = {
+        kind: checkpoint.load(next(folder.glob("work/*/federated/model.safetensors")))
+        for kind, folder in folders.items()
+    }
     row: dict[str, Any] = {kind: round(mean, 4) for kind, mean in means.items()}
     for kind in OTHERS:
         apart = (models[kind][name].double() - models["rival"][name].double() for name in models["rival"])

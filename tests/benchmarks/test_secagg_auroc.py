@@ -30,9 +30,10 @@ def left(folder: Path, aurocs: dict[str, float | None], weight: float) -> Path:
         {"arm": "federated", "tested_on": site, "finding": "Blob", "auroc": auroc} for site, auroc in aurocs.items()
     ]
     rows.append({"arm": "random", "tested_on": "alpha", "finding": "Blob", "auroc": 0.1})
-    (folder / "model").mkdir(parents=True)
+    arm = folder / "work" / "seed-0" / "federated"
+    arm.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({"results": rows}))
-    save_file({"w": torch.tensor([0.0, weight])}, folder / "model" / "model.safetensors")
+    save_file({"w": torch.tensor([0.0, weight])}, arm / "model.safetensors")
     return folder
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+import chexfound
 from chexfound.durable.journal import read_journal
 from chexfound.host import logs
 from chexfound.model import checkpoint
-from chexfound.model.weights.release import run_model
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Recipe
 from chexfound.report import build
@@ -131,8 +131,7 @@ def test_a_run_leaves_what_the_report_needs(deployed: Deployed, recipe: Recipe, 
         ("federated", "A", "Nodule"), ("federated", "B", "Nodule"),
     }  # fmt: skip
     assert all(row["auroc"] is not None for row in written["results"])
-    _, findings, _, head = run_model.load(folder / "model")
-    assert (findings, head is None) == (("Nodule",), False)
+    assert chexfound.load_head(folder / "model").findings == ("Nodule",)
     assert recipes.load(str(folder / "recipe.yaml")) == recipe
     assert read_journal(folder / "journal.jsonl")[-1]["event"] == "done"
     page = build.build(folder).read_text()

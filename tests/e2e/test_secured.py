@@ -134,7 +134,7 @@ def test_what_a_run_leaves(secured: Hospitals, tmp_path: Path) -> None:
     report = secured.server("report", "first")
     assert (secured.folder / "runs" / "first" / "report.html").exists(), report
     secured.server("fetch-model", "first", "--out", tmp_path / "model")
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "model" / "head.safetensors").exists()
     states = {one["run"]: one["state"] for one in json.loads(secured.server("status", "--json"))["runs"]}
     assert (states["first"], states["extended"]) == ("done", "failed")
 

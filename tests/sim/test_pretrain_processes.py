@@ -122,7 +122,7 @@ def saved(out: Path) -> int:
 def left(out: Path) -> tuple[str, str, str]:
     """Digests of the model and of the heads, and the rows."""
     model, heads = (
-        checkpoint.digest(checkpoint.load(out / name)) for name in ("model/model.safetensors", "heads.safetensors")
+        checkpoint.digest(checkpoint.load(out / name)) for name in ("model.safetensors", "model/dino_head.safetensors")
     )
     return model, heads, (out / "metrics.jsonl").read_text()
 

@@ -47,7 +47,9 @@ def masked(simulate: Any, four: Path) -> Any:
 
 
 def furthest(first: Any, second: Any) -> float:
-    models = [checkpoint.load(ran.out / "model" / "model.safetensors") for ran in (first, second)]
+    models = [
+        checkpoint.load(ran.out / "work" / "seed-0" / "federated" / "model.safetensors") for ran in (first, second)
+    ]
     assert models[0].keys() == models[1].keys()
     return max(float((models[0][name].double() - models[1][name].double()).abs().max()) for name in models[0])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from chexfound import load_backbone, load_head
@@ -43,14 +44,16 @@ def test_everything_is_there(one_worker: Any) -> None:
     out = one_worker.out
     for name in ("report.html", "metrics.json", "recipe.yaml", "history.json", "sites.json"):
         assert (out / name).stat().st_size > 0, name
-    assert {path.name for path in (out / "model").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in (out / "model").iterdir()} >= {"head.safetensors", "config.json", "README.md"}
     assert len({path.parent for path in (out / "tensorboard").rglob("events.out.tfevents.*")}) >= len(TRAINED)
     assert one_worker.stdout.rstrip().endswith(f"report: {out / 'report.html'}")
     assert not list(out.rglob("*.tmp"))
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["adapt"]["findings"] == FINDINGS
     assert recipe["seed"] == 0
-    assert checkpoint.digest(checkpoint.load(out / "model" / "model.safetensors")) == one_worker.hashes["federated"]
+    weights = checkpoint.load(out / "work" / "seed-0" / "federated" / "model.safetensors")
+    assert checkpoint.digest(weights) == one_worker.hashes["federated"]
+    assert torch.equal(load_backbone(out / "model").cls_token, weights["backbone.cls_token"])
     card = (out / "model" / "README.md").read_text()
     assert one_worker.hashes["federated"] in card
     for part in ("features", "state", "health"):  # what an arm needed only while it trained is gone

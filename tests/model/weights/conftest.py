@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from chexfound.durable.files import write_json, write_text
 from chexfound.durable.journal import Journal
 from chexfound.model import checkpoint
 from chexfound.model.glori import build_head
+from chexfound.model.weights import export
 from chexfound.model.weights.architecture import Backbone, Projection
-from chexfound.model.weights.release import run_model
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import ARCHS, Input
@@ -130,7 +131,7 @@ def make_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., P
         figures = {"model_sha256": {"federated": sha256}, "results": [{**row, "reason": None}], "replicates": []}
         write_json(out / "metrics.json", {**figures, "date": "2026-01-01", "machine": {}, "versions": {}})
         if model:
-            run_model.save(out / "model", recipe, ("Effusion", "Mass"), tensors, "# A card\n")
+            export.of_finished(arm, out / "model", json.loads((out / "metrics.json").read_text()))
         return out
 
     return make

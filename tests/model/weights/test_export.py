@@ -175,14 +175,19 @@ def test_a_run_is_released_with_its_heads(make_run, where, teacher):
     assert "| north | Mass | 9 | 3 | 0.750 |" in (release / "README.md").read_text()
 
 
-def test_a_model_that_was_taken_out_of_its_run_has_no_ssl_heads_and_says_so(make_run, tmp_path):
+def test_a_run_leaves_its_model_as_a_release(make_run, tmp_path):
+    """With what a release of the run has, wherever it is taken; timm and transformers load it as it is."""
+    out = make_run(LINEAR)
+    export(out, tmp_path / "release", ImportOptions())
     alone = tmp_path / "elsewhere" / "mine"
     alone.parent.mkdir()
-    (make_run(LINEAR) / "model").rename(alone)
-    weights, _, files = export(alone, tmp_path / "release", ImportOptions())
-    assert "dino_head.safetensors" not in files
-    assert weights.left_out["ibot_head"].startswith("no round's weights lie beside the model: export the folder")
-    compare(tmp_path / "release", 32)
+    (out / "model").rename(alone)
+    assert {path.name: path.read_bytes() for path in alone.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "release").iterdir()
+    }
+    compare(alone, 32)
+    with pytest.raises(ConfigError, match="is a release already"):
+        export(alone, tmp_path / "again", ImportOptions())
 
 
 def test_ssl_heads_of_another_model_are_not_taken(make_run, tmp_path):

@@ -10,6 +10,8 @@ import torch
 
 from chexfound import __version__
 from chexfound.model import checkpoint
+from chexfound.model.weights.in_parts import Weights
+from chexfound.model.weights.release import folder
 from chexfound.recipe import load as recipes
 from client.home import membership
 from server import cli
@@ -259,11 +261,11 @@ def test_a_stranger_at_the_superlinks_port_is_no_superlink(thorax, flwr, listeni
 
 @pytest.fixture
 def finished(submitted: Any) -> Any:
-    tensors = {"backbone.weight": torch.arange(6.0)}
-    checkpoint.save(submitted.path / "model" / "model.safetensors", tensors)
-    for name in ("config.json", "README.md"):
-        (submitted.path / "model" / name).write_text("{}")
-    metrics = {"schema": 1, "model_sha256": {"federated": checkpoint.digest(tensors)}}
+    model = submitted.path / "model"
+    checkpoint.save(model / "backbone.safetensors", {"weight": torch.arange(6.0)})
+    (model / "README.md").write_text("# A card\n")
+    folder.write_config(model, Weights(source={"run": "demo", "weights_sha256": "ab" * 32}), "release")
+    metrics = {"schema": 1, "model_sha256": {"federated": "ab" * 32}}
     (submitted.path / "metrics.json").write_text(json.dumps(metrics))
     return submitted
 
@@ -271,22 +273,26 @@ def finished(submitted: Any) -> Any:
 def test_the_model_is_fetched_whole_and_checked(thorax, finished, tmp_path: Path, capsys) -> None:
     out = tmp_path / "model"
     assert do(thorax, "fetch-model", "--out", str(out)) == 0
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
-    assert checkpoint.load(out / "model.safetensors")["backbone.weight"].sum() == 15
+    assert {path.name for path in out.iterdir()} == {"backbone.safetensors", "config.json", "README.md"}
+    assert checkpoint.load(out / "backbone.safetensors")["weight"].sum() == 15
     assert do(thorax, "fetch-model", "--out", str(out)) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["other weights", "damaged", "no card"])
+@pytest.mark.parametrize("what", ["other weights", "damaged", "another run's", "no card", "no config"])
 def test_a_model_that_is_not_the_runs_is_not_fetched(thorax, finished, tmp_path: Path, capsys, what: str) -> None:
     model = finished.path / "model"
     if what == "other weights":
-        checkpoint.save(model / "model.safetensors", {"backbone.weight": torch.zeros(6)})
+        checkpoint.save(model / "backbone.safetensors", {"weight": torch.zeros(6)})
     elif what == "damaged":
-        (model / "model.safetensors").write_bytes(b"x" * 100)
+        (model / "backbone.safetensors").write_bytes(b"x" * 100)
+    elif what == "another run's":
+        (model / "config.json").unlink()
+        folder.write_config(model, Weights(source={"run": "demo", "weights_sha256": "cd" * 32}), "release")
     else:
-        (model / "README.md").unlink()
-    assert do(thorax, "fetch-model", "--out", str(tmp_path / "model")) == (3 if what == "no card" else 4)
+        (model / {"no card": "README.md", "no config": "config.json"}[what]).unlink()
+    code = 3 if what in ("no card", "no config") else 4
+    assert do(thorax, "fetch-model", "--out", str(tmp_path / "model")) == code
     assert not (tmp_path / "model").exists()
     assert str(model) in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chexfound.contract import cells
+from chexfound.contract.request import ARM as FEDERATED
 from chexfound.model.weights import describe
 from chexfound.model.weights.in_parts import Weights
 from chexfound.model.weights.release import timm_format
@@ -188,10 +189,9 @@ def _training(weights: Weights) -> str:
     lines = ["\n## Training\n"]
     if said.get("sites"):
         sites = ", ".join(
-            site["site"] if site["train"] is None else f"{site['site']} ({site['train']} images)"
-            for site in said["sites"]
+            site["site"] if site["train"] is None else f"{site['site']} ({_counted(site)})" for site in said["sites"]
         )
-        sites += f" (together {said['all_sites']['train']} images)" if "all_sites" in said else ""
+        sites += f" (together {_counted(said['all_sites'])})" if "all_sites" in said else ""
         lines.append(f"- **Sites**: {sites}. The images' licences bind what is done with the weights.")
     else:
         lines.append("- The images' licences bind what is done with the weights.")
@@ -200,8 +200,16 @@ def _training(weights: Weights) -> str:
         lines.append(
             f"- **{phase}**: " + (f"{done['steps']} steps in {done['rounds']} rounds, {what}" if done else "none")
         )
+    if weights.recipe.aggregation == "secagg" and said.get("arm") == FEDERATED:
+        lines.append("- **Aggregation**: secure; no site's update, loss or count was seen, only sums over sites.")
+    sha256 = weights.source["weights_sha256"]
+    lines.append(f"- **Weights**: SHA-256 over names, dtypes, shapes, bytes is `{sha256}`.")
     lines.append("- All values: `recipe.yaml`. Losses, bytes, seconds, machine, versions: `training_summary.json`.")
     return "\n".join(lines) + "\n" + _results(said.get("results") or [], weights)
+
+
+def _counted(site: Mapping[str, Any]) -> str:
+    return f"{site['train']} training images; {site['patients']} patients"
 
 
 def _results(rows: list[dict[str, Any]], weights: Weights) -> str:
