@@ -36,22 +36,25 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="a store, or a folder of images to ingest")
     parser.add_argument("--by", default="source", help="sites, as chexfound-sim deals them (default source)")
     parser.add_argument("--finding", default="Pneumonia", help="default %(default)s")
-    parser.add_argument("--seeds", default="0,1,2", help="of the split by patient (default 0,1,2)")
+    parser.add_argument("--seeds", type=whole_numbers, default="0,1,2", help="of the split by patient (default 0,1,2)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     try:
-        seeds = [int(part) for part in options.seeds.split(",")]
         with tempfile.TemporaryDirectory() as scratch:
             path = options.data
             if not is_store(path):
                 path = Path(scratch) / "store"
                 ingest(options.data, path, recipes.load("laptop").image_px)
-            for row in measure(Store.open(path), options.by, options.finding, seeds):
+            for row in measure(Store.open(path), options.by, options.finding, options.seeds):
                 print(benchmark_line("histogram_floor", PACKAGES, **row) if options.json else _told(row), flush=True)
     except ChexfoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def measure(store: Store, by: str, finding: str, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
