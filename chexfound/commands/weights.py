@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _numbers(text: str | None, option: str) -> Any:
 def _there(*paths: str) -> None:
     """Raise CheckpointError for a path at which there is nothing, before all that reads it is imported."""
     for path in paths:
-        if not Path(path).exists():
+        if not os.path.exists(path):
             raise CheckpointError(f"{path}: cannot be read (No such file or directory)")
 
 

@@ -432,9 +432,9 @@ def test_rows_that_went_away_come_back(begun, left):
 )
 def test_a_finished_model_that_is_damaged_is_told(pretrain, tmp_path, capsys, damage):
     assert pretrain(tmp_path / "out") == 0
-    damage(tmp_path / "out/model/model.safetensors")
+    damage(tmp_path / "out/model/backbone.safetensors")
     assert pretrain(tmp_path / "out") == 4
-    assert "model.safetensors" in capsys.readouterr().err
+    assert "backbone.safetensors" in capsys.readouterr().err
 
 
 def test_weights_that_the_last_step_made_useless_are_no_model(pretrain, tmp_path, monkeypatch, capsys):

@@ -134,7 +134,7 @@ def test_positions_are_made_for_the_run_s_images(make_run):
 # --- of a run
 
 
-@pytest.mark.parametrize("where", [".", "model", "work/seed-0/federated"])
+@pytest.mark.parametrize("where", [".", "work/seed-0/federated"])
 @pytest.mark.parametrize("teacher", ["average", "local"])
 def test_a_run_is_released_with_its_heads(make_run, where, teacher):
     out = make_run({**LINEAR, "teacher.policy": teacher})

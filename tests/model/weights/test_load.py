@@ -184,7 +184,7 @@ def test_a_run_s_folder_its_model_and_its_arm_give_the_same(make_run):
 
 def test_a_file_of_a_run_is_refused_since_what_it_needs_lies_beside_it(make_run):
     out = make_run()
-    for path in (out / "model" / "model.safetensors", next(out.rglob("pretrain-*.safetensors"))):
+    for path in (next(out.rglob("federated/model.safetensors")), next(out.rglob("pretrain-*.safetensors"))):
         for call in (chexfound.load_backbone, chexfound.load_head):
             with pytest.raises(CheckpointError, match="written by a run of federated CheXFound.*give the run's folder"):
                 call(path)
