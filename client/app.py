@@ -23,13 +23,13 @@ from chexfound.recipe import load
 from chexfound.recipe.schema import Recipe
 from chexfound.secagg.messages import STAGES
 from chexfound.wire import arrays, envelopes, signatures
-from client.answer import egress, hospital, provenance, refusals
+from client.answer import egress, hospital, lineage, provenance, refusals
 from client.answer.asked import forms
 from client.answer.delivery import Parts
 from client.answer.egress import Gate
 from client.answer.grants import Grant
 from client.home import membership
-from client.masked import lineage, stages
+from client.masked import stages
 
 log = logging.getLogger("chexfound.client")
 PHASES = {message_type: phase for phase, message_type in envelopes.MESSAGE_TYPES.items()}

@@ -16,8 +16,8 @@ from chexfound.model.weights.release.run_card import card
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe.batch_sizes import BatchSizes
 from chexfound.recipe.schema import Recipe
-from server.rounds import weight
 from server.rounds.loop import Outcome
+from server.runs import weight
 
 SCHEMA = 1
 
