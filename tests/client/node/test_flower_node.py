@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from chexfound.durable.files import write_shown
 from client.home import approval
 from client.node import flower_node, flwr_private
 from client.operator import status
