@@ -21,16 +21,16 @@ from chexfound.pretrain.beginning import FILE
 from chexfound.recipe import load
 from chexfound.recipe.schema import Recipe
 from chexfound.wire import arrays, envelopes, signatures
-from client.answer import egress, hospital, provenance, refusals
+from client.answer import egress, hospital, lineage, provenance, refusals
 from client.answer.asked import forms
 from client.answer.delivery import Parts
 from client.answer.egress import Gate
 from client.answer.grants import Grant
 from client.home import membership
-from client.masked import lineage, stages
+from client.masked import stages
 
 log = logging.getLogger("chexfound.client")
-PHASES = {message_type: phase for phase, message_type in envelopes.MESSAGE_TYPES.items()}
+PHASES: dict[str, str] = {}  # or stage, by the type of its messages
 
 app = ClientApp()
 
@@ -190,6 +190,13 @@ def _answer(context: Context, request: Request, run_id: int, grant: Grant | None
     return reply
 
 
-for _kind in envelopes.MESSAGE_TYPES.values():
-    _category, _, _action = _kind.partition(".")
-    getattr(app, _category)(*([_action] if _action else []))(handle)
+def listen(phase: str) -> None:
+    """Answer the messages of a phase, or of a stage, which have the type that `envelopes.MESSAGE_TYPES` gives it."""
+    message_type = envelopes.MESSAGE_TYPES[phase]
+    category, _, action = message_type.partition(".")
+    getattr(app, category)(*([action] if action else []))(handle)
+    PHASES[message_type] = phase
+
+
+for _phase in envelopes.MESSAGE_TYPES:
+    listen(_phase)

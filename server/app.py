@@ -21,11 +21,11 @@ from chexfound.wire.inflate import inflate_once
 from server.exchange.flwr_private import LocalGrid, keep_asking, retry_soon
 from server.exchange.grid import GridExchange
 from server.federation import policies
-from server.rounds import health, weight
+from server.rounds import health
 from server.rounds.record import Event
 from server.rounds.result import write_metrics
 from server.rounds.start import run_of
-from server.runs import submission
+from server.runs import submission, weight
 from server.runs.live import Live
 
 log = logging.getLogger("chexfound.server")

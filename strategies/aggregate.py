@@ -10,6 +10,20 @@ from torch import Tensor
 from chexfound.errors import ProtocolError
 
 
+def check_tensors(update: Mapping[str, Tensor], previous: Mapping[str, Tensor]) -> None:
+    """Check that an update holds what was sent, by names, shapes and dtypes, in finite numbers.
+
+    Raises: ProtocolError.
+    """
+    if odd := sorted(set(update) ^ set(previous)):
+        raise ProtocolError(f"an update holds other tensors than were sent: {odd[:3]}")
+    for name, tensor in update.items():
+        if tensor.shape != previous[name].shape or tensor.dtype != previous[name].dtype:
+            raise ProtocolError(f"an update's {name!r} has another shape or dtype than was sent")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ProtocolError(f"an update's {name!r} holds a value that is not a finite number")
+
+
 class RunningMean:
     """The weighted mean of updates, without keeping any of them.
 
@@ -66,17 +80,12 @@ class RunningMean:
             rows is not None and not bool(((rows >= 0) & torch.isfinite(rows)).all())
         ):
             raise ProtocolError("an update's weight must be a finite number that is not negative")
-        if odd := sorted(set(update) ^ set(self.previous)):
-            raise ProtocolError(f"an update holds other tensors than were sent: {odd[:3]}")
+        check_tensors(update, self.previous)
         for name, tensor in update.items():
-            if tensor.shape != self.previous[name].shape or tensor.dtype != self.previous[name].dtype:
-                raise ProtocolError(f"an update's {name!r} has another shape or dtype than was sent")
             if name in self.rows and rows is not None and tensor.shape[:1] != rows.shape:
                 raise ProtocolError(
                     f"an update's {name!r} has shape {tuple(tensor.shape)}, its weights {len(rows)} rows"
                 )
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise ProtocolError(f"an update's {name!r} holds a value that is not a finite number")
 
     def result(self) -> dict[str, Tensor]:
         """The mean; what no site gave any weight stays as it was sent (rows one by one).

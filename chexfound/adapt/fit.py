@@ -56,8 +56,8 @@ class HeadTrainer:
         self.labels = torch.from_numpy(labels)
         self.labelled = np.flatnonzero((labels >= 0).any(1))
         self.head: nn.Module = build_head(recipe, labels.shape[1])
-        decayed = [p for n, p in self.head.named_parameters() if p.requires_grad and is_decayed(n)]
-        plain = [p for n, p in self.head.named_parameters() if p.requires_grad and not is_decayed(n)]
+        decayed = [p for n, p in self.head.named_parameters() if p.requires_grad and optimizer.is_decayed(n)]
+        plain = [p for n, p in self.head.named_parameters() if p.requires_grad and not optimizer.is_decayed(n)]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": recipe.adapt.weight_decay},
@@ -131,11 +131,6 @@ class HeadTrainer:
             if progress is not None:
                 progress(step - first_step + 1, steps)
         return rows
-
-
-def is_decayed(name: str) -> bool:
-    """Whether weight decay holds for a parameter of a head."""
-    return not (name.endswith("bias") or "norm" in name or name == "position_embed")
 
 
 @torch.inference_mode()

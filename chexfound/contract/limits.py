@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from chexfound.contract.records import parse
 from chexfound.errors import REFUSALS, RefusedError
 from chexfound.recipe.schema import Adapt, Input, Recipe, Train
-from chexfound.secagg import messages
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of what comes from a file, or from outside
 Count = Annotated[int, Field(ge=0)]
@@ -85,7 +85,7 @@ class Limits:
 
         Raises: ProtocolError.
         """
-        return messages.parse(Limits, values, what)
+        return parse(Limits, values, what)
 
 
 @plain(frozen=True, kw_only=True)

@@ -156,6 +156,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def write_shown(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, for whoever looks at what a process does now.
+
+    It is not durable, since a power cut ends the process too; and where the disk is full the file stays as it was,
+    since what is shown must cost no run.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
+
+
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value that digests are taken over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -31,7 +31,7 @@ from torch import Tensor
 from chexfound.contract.request import MOMENTS
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.pretrain import schedules
-from chexfound.pretrain.optimizer import multipliers
+from chexfound.pretrain.optimizer import is_decayed, multipliers
 from chexfound.pretrain.schedules import cosine
 from chexfound.recipe import curriculum
 from chexfound.recipe.schema import ARCHS, Recipe
@@ -331,8 +331,6 @@ def largest(tensor: Tensor) -> float:
 
 
 def _of_head(recipe: Recipe, steps: range) -> UpdateBound:
-    from chexfound.adapt.fit import is_decayed  # which trains with this package's optimizer
-
     config = recipe.adapt
     warmup = min(config.warmup_steps, config.total_steps)
     rates = np.array([cosine(step, config.lr, 0.0, config.total_steps, warmup=warmup) for step in steps])

@@ -38,6 +38,11 @@ def multipliers(name: str, ndim: int, depth: int, config: Optim) -> tuple[float,
     return lr, decay, "last_layer" in name
 
 
+def is_decayed(name: str) -> bool:
+    """Tell whether weight decay holds for a parameter of a head of findings, by its name there."""
+    return not (name.endswith("bias") or "norm" in name or name == "position_embed")
+
+
 def build(student: nn.Module, depth: int, config: Optim) -> torch.optim.Optimizer:
     """AdamW (fused) or SGD over the student's trainable parameters, grouped by multipliers."""
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chexfound.errors import ConfigError, Problems
-from chexfound.recipe import batch_sizes, curriculum
+from chexfound.recipe import curriculum
 from chexfound.recipe.schema import Adapt, Recipe, Train
 
 
@@ -48,7 +48,7 @@ class BatchSizes:
 
         def share(config: Train | Adapt, section: str) -> int:
             try:
-                return batch_sizes.site_batch_size(config, n_sites, section)
+                return site_batch_size(config, n_sites, section)
             except ConfigError as error:
                 problems.add(str(error))
                 return 0
@@ -67,8 +67,8 @@ class BatchSizes:
     def pooled(recipe: Recipe, n_sites: int) -> BatchSizes:
         """Those of a lone site that does the work of `n_sites`."""
         return BatchSizes(
-            pretrain=tuple(batch_sizes.pooled_batch_size(stage.train, n_sites) for stage in curriculum.stages(recipe)),
-            adapt=batch_sizes.pooled_batch_size(recipe.adapt, n_sites),
+            pretrain=tuple(pooled_batch_size(stage.train, n_sites) for stage in curriculum.stages(recipe)),
+            adapt=pooled_batch_size(recipe.adapt, n_sites),
         )
 
     def pretrain_images(self, recipe: Recipe) -> int:

@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from chexfound.contract.records import parse as parse
 from chexfound.durable.files import canonical
 from chexfound.errors import ProtocolError, RefusedError
 from chexfound.identity import signing
@@ -212,21 +213,8 @@ def weights_of(sent: str, backbone: str) -> str:
 _T = TypeVar("_T")
 
 
-def parse(kind: type[_T], value: Any, what: str) -> _T:
-    """A value from outside as a `kind`.
-
-    Raises: ProtocolError.
-    """
-    adapter: TypeAdapter[_T] = TypeAdapter(kind)
-    try:
-        return adapter.validate_json(canonical(value))  # as JSON: strict, and yet an object is a dataclass
-    except (ValidationError, ValueError, TypeError, RecursionError) as error:
-        wrong = error.error_count() if isinstance(error, ValidationError) else 1
-        raise ProtocolError(f"{what}: malformed ({wrong} values)") from error
-
-
 def parse_all(kind: type[_T], values: Any, what: str, most: int = SITES_MAX) -> list[_T]:
-    """A list of such values.
+    """Read a list of values of a kind from outside.
 
     Raises: ProtocolError.
     """

@@ -35,11 +35,11 @@ from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from chexfound.recipe.schema import Recipe
 from chexfound.secagg import fixed
+from client.answer import lineage
 from client.answer.acceptance import Accepted, Shelf
 from client.home import approval
 from client.home.paths import named
 from client.home.policy import Policy
-from client.masked import lineage
 
 log = logging.getLogger("chexfound.client")
 STAND_ON_WEIGHTS = ("pretrain", "features", "adapt", "evaluate")

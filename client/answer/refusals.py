@@ -15,10 +15,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from chexfound.contract.limits import STRICT
+from chexfound.contract.records import parse
+from chexfound.durable.files import write_shown
 from chexfound.errors import REFUSALS, ChexfoundError, CodeError, ConfigError, ProtocolError, RosterError, VersionError
 from chexfound.identity.roster import read_json
-from chexfound.secagg import messages
-from client.node.flower_node import write
 
 Word = Annotated[str, Field(max_length=200)]
 OTHERS = (CodeError, ConfigError, RosterError, VersionError)  # refusals that have no code of REFUSALS
@@ -49,7 +49,7 @@ def code_of(error: BaseException) -> str | None:
 def note(home: Path, run_id: int, phase: str, code: str) -> None:
     """Put down that a request was refused."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write(home / "refused.json", {"run": str(run_id), "phase": phase, "code": code, "since": since})
+    write_shown(home / "refused.json", {"run": str(run_id), "phase": phase, "code": code, "since": since})
 
 
 def answered(home: Path, run_id: int) -> None:
@@ -66,6 +66,6 @@ def answered(home: Path, run_id: int) -> None:
 def read(home: Path) -> Refused | None:
     """The last refusal; None if there is none, or its file cannot be read."""
     try:
-        return messages.parse(Refused, read_json(home / "refused.json"), "the last refusal")
+        return parse(Refused, read_json(home / "refused.json"), "the last refusal")
     except (OSError, json.JSONDecodeError, ConfigError, ProtocolError):
         return None

@@ -20,12 +20,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from chexfound.contract.limits import STRICT
+from chexfound.contract.records import parse
 from chexfound.durable.files import replace_file, storage
 from chexfound.errors import ConfigError, ProtocolError
 from chexfound.identity.roster import read_json
 from chexfound.recipe.load import to_json
 from chexfound.recipe.schema import Recipe
-from chexfound.secagg import messages
 
 RUNS_S = 30 * 86400.0
 Moment = Annotated[float, Field(ge=0)]
@@ -49,7 +49,7 @@ def read(home: Path) -> dict[str, Begun]:
     if not path.exists():
         return {}
     try:
-        runs = messages.parse(dict[str, Begun], read_json(path), "the runs")
+        runs = parse(dict[str, Begun], read_json(path), "the runs")
     except ProtocolError as error:
         raise ConfigError(f"{path}: damaged; see which runs this site took part in, then remove it") from error
     return {key: one for key, one in runs.items() if one.last > time.time() - RUNS_S}

@@ -25,10 +25,10 @@ from chexfound.secagg import mask, messages
 from chexfound.secagg.keys import Secrets
 from chexfound.secagg.messages import Advert, Attempt, Packet
 from chexfound.secagg.site import Side, WrongSharesError, advertise, check_adverts
+from client.answer import lineage
 from client.answer import provenance as lines
 from client.home import membership
 from client.home.policy import PLAIN, REQUIRED, Policy
-from client.masked import lineage
 from client.masked.attempts import Attempts, AttemptStage
 
 TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses what it does not know, or is not listed

@@ -15,6 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from chexfound.durable.files import write_shown
+
 SCHEMA = 1
 EVERY_S = 15.0  # that the file is written at least
 OVER = "over.json"  # in the site's home while nobody waits for what the worker does
@@ -50,7 +52,7 @@ class Status:
             values = json.loads((home / "node.json").read_text())
         except (OSError, ValueError):
             return
-        write(home / "node.json", values | {"state": "stopped", "since": now()})
+        write_shown(home / "node.json", values | {"state": "stopped", "since": now()})
 
     def state(self, name: str, **about: Any) -> None:
         """It is now in this state."""
@@ -78,7 +80,7 @@ class Status:
 
     def over(self) -> None:
         """Nobody waits any more for the reply to the message in hand: the worker may stop."""
-        write(self.home / OVER, {"since": now()})
+        write_shown(self.home / OVER, {"since": now()})
 
     def _keep(self) -> None:
         while True:
@@ -90,7 +92,7 @@ class Status:
                 self._write()
 
     def _write(self) -> None:
-        write(self.home / "node.json", self._values | progress(self.home))
+        write_shown(self.home / "node.json", self._values | progress(self.home))
 
 
 def progress(home: Path) -> dict[str, Any]:
@@ -100,17 +102,6 @@ def progress(home: Path) -> dict[str, Any]:
         return {key: values[key] for key in ("phase", "done", "of")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Replace a file of the site.
-
-    Not durably: it tells of processes, which a power cut ends too.  A disk that is full costs what is shown, no run.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(values))
-        os.replace(temporary, path)
 
 
 def main() -> None:

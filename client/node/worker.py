@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from chexfound.durable.files import write_shown
 from chexfound.errors import ChexfoundError, SiteError
 from chexfound.host import logs
 from chexfound.host.processes import die_with_parent, trim
@@ -41,7 +42,7 @@ class _Progress(logs.Steps):
         super().__call__(name, phase, done, total)
         if time.monotonic() > self._again:
             self._again = time.monotonic() + 1
-            flower_node.write(self.home / "work.json", {"phase": phase, "done": done, "of": total})
+            write_shown(self.home / "work.json", {"phase": phase, "done": done, "of": total})
 
 
 def release() -> None:

@@ -22,10 +22,10 @@ from client.home import approval, ledger, membership
 from client.home.paths import named
 from client.home.policy import Policy, clear
 from client.home.secret import own_stores
+from client.node import flower_node
 
 SCHEMA = 1
 STALE_S = 90.0  # a node that runs writes every 30 s
-NODE_SCHEMA = 1
 STATES = {
     "connecting": "connecting to the coordinator",
     "idle": "connected, and waiting for a run",
@@ -94,7 +94,7 @@ def _node(path: Path) -> dict[str, Any] | None:
     values = read_json(path)
     if (
         not isinstance(values, dict)
-        or values.get("schema") != NODE_SCHEMA
+        or values.get("schema") != flower_node.SCHEMA
         or values.get("state") not in STATES
         or type(values.get("pid")) is not int
         or not all(values.get(key) is None or isinstance(values[key], str) for key in TEXTS)

@@ -23,18 +23,17 @@ from server.rounds.reduction import Reduced, Task
 from strategies import robust
 from strategies.ceiling import Ceiling
 from strategies.fedavg import FedAvg
+from strategies.reducer import MakeReducer
 
 
 class PlainRounds:
     """Rounds whose updates the coordinator sees.
 
     Args:
-        reducer: makes what reduces the updates of one round (`strategies/`).
+        reducer: makes what reduces the updates of one round (`strategies/reducer.py`).
     """
 
-    def __init__(
-        self, recipe: Recipe, exchange: Exchange, record: Record, reducer: Callable[..., FedAvg] = FedAvg
-    ) -> None:
+    def __init__(self, recipe: Recipe, exchange: Exchange, record: Record, reducer: MakeReducer = FedAvg) -> None:
         self.recipe, self.exchange, self.record, self.reducer = recipe, exchange, record, reducer
         self.roster: list[Member] = []
         self._in_step: set[str] = set()  # sites that did the round before, in this process's time

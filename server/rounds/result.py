@@ -13,8 +13,8 @@ from chexfound.host.machine import RUN_PACKAGES, machine, versions
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe.batch_sizes import BatchSizes
 from chexfound.recipe.schema import Recipe
-from server.rounds import weight
 from server.rounds.loop import Outcome
+from server.runs import weight
 
 SCHEMA = 1
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from chexfound.durable.files import write_shown
 from chexfound.errors import ChexfoundError
 from chexfound.recipe import load as recipes
 
@@ -74,11 +73,9 @@ class Live:
         return self._rounds.get(phase)
 
     def _write(self) -> None:
-        temporary = self.folder / ".live.json.tmp"
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.values))
-            os.replace(temporary, self.folder / "live.json")
+        write_shown(self.folder / "live.json", self.values)
 
 
 def _now() -> str:

@@ -12,8 +12,7 @@ from chexfound.errors import CODES, ChexfoundError, SiteError
 from chexfound.parsing.names import shown
 from server.federation import flower_cli
 from server.federation.settings import CONNECTION
-from server.rounds import weight
-from server.runs import folders
+from server.runs import folders, weight
 from server.runs.folders import Event, RunFolder
 from server.runs.words import auroc, loss, sent, withholding
 

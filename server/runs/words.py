@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from chexfound.parsing.names import counted, shown
-from server.rounds import weight
+from server.runs import weight
 from server.runs.folders import Event
 from server.runs.records import count, figure, read, rows, site, texts
 

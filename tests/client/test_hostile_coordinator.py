@@ -34,7 +34,7 @@ from chexfound.secagg import messages
 from chexfound.secagg.keys import Secrets, public
 from chexfound.secagg.messages import Advert, Attempt, Packet
 from client.answer import hospital as client_site
-from client.masked import lineage
+from client.answer import lineage
 from server.rounds import loop as server_run
 from tests.secagg.federation import NAMES, RARE, STAGES, Answer, Federation, Try, identity
 from tests.staged import staged

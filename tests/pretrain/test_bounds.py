@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chexfound.adapt.fit import is_decayed
 from chexfound.contract.request import MOMENTS
 from chexfound.errors import ConfigError, RefusedError
 from chexfound.model.glori import build_head
 from chexfound.pretrain import bounds, optimizer, positions, schedules
 from chexfound.pretrain.bounds import UpdateBound, check_bounded
+from chexfound.pretrain.optimizer import is_decayed
 from chexfound.pretrain.train import initial_weights
 from chexfound.recipe import curriculum
 from chexfound.recipe import load as recipes

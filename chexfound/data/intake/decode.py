@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from chexfound.data.intake.manifest import MANIFEST, Entry
+from chexfound.data.intake.pictures import READERS, read_picture
+from chexfound.data.intake.walk import is_dicom
 from chexfound.data.store.index import Image
 from chexfound.errors import DataError
 
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from chexfound.data.intake.dicom import Header
-
-from chexfound.data.intake.pictures import read_picture
-from chexfound.data.intake.walk import is_dicom
 
 _AHEAD = 64  # images decoded before they are stored; bounds the memory
 _THREADS = min(4, os.cpu_count() or 1)
@@ -99,7 +98,7 @@ def _decode(entry: Entry, px: int) -> Decoded:
             grey, header = dicom.read(entry.path)
             image = _completed(image, header)
         else:
-            grey = read_picture(entry.path)
+            grey = READERS.get(entry.path.suffix.lower(), read_picture)(entry.path)
     except DataError as error:
         return Decoded(image=image, reason=str(error).removeprefix(f"{entry.path}: "))
     if not image.patient:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from chexfound.data.intake.pictures import READERS
 from chexfound.data.store.index import Image
 from chexfound.errors import DataError, Problems
 from chexfound.parsing import strict_json
@@ -25,7 +26,6 @@ from chexfound.parsing.names import RULE, is_name
 MANIFEST = "manifest.csv"
 LABELLED = "labelled.json"
 DICOM_SUFFIXES = (".dcm", ".dicom")
-SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM_SUFFIXES)
 REQUIRED = ("file", "source", "patient_id", "findings")
 OPTIONAL = ("view", "age", "sex", "site", "split")
 SPLITS = ("train", "val", "test")
@@ -223,8 +223,9 @@ def _listed_file(folder: Path, name: str, faults: Problems, line: int) -> Path |
     if not path.resolve().is_relative_to(folder.resolve()):
         faults.add(f"line {line}: file {_shown(name)} is a link out of the manifest's folder")
         return None
-    if path.suffix.lower() not in SUFFIXES:
-        faults.add(f"line {line}: file {_shown(name)} is not one of {', '.join(SUFFIXES)}")
+    suffixes = (*READERS, *DICOM_SUFFIXES)
+    if path.suffix.lower() not in suffixes:
+        faults.add(f"line {line}: file {_shown(name)} is not one of {', '.join(suffixes)}")
         return None
     return path
 

@@ -1,7 +1,8 @@
-"""PNG, JPEG and TIFF pictures to 8-bit grey pixels."""
+"""PNG and JPEG pictures to 8-bit grey pixels, and the readers of pictures by suffix."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,3 +42,8 @@ def read_picture(path: Path) -> np.ndarray:
     if grey is None or grey.min() == grey.max():
         raise DataError(f"{path}: constant pixels")
     return grey
+
+
+# By suffix, in small letters: what reads a picture that is no DICOM as grey uint8 (height, width).  It raises DataError
+# "PATH: REASON" for whatever it cannot read, and nothing else: pictures come from outside.
+READERS: dict[str, Callable[[Path], np.ndarray]] = {".png": read_picture, ".jpg": read_picture, ".jpeg": read_picture}

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chexfound.data.intake.manifest import DICOM_SUFFIXES, MANIFEST, Entry, read_manifest, unreadable_file
+from chexfound.data.intake.pictures import READERS
 from chexfound.data.store.index import Image
 from chexfound.parsing.names import RULE, is_name, utf8, written
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -64,7 +61,7 @@ class _Walk:
             self.refuse(path, reason)
         elif is_dicom(path):
             self.found.entries.append(_loose_dicom(path, self.root, self.site))
-        self.found.loose += path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        self.found.loose += path.suffix.lower() in READERS
 
     def enters(self, path: Path) -> bool:
         """Whether to enter a folder: not the store, and none twice."""

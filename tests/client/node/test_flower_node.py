@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from chexfound.durable.files import write_shown
 from client.home import approval
 from client.node import flower_node, flwr_private
 from client.operator import status
@@ -164,7 +165,7 @@ def test_nobody_is_away_while_there_is_work(tmp_path: Path, clock: Moment, beats
 
 def test_the_workers_progress_is_merged(tmp_path: Path, beats: Beats) -> None:
     told = flower_node.Status(tmp_path)
-    flower_node.write(tmp_path / "work.json", {"phase": "pretrain", "done": 3, "of": 9, "pid": 1})
+    write_shown(tmp_path / "work.json", {"phase": "pretrain", "done": 3, "of": 9, "pid": 1})
     told.state("working")
     values = shown(tmp_path)
     assert (values["phase"], values["done"], values["of"]) == ("pretrain", 3, 9)
@@ -192,9 +193,9 @@ def test_a_disk_that_takes_nothing_costs_the_display_alone(tmp_path: Path, beats
 
 
 def test_nobody_reads_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flower_node.write(tmp_path / "node.json", {"state": "idle"})
+    write_shown(tmp_path / "node.json", {"state": "idle"})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError))
-    flower_node.write(tmp_path / "node.json", {"state": "working"})
+    write_shown(tmp_path / "node.json", {"state": "working"})
     assert json.loads((tmp_path / "node.json").read_text()) == {"state": "idle"}
 
 

@@ -19,7 +19,7 @@ from chexfound.phases import carried
 from chexfound.phases.site_state import Decision
 from chexfound.recipe.schema import Adapt, Recipe, Train
 from chexfound.secagg.messages import weights_of
-from client.masked import lineage
+from client.answer import lineage
 
 RECIPE = Recipe(aggregation="secagg", train=Train(optimizer_state="local"), adapt=Adapt(optimizer_state="local"))
 WEIGHTS = ["0" * 64, "1" * 64, "2" * 64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.rounds.weight import warnings
+from server.runs.weight import warnings
 
 
 def test_ten_times_the_median_is_told_and_so_is_who_was_cut() -> None:
