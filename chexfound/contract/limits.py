@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from chexfound.contract.records import parse
+from chexfound.contract.fields import parse
 from chexfound.errors import REFUSALS, RefusedError
 from chexfound.recipe.schema import Adapt, Input, Recipe, Train
 

@@ -24,7 +24,7 @@ from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain.beginning import FILE
 from chexfound.recipe.schema import Recipe
 
-Phase = Callable[[Site, Recipe, Request, Decision], Reply]
+Phase = Callable[..., Reply]  # (site, recipe, request), and the site's decision where it is of one in DECIDED
 
 
 def run(site: Site, recipe: Recipe, request: Request, decision: Decision = UNDECIDED) -> Reply:
@@ -43,7 +43,8 @@ def run(site: Site, recipe: Recipe, request: Request, decision: Decision = UNDEC
         raise ProtocolError(f"unknown phase {request.phase!r}")
     if request.phase in ("pretrain", "adapt") and not (request.steps > 0 and request.batch_size > 0):
         raise ProtocolError(f"phase {request.phase!r} asks for no step, or for no image a step")
-    return PHASES[request.phase](site, recipe, request, decision)
+    decided = (decision,) if request.phase in DECIDED else ()
+    return PHASES[request.phase](site, recipe, request, *decided)
 
 
 def _pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision) -> Reply:
@@ -56,16 +57,12 @@ def _pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision) 
     return pretrain(site, recipe, request, decision)
 
 
-def _undecided(phase: Callable[[Site, Recipe, Request], Reply]) -> Phase:
-    """A phase of which the site decides nothing."""
-    return lambda site, recipe, request, decision: phase(site, recipe, request)
-
-
+DECIDED = ("pretrain", "adapt")  # phases of which a site decides something itself
 PHASES: dict[str, Phase] = {
-    "enrol": _undecided(enrol),
-    "counts": _undecided(counts),
+    "enrol": enrol,
+    "counts": counts,
     "pretrain": _pretrain,
-    "features": _undecided(extract),
+    "features": extract,
     "adapt": adapt,
-    "evaluate": _undecided(evaluate),
+    "evaluate": evaluate,
 }

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from chexfound.contract.records import parse as parse
+from chexfound.contract.fields import parse as parse
 from chexfound.durable.files import canonical
 from chexfound.errors import ProtocolError, RefusedError
 from chexfound.identity import signing

@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from chexfound.contract.fields import parse
 from chexfound.contract.limits import STRICT
-from chexfound.contract.records import parse
 from chexfound.durable.files import write_shown
 from chexfound.errors import REFUSALS, ChexfoundError, CodeError, ConfigError, ProtocolError, RosterError, VersionError
 from chexfound.identity.roster import read_json

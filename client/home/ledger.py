@@ -19,8 +19,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from chexfound.contract.fields import parse
 from chexfound.contract.limits import STRICT
-from chexfound.contract.records import parse
 from chexfound.durable.files import replace_file, storage
 from chexfound.errors import ConfigError, ProtocolError
 from chexfound.identity.roster import read_json
