@@ -22,7 +22,7 @@ from chexfound.errors import ConfigError, DataError
 from chexfound.host import machine
 from chexfound.pretrain.train import slow_arithmetic
 from chexfound.recipe import check as recipes_check
-from chexfound.recipe.batch_sizes import BatchSizes
+from chexfound.recipe.batch_sizes import fitted
 from chexfound.recipe.curriculum import changed
 from chexfound.recipe.schema import Recipe
 from chexfound.secagg.parameters import MINIMUM, Parameters, labelling
@@ -97,7 +97,6 @@ class Simulation:
         self._check_composition(rule.shards or None)
         if not rule.shards or is_store(Path(self.options.data)):
             return
-        BatchSizes.of(self.recipe, rule.shards)
         names = [f"shard-{number}" for number in range(rule.shards)]
         for arm in self.options.arms:
             if arm.startswith("local:") and arm.removeprefix("local:") not in (*names, OTHER):
@@ -171,7 +170,10 @@ class Simulation:
         return path, dealt.sites
 
     def _check_sites(self, store: Store, sites: dict[str, list[str]]) -> None:
-        BatchSizes.of(self.recipe, len(sites))
+        self.recipe, told = fitted(self.recipe, len(sites))
+        for text in told:
+            self.display.say(escape(text))
+        self.notes += [f"{text}." for text in told]
         self._check_composition(len(sites))
         known = set(store.findings)
         for finding in self.recipe.adapt.findings or () if "adapt" in self.recipe.phases else ():

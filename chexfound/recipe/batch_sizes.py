@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from chexfound.errors import ConfigError, Problems
 from chexfound.recipe import curriculum
-from chexfound.recipe.schema import Adapt, Recipe, Train
+from chexfound.recipe.schema import Adapt, Recipe, Stage, Train
 
 
 def site_batch_size(phase: Train | Adapt, n_sites: int, section: str) -> int:
@@ -24,6 +24,31 @@ def site_batch_size(phase: Train | Adapt, n_sites: int, section: str) -> int:
             f"choose a multiple of {n_sites}: --set {section}.pooled_batch_size={near}"
         )
     return phase.pooled_batch_size // n_sites
+
+
+def fitted(recipe: Recipe, n_sites: int) -> tuple[Recipe, list[str]]:
+    """Choose, for each pooled batch that so many sites cannot share equally, the nearest that they can.
+
+    Returns: the recipe, and a sentence for each batch that is another one now.
+    """
+    told: list[str] = []
+
+    def choose(section: Train | Adapt | Stage, name: str) -> Train | Adapt | Stage:
+        asked = section.pooled_batch_size
+        if asked is None or not asked % n_sites:
+            return section
+        near = max(1, (asked + n_sites // 2) // n_sites) * n_sites
+        told.append(
+            f"{name}.pooled_batch_size is {near}, not {asked}: {n_sites} sites take {near // n_sites} images each"
+        )
+        return curriculum.changed(section, pooled_batch_size=near)
+
+    if "pretrain" in recipe.phases:
+        stages = [choose(stage, f"curriculum.{number}") for number, stage in enumerate(recipe.curriculum)]
+        recipe = curriculum.changed(recipe, train=choose(recipe.train, "train"), curriculum=tuple(stages))
+    if "adapt" in recipe.phases:
+        recipe = curriculum.changed(recipe, adapt=choose(recipe.adapt, "adapt"))
+    return recipe, told
 
 
 def pooled_batch_size(phase: Train | Adapt, n_sites: int) -> int:

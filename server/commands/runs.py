@@ -45,19 +45,20 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _recipe(held: Federation, name: str, overrides: dict[str, Any]) -> Recipe:
-    """The recipe; under masks where it does not say how it aggregates, and there are sites enough."""
+    """Load the recipe: under masks where it says nothing of that and there are sites enough; batches that divide."""
     from chexfound.recipe import load as recipes
+    from chexfound.recipe.batch_sizes import fitted
 
     as_written = recipes.load(name, overrides)
     n = len(held.sites().sites)
-    if n < MINIMUM:
-        return as_written
-    recipe = recipes.load(name, overrides, {"aggregation": "secagg"})
+    recipe = as_written if n < MINIMUM else recipes.load(name, overrides, {"aggregation": "secagg"})
     if recipe != as_written:
         print(
             f"{n} sites: the run aggregates under masks (aggregation: secagg); in the clear, which sites refuse unless "
             "their site.yaml says `plain: accepted`, by --set aggregation=fedavg"
         )
+    recipe, told = fitted(recipe, max(n, 1))
+    print("".join(f"{text}\n" for text in told), end="")
     return recipe
 
 

@@ -113,13 +113,21 @@ def test_the_corrected_command_runs(simulate: Any, make_images: Any, tmp_path: P
     bad = make_images(tmp_path / "images", change=unknown_file)
     out = tmp_path / "out"
     check_refused(simulate(data=bad, out=out), 3, "absent.png")
-    check_refused(simulate("--set", "train.pooled_batch_size=11", out=out), 2, "cannot be divided")
+    check_refused(simulate("--set", "adapt.findings=[Blub]", out=out), 2, "no image is labelled 'Blub'")
     assert simulate(*NOTHING, out=out).code == 0
+
+
+def test_a_batch_that_does_not_divide_becomes_one_that_does_and_it_is_said(simulate: Any, tmp_path: Path) -> None:
+    ran = simulate(*NOTHING, "--set", "adapt.pooled_batch_size=11", out=tmp_path / "out")
+    assert ran.code == 0
+    told = "adapt.pooled_batch_size is 12, not 11: 3 sites take 4 images each"
+    assert told in ran.stdout
+    assert f"{told}." in ran.metrics["notes"]
 
 
 def test_a_folder_that_was_there_stays(simulate: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    ran = simulate("--set", "train.pooled_batch_size=11", out=tmp_path / "out")
+    ran = simulate("--set", "adapt.findings=[Blub]", out=tmp_path / "out")
     assert ran.code == 2
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -139,11 +147,6 @@ def test_a_folder_that_was_there_stays(simulate: Any, tmp_path: Path) -> None:
         ("name.x=1", ["'name' holds a value, not a section"]),
         ("train.batch_size=4", ["give either batch_size (a site's) or pooled_batch_size"]),
         ("crops.global_crops_size=30", ["multiple of student.patch_size 16 (got 30)"]),
-        (
-            "train.pooled_batch_size=11",
-            ["train.pooled_batch_size 11 cannot be divided equally among 3 sites", "--set train.pooled_batch_size=12"],
-        ),
-        ("adapt.pooled_batch_size=11", ["adapt.pooled_batch_size 11 cannot be divided"]),
         ("adapt.min_positives=500", ["no finding has adapt.min_positives 500", "the closest is 'Blob'"]),
         ("adapt.findings=[Blub]", ["no image is labelled 'Blub'; did you mean 'Blob'?"]),
     ],
@@ -209,9 +212,8 @@ def test_a_store_of_another_image_size(simulate: Any, tiny_store_path: Path) -> 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--by", "iid:5"),
         ("--by", "iid:2", "--arms", "local:alpha"),
-        ("--by", "dirichlet:2:1", "--set", "adapt.pooled_batch_size=3"),
+        ("--by", "dirichlet:2:1", "--set", "aggregation=secagg"),
     ],
 )
 def test_what_needs_no_image_is_seen_before_they_are_taken_in(
@@ -220,7 +222,7 @@ def test_what_needs_no_image_is_seen_before_they_are_taken_in(
     from sim import simulate as module
 
     monkeypatch.setattr(module, "ingest", lambda *_, **__: pytest.fail("hours were spent"))
-    check_refused(simulate(*arguments), 2, "cannot be divided" if "--arms" not in arguments else "no such site")
+    check_refused(simulate(*arguments), 2, "sites" if "--arms" not in arguments else "no such site")
 
 
 def test_no_more_processes_than_can_have_work(simulate: Any, monkeypatch: Any) -> None:
