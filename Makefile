@@ -7,7 +7,7 @@ DATA   ?= ../shared/data/cxr
 # Files of tests that run at a time.  Those that start a federation come first, and wait a lot.
 JOBS   ?= 2
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-long lint bench pictures clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ demo: setup  ## draw DICOM phantoms of four hospitals, federate them, report (ab
 test: setup  ## all tests, the deployed federation included
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+test-long: setup  ## the same, with 500 examples a property in place of 30
+	CHEXFOUND_TESTS=long $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +51,11 @@ bench: setup  ## the benchmarks that need no run of one's own; DATA=… names la
 	@test -d $(DATA) || { echo "error: no folder $(DATA); give DATA=, a folder with a manifest.csv (docs/data.md)"; exit 2; }
 	$(BIN)/python benchmarks/hog_floor.py --data $(DATA)
 	@echo "On a simulation's folder: benchmarks/hog_floor.py --run OUT, benchmarks/backbone_probe.py --run OUT"
+
+pictures:  ## draw those of README and docs anew, the report's from out/demo (needs chromium)
+	$(BIN)/python docs/draw_architecture.py
+	@test -f $(DEMO)/report.html || { echo "error: no $(DEMO)/report.html; make demo first"; exit 2; }
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,900 --screenshot=docs/report.png $(DEMO)/report.html
 
 clean:  ## remove .venv and what the demo wrote
 	rm -rf $(VENV) $(DEMO) $(DEMO)-phantoms

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import settings
 
 # Machines that run the tests are shared and slow at times: how long an example takes says nothing.
-settings.register_profile("chexfound", deadline=None)
-settings.load_profile("chexfound")
+settings.register_profile("short", deadline=None, max_examples=30)
+settings.register_profile("long", deadline=None, max_examples=500)
+settings.load_profile("long" if os.environ.get("CHEXFOUND_TESTS") == "long" else "short")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that start real processes first: with several workers the others run while these wait."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say in one line how many tests did not run for want of ../shared, and what they would have checked."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "../shared" in str(report.longrepr)]
+    if skipped:
+        files = sorted({report.nodeid.partition("::")[0].removeprefix("tests/") for report in skipped})
+        terminalreporter.write_line(
+            f"{len(skipped)} tests were skipped without ../shared: values of the public reference implementation, real "
+            f"X-rays and layouts of data sets ({', '.join(files)})"
+        )
 
 
 @pytest.fixture(autouse=True)
