@@ -8,7 +8,7 @@ are drawn and a small model is made, so that the example runs anywhere.
 
 Three things are worth knowing.
 
-1. The backbone takes grey pixels as they are, uint8 (B, height, width), and normalises them itself, as its weights need.
+1. The backbone takes grey pixels as they are, uint8 (B, height, width), and normalises them as its weights need.
    Give it squares: images are squeezed, not cropped, as they were in training (docs/decisions/0003-square-store.md).
 2. `forward_features` gives DINOv2's dictionary. `x_norm_clstoken` (B, D) is one vector an image; `x_norm_patchtokens`
    (B, patches, D) has one for each patch, which a head of findings reads.

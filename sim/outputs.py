@@ -16,6 +16,7 @@ from chexfound.data.store.reader import Store
 from chexfound.data.store.split import View
 from chexfound.durable.files import replace_file, write_json, write_text
 from chexfound.durable.journal import read_journal
+from chexfound.evaluate.results import SCHEMA
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
 from chexfound.model import checkpoint
 from chexfound.model.weights.release import run_model
@@ -24,7 +25,6 @@ from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe import load as recipes
 from chexfound.recipe.batch_sizes import BatchSizes
 from server.rounds import result
-from server.rounds.result import SCHEMA
 from sim.arms import compare
 from sim.arms.plan import FITTED_ARMS, ArmPlan, finished
 

@@ -10,6 +10,7 @@ from typing import Any
 from chexfound.contract import cells
 from chexfound.durable.files import write_json
 from chexfound.durable.journal import read_journal
+from chexfound.evaluate.results import SCHEMA
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
 from chexfound.model.weights.release import run_model
 from chexfound.model.weights.release.run_card import card
@@ -18,8 +19,6 @@ from chexfound.recipe.batch_sizes import BatchSizes
 from chexfound.recipe.schema import Recipe
 from server.rounds.loop import Outcome
 from server.runs import weight
-
-SCHEMA = 1
 
 
 def costs(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
