@@ -16,14 +16,13 @@ from chexfound.data.store.reader import Store
 from chexfound.data.store.split import View
 from chexfound.durable.files import replace_file, write_json, write_text
 from chexfound.durable.journal import read_journal
-from chexfound.evaluate.results import LOCAL
+from chexfound.evaluate.results import LOCAL, SCHEMA
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
 from chexfound.model.weights import export
 from chexfound.model.weights.load import load_backbone, load_head
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe import load as recipes
 from server.rounds import result
-from server.rounds.result import SCHEMA
 from sim.arms import compare
 from sim.arms.plan import FITTED_ARMS, ArmPlan, finished, trained_on
 

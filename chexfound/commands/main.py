@@ -10,6 +10,7 @@ from types import ModuleType
 
 from chexfound import __version__
 from chexfound.commands import weights
+from chexfound.durable.files import absent
 from chexfound.errors import ConfigError, DataError
 from chexfound.host.exits import ended
 
@@ -82,7 +83,7 @@ def _phantom(given: argparse.Namespace) -> int:
 
 
 def _ingest(given: argparse.Namespace) -> int:
-    if not Path(given.source).exists():
+    if absent(given.source):
         raise DataError(f"{given.source}: no such folder; give the folder that holds the images")
     from chexfound.data.intake.ingest import ingest
 
@@ -121,7 +122,7 @@ def _recipe(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
-    if not Path(given.folder).is_dir():
+    if absent(given.folder):
         raise DataError(f"{given.folder}: no such folder; a report is drawn from the folder of a finished run")
     from chexfound.report.build import build
 

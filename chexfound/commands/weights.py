@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from chexfound.durable.files import absent
 from chexfound.errors import CheckpointError, ConfigError
 
 IMPORT = """\
@@ -150,7 +150,7 @@ def _numbers(text: str | None, option: str) -> Any:
 def _there(*paths: str) -> None:
     """Raise CheckpointError for a path at which there is nothing, before all that reads it is imported."""
     for path in paths:
-        if not os.path.exists(path):
+        if absent(path):
             raise CheckpointError(f"{path}: cannot be read (No such file or directory)")
 
 

@@ -140,6 +140,17 @@ def _umask() -> int:
     return mask
 
 
+def absent(path: str | Path) -> bool:
+    """Tell whether there is nothing at a path, as far as may be seen: what may not be looked at is not absent."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, atomically and durably."""
     with replace_file(path) as temporary:

@@ -24,6 +24,8 @@ from client.home.paths import close, named, site_home
 from client.home.paths import home as chexfound_home
 from client.operator import join
 
+SCHEMA = 1  # of what `check --recipe --json` prints
+
 
 def enrol(given: argparse.Namespace) -> int:
     """Make a site's keys and secret, and the file with their public halves; say what comes next."""
@@ -190,7 +192,7 @@ def _check_recipe(given: argparse.Namespace, name: str) -> int:
     verdicts, n = grant.judge(loaded), grant.sharing(loaded)
     if given.json:
         rows = [{"line": one.line, "asked": one.asked, "ok": one.ok, "code": one.code} for one in verdicts]
-        print(json.dumps({"schema": 1, "site": name, "recipe": loaded.name, "sites": n, "lines": rows}, indent=2))
+        print(json.dumps({"schema": SCHEMA, "site": name, "recipe": loaded.name, "sites": n, "lines": rows}, indent=2))
     else:
         of = (
             "of the approved roster"

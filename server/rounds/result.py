@@ -9,14 +9,13 @@ from typing import Any
 
 from chexfound.durable.files import write_json
 from chexfound.durable.journal import read_journal
+from chexfound.evaluate.results import SCHEMA
 from chexfound.host.machine import RUN_PACKAGES, machine, versions
 from chexfound.parsing.names import ALL_SITES
 from chexfound.recipe.batch_sizes import BatchSizes
 from chexfound.recipe.schema import Recipe
 from server.rounds.loop import Outcome
 from server.runs import weight
-
-SCHEMA = 1
 
 
 def costs(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:

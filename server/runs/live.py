@@ -10,8 +10,7 @@ from typing import Any
 from chexfound.durable.files import write_shown
 from chexfound.errors import ChexfoundError
 from chexfound.recipe import load as recipes
-
-SCHEMA = 1
+from server.runs.submission import SCHEMA
 
 
 class Live:

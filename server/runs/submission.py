@@ -21,7 +21,7 @@ from chexfound.durable import journal
 from chexfound.durable.files import storage, write_json
 from chexfound.errors import CheckpointError, ConfigError, StorageError
 
-SCHEMA = 1
+SCHEMA = 1  # of run.json and live.json
 LOCK = "serverapp.lock"
 TAKE_S = 2.0  # in which a lock that is only looked at (`status`) is free again
 
