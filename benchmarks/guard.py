@@ -85,7 +85,7 @@ def main() -> int:
 def checkout(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     """The rival's sources."""
     if options.worktree:
-        if not (options.worktree / "server" / "guard.py").is_file():
+        if not any((options.worktree / "server" / name).is_file() for name in ("services/guard.py", "guard.py")):
             raise ChexfoundError(f"{options.worktree}: no checkout with a server/services/guard.py")
         yield options.worktree.resolve()
         return

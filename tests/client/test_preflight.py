@@ -27,7 +27,7 @@ from client.answer import asked
 from client.home import approval, ledger, link, membership, secret, template
 from client.home.paths import close, store_path
 from client.node import flwr_private
-from client.operator import commands
+from client.operator import options
 from client.operator.preflight import checks, local, remote
 from client.operator.preflight.order import CHECKS
 from server.federation import pki
@@ -196,7 +196,7 @@ def test_a_recipe_is_held_against_the_policy_line_by_line(
     prepare: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: str
 ) -> None:
     home = prepare()
-    assert commands.main(["check", "--recipe", asked]) == 0
+    assert options.run(["check", "--recipe", asked]) == 0
     said = capsys.readouterr().out
     assert "ok       model: {max_patch_px: 16}                    asked: student.patch_size 16" in said
     assert "REFUSED" not in said
@@ -204,23 +204,23 @@ def test_a_recipe_is_held_against_the_policy_line_by_line(
     assert f"lines of {home / 'site.yaml'} that bear on a recipe grant it" in said
     path = tmp_path / "masked.yaml"
     path.write_text("aggregation: secagg")
-    assert commands.main(["check", "--recipe", str(path)]) == 6
+    assert options.run(["check", "--recipe", str(path)]) == 6
     assert "REFUSED: masks need 3 sites, and the roster has 1" in capsys.readouterr().out
     (home / "site.yaml").write_text("max_rounds: 10")
-    assert commands.main(["check", "--recipe", asked]) == 6
+    assert options.run(["check", "--recipe", asked]) == 6
     said = capsys.readouterr().out
     assert "REFUSED  max_rounds: 10 " in said
     assert str(home / "site.yaml") in said
-    assert commands.main(["check", "--recipe", asked, "--json"]) == 6
+    assert options.run(["check", "--recipe", asked, "--json"]) == 6
     found = json.loads(capsys.readouterr().out)
     assert found["sites"] == 1
     assert [row["code"] for row in found["lines"] if not row["ok"]] == ["policy.work"]
     path = tmp_path / "own.yaml"
     path.write_text("student: {patch_size: 48, stem: linear}\nimage_px: 96")
-    assert commands.main(["check", "--recipe", str(path)]) == 6
+    assert options.run(["check", "--recipe", str(path)]) == 6
     assert "asked: student.patch_size 48" in capsys.readouterr().out
     (home / "federation.json").unlink()
-    assert commands.main(["check", "--recipe", asked]) == 6
+    assert options.run(["check", "--recipe", asked]) == 6
     n = recipes.load(asked).federation.min_sites
     assert (
         f"with {n} sites, the recipe's federation.min_sites, since no roster is approved\n" in capsys.readouterr().out

@@ -17,7 +17,7 @@ import yaml
 
 import chexfound
 import client.cli
-import client.operator.commands
+import client.operator.options
 import server.cli
 from chexfound.host import systemd
 
@@ -332,7 +332,7 @@ def typed(line: str) -> Iterator[tuple[str, list[str]]]:
 def parse(program: str, words: list[str]) -> Any:
     if program == "chexfound-server":
         return server.cli.parser().parse_args(words)
-    return (client.cli if words[0].startswith("-") else client.commands).parser().parse_args(words)
+    return (client.cli if words[0].startswith("-") else client.operator.options).parser().parse_args(words)
 
 
 def test_every_command_is_one() -> None:

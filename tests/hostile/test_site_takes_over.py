@@ -55,8 +55,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, attack: Callable[[Weights
     """From its first round on that site answers with what `attack` makes of its reply."""
     honest = dispatch.run
 
-    def run(site: Any, recipe: Any, request: Any) -> Reply:
-        reply = honest(site, recipe, request)
+    def run(site: Any, recipe: Any, request: Any, *decision: Any) -> Reply:
+        reply = honest(site, recipe, request, *decision)
         if site.name != name or request.phase != "pretrain":
             return reply
         return replace(reply, tensors=attack(request.tensors, reply.tensors, recipe))

@@ -41,11 +41,11 @@ def plain(fed: Federation) -> Federation:
 def claim(monkeypatch: pytest.MonkeyPatch) -> None:
     """The liar's own program: it enrols with so many images, and counts them in each reply."""
 
-    def lying(phase: str, key: str) -> Callable[[Site, Recipe, Request], Reply]:
+    def lying(phase: str, key: str) -> Callable[..., Reply]:
         true = dispatch.PHASES[phase]
 
-        def answer(site: Site, recipe: Recipe, request: Request) -> Reply:
-            reply = true(site, recipe, request)
+        def answer(site: Site, recipe: Recipe, request: Request, *decision: Any) -> Reply:
+            reply = true(site, recipe, request, *decision)
             if site.name == LIAR:
                 reply.values[key] = CLAIMED
                 if phase == "enrol":

@@ -11,7 +11,7 @@ import pytest
 
 from client.home import template
 from client.home.policy import Policy
-from client.operator import commands
+from client.operator import options
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,13 +53,13 @@ def test_enrol_writes_it_once_and_for_its_owner_alone(
 ) -> None:
     monkeypatch.setenv("CHEXFOUND_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert commands.main(["enrol", "--name", "NORTH"]) == 0
+    assert options.run(["enrol", "--name", "NORTH"]) == 0
     path = tmp_path / "sites" / "NORTH" / "site.yaml"
     assert path.read_text() == template.TEXT
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert str(path) in capsys.readouterr().out
     path.write_text("max_runs: 1\n")
-    assert commands.main(["enrol", "--name", "NORTH"]) == 0
+    assert options.run(["enrol", "--name", "NORTH"]) == 0
     assert path.read_text() == "max_runs: 1\n"
 
 

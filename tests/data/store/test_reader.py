@@ -328,12 +328,12 @@ class TestFailure:
 
     @pytest.mark.parametrize("there", [False, True])
     def test_disk_full_at_the_commit(self, tmp_path, monkeypatch, there):
-        from chexfound.data.store import index as module_index
+        from chexfound.data.store import writer
 
         if there:
             fill(tmp_path / "s", range(3))
         before = {path.name: contents(path) for path in tmp_path.iterdir()}
-        connect = module_index.connect
+        connect = writer.connect
 
         def small(path: Path, mode: str = "ro") -> sqlite3.Connection:
             index = connect(path, mode)
@@ -342,23 +342,23 @@ class TestFailure:
                 index.execute(f"PRAGMA max_page_count = {pages}")
             return index
 
-        monkeypatch.setattr(module_index, "connect", small)
+        monkeypatch.setattr(writer, "connect", small)
         with pytest.raises(StorageError, match="no space left to write"):
             fill(tmp_path / "s", range(10, 200))
         assert {path.name: contents(path) for path in tmp_path.iterdir()} == before
 
     def test_index_that_may_not_be_written(self, tmp_path, monkeypatch):
-        from chexfound.data.store import index as module_index
+        from chexfound.data.store import writer
 
         fill(tmp_path / "s", range(3))
-        connect = module_index.connect
+        connect = writer.connect
 
         def closed(path, mode="ro"):
             index = connect(path, mode)
             index.execute("PRAGMA query_only = ON")  # as on a read-only mount, where root may write, too
             return index
 
-        monkeypatch.setattr(module_index, "connect", closed)
+        monkeypatch.setattr(writer, "connect", closed)
         with pytest.raises(StorageError, match="may not be written"):
             fill(tmp_path / "s", range(3, 5))
 

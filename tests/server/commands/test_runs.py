@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from chexfound import __version__
 from chexfound.model import checkpoint
@@ -154,17 +155,16 @@ def test_one_whose_coordinators_side_was_killed_just_now_is_gone_on_with(
     assert flwr.statuses == {"100": "finished:stopped", "101": "pending"}
 
 
-def test_a_recipe_that_these_sites_cannot_share_is_refused_or_warned_of(
+def test_a_batch_that_these_sites_cannot_share_becomes_the_nearest_that_they_can(
     thorax, flwr, listening, tmp_path: Path, capsys
 ) -> None:
     thorax.write_sites(thorax.sites().with_site("WEST", membership.make_keys(tmp_path / "west")[0]))
-    assert do(thorax, "run", "demo", "--detach", "--set", "federation.min_sites=3") == 2
-    assert "--set train.pooled_batch_size=33" in capsys.readouterr().err
-    assert not thorax.path("runs").exists()
-    assert do(thorax, "run", "demo", "--detach") == 0
-    said = capsys.readouterr().err
-    assert said.startswith("warning: recipe: 2 problems:\n")
-    assert said.endswith("as it is, the run fails unless only 2 take part\n")
+    assert do(thorax, "run", "demo", "--detach", "--set", "federation.min_sites=3") == 0
+    said = capsys.readouterr()
+    assert "train.pooled_batch_size is 33, not 32: 3 sites take 11 images each\n" in said.out
+    assert said.err == ""
+    (made,) = thorax.path("runs").iterdir()
+    assert yaml.safe_load((made / "recipe.yaml").read_text())["train"]["pooled_batch_size"] == 33
 
 
 def test_the_version(capsys) -> None:
