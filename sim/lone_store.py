@@ -168,7 +168,7 @@ class LoneStore:
         self.lone = in_epochs(lone_recipe(changed(recipe, phases=("pretrain",))))
         self.batches = BatchSizes.pooled(recipe, 1)
         check_gpus(recipe, gpus)
-        for batch in self.batches.pretrain:
+        for (batch,) in self.batches.pretrain:
             group.share(batch, gpus)
         self.site = Site(view=View.of(store, SITE, None), home=out / "own", progress=self._step_taken, gpus=str(gpus))
         dispatch.run(self.site, self.lone, Request(phase="enrol"))  # it raises what is wrong with the store
@@ -230,7 +230,7 @@ class LoneStore:
         self._began = time.monotonic()
 
     def _step_taken(self, phase: str, done: int, total: int) -> None:
-        self._images += self.batches.pretrain[curriculum.index_at(self.recipe, done - 1)]
+        self._images += self.batches.pretrain[curriculum.index_at(self.recipe, done - 1)][0]
         self.display.update(SITE, phase, done, total)
         self._paced += 1
         if self._paced == 1:  # it is slower: memory is taken, kernels are chosen

@@ -236,15 +236,17 @@ def _judge_rates(desk: _Desk, recipe: Recipe) -> None:
 
 
 def _judge_work(desk: _Desk, recipe: Recipe, n_sites: int) -> None:
-    steps, batches = [], []
+    steps, least, most = [], [], []
     if "pretrain" in recipe.phases:
         steps.append(("train.local_steps", recipe.train.local_steps))
-        batches += [("images a step in pretraining", share(s.train, n_sites)) for s in _stages(recipe)]
+        least += [("images a step in pretraining", shares(s.train, n_sites)[0]) for s in _stages(recipe)]
+        most += [("images a step in pretraining", shares(s.train, n_sites)[1]) for s in _stages(recipe)]
     if "adapt" in recipe.phases:
         steps.append(("adapt.local_steps", recipe.adapt.local_steps))
-        batches.append(("images a step in adapt", share(recipe.adapt, n_sites)))
-    desk.least("min_batch", batches, "policy.work")
-    desk.most("max_batch", batches, "policy.work")
+        least.append(("images a step in adapt", shares(recipe.adapt, n_sites)[0]))
+        most.append(("images a step in adapt", shares(recipe.adapt, n_sites)[1]))
+    desk.least("min_batch", least, "policy.work")
+    desk.most("max_batch", most, "policy.work")
     desk.least("min_steps", steps, "policy.work")
     desk.most("max_steps", steps, "policy.work")
     desk.most("max_rounds", [(f"rounds of {phase}", number) for phase, number in recipe.rounds.items()], "policy.work")
@@ -255,11 +257,12 @@ def _judge_figures(desk: _Desk, recipe: Recipe) -> None:
     desk.least("min_bootstrap", draws, "policy.work")
 
 
-def share(config: Train | Adapt, n_sites: int) -> int:
-    """Images a step of one of so many sites, whether or not the pooled batch divides among them."""
+def shares(config: Train | Adapt, n_sites: int) -> tuple[int, int]:
+    """Give the fewest and the most images a step of one of so many sites; dealt by size, those of sites of one size."""
     if config.batch_size is not None:
-        return config.batch_size
-    return (config.pooled_batch_size or 0) // max(n_sites, 1)
+        return config.batch_size, config.batch_size
+    pooled, sites = config.pooled_batch_size or 0, max(n_sites, 1)
+    return pooled // sites, -(-pooled // sites)
 
 
 # -- what is said of it

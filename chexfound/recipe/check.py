@@ -55,6 +55,8 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
                 f"{name}: give either batch_size (a site's) or pooled_batch_size (all sites together), "
                 "and set the other to null"
             )
+        if phase.deal == "by_size" and recipe.aggregation == "secagg":
+            found.append(f"{name}.deal: under masks nobody knows a site's number of images; set it to equally")
     found += _wrong_rate(recipe) + _wrong_stages(recipe)
     if recipe.student.in_chans == 1 and (isinstance(recipe.input.mean, tuple) or isinstance(recipe.input.std, tuple)):
         found.append("input: a mean or std of three channels needs student.in_chans 3")

@@ -25,6 +25,8 @@ Prototypes = Annotated[int, Field(gt=0, le=1_000_000)]
 Layers = Annotated[int, Field(gt=0, le=64)]
 Steps = Annotated[int, Field(gt=0, le=10_000_000)]
 Images = Annotated[int, Field(gt=0, le=1_000_000)]  # of a batch
+# How sites share a pooled batch, in whole numbers that sum to it: alike but for one image, or by their training images.
+Deal = Literal["equally", "by_size"]
 Epochs = Annotated[float, Field(ge=0, le=10_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=100_000_000)]  # three years
 Moment = Annotated[float, Field(ge=0, lt=1)]  # Adam's decay rates
@@ -112,6 +114,7 @@ class Train:
     local_steps: Steps = 20
     batch_size: Images | None = None  # images a step at each site …
     pooled_batch_size: Images | None = 32  # … or over all sites together; the centralized arm takes the pooled number
+    deal: Deal = "equally"
     OFFICIAL_EPOCH_LENGTH: Steps = 10
     centering: Literal["sinkhorn_knopp", "centering"] = "sinkhorn_knopp"
     sinkhorn_distributed: bool = True  # over all GPUs of a site, not each GPU's own batch
@@ -195,6 +198,7 @@ class Adapt:
     local_steps: Steps = 40
     batch_size: Images | None = None
     pooled_batch_size: Images | None = 64
+    deal: Deal = "equally"
     optimizer_state: Literal["average", "local"] = "average"
     n_last_blocks: Layers = 2
     # What the head does to the tokens first: nothing, as the reference's; standardise them by the image's own; or a

@@ -23,7 +23,7 @@ from chexfound.pretrain.beginning import BESIDE, FILE, TIMES
 from chexfound.pretrain.meta_arch import build_student
 from chexfound.pretrain.optimizer import zero_moments
 from chexfound.recipe import curriculum
-from chexfound.recipe.schema import Recipe
+from chexfound.recipe.schema import Adapt, Recipe, Train
 from chexfound.wire.envelopes import LARGEST
 
 Shapes = dict[str, tuple[int, ...]]
@@ -57,6 +57,15 @@ def check(recipe: Recipe, envelope: Envelope[Request], limits: Limits, n_sites: 
         raise RefusedError("request.tensors", f"tensors in the stage {request.kind}, which takes none")
 
 
+def _is_share(recipe: Recipe, config: Train | Adapt, batch: int, most: int) -> bool:
+    """Whether a site of min_sites to `most` may be dealt so many images of the pooled batch."""
+    pooled = config.pooled_batch_size or 0
+    if config.deal == "by_size":
+        return 0 < batch <= pooled
+    sites = range(min(recipe.federation.min_sites, most), min(most, pooled) + 1)
+    return any(batch in (pooled // n, -(-pooled // n)) for n in sites)
+
+
 def _beyond(text: str) -> RefusedError:
     return RefusedError("request.beyond", text)
 
@@ -80,10 +89,7 @@ def _check_work(recipe: Recipe, request: Request, limits: Limits, n_sites: int |
     if request.phase == "pretrain":
         config = curriculum.at(recipe, request.step)[0].train
     pooled, batch = config.pooled_batch_size, request.batch_size
-    shared = False
-    if batch and pooled is not None and not pooled % batch:
-        shared = min(recipe.federation.min_sites, n_sites or LARGEST) <= pooled // batch <= (n_sites or LARGEST)
-    if batch != config.batch_size and not shared:
+    if not (batch == config.batch_size if pooled is None else _is_share(recipe, config, batch, n_sites or LARGEST)):
         raise _beyond(f"{batch} images a step, which is no site's share of its recipe's {pooled or config.batch_size}")
     key = "min_batch" if batch < limits.min_batch else "max_batch"
     if not limits.min_batch <= batch <= limits.max_batch:

@@ -178,10 +178,10 @@ def memory_bytes(recipe: Recipe, n_sites: int, batch: int = 0, *, on_gpu: bool =
     steps = []
     if "pretrain" in recipe.phases:
         for stage in curriculum.stages(recipe):
-            steps.append(_step_bytes(stage, max(batch, limiting.share(stage.train, n_sites))))
+            steps.append(_step_bytes(stage, max(batch, limiting.shares(stage.train, n_sites)[1])))
     if "adapt" in recipe.phases:
         width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
-        images = max(batch, limiting.share(recipe.adapt, n_sites))
+        images = max(batch, limiting.shares(recipe.adapt, n_sites)[1])
         steps.append(4 * images * _tokens(recipe, recipe.image_px) * width)
     return model + max(steps, default=0)
 

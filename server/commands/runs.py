@@ -33,9 +33,8 @@ def run(given: argparse.Namespace) -> int:
     recipe = _recipe(held, given.recipe, recipes.parse_overrides(given.set))
     policies.check(held, recipe)
     _check_up(held)
-    for problem in (submit.check_batches(held, recipe), submit.check_beginning(held, recipe, given.backbone)):
-        if problem:
-            print(f"warning: {problem}", file=sys.stderr)
+    if problem := submit.check_beginning(held, recipe, given.backbone):
+        print(f"warning: {problem}", file=sys.stderr)
     made = submit.create(held, recipe, given.name, given.backbone)
     if given.backbone is not None:
         digest = hashlib.sha256(given.backbone.read_bytes()).hexdigest()

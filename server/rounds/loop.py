@@ -59,7 +59,7 @@ class Run:
         exchange: how to reach the sites.
         record: where weights and journal go.
         rounds: how the sites' replies become one.
-        batches: images a step; the recipe's share for each site if not given.
+        batches: images a step of each site; the recipe's, dealt, if not given.
         backbone: start from these weights (safetensors, names without prefix) instead of fresh ones.
     """
 
@@ -91,8 +91,9 @@ class Run:
                 for values in self.record.begun("roster", [])
             ]
             self.roster = self.exchange.enrol(self.recipe, before)
-            self.batches = self.batches or BatchSizes.of(self.recipe, len(self.roster))
             self._start()
+            train = [member.values.get("train", 1) for member in self.roster]  # which nobody tells under masks
+            self.batches = self.batches or BatchSizes.of(self.recipe, train)
             weights = self._pretrain(self.batches.pretrain) if "pretrain" in self.recipe.phases else None
             model = checkpoint.add_prefix(self._take_backbone(weights), "backbone.")
             if "adapt" in self.recipe.phases:
@@ -154,7 +155,7 @@ class Run:
 
     # -- the phases
 
-    def _pretrain(self, batches: tuple[int, ...]) -> dict[str, Tensor]:
+    def _pretrain(self, batches: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
         steps = self.recipe.train.local_steps
         done, weights = self.record.last("pretrain")
         if weights is None:
@@ -171,7 +172,7 @@ class Run:
                 phase="pretrain",
                 number=number,
                 steps=steps,
-                batch_size=batches[curriculum.index_at(self.recipe, step)],
+                batch_sizes=batches[curriculum.index_at(self.recipe, step)],
                 weights=travels,
                 frozen=gains,
                 findings=self.findings,
@@ -220,7 +221,7 @@ class Run:
         """The same where the run begins with its features."""
         return {} if "pretrain" in self.recipe.phases else self._file(backbone)
 
-    def _adapt(self, backbone: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+    def _adapt(self, backbone: dict[str, Tensor], batch_sizes: tuple[int, ...]) -> dict[str, Tensor]:
         config = self.recipe.adapt
         head_module = build_head(self.recipe, len(self.findings))
         done, head = self.record.last("adapt")
@@ -236,7 +237,7 @@ class Run:
                 phase="adapt",
                 number=number,
                 steps=config.local_steps,
-                batch_size=batch_size,
+                batch_sizes=batch_sizes,
                 weights=head,
                 frozen=set(head_module.state_dict()) - trained,
                 findings=self.findings,

@@ -14,7 +14,7 @@ from torch import Tensor
 from chexfound.contract import cells
 from chexfound.contract.request import ARM, COUNTS, MOMENTS, TRAINED_ON, Request
 from chexfound.durable.files import write_json
-from chexfound.errors import DataError, ProtocolError, SiteError
+from chexfound.errors import ConfigError, DataError, ProtocolError, SiteError
 from chexfound.evaluate import histograms
 from chexfound.model import checkpoint
 from chexfound.parsing.names import ALL_SITES
@@ -161,12 +161,19 @@ class MaskedRounds:
             raise ProtocolError(f"{task.where}: the sum of {len(summed.survivors)} sites: {error}") from error
 
     def _request(self, task: Task) -> Request:
+        if len(set(task.batch_sizes)) > 1:  # all sites are sent one request
+            n, section = len(task.batch_sizes), "adapt" if task.phase == "adapt" else "train"
+            raise ConfigError(
+                f"{task.where}: under masks each site takes the same batch, and {sum(task.batch_sizes)} images a step "
+                f"cannot be divided equally among {n}; choose a multiple of {n}: --set {section}.pooled_batch_size="
+                f"{n * max(task.batch_sizes)}"
+            )
         return Request(
             phase=task.phase,
             round=task.number,
             step=task.taken.start,
             steps=task.steps,
-            batch_size=task.batch_size,
+            batch_size=task.batch_sizes[0],
             findings=task.findings,
             tensors={**task.weights, **task.beside},
         )

@@ -130,11 +130,11 @@ class PlainRounds:
         self, phase: str, findings: tuple[str, ...], tensors: dict[str, Tensor], task: Task | None = None
     ) -> list[Request]:
         request = Request(phase=phase, findings=findings, tensors=tensors)
+        batches = (0,) * len(self.roster)
         if task is not None:
-            request = replace(
-                request, round=task.number, step=task.taken.start, steps=task.steps, batch_size=task.batch_size
-            )
-        return [replace(request, roster_index=index) for index in range(len(self.roster))]
+            request = replace(request, round=task.number, step=task.taken.start, steps=task.steps)
+            batches = task.batch_sizes
+        return [replace(request, roster_index=index, batch_size=batch) for index, batch in enumerate(batches)]
 
     def _ask(self, requests: Sequence[Request], check: Callable[[Member, Reply], None], where: str) -> Cohort:
         """Ask each site that is not behind; the replies come and pass `check`, and who is missing in the end."""

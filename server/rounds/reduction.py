@@ -18,6 +18,7 @@ class Task:
 
     Args:
         number: of the round in its phase, from 0.
+        batch_sizes: images a step of each site of the roster.
         weights: that the sites are sent and train.
         frozen: names of weights that no site may change.
         rows: names of weights whose first axis is the findings.
@@ -28,7 +29,7 @@ class Task:
     phase: str
     number: int
     steps: int
-    batch_size: int
+    batch_sizes: tuple[int, ...]
     weights: dict[str, Tensor]
     frozen: set[str]
     findings: tuple[str, ...]

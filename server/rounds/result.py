@@ -80,7 +80,7 @@ def site_rows(recipe: Recipe, start: dict[str, Any]) -> list[dict[str, Any]]:
     Under secure aggregation sites enrol with no count: what they have together is one more row, the last.
     """
     roster, rows = start["roster"], []
-    seen = BatchSizes.of(recipe, len(roster)).pretrain_images(recipe)
+    seen = BatchSizes.of(recipe, [values.get("train", 1) for values in roster]).pretrain_images(recipe)
     if "totals" in start:
         rows = [
             {
@@ -92,15 +92,15 @@ def site_rows(recipe: Recipe, start: dict[str, Any]) -> list[dict[str, Any]]:
             }
             for values in roster
         ]
-        roster, seen = [{"site": ALL_SITES, **start["totals"]}], seen * len(roster)
-    for values in roster:
+        roster, seen = [{"site": ALL_SITES, **start["totals"]}], [sum(seen)]
+    for values, images in zip(roster, seen or [0] * len(roster), strict=True):
         rows.append(
             {
                 "name": values["site"],
                 **{key: values.get(key) for key in ("images", "patients", "train", "val", "test")},
                 "cells": values["cells"],
                 "withheld": values.get("withheld", False),
-                "epochs": {"federated": round(seen / max(values["train"], 1), 2)},
+                "epochs": {"federated": round(images / max(values["train"], 1), 2)},
                 "findings": values["findings"],
             }
         )

@@ -33,29 +33,6 @@ END_S = 60.0  # in which the ServerApp of a run that was stopped has to end
 # -- submitting
 
 
-def check_batches(federation: Federation, recipe: Recipe) -> str | None:
-    """Hold the recipe's batches against the numbers of sites that may take part.
-
-    Returns: None if all sites of the federation can share them, else why not.
-
-    Raises: ConfigError if not even some of them, as many as federation.min_sites, can.
-    """
-    from chexfound.recipe.batch_sizes import BatchSizes
-
-    registered = len(federation.sites().sites)
-    problems: list[ConfigError] = []
-    for number in range(registered, recipe.federation.min_sites - 1, -1):
-        try:
-            BatchSizes.of(recipe, number)
-        except ConfigError as error:
-            problems.append(error)
-        else:
-            return f"{problems[0]}\nas it is, the run fails unless only {number} take part" if problems else None
-    if problems:
-        raise problems[0]
-    return None
-
-
 def check_beginning(federation: Federation, recipe: Recipe, backbone: Path | None) -> str | None:
     """Whether sites will refuse a run's first sum, because they opened one on the same weights for another recipe.
 

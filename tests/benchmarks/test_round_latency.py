@@ -127,7 +127,7 @@ def test_the_sites_own_work_is_that_of_the_slowest_in_the_median_round(bench):
 
 def test_a_round_of_ours_is_small(bench):
     recipe = bench.recipe(3)
-    assert batch_sizes.site_batch_size(recipe.adapt, len(bench.SITES), "adapt") == 2
+    assert batch_sizes.dealt(recipe.adapt.pooled_batch_size, [1] * len(bench.SITES)) == (2,) * len(bench.SITES)
     assert recipe.phases == ("adapt",)
     weights = sum(tensor.numel() for tensor in build_head(recipe, 1).state_dict().values())
     assert weights * 4 < 16_384  # bytes

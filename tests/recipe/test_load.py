@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chexfound.errors import ConfigError
-from chexfound.recipe import batch_sizes, check
+from chexfound.recipe import check
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import ARCHS, Recipe
 
@@ -318,22 +318,6 @@ def test_a_name_that_is_no_path_is_a_config_error():
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().seed = 1  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("section", ["train", "adapt"])
-def test_the_pooled_batch_is_divided_equally(section):
-    phase = getattr(recipes.load("demo", {f"{section}.pooled_batch_size": 32}), section)
-    assert [batch_sizes.site_batch_size(phase, n, section) for n in (1, 2, 4, 32)] == [32, 16, 8, 1]
-    assert batch_sizes.pooled_batch_size(phase, 4) == 32
-    for n in (3, 64):
-        with pytest.raises(ConfigError, match=rf"{section}\.pooled_batch_size 32 .* among {n} sites"):
-            batch_sizes.site_batch_size(phase, n, section)
-
-
-def test_a_site_s_own_batch_needs_no_division():
-    phase = recipes.load("demo", {"train.batch_size": 7, "train.pooled_batch_size": None}).train
-    assert batch_sizes.site_batch_size(phase, 3, "train") == 7
-    assert batch_sizes.pooled_batch_size(phase, 3) == 21
 
 
 def test_global_steps_are_rounds_times_local_steps():

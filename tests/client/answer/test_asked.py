@@ -116,6 +116,21 @@ def test_no_share_of_it(tiny_recipe: Any, batch: int, n_sites: int | None) -> No
     assert refused.value.code == "request.beyond"
 
 
+@pytest.mark.parametrize(
+    ("batch", "code"),
+    [(4, None), (5, None), (12, None), (3, "policy.work"), (0, "request.beyond"), (13, "request.beyond")],
+)
+def test_a_share_by_size_is_within_the_pooled_batch_and_the_policy(tiny_recipe: Any, batch: int, code: str) -> None:
+    recipe = replace(tiny_recipe, train=replace(tiny_recipe.train, deal="by_size"))
+    request = replace(requests(recipe)["pretrain"], batch_size=batch)
+    if code is None:
+        check(recipe, request, replace(LIMITS, min_batch=4), 2)
+    else:
+        with pytest.raises(RefusedError) as refused:
+            check(recipe, request, replace(LIMITS, min_batch=4), 2)
+        assert refused.value.code == code
+
+
 @pytest.mark.parametrize(("key", "number"), [("min_batch", 7), ("max_batch", 5)])
 def test_a_share_is_within_the_policy_whoever_the_others_are(tiny_recipe: Any, key: str, number: int) -> None:
     """Of three sites the recipe is judged by a third of the pooled batch, and half of it may be asked of two."""

@@ -18,7 +18,7 @@ from chexfound.durable import journal
 from chexfound.durable.journal import read_journal
 from chexfound.errors import CheckpointError, ConfigError, DataError, ProtocolError
 from chexfound.model import checkpoint
-from chexfound.recipe.batch_sizes import BatchSizes
+from chexfound.recipe.batch_sizes import BatchSizes, dealt
 from chexfound.recipe.schema import Stage
 from server.rounds.loop import Outcome
 from server.rounds.start import run_of
@@ -262,10 +262,25 @@ def test_choose_findings(tiny_recipe: Any) -> None:
     assert choose_findings(named, counts) == ("B", "A")
 
 
-def test_a_batch_that_cannot_be_divided(tiny_recipe: Any) -> None:
-    assert BatchSizes.of(tiny_recipe, 3) == BatchSizes(pretrain=(4,), adapt=4)
-    with pytest.raises(ConfigError, match="(?s)2 problems.*train.pooled_batch_size=15.*adapt.pooled_batch_size=15"):
-        BatchSizes.of(tiny_recipe, 5)
+def test_a_batch_is_dealt_by_size(tiny_recipe: Any, make_exchange: Any, tmp_path: Path) -> None:
+    """Each site is asked for its share, and the sites have different ones."""
+    recipe = replace(
+        tiny_recipe, train=replace(tiny_recipe.train, deal="by_size"), adapt=replace(tiny_recipe.adapt, deal="by_size")
+    )
+    exchange = make_exchange(recipe, ["alpha", "beta", "gamma"])
+    asked: dict[str, set[tuple[int, ...]]] = {}
+    ask = exchange.ask
+
+    def note(requests: Any, *given: Any) -> Any:
+        requests = list(requests)
+        asked.setdefault(requests[0].phase, set()).add(tuple(request.batch_size for request in requests))
+        return ask(requests, *given)
+
+    exchange.ask = note
+    run_of(recipe, exchange, tmp_path / "run").run()
+    train = [site["train"] for site in read_journal(tmp_path / "run" / "journal.jsonl")[0]["roster"]]
+    assert asked["pretrain"] == asked["adapt"] == {dealt(12, train)}
+    assert len(set(dealt(12, train))) > 1
 
 
 def test_a_finding_that_no_site_can_train_has_no_figures(head_only: Any, make_exchange: Any, tmp_path: Path) -> None:
@@ -528,12 +543,12 @@ def test_a_curriculum_survives_a_crash_at_every_commit(staged: Any, make_exchang
 
 
 def test_batches_of_a_curriculum(staged: Any) -> None:
-    batches = BatchSizes.of(staged, 2)
-    assert batches.pretrain == (6, 2)
-    assert batches.pretrain_images(staged) == 6 + 2 * 2
-    assert BatchSizes.pooled(staged, 2).pretrain == (12, 4)
-    with pytest.raises(ConfigError, match=r"curriculum\.0\.pooled_batch_size 4 cannot be divided equally among 3"):
-        BatchSizes.of(staged, 3)
+    batches = BatchSizes.of(staged, [9, 9, 9])
+    assert batches.pretrain == ((4, 4, 4), (2, 1, 1))
+    assert batches.pretrain_images(staged) == [4 + 2 * 2, 4 + 2, 4 + 2]
+    assert BatchSizes.pooled(staged, 2).pretrain == ((12,), (4,))
+    with pytest.raises(ConfigError, match=r"curriculum\.0\.pooled_batch_size: .* 4 images cannot be dealt among 5"):
+        BatchSizes.of(staged, [9] * 5)
 
 
 def test_a_backbone_of_another_resolution_starts_a_run(

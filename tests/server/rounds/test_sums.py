@@ -120,8 +120,8 @@ def test_a_backbone_is_handed_out_to_as_many_as_a_sum_needs(
 
     def unlucky(*names: str) -> SecureSums:
         if fault == "lost":
-            return sums(lost={"": names})
-        return sums(change={("", name): lambda reply: Reply(values={"images": 3}) for name in names})
+            return sums(lost={"features": names})
+        return sums(change={("features", name): lambda reply: Reply(values={"images": 3}) for name in names})
 
     assert unlucky().hand_out(backbone(fed)) == []
     reason = "gone" if fault == "lost" else "protocol"
