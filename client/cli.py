@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -231,18 +230,13 @@ def _alone(home: Path, name: str) -> Iterator[None]:
 
     Raises: ConfigError.
     """
-    from chexfound.durable.files import storage
+    from chexfound.durable.files import lock, storage
 
     with storage(home):
         home.mkdir(parents=True, exist_ok=True)
         handle = open(home / ".lock", "w")  # noqa: SIM115 (held, with its lock, as long as the site serves)
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"site {name!r} is already being served from {home}; stop that, or use another --name"
-            ) from error
+        lock(handle, ConfigError(f"site {name!r} is served already, from {home}; stop that, or use another --name"))
         yield
 
 

@@ -22,6 +22,7 @@ from chexfound.errors import ConfigError, DataError
 from chexfound.host import machine
 from chexfound.pretrain.train import slow_arithmetic
 from chexfound.recipe import check as recipes_check
+from chexfound.recipe import load as recipes
 from chexfound.recipe.batch_sizes import fitted
 from chexfound.recipe.curriculum import changed
 from chexfound.recipe.schema import Recipe
@@ -115,7 +116,7 @@ class Simulation:
         stands = {
             "images": Store.open(plans[0].store).digest(),
             "sites": hashlib.sha256(canonical(plans[0].sites)).hexdigest(),
-            "recipe": {str(plan.recipe.seed): arms.recipe_sha256(plan.recipe) for plan in plans},
+            "recipe": {str(plan.recipe.seed): recipes.digest(plan.recipe) for plan in plans},
             "arms": list(names),
         }
         noted = [entry["stands_on"] for entry in self.journal.entries if "stands_on" in entry]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from chexfound.errors import ConfigError, StorageError
 
@@ -49,6 +51,21 @@ def storage(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: cannot be written ({reason}); check the disk and that its folder is there"
         ) from error
+
+
+def lock(file: int | IO[Any], otherwise: Exception, wait_s: float = 0.0) -> None:
+    """Take the exclusive lock on an open file or folder; closing it, or the process's end, gives it back.
+
+    Raises: `otherwise` if another process has it, for `wait_s` seconds on.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise otherwise from error
+            time.sleep(0.05)
 
 
 def _room(path: Path) -> str:

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from chexfound.durable.files import canonical, storage, sync_folder
+from chexfound.durable.files import canonical, lock, storage, sync_folder
 from chexfound.errors import CheckpointError, ConfigError
 
 GENESIS = "0" * 64
@@ -37,14 +37,9 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: what could not be written must not wait in memory and reach the disk later.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open, with its lock)
+        busy = ConfigError(f"{self.path}: another process is writing this journal; stop it, or choose another folder")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ConfigError(
-                f"{self.path}: another process is writing this journal; stop it, or choose another folder"
-            ) from error
-        try:
+            lock(self._file, busy)
             self.records, self._size = _read(self.path)
             self._file.truncate(self._size)
             with storage(self.path):

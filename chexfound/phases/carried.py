@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from chexfound.recipe.schema import Recipe
 
 def state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
     """Where a site keeps what it carries from a phase's round to the next: STEP.safetensors, by global step."""
-    return site.home / "state" / recipe_digest(recipe) / phase
+    return site.home / "state" / recipes.digest(recipe)[:16] / phase
 
 
 def carries(recipe: Recipe, phase: str) -> bool:
@@ -26,11 +25,6 @@ def carries(recipe: Recipe, phase: str) -> bool:
     if phase == "pretrain":
         return not all_travels(recipe)
     return phase == "adapt" and recipe.adapt.optimizer_state == "local"
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """Give the first 16 hex digits of the SHA-256 of a recipe."""
-    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()[:16]
 
 
 def all_travels(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from chexfound.model import checkpoint
 from chexfound.model.checkpoint import load_tensors
 from chexfound.parallel import group
 from chexfound.phases import tally
-from chexfound.phases.carried import all_travels, carried_state, keep_state, recipe_digest
+from chexfound.phases.carried import all_travels, carried_state, keep_state
 from chexfound.phases.site_state import UNDECIDED, Decision, Site
 from chexfound.pretrain import checkpoints, positions, teacher
 from chexfound.pretrain.health import measures, watch
@@ -110,7 +110,7 @@ def probe_of(site: Site, recipe: Recipe, request: Request, excluded: tuple[str, 
 
 def _warn(site: Site, recipe: Recipe, request: Request, rows: list[dict[str, Any]]) -> None:
     """Say in the site's own log what begins to ail its training."""
-    path = site.home / "health" / f"{recipe_digest(recipe)}.json"
+    path = site.home / "health" / f"{recipes.digest(recipe)[:16]}.json"
     for one in watch.new_symptoms(path, recipe, request.step, rows):
         log.warning(
             "event=warning symptom=%s site=%s round=%d seen=%r advice=%r",

@@ -7,6 +7,7 @@ of one's own overrides the defaults there.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -122,6 +123,11 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def to_json(recipe: Recipe) -> str:
     """The one string that travels as run-config key `recipe`."""
     return json.dumps({"version": VERSION, **to_dict(recipe)}, sort_keys=True, separators=(",", ":"))
+
+
+def digest(recipe: Recipe) -> str:
+    """Give the SHA-256 of a recipe's `to_json`, in hexadecimal: which recipe a run, a state or a sum is of."""
+    return hashlib.sha256(to_json(recipe).encode()).hexdigest()
 
 
 def from_json(text: str) -> Recipe:

@@ -8,7 +8,6 @@ command line stands on it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from chexfound.contract.limits import STRICT
 from chexfound.durable.files import replace_file, storage
 from chexfound.errors import ConfigError, ProtocolError
 from chexfound.identity.roster import read_json
-from chexfound.recipe.load import to_json
+from chexfound.recipe.load import digest
 from chexfound.recipe.schema import Recipe
 
 RUNS_S = 30 * 86400.0
@@ -57,7 +56,7 @@ def read(home: Path) -> dict[str, Begun]:
 
 def key_of(recipe: Recipe, run_id: int) -> str:
     """Flower's number of a run, and the digest of its recipe: under one number a coordinator may send others."""
-    return f"{run_id}-{hashlib.sha256(to_json(recipe).encode()).hexdigest()[:16]}"
+    return f"{run_id}-{digest(recipe)[:16]}"
 
 
 def begun(runs: Mapping[str, Begun]) -> int:

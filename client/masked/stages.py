@@ -175,7 +175,7 @@ class SiteProtocol(Attempts):
             minimum=self.parameters.minimum,
             state=lineage.present(site, recipe, request),
         )
-        return {"advert": asdict(advert)}, {"request": request.shared(), "recipe": _digest(recipe)}
+        return {"advert": asdict(advert)}, {"request": request.shared(), "recipe": recipes.digest(recipe)}
 
     def _share(
         self, site: Site, recipe: Recipe, request: MaskedRequest, attempt: Attempt
@@ -292,7 +292,7 @@ class SiteProtocol(Attempts):
         before = self._kept("advertise")
         if request.shared() != before["request"]:
             raise RefusedError("secagg.weights", "another request than this site advertised for")
-        if _digest(recipe) != before["recipe"]:
+        if recipes.digest(recipe) != before["recipe"]:
             raise RefusedError("secagg.weights", "another recipe than this site advertised for")
 
     def _base(self, site: Site, recipe: Recipe, request: MaskedRequest, weights: str) -> str:
@@ -324,10 +324,6 @@ class SiteProtocol(Attempts):
         shapes = messages.parse(dict[str, list[messages.Number]], told["shapes"], "the shapes")
         settings = messages.parse(Settings, told["settings"], "the settings")
         return payload.plan(recipe, request, settings, self.parameters.n, shapes)
-
-
-def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
 
 
 def _keys(request: MaskedRequest, keys: set[str]) -> None:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 
-from chexfound.durable.files import storage
+from chexfound.durable.files import lock, storage
 from chexfound.errors import ConfigError, SiteError
 from chexfound.identity import roster
 from chexfound.identity.roster import Address
@@ -79,7 +79,6 @@ def superlink(given: argparse.Namespace) -> int:
 
 def superexec(given: argparse.Namespace) -> int:
     """Run the SuperExec alone; it holds a lock, by which it is seen."""
-    import fcntl
     import os
 
     held = settings.load(given.dir)
@@ -87,11 +86,8 @@ def superexec(given: argparse.Namespace) -> int:
     os.environ.update(held.environment())
     from server.exchange import flwr_private
 
-    with storage(held.path(settings.SUPEREXEC)), open(held.path(settings.SUPEREXEC), "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{held.folder}: its SuperExec runs already") from error
+    with storage(held.path(settings.SUPEREXEC)), open(held.path(settings.SUPEREXEC), "wb") as held_open:
+        lock(held_open, ConfigError(f"{held.folder}: its SuperExec runs already"))
         flwr_private.run_superexec(held.superexec_options(), [*settings.OURS, "server.services.task"])
     return 0
 

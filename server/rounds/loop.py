@@ -149,7 +149,7 @@ class Run:
 
     def _inputs(self) -> Event:
         return {
-            "recipe_sha256": hashlib.sha256(recipes.to_json(self.recipe).encode()).hexdigest(),
+            "recipe_sha256": recipes.digest(self.recipe),
             "backbone_sha256": hashlib.sha256(self.backbone.read_bytes()).hexdigest() if self.backbone else None,
         }
 

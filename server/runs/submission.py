@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chexfound.durable import journal
+from chexfound.durable import files, journal
 from chexfound.durable.files import storage, write_json
 from chexfound.errors import CheckpointError, ConfigError, StorageError
 
@@ -133,24 +131,13 @@ def alone(folder: Path, token: str, number: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "ab")  # noqa: SIM115 (held, with its lock, as long as the run)
     with lock:
-        if not _taken(lock.fileno()) or journal.held(folder / "journal.jsonl"):
-            raise ConfigError(f"{folder}: another process works at this run; stop it, or choose another folder")
+        busy = ConfigError(f"{folder}: another process works at this run; stop it, or choose another folder")
+        files.lock(lock, busy, TAKE_S)
+        if journal.held(folder / "journal.jsonl"):
+            raise busy
         if token and token != last(about(folder)).get("submission"):
             raise ConfigError(f"{folder}: this run was submitted again since; that submission goes on with it")
         before = live(folder)
         if token and before is not None and before["submission"] == token and before["flower_run"] != number:
             raise ConfigError(f"{folder}: Flower has this submission twice; its run {before['flower_run']} is the one")
         yield
-
-
-def _taken(lock: int) -> bool:
-    deadline = time.monotonic() + TAKE_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True

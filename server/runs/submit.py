@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chexfound.durable.files import storage, write_json, write_text
+from chexfound.durable.files import lock, storage, write_json, write_text
 from chexfound.errors import CheckpointError, ChexfoundError, ConfigError, SiteError
 from chexfound.identity import bundle
 from chexfound.identity.roster import check_name
@@ -204,10 +203,7 @@ def _alone(run: RunFolder) -> Iterator[None]:
     """Keep a second `resume` out: both would find that the run has ended, and two ServerApps share its folder."""
     folder = os.open(run.path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"run {run.name!r} is being submitted by another command") from error
+        lock(folder, ConfigError(f"run {run.name!r} is being submitted by another command"))
         yield
     finally:
         os.close(folder)

@@ -6,7 +6,6 @@ local:<site> are one site each, asked directly.  All call the same phases, with 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -95,11 +94,6 @@ def lone_recipe(recipe: Recipe) -> Recipe:
     return changed(recipe, teacher=changed(recipe.teacher, policy=policy), aggregation="fedavg")
 
 
-def recipe_sha256(recipe: Recipe) -> str:
-    """The digest that a run's journal starts with."""
-    return hashlib.sha256(recipes.to_json(recipe).encode()).hexdigest()
-
-
 def finished(plan: ArmPlan, arm: str) -> dict[str, Any]:
     """The last record of an arm that is done; empty if it is not, or if it or its model is not what it says.
 
@@ -126,7 +120,7 @@ def finished(plan: ArmPlan, arm: str) -> dict[str, Any]:
 
 def _is_of(start: dict[str, Any], plan: ArmPlan, arm: str) -> bool:
     """Whether a journal that starts so is this arm's; if not, running the arm says what differs."""
-    return start["recipe_sha256"] == recipe_sha256(plan.arm_recipe(arm)) and plan.arm_roster(arm) == sorted(
+    return start["recipe_sha256"] == recipes.digest(plan.arm_recipe(arm)) and plan.arm_roster(arm) == sorted(
         member["site"] for member in start["roster"]
     )
 

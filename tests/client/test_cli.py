@@ -240,7 +240,7 @@ def test_one_client_a_site(serve: Served, images: Path, tmp_path: Path, capsys: 
     with open(home / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert serve(*options(images, "--insecure")) == 2
-    assert "already being served" in capsys.readouterr().err
+    assert "served already" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy() -> None:

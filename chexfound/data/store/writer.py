@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -33,7 +32,7 @@ from chexfound.data.store.index import (
 from chexfound.data.store.naming import Naming
 from chexfound.data.store.reader import Store
 from chexfound.data.store.shards import Shards, sync
-from chexfound.durable.files import storage
+from chexfound.durable.files import lock, storage
 from chexfound.errors import DataError
 
 # ---- writing
@@ -290,13 +289,7 @@ def _disk_told() -> Iterator[None]:
 def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise DataError(
-            f"{folder}: another process is filling this store; wait for it, or give another folder"
-        ) from error
-    try:
+        lock(handle, DataError(f"{folder}: another process is filling this store; wait for it, or give another folder"))
         yield
     finally:
         os.close(handle)
