@@ -199,7 +199,7 @@ def test_a_look_at_the_lock_keeps_no_serverapp_out(submitted: RunFolder, monkeyp
     (submitted.path / submission.LOCK).touch()
     with open(submitted.path / submission.LOCK) as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        monkeypatch.setattr(submission.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
         with submission.alone(submitted.path, "", "7"):
             assert submission.served(submitted.path)
     assert not submission.served(submitted.path)
