@@ -13,7 +13,7 @@ from chexfound.errors import ConfigError
 from chexfound.host import systemd
 from chexfound.identity.roster import Address
 from client import cli
-from client.operator import commands
+from client.operator import options
 from server.federation import settings
 
 ODD = "a b%i \\ \"quoted\" 'x' ;#é"  # what a unit gives a meaning to
@@ -100,7 +100,7 @@ def test_a_wrong_unit_is_told(verify: Callable, tmp_path: Path) -> None:
 
 
 def test_a_site_drains_for_as_long_as_without_a_unit() -> None:
-    unit = commands.parser().parse_args(["unit", "--data", "/pacs"])
+    unit = options.parser().parse_args(["unit", "--data", "/pacs"])
     assert unit.drain == cli.parser().get_default("drain")
 
 
