@@ -1,8 +1,8 @@
 """What a simulated federation costs over the same work without one, and beside Flower's own engine.
 
-    python benchmarks/simulation.py [--sites 8] [--rounds 6] [--steps 4] [--blocks 3] [--engine ray] [--json]
+    python benchmarks/simulation.py [--sites 8] [--rounds 2] [--steps 20] [--blocks 3] [--engine ray] [--json]
 
-The work: pretraining of the preset `demo`'s backbone on noise, `--rounds` rounds of `--steps` steps, 64 images a step
+The work: pretraining by the preset `demo` on noise of its size, `--rounds` rounds of `--steps` steps, 64 images a step
 in all.  Centralized, one site takes the steps on all images; federated, each of `--sites` takes them on its share, by
 the in-process engine with one worker: as many images in either, in one process.  A block is one of each, in turn.
 Seconds are by the clock, from an arm's beginning to its end, weights and journal on the disk included.
@@ -36,7 +36,7 @@ import numpy as np
 from chexfound.errors import ChexfoundError, ConfigError
 from chexfound.host.machine import RUN_PACKAGES, benchmark_line
 
-IMAGES, PX, BATCH = 512, 64, 64
+IMAGES, PX, BATCH = 512, 128, 64
 ARMS = ("federated", "centralized", "small_batches")
 LOOK_S = 0.1  # between two looks at the memory
 
@@ -49,13 +49,10 @@ def plan_of(folder: Path, sites: int, rounds: int, steps: int) -> Any:
     from sim.arms.plan import ArmPlan
 
     changes = {
-        "image_px": PX,
         "phases": ["pretrain"],
         "train.rounds": rounds,
         "train.local_steps": steps,
         "train.pooled_batch_size": BATCH,
-        "crops.global_crops_size": PX,
-        "crops.local_crops_size": PX // 2,
         "federation.min_sites": sites,
         "health.eval_period_iterations": 0,
         "train.saveckp_freq": 0,
@@ -142,8 +139,8 @@ def main() -> int:
     """Print one JSON object a line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sites", type=int, default=8, help="of the federated arm (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=4, help="of a round (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=20, help="of a round (default %(default)s)")
     parser.add_argument("--blocks", type=int, default=3, help="default %(default)s")
     parser.add_argument("--engine", choices=["ray"], help="beside it, as the rival of the in-process engine")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
