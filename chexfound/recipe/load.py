@@ -121,8 +121,15 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_json(recipe: Recipe) -> str:
-    """The one string that travels as run-config key `recipe`."""
-    return json.dumps({"version": VERSION, **to_dict(recipe)}, sort_keys=True, separators=(",", ":"))
+    """The one string that travels as run-config key `recipe`.
+
+    A key that came after the first runs is left out at its default, so that their recipes' digests stay.
+    """
+    values = to_dict(recipe)
+    for section in (values["train"], values["adapt"]):
+        if section["deal"] == "equally":
+            del section["deal"]
+    return json.dumps({"version": VERSION, **values}, sort_keys=True, separators=(",", ":"))
 
 
 def digest(recipe: Recipe) -> str:

@@ -52,8 +52,11 @@ def test_no_room_imports_one_that_imports_it(drawing: Any, measured: Any) -> Non
 
 
 def test_the_picture_is_what_the_script_draws(drawing: Any, measured: Any) -> None:
-    same = drawing.PICTURE.read_text(encoding="utf-8") == drawing.draw(*measured)
-    assert same, f"docs/architecture.svg is not what the code is now; redraw it: {drawing.REDRAW}"
+    """But for the numbers of lines, which each change moves."""
+    there, drawn = (
+        re.sub(r"[\d,]+ lines", "", text) for text in (drawing.PICTURE.read_text(), drawing.draw(*measured))
+    )
+    assert there == drawn, f"docs/architecture.svg is not what the code is now; redraw it: {drawing.REDRAW}"
 
 
 def test_every_room_is_in_the_table(measured: Any) -> None:

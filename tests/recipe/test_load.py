@@ -320,6 +320,14 @@ def test_a_recipe_cannot_be_changed():
         Recipe().seed = 1  # type: ignore[misc]
 
 
+def test_a_key_that_came_later_leaves_the_digest_of_earlier_runs():
+    """That of 1592267, by which runs of that commit are gone on with."""
+    assert recipes.digest(recipes.load("laptop")) == "f5cdb5329c02f078b25ef1ab825e3d8ba8133a57fe6167713398e220e65fa70e"
+    dealt = recipes.load("laptop", {"adapt.deal": "by_size"})
+    assert recipes.digest(dealt) != recipes.digest(recipes.load("laptop"))
+    assert recipes.from_json(recipes.to_json(dealt)) == dealt
+
+
 def test_global_steps_are_rounds_times_local_steps():
     recipe = recipes.load(
         "demo", {"train.rounds": 3, "train.local_steps": 4, "adapt.rounds": 5, "adapt.local_steps": 6}

@@ -6,6 +6,7 @@ round's weights, beside the journal.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,14 @@ from chexfound.model.weights.in_parts import ALL, Part, Weights
 from chexfound.model.weights.published.tensor_names import PROJECTIONS
 from chexfound.model.weights.release import folder as folders
 from chexfound.model.weights.release import summary
+from chexfound.parsing import strict_json
 from chexfound.recipe import load as recipes
 from chexfound.recipe.schema import Dino, Ibot, Recipe
 
 
 def is_run(path: Path) -> bool:
-    """Tell whether a folder is a run's or a simulation's arm's, or holds the model/ of one."""
-    return any((path / name).is_file() for name in ("model/config.json", "journal.jsonl"))
+    """Tell whether a folder is a run's or a simulation's arm's, or holds, or is, the model/ of one."""
+    return any((path / name).is_file() for name in ("model/config.json", "journal.jsonl")) or _is_format_1(path)
 
 
 def read(path: Path, wanted: Collection[str] = ALL) -> Weights:
@@ -45,9 +47,31 @@ def read(path: Path, wanted: Collection[str] = ALL) -> Weights:
         run = _run_folder(path, said.source.weights_sha256)
     if run is not None:
         return of_arm(run, wanted)
-    if said is None:
-        raise CheckpointError(f"{model}: is of an earlier release; read it with that, or export the run anew")
-    return folders.read(model, wanted)
+    return folders.read(model, wanted) if said is not None else _of_format_1(path if _is_format_1(path) else model)
+
+
+def _is_format_1(model: Path) -> bool:
+    try:
+        return {"recipe", "weights_sha256"} <= set(strict_json.loads((model / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _of_format_1(model: Path) -> Weights:
+    """Read the model/ that runs left before it was a release: names of ours, and recipe and findings in config.json."""
+    try:
+        values = strict_json.loads((model / "config.json").read_text())
+        if values["format"] != 1:
+            raise ValueError(f"format {values['format']}")
+        recipe, findings, sha256 = values["recipe"], values["findings"], values["weights_sha256"]
+        recipe = recipes.from_json(json.dumps(recipe))
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{model}: its config.json is of no release that this one reads: {error}") from error
+    tensors = checkpoint.load(model / "model.safetensors")
+    if checkpoint.digest(tensors) != sha256:
+        raise CheckpointError(f"{model}: model.safetensors is not the file that its config.json tells of")
+    head = checkpoint.with_prefix(tensors, "head.")
+    return _weights(recipe, tuple(findings), checkpoint.with_prefix(tensors, "backbone."), head or None, sha256)
 
 
 def of_arm(run: Path, wanted: Collection[str] = ALL, metrics: Mapping[str, Any] | None = None) -> Weights:
