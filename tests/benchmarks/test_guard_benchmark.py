@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -12,7 +14,7 @@ def test_a_line_says_how_fast_each_guard_is() -> None:
     """Against itself, so that it needs no other commit: both figures are of the same order then."""
     command = [sys.executable, ROOT / "benchmarks" / "guard.py", "--worktree", ROOT, "--rounds", "2", "--json"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
@@ -26,7 +28,7 @@ def test_a_line_says_how_fast_each_guard_is() -> None:
 def test_a_checkout_that_has_no_guard_is_said(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "guard.py", "--worktree", tmp_path, "--rounds", "1"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 1
     assert "no checkout with a server/services/guard.py" in done.stderr

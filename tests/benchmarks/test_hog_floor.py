@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.patience import PATIENCE_S
+
 pytest.importorskip("skimage", reason="scikit-image is not installed (the extra `bench`)")
 pytest.importorskip("chexfound.data.intake.ingest", reason="the store is not there to read images with")
 
@@ -60,7 +62,7 @@ def simulated(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "benchmarks/hog_floor.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_edges_are_found_at_each_source_and_told_as_json(stripes):

@@ -22,10 +22,10 @@ from client.operator.preflight import checks, remote
 from client.operator.preflight.order import CHECKS
 from server.federation import members
 from server.federation import settings as federations
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 120.0
 
 
 class Process:

@@ -20,6 +20,7 @@ from chexfound.durable import files, journal
 from chexfound.durable.files import new_folder, replace_file, write_json, write_text
 from chexfound.durable.journal import GENESIS, Journal, read_journal
 from chexfound.errors import CheckpointError, ConfigError, StorageError
+from tests.patience import PATIENCE_S
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -133,7 +134,7 @@ def test_a_second_writer_is_locked_out_until_the_first_closes(path):
     )
 
     def other() -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=PATIENCE_S)
 
     with Journal(path):
         with pytest.raises(ConfigError, match="another process is writing"):
@@ -202,7 +203,7 @@ log.close()
 
 
 def test_a_write_that_the_kernel_refuses_half_way_leaves_the_old_state(path):
-    result = subprocess.run([sys.executable, "-c", FULL, path], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", FULL, path], capture_output=True, text=True, timeout=PATIENCE_S)
     assert result.returncode == 0, result.stdout + result.stderr
     assert read_journal(path) == [{"round": 0}, {"round": 2}]
 

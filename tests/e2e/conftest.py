@@ -29,9 +29,9 @@ from sim.arms.plan import ArmPlan
 from sim.engine.pool import Pool
 from sim.partition import partition
 from tests.e2e.hospitals import SECRET, allow_small, give_secret
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 240.0  # how long a machine may take that does much else; on an idle one a test takes a tenth of it
 
 
 def free_port() -> int:

@@ -28,11 +28,11 @@ from server.federation import settings as federations
 from tests.e2e import hospitals
 from tests.e2e.conftest import PART_MB
 from tests.e2e.hospitals import allow_small, give_secret
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 NAMES = ("NORTH", "SOUTH")
 AWAY_S = 120  # of the SuperLink
-PATIENCE_S = 600.0  # for a round; one takes half a minute after the absence, of which Flower's back-off is most
 
 
 class Disturbed:

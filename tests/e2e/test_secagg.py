@@ -31,8 +31,9 @@ from client.home.paths import store_path
 from client.home.secret import Secret
 from server.exchange.protocol import Member, Missing, checked_roster
 from server.rounds.start import run_of
-from tests.e2e.conftest import PART_MB, PATIENCE_S
+from tests.e2e.conftest import PART_MB
 from tests.e2e.hospitals import SECRET, Hospitals, kill
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 SITES = 4  # c = 1, t = 3

@@ -14,9 +14,8 @@ from chexfound.identity.roster import Address
 from server.federation import settings as federations
 from server.federation.settings import Federation
 from server.services.supervise import listens
+from tests.patience import PATIENCE_S
 from tests.server.doors import Node, free_port
-
-PATIENCE_S = 120.0
 
 
 class Machine:

@@ -24,6 +24,7 @@ from chexfound.recipe.schema import Recipe
 from server.runs import submit
 from server.services.supervise import superexec_seen
 from tests.hostile.machine import Machine, machine
+from tests.patience import PATIENCE_S
 
 THIEF = """
 import os
@@ -69,7 +70,7 @@ def flwr(here: Machine, folder: Path, *words: str) -> dict[str, Any]:
     )
     env = {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     command = [Path(sys.executable).with_name("flwr"), *words, "--format", "json"]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     return json.loads(done.stdout)
 
 

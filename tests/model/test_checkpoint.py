@@ -14,6 +14,7 @@ import torch
 from chexfound.durable import journal
 from chexfound.errors import CheckpointError, StorageError
 from chexfound.model import checkpoint
+from tests.patience import PATIENCE_S
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -135,7 +136,9 @@ assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
 
 
 def test_a_write_that_the_kernel_refuses_leaves_the_old_file(tmp_path: Path):
-    result = subprocess.run([sys.executable, "-c", FULL, tmp_path / "m"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path / "m"], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 120
 LINUX = Path("/proc/self/task").is_dir()
 
 

@@ -17,10 +17,10 @@ import pytest
 from chexfound import rng
 from chexfound.errors import DataError, SiteError
 from chexfound.model import checkpoint
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 240.0
 STEPS, ROUND = 40, 10
 SCRIPT = ("-c", "import sys; from chexfound._launch import chexfound; sys.exit(chexfound())")
 FAULTY = ("-m", "tests.sim.faulty")
