@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def derive(*name: int | str) -> int:
@@ -30,13 +30,6 @@ def derive(*name: int | str) -> int:
 def numpy_generator(*name: int | str) -> np.random.Generator:
     """A NumPy generator for the named stream."""
     return np.random.Generator(np.random.PCG64(derive(*name)))
-
-
-def torch_generator(*name: int | str) -> torch.Generator:
-    """A CPU torch generator for the named stream."""
-    import torch
-
-    return torch.Generator().manual_seed(derive(*name))
 
 
 @contextlib.contextmanager

@@ -37,7 +37,6 @@ RESULT_KEYS = (
     "reason",
 )
 LARGEST = float(torch.finfo(torch.float32).max)
-ROUNDING = 1 + 1e-3  # float32 over many operations
 
 
 # -- counts
