@@ -105,7 +105,6 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     from chexfound.data.store.reader import Store
     from chexfound.durable.files import write_json
     from chexfound.recipe import load as recipes
-    from sim.arms.plan import recipe_sha256
 
     if name not in VARIANTS:
         raise ConfigError(f"--variants {name!r}: there are {', '.join(VARIANTS)}")
@@ -118,7 +117,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     if options.finding not in store.findings:
         raise ConfigError(f"--finding {options.finding!r}: there are {', '.join(store.findings)}")
     kept = options.work / f"seed-{seed}" / name / "row.json"
-    of = {"recipe_sha256": recipe_sha256(recipe), "store_sha256": store.digest(), "finding": options.finding}
+    of = {"recipe_sha256": recipes.digest(recipe), "store_sha256": store.digest(), "finding": options.finding}
     if kept.is_file():
         row: dict[str, Any] = json.loads(kept.read_text())
         if {key: row.pop(key) for key in of} == of:
