@@ -88,7 +88,7 @@ class VersionError(ProtocolError):
 
 
 class PolicyError(ChexfoundError):
-    """What a site's policy forbids to leave, or to run."""
+    """Refuse what a site's policy forbids to leave, or to run."""
 
     exit_code = 6
     code = "policy"

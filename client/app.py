@@ -123,7 +123,7 @@ def _parts(context: Context, run_id: int) -> Parts:
 
 
 def _kept(parts: Parts, part_bytes: int, laid: ByteView) -> str | None:
-    """Where the coordinator takes arrays in parts: keep those of a reply that are more than one."""
+    """Keep those of a reply's arrays that are more than one part, where the coordinator takes arrays in parts."""
     return parts.keep(laid) if laid.size > part_bytes else None
 
 
@@ -141,7 +141,7 @@ def _signer(message: Message, context: Context, request: Request) -> Callable[[R
 
 
 def _gate(run_recipe: Recipe, envelope: Envelope[Request], context: Context, grant: Grant | None) -> Gate:
-    """What the reply has to pass."""
+    """Make the gate that the reply has to pass."""
     home = hospital.member_home(context.node_config)
     return Gate(
         recipe=run_recipe,

@@ -168,7 +168,7 @@ def _serve(given: argparse.Namespace) -> int:
 
 
 def _connection(given: argparse.Namespace, name: str, home: Path) -> tuple[Address, Credentials | None]:
-    """Where to connect, and with what.
+    """Tell where to connect, and with what.
 
     Raises: ConfigError if the site was not enrolled and approved, and --insecure was not given.
     """

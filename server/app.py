@@ -35,7 +35,7 @@ observers: list[Callable[[Event], None]] = []  # told each journal record; the s
 
 
 def run_folder(context: Context) -> Path:
-    """Where this run is kept: run-config `run-dir`, else $CHEXFOUND_HOME/runs/RUN_ID."""
+    """Give the folder of this run: run-config `run-dir`, else $CHEXFOUND_HOME/runs/RUN_ID."""
     given = context.run_config.get("run-dir")
     if given:
         return Path(str(given))

@@ -1,4 +1,4 @@
-"""What a simulation is asked for."""
+"""Options of a simulation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PartitionRule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a simulation was asked for; kept in OUT/simulation.json, so that --resume needs no more."""
+    """Hold what a simulation was asked for; kept in OUT/simulation.json, so that --resume needs no more."""
 
     data: str
     by: str

@@ -1,4 +1,4 @@
-"""What a simulation leaves behind: figures, curves, pictures, the model, TensorBoard, the report."""
+"""Outputs of a simulation: figures, curves, pictures, the model, TensorBoard, the report."""
 
 from __future__ import annotations
 

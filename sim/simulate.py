@@ -91,7 +91,7 @@ class Simulation:
         return plans, names
 
     def _check_early(self) -> None:
-        """What needs no image, before hours are spent on taking them in."""
+        """Check what needs no image, before hours are spent on taking them in."""
         if slow := slow_arithmetic(self.recipe.compute_precision.param_dtype, torch.device(machine.device()).type):
             self.display.say(f"[yellow]slow[/yellow]: {escape(slow)}")
         rule = PartitionRule.parse(self.options.by)
@@ -216,7 +216,7 @@ class Simulation:
         )
 
     def _summed(self, counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Of each site's counts what a federation would choose findings by: secure aggregation tells no rare one's."""
+        """Give the counts by which a federation would choose findings: secure aggregation tells no rare one's."""
         if self.recipe.aggregation != "secagg" or not self._federates:
             return counts
         least = labelling(MINIMUM, Parameters.of(len(counts), self.recipe.secagg.colluders).c)
@@ -287,7 +287,7 @@ class Simulation:
         self.display.say(f"seed {plan.recipe.seed}: [bold]{escape(arm)}[/bold] done in {seconds:.0f} s{left}")
 
     def _warn(self, seed: int, arm: str, found: Sequence[dict[str, Any]]) -> None:
-        """What a round found to ail an arm's pretraining: one line a symptom, at the sites where it begins."""
+        """Say what a round found to ail an arm's pretraining: one line a symptom, at the sites where it begins."""
         for symptom in dict.fromkeys(one["symptom"] for one in found):
             same = [one for one in found if one["symptom"] == symptom]
             where = "; ".join(f"{one['site']}: {one['seen']}" for one in same)

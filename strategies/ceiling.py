@@ -14,7 +14,7 @@ OUTSIZED = 10  # times the median of the sites' images, from which on a site is 
 
 
 def share(n: int) -> float:
-    """What one of n sites may be of their sum."""
+    """Give what one of n sites may be of their sum."""
     return max(0.5, 2 / n) if n > 1 else 1.0
 
 
@@ -32,7 +32,7 @@ def most(weights: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """Of one phase.
+    """Hold the most that a site may weigh in one phase.
 
     Args:
         images: the largest weight of a site.

@@ -1,4 +1,4 @@
-"""What composes with what: which parts of a recipe can work on sums that nobody sees the terms of."""
+"""Composition: which parts of a recipe can work on sums that nobody sees the terms of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reduces the updates of one round in the clear: the interface that a strategy of one's own has."""
+"""Reducers of the updates of one round in the clear: the interface that a strategy of one's own has."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Sums(Mapping[str, np.ndarray]):
 
 
 class MaskedSum:
-    """Of one attempt.  Inputs lie on the disk, and so does their sum, which is mapped.
+    """Add up the masked arrays of one attempt.  Inputs lie on the disk, and so does their sum, which is mapped.
 
     Args:
         layout: of the arrays.

@@ -1,4 +1,4 @@
-"""What a frozen backbone sees in the training images, computed once and kept on the site's disk, which it never leaves.
+"""Features of the training images by a frozen backbone, computed once and kept on the site's disk, where they stay.
 
 Shapes: V views (the image itself first), N images, n last blocks, P patches, D width.
 """

@@ -84,7 +84,7 @@ class HeadTrainer:
         return {name: tensor.clone() for name, tensor in self.head.state_dict().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """What the next round stands on: the optimizer's moments."""
+        """Give what the next round stands on: the optimizer's moments."""
         return optimizer.moments(self.optimizer, self.head)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -89,7 +89,7 @@ def _command(kinds: Any, name: str, about: str, text: str) -> argparse.ArgumentP
 
 
 def _options(command: argparse.ArgumentParser) -> None:
-    """What the shapes of a checkpoint cannot tell."""
+    """Add the options that say what the shapes of a checkpoint cannot tell."""
     group = command.add_argument_group("what the shapes of a checkpoint cannot tell")
     add = group.add_argument
     add("--heads", metavar="N", type=int, help="attention heads of the backbone (default: width / 64)")

@@ -33,7 +33,7 @@ def known(value: Any) -> Any:
 
 
 def large(labels: np.ndarray, patients: Sequence[str], least: int) -> np.ndarray:
-    """Of which findings at least `least` patients have an image with it, and as many one without: bool (F,).
+    """Tell which findings have an image with them, and one without, of at least `least` patients each: bool (F,).
 
     Args:
         labels: int8 (N, F); 1, 0, or −1 if unknown.

@@ -26,7 +26,7 @@ WHOLE_MAX = 2**40  # of all
 
 @dataclass(frozen=True, kw_only=True)
 class Detached:
-    """What of a message comes apart from it.
+    """Hold what of a message comes apart from it.
 
     Args:
         sha256: of all bytes; hex.

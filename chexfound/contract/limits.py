@@ -1,4 +1,4 @@
-"""What a site grants the runs that it takes part in, and whether a recipe keeps within that.
+"""Limits: a site's grants to the runs that it takes part in, and whether a recipe keeps within them.
 
 Both ends judge by it: the site by its own site.yaml, before it touches an image; the coordinator by what the site said
 of that when it enrolled, so that it need not ask for what will be refused.  A coordinator can ask for less, never for
@@ -37,7 +37,7 @@ SLACK = 1 + 1e-9  # of a rate, which is a product of floats
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Model:
-    """What a recipe's model may be: a wide patch, or a LayerScale of 1, makes of it a camera (docs/threat-model.md)."""
+    """Bound a recipe's model: a wide patch, or a LayerScale of 1, makes of it a camera (docs/threat-model.md)."""
 
     min_patch_px: Positive = 14
     max_patch_px: Positive = 16
@@ -57,7 +57,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Limits:
-    """Of site.yaml what a coordinator is told; field by field as there, but for `masked`, which follows from it."""
+    """Hold what a coordinator is told of site.yaml: field by field, but for `masked`, which follows from it."""
 
     phases: Phases
     tensors: Tensors
@@ -90,7 +90,7 @@ class Limits:
 
 @plain(frozen=True, kw_only=True)
 class Verdict:
-    """What a recipe asks under one line of site.yaml, and whether that is granted.
+    """Hold what a recipe asks under one line of site.yaml, and whether that is granted.
 
     Args:
         key: of site.yaml, with its section.
@@ -135,7 +135,7 @@ def judge(recipe: Recipe, limits: Limits, n_sites: int) -> list[Verdict]:
 
 
 def travelling(recipe: Recipe) -> list[str]:
-    """What a recipe has leave a site."""
+    """Give what a recipe has leave a site."""
     found = []
     if "pretrain" in recipe.phases:
         found += ["student"] + ["teacher"] * (recipe.teacher.policy == "average")
@@ -153,7 +153,7 @@ def normalization(given: Input) -> str | None:
 
 
 class _Desk:
-    """Where verdicts are collected."""
+    """Collect verdicts."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.verdicts = limits, list[Verdict]()
@@ -279,7 +279,7 @@ def table(verdicts: Iterable[Verdict]) -> list[str]:
 
 
 def refusal(site: str, verdicts: Sequence[Verdict]) -> RefusedError:
-    """What a coordinator is told of a site that refuses a recipe."""
+    """Say why a site refuses a recipe, for the coordinator."""
     said = "; ".join(f"its site.yaml says {one.line!r}, and the recipe asks for {one.asked}" for one in verdicts)
     code = verdicts[0].code
     return RefusedError(code, f"site {site!r} refuses this recipe ({code}, {REFUSALS[code]}): {said}")

@@ -1,4 +1,4 @@
-"""What the coordinator asks of a site in a phase, and what the site answers."""
+"""Requests of the coordinator to a site in a phase, and the site's replies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARM, TRAINED_ON = "federated", "all sites, federated"  # of the rows of results
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the coordinator asks of a site.  The recipe is not in it: it is the run's."""
+    """Hold what the coordinator asks of a site.  The recipe is not in it: it is the run's."""
 
     phase: str  # enrol | counts | pretrain | features | adapt | evaluate
     round: int = 0
@@ -28,7 +28,7 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """What is asked for: the phase, or the stage of it."""
+        """Give what is asked for: the phase, or the stage of it."""
         return self.phase
 
     def place(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class PartRequest(StageRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a site answers: tensors and plain JSON values, by name; or arrays under masks, by bits of their ring."""
+    """Hold a site's answer: tensors and plain JSON values by name; or arrays under masks, by bits of their ring."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)

@@ -61,7 +61,7 @@ class Journal:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """What was appended, oldest first."""
+        """Give what was appended, oldest first."""
         return [record["data"] for record in self.records]
 
     def append(self, data: dict[str, Any]) -> str:

@@ -221,7 +221,7 @@ class Point:
     knn_auroc: float | None = None
 
     def row(self) -> dict[str, float]:
-        """What was measured, as `chexfound.pretrain.health.symptoms` takes it."""
+        """Give what was measured, as `chexfound.pretrain.health.symptoms` takes it."""
         return {name: value for name, value in vars(self).items() if name != "site" and value is not None}
 
 

@@ -19,7 +19,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one model says about one site's held-out images.
+    """Hold what one model says about one site's held-out images.
 
     Attributes:
         patients: (n,) names; images of one name are drawn together.

@@ -1,4 +1,4 @@
-"""What stands beside every figure: the machine, the versions, the day.
+"""The machine, the versions and the day, which stand beside every figure.
 
 No host name, no path, no user: a line can be published as it is.
 """
@@ -60,7 +60,7 @@ def memory() -> int | None:
 
 
 def device() -> str:
-    """Where a model's arithmetic is done: $CHEXFOUND_DEVICE, else the first GPU, else the processor.
+    """Choose where a model's arithmetic is done: $CHEXFOUND_DEVICE, else the first GPU, else the processor.
 
     Raises: ConfigError if $CHEXFOUND_DEVICE names none that this machine has.
     """

@@ -64,7 +64,7 @@ def client(home: Path, data: Path, arguments: Sequence[str], drain_s: float) -> 
 
 
 def _user() -> str:
-    """Who makes the unit, unless that is root, as whom nothing of this should run."""
+    """Name the account that makes the unit, unless that is root, as whom nothing of this should run."""
     try:
         name = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:  # a container's

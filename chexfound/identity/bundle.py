@@ -25,7 +25,7 @@ SUFFIXES = (".py", ".yaml")
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is in a bundle.
+    """Hold what is in a bundle.
 
     Args:
         files: SHA-256 (hex) by path.
@@ -42,7 +42,7 @@ class Bundle:
         return whole.hexdigest()
 
     def differences(self, release: Bundle) -> list[str]:
-        """What sets it apart from a release, a line a file; nothing if they are the same."""
+        """Give what sets it apart from a release, a line a file; nothing if they are the same."""
         said = []
         for path in sorted(set(self.files) | set(release.files)):
             if path not in release.files:

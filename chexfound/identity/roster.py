@@ -1,4 +1,4 @@
-"""Who is in a federation: names and public keys, as the coordinator keeps them and every site approves them.
+"""The roster of a federation: names and public keys, as the coordinator keeps and every site approves them.
 
 A site's two keys: a NIST elliptic-curve key, by which Flower authenticates its node, and an Ed25519 identity key, with
 which it signs what it says.  Both are told as OpenSSH writes public keys.
@@ -156,7 +156,7 @@ def _checked(node: str, identity: str, where: str) -> Keys:
 
 
 def invitation(name: str, public: Address, authority: str, sites: Roster) -> dict[str, Any]:
-    """What goes to every site: where the federation is, whose certificates to believe, and who is in it."""
+    """Give what goes to every site: where the federation is, whose certificates to believe, and who is in it."""
     return {"format": FORMAT, "name": name, "server": str(public), "ca": authority, "roster": sites.as_dict()}
 
 

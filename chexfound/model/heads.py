@@ -129,7 +129,7 @@ class OwnChannels(nn.Module):
 
 
 def token_norms(kind: str, channels: int) -> tuple[nn.Module, nn.Module]:
-    """What a head does to patch tokens (B, P, channels) and to CLS tokens (B, channels) before all else.
+    """Give what a head does to patch tokens (B, P, channels) and to CLS tokens (B, channels) before all else.
 
     Args:
         kind: "none"; "image", by the image's own tokens; or "learned", with the head.

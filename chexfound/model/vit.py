@@ -104,7 +104,7 @@ class Attention(nn.Module):
         return result
 
     def mix(self, x: Tensor) -> Tensor:
-        """What the heads gather, before the projection: (B, N, D) to the same shape."""
+        """Give what the heads gather, before the projection: (B, N, D) to the same shape."""
         n, length, dim = x.shape
         query, key, value = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return attend(query, key, value).transpose(1, 2).reshape(n, length, dim)

@@ -1,4 +1,4 @@
-"""What the processes of a site tell each other by environment variables.  Imports nothing heavy."""
+"""Environment variables by which the processes of a site tell each other.  Imports nothing heavy."""
 
 from __future__ import annotations
 

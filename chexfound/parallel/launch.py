@@ -108,7 +108,7 @@ def died(number: int, of: int, code: int) -> SiteError:
 
 
 def environment(rank: int, number: int, folder: Path) -> dict[str, str]:
-    """What a rank is told: who it is, where it meets the others, whose child it is."""
+    """Give what a rank is told: who it is, where it meets the others, whose child it is."""
     package = str(Path(chexfound.__file__).resolve().parents[1])  # the chexfound that runs here, installed or not
     return {
         **os.environ,

@@ -83,7 +83,7 @@ def adapt(site: Site, recipe: Recipe, request: Request, decision: Decision = UND
 
 
 def _none(site: Site, recipe: Recipe) -> Told:
-    """What stands for no labelled image: what stands for few; 0 where masked numbers are added up."""
+    """Give what stands for no labelled image: what stands for few; 0 where masked numbers are added up."""
     return 0 if recipe.aggregation == "secagg" else cells.told(0, 0, site.cells)
 
 

@@ -16,7 +16,7 @@ from chexfound.recipe.schema import Recipe
 
 
 def state_folder(site: Site, recipe: Recipe, phase: str) -> Path:
-    """Where a site keeps what it carries from a phase's round to the next: STEP.safetensors, by global step."""
+    """Give the folder of what a site carries from a phase's round to the next: STEP.safetensors, by global step."""
     return site.home / "state" / recipes.digest(recipe)[:16] / phase
 
 

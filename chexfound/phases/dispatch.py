@@ -1,4 +1,4 @@
-"""What a site does in a phase: (site, recipe, request) -> reply.
+"""Dispatch of a request to its phase at a site: (site, recipe, request) -> reply.
 
 One piece of code for all: the ClientApp calls it at a hospital, the simulation calls it for the
 centralized arm and for each site alone.  A site's state lives under its home on its own disk:

@@ -51,7 +51,7 @@ def _withholds(site: Site) -> bool:
 
 
 def _totals(site: Site, parts: Mapping[str, Told]) -> dict[str, Told]:
-    """Of all images, where none of the parts is small: else it would be what the others leave."""
+    """Count all images and patients, where none of the parts is small: else it would be what the others leave."""
     if cells.SUPPRESSED in parts.values():
         return {"images": cells.SUPPRESSED, "patients": cells.SUPPRESSED}
     return {"images": len(site.view.ids), "patients": len(set(site.patients(site.view.ids)))}

@@ -124,7 +124,7 @@ def _failure(folder: Path, codes: list[int], *, asked: bool = False) -> Chexfoun
 
 
 def main(folder: Path) -> int:
-    """What one rank does; returns its exit code."""
+    """Do the work of one rank; returns its exit code."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints is not for whoever listens
     logs.show()

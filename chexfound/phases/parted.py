@@ -1,4 +1,4 @@
-"""What of a phase one site may have a part in and another none."""
+"""Parts of a phase that one site may have and another not."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from chexfound.recipe.schema import Recipe
 
 
 def parted(recipe: Recipe, request: Request) -> list[str]:
-    """What of a phase one site may have a part in and another none: findings; of pretraining the probe's figures."""
+    """Name what one site may have a part in and another none: findings; of pretraining the probe's figures."""
     if request.phase != "pretrain":
         return list(request.findings)
     return list(measures.PROBED) if recipe.health.eval_period_iterations else []
 
 
 def declared(site: Site, recipe: Recipe, request: Request) -> list[str]:
-    """Of what `parted` names, that in which the site has a part."""
+    """Give what the site has a part in, of what `parted` names."""
     if request.phase == "pretrain":
         probe = probe_of(site, recipe, request)
         return probe.figures() if probe is not None else []

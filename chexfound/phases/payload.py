@@ -1,4 +1,4 @@
-"""What of a phase is summed under masks: from a site's reply to named arrays, and from the sums to a round's figures.
+"""A phase's numbers under masks: from a site's reply to named arrays, and from the sums to a round's figures.
 
 Site and coordinator make the same layout from the recipe, the request and the settings that the coordinator tells;
 the context binds it.  Figures that plain aggregation sends by site (counts, losses, results) exist here as sums only.
@@ -60,7 +60,7 @@ def pretraining(recipe: Recipe) -> dict[str, Any]:
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Settings:
-    """What the coordinator tells of the numbers of an attempt; public, and the same for all sites.
+    """Hold what the coordinator tells of the numbers of an attempt; public, and the same for all sites.
 
     Args:
         ring: bits of the values' ring.
@@ -77,7 +77,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """Of one attempt: which arrays, of which shape and range.
+    """Lay out one attempt: which arrays are summed, of which shape and range.
 
     Args:
         n: sites of the roster.
@@ -228,7 +228,7 @@ class Payload:
     # -- at the coordinator
 
     def update(self, sums: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """What was sent, moved by the mean of the sites' updates; a row that no site labels stays as it was.
+        """Give what was sent, moved by the mean of the sites' updates; a row that no site labels stays as it was.
 
         Args:
             sums: by section, each looked at once, and its array spent.

@@ -72,7 +72,7 @@ def pretrain(site: Site, recipe: Recipe, request: Request, decision: Decision = 
 
 
 def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> None:
-    """Where no teacher was sent: the one derived anew, the site's own, or, where there is none yet, the student."""
+    """Put a teacher where none was sent: derived anew, the site's own, or, where there is none yet, the student."""
     if any(name.startswith("teacher.") for name in request.tensors):
         return
     if request.step and recipe.teacher.policy == "rederive":
@@ -89,7 +89,7 @@ def _take_teacher(site: Site, trainer: Pretrainer, recipe: Recipe, request: Requ
 
 
 def probe_of(site: Site, recipe: Recipe, request: Request, excluded: tuple[str, ...] = ()) -> Probe | None:
-    """What looks at the teacher while it trains: the run's findings, or all whose names may leave."""
+    """Make the probe that looks at the teacher while it trains, of the run's findings or all whose names may leave."""
     config, findings = recipe.health, request.findings or tuple(site.findings())
     ids = site.training_ids(recipe)
     if not config.eval_period_iterations:
@@ -119,7 +119,7 @@ def _warn(site: Site, recipe: Recipe, request: Request, rows: list[dict[str, Any
 
 
 def _saves(site: Site, recipe: Recipe, request: Request, kept: dict[str, Tensor]) -> checkpoints.Checkpoints:
-    """Where a round keeps its state while it is under way, for a site that dies in it and is asked again."""
+    """Say where a round keeps its state while it is under way, for a site that dies in it and is asked again."""
     asked = [request.step, request.steps, request.batch_size, request.roster_index]
     given = [checkpoint.digest(tensors) for tensors in (request.tensors, kept)]
     images = [site.view.store.digest(), hashlib.sha256(site.training_ids(recipe).tobytes()).hexdigest()]

@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]  # phase, done, of how many
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a site decides itself about a request; no message can carry it.
+    """Hold what a site decides itself about a request; no message can carry it.
 
     Args:
         reset_state: it starts without state of earlier rounds.

@@ -33,7 +33,7 @@ AHEAD = 2  # batches in the making beside the one that is trained on
 def draw(
     recipe: Recipe, n_images: int, height: int, width: int, step: int, roster_index: int
 ) -> tuple[list[CropPlan], np.ndarray]:
-    """What is random in a step: the plans of global and local crops, and the masks, bool (2·B, P)."""
+    """Give what is random in a step: the plans of global and local crops, and the masks, bool (2·B, P)."""
     generator = rng.numpy_generator(recipe.seed, "pretrain", step, roster_index, "augment")
     plans = geometry.draw_multi_crop(recipe.crops, n_images, height, width, generator)
     masks = masking.batch_masks(
@@ -184,7 +184,7 @@ class _Making:
         self.plans = plans
 
     def batch(self) -> Batch:
-        """What was filled, on the device; a copy there is queued and not waited for."""
+        """Give what was filled, on the device; a copy there is queued and not waited for."""
         device = self.owner.device
         moved = [buffer.to(device, non_blocking=True) for buffer in self.buffers]
         if self.owner.on_device:

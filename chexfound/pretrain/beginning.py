@@ -1,4 +1,4 @@
-"""What a run begins with, and which of it is trained: fresh weights, or a file's backbone among them."""
+"""The beginning of a run, and which of it is trained: fresh weights, or a file's backbone among them."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def squared(beta1: float, beta2: float, steps: np.ndarray | float) -> np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateBound:
-    """Of one run's consecutive global steps.
+    """Bound how far one run's consecutive global steps can lead.
 
     Args:
         steps: their numbers.
@@ -183,7 +183,7 @@ class UpdateBound:
 
     @property
     def _ulps(self) -> float:
-        """What float32 adds to a weight in all the steps, over its size."""
+        """Give what float32 adds to a weight in all the steps, over its size."""
         return (len(self.steps) + 2) * ULP
 
     def largest(self, name: str, before: Mapping[str, Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What changes with the global step.  The coordinator sends the step; a site never counts."""
+"""Schedules by the global step.  The coordinator sends the step; a site never counts."""
 
 from __future__ import annotations
 

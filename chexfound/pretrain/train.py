@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """What every arm and every site starts from, of what travels, in the first stage.
+    """Give what every arm and every site starts from, of what travels, in the first stage.
 
     `student.…`, an equal `teacher.…` unless each site keeps its own, and `optimizer.…` (zeros, which is
     what an optimizer begins with) if its moments are averaged.
@@ -55,7 +55,7 @@ def check_gpus(recipe: Recipe, number: int) -> None:
 
 
 def slow_arithmetic(param_dtype: str, device: str) -> str | None:
-    """What to say of a recipe for GPUs on a processor without such instructions: days in place of minutes."""
+    """Warn of a recipe for GPUs on a processor without such instructions: days in place of minutes."""
     times = 1.0 if param_dtype == "fp32" else machine.slowdown(DTYPES[param_dtype], device)
     if times <= SLOW:
         return None
@@ -263,7 +263,7 @@ class Pretrainer:
         return rows
 
     def _check_finite(self, step: int, batches: Batches) -> None:
-        """What the last step left can be gone on from; a step before it would have shown in the loss.
+        """Check that the last step left weights to go on from; a step before it would have shown in the loss.
 
         By the sums of the student's weights, which take a tenth of the time of asking each; the teacher follows it.
         """

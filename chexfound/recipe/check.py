@@ -107,7 +107,7 @@ def _inconsistencies(recipe: Recipe) -> list[str]:
 
 
 def _wrong_rate(recipe: Recipe) -> list[str]:
-    """What does not fit of base_lr and scaling_rule, which are given together and need the pooled batch."""
+    """Name what does not fit of base_lr and scaling_rule, which are given together and need the pooled batch."""
     optim, found = recipe.optim, []
     if (optim.base_lr is None) != (optim.scaling_rule is None):
         found.append("optim: base_lr and scaling_rule go together; give both, or lr alone")

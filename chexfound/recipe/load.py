@@ -36,7 +36,7 @@ def presets() -> list[str]:
 
 
 def about(preset: str) -> str:
-    """What a preset is for: the first line of its file."""
+    """Say what a preset is for: the first line of its file."""
     return _read(preset)[0].partition("\n")[0].removeprefix("# ")
 
 

@@ -50,7 +50,7 @@ ARCHS = {  # width, depth, heads
 
 @_frozen
 class Input:
-    """What the model does to a uint8 image before its stem; travels with the weights."""
+    """Hold what the model does to a uint8 image before its stem; travels with the weights."""
 
     normalization: Literal["zscore", "mean_std"] = "zscore"  # zscore: each image by its own mean and deviation
     mean: Fraction | tuple[Fraction, Fraction, Fraction] = 0.5  # of pixels scaled to [0, 1]; for mean_std
@@ -255,7 +255,7 @@ class ComputePrecision:
 
 @_frozen
 class Health:
-    """What is looked at while pretraining runs."""
+    """Hold what is looked at while pretraining runs."""
 
     eval_period_iterations: Count = 0  # steps between two kNN probes; 0: none
     probe_images: Images = 512  # training images at most, that a probe looks at
@@ -282,7 +282,7 @@ class Stage:
 
 @_frozen
 class Participation:
-    """Who takes part, and how long the coordinator waits."""
+    """Hold who takes part, and how long the coordinator waits."""
 
     min_sites: Positive = 2
     wait_s: Seconds = 600.0  # for min_sites to connect

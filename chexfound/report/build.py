@@ -201,7 +201,7 @@ def _curves(run: ReportedRun, strips: Sequence[figures.Strip], name: str, title:
 
 
 def _ends(lines: list[figures.Line], strips: Sequence[figures.Strip]) -> str:
-    """Where each curve begins and ends, for those who cannot see it."""
+    """Say where each curve begins and ends, for those who cannot see it."""
     said = []
     for strip in strips:
         ends = [(line.role, *values[[0, -1]]) for line in lines if len(values := strip.series(line)[1])]

@@ -269,7 +269,7 @@ def _missing(run: ReportedRun) -> list[Callout]:
 
 
 def _summed(run: ReportedRun) -> list[Callout]:
-    """What the coordinator saw of a run under secure aggregation, and what that cost."""
+    """Give what the coordinator saw of a run under secure aggregation, and what that cost."""
     how = run.metrics.secagg
     if how is None:
         return []

@@ -121,7 +121,7 @@ HEALTH = (  # each with the value that it has in the collapse that it shows
 
 
 def axis_floor(dots: Sequence[Dot]) -> float:
-    """Where the AUROC axis begins: 0.4, or lower where an interval needs it."""
+    """Place the beginning of the AUROC axis: 0.4, or lower where an interval needs it."""
     lowest = min((dot.ci[0] if dot.ci else dot.auroc for dot in dots if dot.auroc is not None), default=0.4)
     return max(0.0, min(0.4, float(np.floor(lowest * 10)) / 10))
 

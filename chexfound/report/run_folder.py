@@ -1,4 +1,4 @@
-"""What a run left in its folder, read for the report: each part, or the reason why it is absent.
+"""A run's folder, read for the report: each part, or the reason why it is absent.
 
 Only `metrics.json` must be there and sound.  Anything else may be missing (a deployed run has the
 federated arm alone and no artifacts) or damaged; `Run.absent` then says so in a sentence, and the
@@ -151,13 +151,13 @@ class ReportedRun:
 
     @property
     def confidence(self) -> float:
-        """Of the intervals."""
+        """Give the level of the intervals."""
         value = self.setting("evaluate", "confidence")
         return float(value) if isinstance(value, int | float) else 0.95
 
     @property
     def width(self) -> int:
-        """Of the backbone; 0 if nothing tells."""
+        """Give the width of the backbone; 0 if nothing tells."""
         arch = self.setting("student", "arch")
         return ARCHS[arch][0] if isinstance(arch, str) and arch in ARCHS else 0
 
@@ -254,7 +254,7 @@ def _metrics(path: Path) -> Metrics:
 
 
 def _optional(absent: dict[str, str], part: str, path: Path, reader: Callable[[Path], _T]) -> _T | None:
-    """What `reader` makes of a file, or None with the reason noted."""
+    """Give what `reader` makes of a file, or None with the reason noted."""
     where = path.relative_to(path.parents[1]) if path.parent.name == "artifacts" else path.name
     if not path.is_file():
         absent[part] = f"The run left no {where}."

@@ -128,7 +128,7 @@ def own_model(site: str) -> str:
 
 
 def best_other(run: ReportedRun, finding: str, site: str) -> str | None:
-    """Of the arms trained at one other site alone, the one that does best on this site's patients.
+    """Pick, of the arms trained at one other site alone, the one that does best on this site's patients.
 
     It is picked by the AUROC that is then shown, so it flatters that arm; the report says so.
     """
@@ -206,7 +206,7 @@ def amounts(group: Sequence[Contrast], unit: str) -> str:
 
 
 def clause(found: Sequence[Contrast], other: str, sites: int, unit: str = " AUROC") -> str:
-    """What `found`, of a run with so many sites, says against `other`: losses, then what is unclear, then gains."""
+    """Say what `found`, of so many sites, tells against `other`: losses, then what is unclear, then gains."""
     lower, unclear, higher = (grouped(found, verdict) for verdict in ORDER)
     parts = []
     if lower:
@@ -231,7 +231,7 @@ def _of_sites(judged: int, sites: int) -> str:
 
 
 def headline(run: ReportedRun) -> str:
-    """What federating gained each site, what it lost against pooling, and whether random weights do better."""
+    """Say what federating gained each site, what it lost against pooling, and whether random weights do better."""
     ranked = ranked_findings(run)
     if not ranked:
         return (
@@ -294,7 +294,7 @@ def below_random(run: ReportedRun, finding: str) -> str | None:
 
 
 def subline(run: ReportedRun) -> str:
-    """What the figures of the headline are."""
+    """Say what the figures of the headline are."""
     finding = (ranked_findings(run) or [""])[0]
     arms = {"pooling": lambda _: CENTRALIZED, "the site’s own model": own_model, "random weights": lambda _: RANDOM}
     by_arm = {name: contrasts(run, finding, against) for name, against in arms.items()}

@@ -172,7 +172,7 @@ def floor(run: ReportedRun) -> list[dict[str, str]]:
 
 
 def left_out(run: ReportedRun) -> list[tuple[str, str]]:
-    """What has no figure, and why: arms, then an arm's findings, then sites' findings."""
+    """Give what has no figure, and why: arms, then an arm's findings, then sites' findings."""
     arms = [
         (story.arm_name(one.arm), f"was not trained: {one.reason or 'no reason was given'}")
         for one in run.metrics.not_trained

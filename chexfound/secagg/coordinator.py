@@ -52,7 +52,7 @@ class Opening:
     _shares: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by holder: dealer -> share
 
     def add(self, holder: str, opened: Mapping[str, Opened]) -> None:
-        """What one survivor opened.
+        """Take in what one survivor opened.
 
         Raises: BlameError if it is not, share by share, what the dealers signed.
         """
@@ -76,7 +76,7 @@ class Opening:
         return len(self._shares) >= self.parameters.t
 
     def masks(self) -> list[tuple[int, bytes]]:
-        """What lies on the sum of the survivors' masked arrays: (sign, seed), to be taken off.
+        """Give what lies on the sum of the survivors' masked arrays: (sign, seed), to be taken off.
 
         Raises: ProtocolError if too few have opened; BlameError for a dealer whose shares, all as it signed them, give
             no secret of its own.
@@ -115,7 +115,7 @@ class Opening:
 
 
 def accused(complaints: Mapping[str, Sequence[str]], colluders: int) -> tuple[list[str], list[str]]:
-    """Who to leave out after complaints that shares do not open.
+    """Name the sites to leave out after complaints that shares do not open.
 
     A dealer that more than c sites accuse has dealt wrongly, since at most c lie; a site that accuses more than c
     dealers lies.  Of any other pair one does, and nobody can tell which: both are left out.  With no colluders one

@@ -123,7 +123,7 @@ class Layout:
 
     @cached_property
     def places(self) -> dict[str, slice]:
-        """Where each section stands in its ring's flat array."""
+        """Tell where each section stands in its ring's flat array."""
         found, ends = {}, dict.fromkeys(self.sizes, 0)
         for section in self.payload:
             start = ends[section.ring]
@@ -133,7 +133,7 @@ class Layout:
 
     @property
     def payload_bytes(self) -> int:
-        """Of all rings together."""
+        """Count the bytes of all rings together."""
         return sum(size * ring // 8 for ring, size in self.sizes.items())
 
     def zeros(self) -> dict[int, NDArray[Any]]:
@@ -198,7 +198,7 @@ def _wrong(section: Section) -> list[str]:
 
 
 def scale(section: Section, n: int, weight: float | NDArray[Any]) -> NDArray[np.float64]:
-    """What a value is multiplied by before `quantise`: w·L/R, in units of 2**-16 of a step.
+    """Give what a value is multiplied by before `quantise`: w·L/R, in units of 2**-16 of a step.
 
     Returns: shape (), or (rows,) if each row of the first axis has its own weight.
 

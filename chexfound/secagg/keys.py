@@ -20,7 +20,7 @@ NONCE_BYTES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Secrets:
-    """What a site must not tell in one attempt, each 32 bytes from the system's generator.
+    """Hold what a site must not tell in one attempt, each 32 bytes from the system's generator.
 
     Args:
         cipher: private X25519 key; opens the shares that were dealt to this site.

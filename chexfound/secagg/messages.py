@@ -1,4 +1,4 @@
-"""What sites tell each other through the coordinator: checked values, the signatures over them, and the context.
+"""Messages of sites to each other through the coordinator: checked values, signatures over them, and the context.
 
 Everything here comes from outside; `parse` makes it into values of known length, and each `verify` holds the
 signature against the identity key of the roster that the site's own operator approved.
@@ -125,7 +125,7 @@ class Opened:
 
 
 def share_hash(attempt: Attempt, context: bytes, packet: tuple[str, str], kind: str, share: bytes, salt: bytes) -> str:
-    """Of a share, by dealer and holder; hex."""
+    """Hash a share, by dealer and holder; hexadecimal."""
     dealer, holder = packet
     fields = [*attempt.fields(), context, dealer.encode(), holder.encode(), kind.encode(), share, salt]
     return hashlib.sha256(signing.statement("chexfound secagg share v1", fields)).hexdigest()
@@ -138,17 +138,17 @@ def seed_commitment(attempt: Attempt, site: str, seed: bytes) -> str:
 
 
 def names_digest(names: Sequence[str]) -> bytes:
-    """Of a set of sites."""
+    """Hash a set of sites: 32 bytes."""
     return hashlib.sha256(canonical(sorted(names))).digest()
 
 
 def masked_fields(attempt: Attempt, context: bytes, site: str, sharers: Sequence[str], payload: str) -> list[bytes]:
-    """What a site signs of its masked arrays (`payload`: their SHA-256 in hex)."""
+    """Give what a site signs of its masked arrays (`payload`: their SHA-256 in hex)."""
     return [*attempt.fields(), context, site.encode(), names_digest(sharers), payload.encode()]
 
 
 def survivors_fields(attempt: Attempt, context: bytes, sharers: Sequence[str], survivors: Sequence[str]) -> list[bytes]:
-    """What a survivor signs before it opens anything."""
+    """Give what a survivor signs before it opens anything."""
     return [*attempt.fields(), context, names_digest(sharers), names_digest(survivors)]
 
 

@@ -12,7 +12,7 @@ MINIMUM = 3  # that a sum is over, at the least: of two, each site can tell the 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Of one federation (Bonawitz et al. 2017, section 6; the bounds are argued in docs/secure-aggregation.md).
+    """Hold the numbers of one federation (Bonawitz et al. 2017, section 6; argued in docs/secure-aggregation.md).
 
     Args:
         n: sites of the roster, not those that take part: two views of the cohort would give two sums.
@@ -59,7 +59,7 @@ class Parameters:
         return self.n - self.survivors
 
     def shared(self) -> dict[str, int]:
-        """What all sites must have alike."""
+        """Give what all sites must have alike."""
         return {"n": self.n, "c": self.c, "t": self.t}
 
 

@@ -27,7 +27,7 @@ PART = shamir.SHARE_BYTES + SALT_BYTES  # of what is sealed: share and salt, for
 
 
 def point(sites: Roster, site: str) -> int:
-    """Where a site's shares are of the polynomials: its place in the roster, from 1."""
+    """Tell where a site's shares are of the polynomials: its place in the roster, from 1."""
     return sorted(sites.sites).index(site) + 1
 
 
@@ -82,7 +82,7 @@ def check_adverts(
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What a site works with from stage 2 on.
+    """Hold what a site works with from stage 2 on.
 
     Args:
         adverts: U1, checked.
@@ -172,7 +172,7 @@ class Side:
         return result
 
     def masks(self, sharers: Sequence[str]) -> list[tuple[int, bytes]]:
-        """What is added to this site's values, (sign, seed): its own mask, and with each other sharer one to cancel."""
+        """Give the masks of this site's values, (sign, seed): its own, and with each other sharer one to cancel."""
         own = keys.own_seed(self.secrets.seed, self.attempt, self.context, sorted(sharers), self.site)
         return [(1, own)] + [
             pair_mask(

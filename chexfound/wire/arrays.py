@@ -104,7 +104,7 @@ def chunk_of(content: RecordDict, key: str) -> np.ndarray | None:
 
 
 def detached_of(content: RecordDict, key: str, names: Collection[str]) -> Detached | None:
-    """What is to be had apart from a message, in arrays of these dtypes."""
+    """Give what is to be had apart from a message, in arrays of these dtypes."""
     if "apart" not in content.config_records[key]:
         return None
     fields = messages.parse(_ApartFields, object_of(content, key, "apart"), "what comes apart")

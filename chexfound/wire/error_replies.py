@@ -54,7 +54,7 @@ def error_code(message: Message) -> str:
 
 
 def explain_error(message: Message) -> str:
-    """What an error message says, in our own words: the sender's text is never repeated."""
+    """Give what an error message says, in our own words: the sender's text is never repeated."""
     kind, code = unpack_error(message), error_code(message)
     if (message.error.code, message.error.reason) == (RefusedError.exit_code, code) and code in REFUSALS:
         return f"refused ({code}): {REFUSALS[code]}"

@@ -1,4 +1,4 @@
-"""What a site accepted last of a run, on its disk; see client/answer/provenance.py."""
+"""Weights that a site accepted last of a run, on its disk; see client/answer/provenance.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Accepted:
 
 
 class Shelf:
-    """Of one run at one site."""
+    """Keep the weights that one site accepted last of one run."""
 
     def __init__(self, home: Path, run: str) -> None:
         self.home, self.folder = home, home / "weights" / run
@@ -108,7 +108,7 @@ class Shelf:
 
 
 def read(folder: Path) -> Accepted | None:
-    """What is in a run's folder; nothing where it is not there, or damaged: then it is lost."""
+    """Give what is in a run's folder; nothing where it is not there, or damaged: then it is lost."""
     with contextlib.suppress(ConfigError, ValidationError, OSError, TypeError):
         values = read_json(folder / "accepted.json")
         if isinstance(values, dict) and values.pop("format", None) == FORMAT:
@@ -117,7 +117,7 @@ def read(folder: Path) -> Accepted | None:
 
 
 def warnings(home: Path) -> list[str]:
-    """Of the present run."""
+    """Give the present run's warnings."""
     found = [accepted for path in sorted(home.glob("weights/*/")) if (accepted := read(path)) is not None]
     return [text for accepted in found for text in accepted.warnings]
 

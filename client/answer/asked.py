@@ -187,7 +187,7 @@ def _shapes(tensors: Mapping[str, Any]) -> Shapes:
 
 @functools.lru_cache(maxsize=8)
 def _student(stage: Recipe) -> tuple[Shapes, Shapes]:
-    """Of student and moments; no memory is taken for their values."""
+    """Give the shapes of student and moments; no memory is taken for their values."""
     with torch.device("meta"):
         student = build_student(stage)
         return _shapes(student.state_dict()), _shapes(zero_moments(student))
@@ -207,7 +207,7 @@ def _head(recipe: Recipe, n_findings: int) -> tuple[Shapes, Shapes]:
 
 
 def nbytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Of float32 tensors of these shapes."""
+    """Count the bytes of float32 tensors of these shapes."""
     return 4 * sum(math.prod(shape) for shape in shapes.values())
 
 

@@ -37,7 +37,7 @@ Reason = Annotated[str, Field(pattern=f"^({'|'.join(REASONS)})$", max_length=200
 
 @_strict
 class Versions:
-    """Of a site's programs."""
+    """Name the versions of a site's programs."""
 
     chexfound: Version
     torch: Version
@@ -54,7 +54,7 @@ class Both:
 
 @_strict
 class Refusing:
-    """What a site says that enrols under a recipe which its policy refuses."""
+    """Hold what a site says that enrols under a recipe which its policy refuses."""
 
     site: Word
     versions: Versions
@@ -180,7 +180,7 @@ class Shared:
 
 @_strict
 class Masked:
-    """Of which masked arrays, signed."""
+    """Sign for which masked arrays were made."""
 
     context: Digest
     payload: Digest

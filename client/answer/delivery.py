@@ -80,7 +80,7 @@ class Parts:
         return here
 
     def received(self, apart: Detached) -> Path:
-        """Where what was delivered for a request lies, all of it.
+        """Give the file of what was delivered for a request, all of it.
 
         Raises: ProtocolError if it is not here, or not what the request says.
         """

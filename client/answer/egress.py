@@ -35,7 +35,7 @@ FIGURES = 64  # sections of a step's figures, and of counts, in a masked array; 
 
 @dataclass(kw_only=True)
 class Gate:
-    """What was asked of a site, by which its reply is judged.
+    """Hold what was asked of a site, by which its reply is judged.
 
     Args:
         recipe: of the run.

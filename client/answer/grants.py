@@ -1,4 +1,4 @@
-"""What a site does before a run touches an image: its policy against the recipe, the machine, and how many runs.
+"""Grants, before a run touches an image: the policy against the recipe, the machine, and how many runs.
 
 The same for runs in the clear and under masks.  A simulation on one's own images (`home` in the node's configuration)
 has no policy, and is bound by none of it.
@@ -74,7 +74,7 @@ class Grant:
 
     @property
     def limits(self) -> Limits:
-        """What the coordinator is told of it."""
+        """Give what the coordinator is told of it."""
         return self.policy.limits(self.n_sites or 1)
 
     def judge(self, recipe: Recipe) -> list[Verdict]:
@@ -164,7 +164,7 @@ def _disk(home: Path) -> int:
 
 
 def memory_bytes(recipe: Recipe, n_sites: int, batch: int = 0, *, on_gpu: bool = False) -> int:
-    """What a run takes of a site's memory, about, and never much more.
+    """Give what a run takes of a site's memory, about, and never much more.
 
     Args:
         recipe: of the run.
@@ -187,7 +187,7 @@ def memory_bytes(recipe: Recipe, n_sites: int, batch: int = 0, *, on_gpu: bool =
 
 
 def _step_bytes(recipe: Recipe, images: int) -> int:
-    """Of one step of pretraining, about: what its blocks keep of each token for the way back."""
+    """Estimate the bytes of one step of pretraining: what its blocks keep of each token for the way back."""
     crops, (width, depth, _) = recipe.crops, ARCHS[recipe.student.arch]
     tokens = 2 * _tokens(recipe, crops.global_crops_size)
     tokens += crops.local_crops_number * _tokens(recipe, crops.local_crops_size)
@@ -201,7 +201,7 @@ def _tokens(recipe: Recipe, px: int) -> int:
 
 
 def disk_bytes(recipe: Recipe, images: int) -> int:
-    """What a run leaves on a site's disk, about: the features of its images, and its state from round to round."""
+    """Give what a run leaves on a site's disk, about: the features of its images, and its state from round to round."""
     tokens = _tokens(recipe, recipe.image_px)
     width = ARCHS[recipe.student.arch][0] * recipe.adapt.n_last_blocks
     model = asked.model_bytes(recipe)

@@ -63,7 +63,7 @@ def member_home(node_config: Mapping[str, Any]) -> Path | None:
 
 
 def folder_of(node_config: Mapping[str, Any]) -> Path:
-    """Where a node's site keeps what is its own.
+    """Give the folder in which a node's site keeps what is its own.
 
     Raises: ConfigError for a name that none can have.
     """

@@ -1,4 +1,4 @@
-"""What of earlier rounds a site stands on, as digests: under masks all sites of a sum must stand on the same.
+"""Digests of the earlier rounds that a site stands on: under masks all sites of a sum must stand on the same.
 
 A site carries an optimizer, a teacher or a queue from round to round, and in `adapt` and `evaluate` the backbone that
 it was sent before.  A coordinator that brought one of them to another state could tell that site's update from the sum.

@@ -1,4 +1,4 @@
-"""Where weights come from: the site takes those that its own recipe leads to from what it last accepted, and no others.
+"""Where weights come from: a site takes those that its own recipe leads to from what it last accepted, and no others.
 
     HOME/weights/RUN/accepted.json     what was accepted last, in which round; and how far this site's own steps led
     HOME/weights/RUN/PHASE-ROUND.safetensors      the student and its teacher, or the head
@@ -99,7 +99,7 @@ def admit(site: Site, recipe: Recipe, request: Request, run: int, n: int = 0) ->
 
 
 class _Judge:
-    """Of one request."""
+    """Judge the weights of one request."""
 
     def __init__(self, site: Site, recipe: Recipe, request: Request, run: int, n: int) -> None:
         self.site, self.recipe, self.policy, self.run = site, recipe, Policy.load(site.home), run
@@ -173,7 +173,7 @@ class _Judge:
         return self._held({}, backbone=digest)
 
     def _first_backbone(self, digest: str) -> Held:
-        """Of a run that begins with it."""
+        """Take the backbone of a run that begins with it."""
         if self.last is not None:
             raise RefusedError("weights.backbone")
         expected = initial_weights(self.recipe)
@@ -258,14 +258,14 @@ class _Judge:
             raise RefusedError("request.beyond", f"another question than it answered in round {accepted.round + 1}")
 
     def _beginning(self) -> dict[str, Tensor]:
-        """What the recipe begins with, with a teacher wherever there is one for all sites."""
+        """Give what the recipe begins with, with a teacher wherever there is one for all sites."""
         weights = initial_weights(self.recipe)
         return weights if self.recipe.teacher.policy == "local" else _with_teacher(weights)
 
     def _before(
         self, accepted: Accepted | None, number: int, begin: Callable[[], dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], int]:
-        """What was accepted last, and its global step; where the run began not long ago, what it began with.
+        """Give what was accepted last, and its global step; where the run began not long ago, what it began with.
 
         Raises: RefusedError; _Lost.
         """
@@ -307,7 +307,7 @@ class _Judge:
             raise
 
     def _pinned(self) -> Accepted | None:
-        """What was accepted last, of a run whose backbone is here; none if all that was lost.
+        """Give what was accepted last, of a run whose backbone is here; none if all that was lost.
 
         Raises: RefusedError.
         """
@@ -348,7 +348,7 @@ class _Judge:
         return state | (zero_moments(head) if self.recipe.adapt.optimizer_state == "average" else {})
 
     def _with_derived_teacher(self, before: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """What to keep of this round: the teacher too where there is one for all sites, as it is here."""
+        """Give what to keep of this round: the teacher too where there is one for all sites, as it is here."""
         kept = _weights(self.tensors)
         if self.recipe.teacher.policy != "rederive" or any(name.startswith("teacher.") for name in kept):
             return kept
@@ -451,7 +451,7 @@ class _Judge:
         return self._held(_weights(self.tensors), backbone=accepted.backbone, derived=accepted.derived, name=name)
 
     def _lost(self, backbone: str = "") -> Held:
-        """What was accepted is gone: on by the operator's word alone."""
+        """Go on by the operator's word alone: what was accepted is gone."""
         if self.recipe.teacher.policy == "rederive" and self.request.phase == "pretrain":
             if not any(name.startswith("teacher.") for name in self.tensors):
                 raise StateError(
@@ -499,7 +499,7 @@ class _Judge:
 
 
 class _Lost(Exception):  # noqa: N818 (no error: the operator's word may stand in its place)
-    """What was accepted is not on the disk."""
+    """Say that what was accepted is not on the disk."""
 
 
 def _check_place(request: Request, local_steps: int, rounds: int) -> None:

@@ -35,7 +35,7 @@ class Refused:
 
     @property
     def why(self) -> str:
-        """What its code means."""
+        """Give what its code means."""
         return REFUSALS.get(self.code, "see the site's log")
 
 

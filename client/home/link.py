@@ -22,7 +22,7 @@ NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python ha
 
 @dataclass
 class Contact:
-    """What came of one request for /health.
+    """Hold what came of one request for /health.
 
     Args:
         address: of the coordinator.
@@ -49,7 +49,7 @@ class Contact:
 
     @property
     def refused_by_proxy(self) -> str | None:
-        """What the proxy said in place of passing it on."""
+        """Give what the proxy said in place of passing it on."""
         return str(self.error) if isinstance(self.error, httpx.ProxyError) else None
 
     @property

@@ -92,7 +92,7 @@ def identity_key(home: Path) -> Ed25519PrivateKey:
 
 @dataclass(frozen=True, kw_only=True)
 class ApprovedFederation:
-    """What the coordinator's file says.
+    """Hold what the coordinator's file says.
 
     Args:
         name: of the federation.
@@ -143,7 +143,7 @@ def read(path: Path) -> ApprovedFederation:
 
 
 def approved(home: Path) -> ApprovedFederation | None:
-    """What the site's operator approved last; None before the first time."""
+    """Give what the site's operator approved last; None before the first time."""
     path = home / "federation.json"
     return read(path) if path.exists() else None
 
@@ -193,7 +193,7 @@ def check_own(name: str, keys: Keys, federation: ApprovedFederation, where: str)
 
 
 def changes(before: ApprovedFederation | None, after: ApprovedFederation) -> list[str]:
-    """What would be new if this were approved; nothing if it is what was."""
+    """Give what would be new if this were approved; nothing if it is what was."""
     if before is None:
         return []
     said = []

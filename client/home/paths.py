@@ -1,4 +1,4 @@
-"""Where a site keeps what is its own.  Imports nothing heavy: the command line stands on it."""
+"""Paths of a site's own files.  Imports nothing heavy: the command line stands on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UMASK = 0o077  # of all of a site's processes: what they write is for this accou
 
 
 def home() -> Path:
-    """Where everything of ours is kept: $CHEXFOUND_HOME, else ~/.chexfound."""
+    """Give the folder of everything of ours: $CHEXFOUND_HOME, else ~/.chexfound."""
     return Path(os.environ.get("CHEXFOUND_HOME") or Path.home() / ".chexfound")
 
 
@@ -38,7 +38,7 @@ def close(folder: Path) -> None:
 
 
 def exposed(folder: Path) -> Iterator[Path]:
-    """What of a site's folder other accounts have any right to, itself included; a link to a store is followed."""
+    """Yield what other accounts have a right to in a site's folder, itself included; links to stores are followed."""
     for top in [folder, *(path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_dir())]:
         for here, _, files in os.walk(top):
             for path in (Path(here), *(Path(here, name) for name in sorted(files))):
@@ -78,7 +78,7 @@ def sole_site() -> str:
 
 
 def named(name: str) -> str:
-    """What a command for a site takes behind it: nothing where `sole_site` knows the name."""
+    """Give what a command for a site takes behind it: nothing where `sole_site` knows the name."""
     return "" if _enrolled() == [name] else f" --name {shlex.quote(name)}"
 
 

@@ -25,7 +25,7 @@ _strict = dataclass(frozen=True, kw_only=True, config=STRICT)
 
 @_strict
 class SecAggPolicy:
-    """Of secure aggregation."""
+    """Hold what the policy says of secure aggregation."""
 
     # Refuse runs in the clear; none: where the roster has three sites or more.  False says what `plain: accepted` does.
     required: bool | None = None
@@ -36,14 +36,14 @@ class SecAggPolicy:
 
 @_strict
 class Cells:
-    """What is told of few patients: nothing."""
+    """Hold what is told of few patients: nothing."""
 
     patients: Count = 10  # below which a count, a figure or a row is `suppressed`
 
 
 @_strict
 class WeightsPolicy:
-    """What is said, or done, when the coordinator's weights move further than this site's own steps (lineage.md)."""
+    """Say what is done when the coordinator's weights move further than this site's own steps (lineage.md)."""
 
     max_change: Amount = 1.1  # of a round, over this site's own
     max_tensor_change: Amount = 3.0  # likewise, in one tensor
@@ -52,7 +52,7 @@ class WeightsPolicy:
 
 @_strict
 class Machine:
-    """What a run may take of the machine; none: no more than it has."""
+    """Hold what a run may take of the machine; none: no more than it has."""
 
     hours: Amount | None = None  # of work on one run
     disk_gb: Amount | None = None
@@ -61,7 +61,7 @@ class Machine:
 
 @_strict
 class Fractions:
-    """Of the site's patients; the rest is for the test.  A recipe has no say in it."""
+    """Split the site's patients: these shares, and the rest for the test.  A recipe has no say in it."""
 
     train: Annotated[float, Field(gt=0, lt=1)] = 0.6
     val: Annotated[float, Field(ge=0, lt=1)] = 0.15
@@ -129,7 +129,7 @@ class Policy:
             raise ConfigError(f"{path}: not a site's policy: {error}") from error
 
     def limits(self, n: int) -> Limits:
-        """What a coordinator is told of it, in a federation of n sites."""
+        """Give what a coordinator is told of it, in a federation of n sites."""
         shared = {field.name: getattr(self, field.name) for field in fields(Limits) if field.name != "masked"}
         return Limits(**shared, masked=self.masked(n))
 
@@ -140,7 +140,7 @@ class Policy:
         return n >= MINIMUM and self.plain != "accepted"
 
     def parameters(self, n: int) -> Parameters:
-        """Of secure aggregation in a federation of n sites.
+        """Give the parameters of secure aggregation in a federation of n sites.
 
         Raises: ConfigError if they do not protect.
         """
@@ -151,7 +151,7 @@ class Policy:
 
 
 def clear(refused: bool, *, by_word: bool) -> str:
-    """What happens to runs in the clear, and the line that says so, or that changes it.
+    """Say what happens to runs in the clear, and give the line that says so, or that changes it.
 
     Args:
         refused: whether they are.
@@ -164,7 +164,7 @@ def clear(refused: bool, *, by_word: bool) -> str:
 
 
 def _explain(entry: Any) -> str:
-    """What is wrong at one place of the file, with the field that was meant."""
+    """Say what is wrong at one place of the file, with the field that was meant."""
     path = [str(part) for part in entry["loc"]]
     if entry["type"] != "unexpected_keyword_argument":
         return f"{'.'.join(path) or 'all of it'}: {entry['msg']}"

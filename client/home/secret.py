@@ -63,7 +63,7 @@ class Secret:
 
 
 def path_of(home: Path) -> Path:
-    """Where a site's secret lies."""
+    """Give the path of a site's secret."""
     return home / "secret.key"
 
 

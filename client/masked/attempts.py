@@ -40,7 +40,7 @@ log = logging.getLogger("chexfound.client")
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStage:
-    """What was asked and answered in a stage, and what later stages stand on."""
+    """Hold what was asked and answered in a stage, and what later stages stand on."""
 
     asked: str
     values: dict[str, Any]
@@ -95,7 +95,7 @@ class Attempts:
         return None
 
     def _opened(self) -> dict[str, Any] | None:
-        """What is known of the one attempt on the disk: the last that the journal has begun, or none.
+        """Give what is known of the one attempt on the disk: the last that the journal has begun, or none.
 
         One whose file was lost or damaged is none: it takes up no room, and its number does not serve again.
         """
@@ -161,7 +161,7 @@ class Attempts:
         self._forget_parts()
 
     def _forget_parts(self) -> None:
-        """What of the attempt's masked arrays was still to be collected is not given after its end."""
+        """Drop what was still to be collected of the attempt's masked arrays: it is not given after its end."""
         if (opened := self._opened()) is not None:
             Parts(self.home, opened["attempt"]["run"]).forget()
         elif (self.folder / "attempt.json").exists():  # damaged: of whichever run it was

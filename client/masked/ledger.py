@@ -39,7 +39,7 @@ def in_force(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _unused(entries: Sequence[Entry]) -> int | None:
-    """Where the last release stands since which no sum on its weights was opened."""
+    """Give the place of the last release since which no sum on its weights was opened."""
     for place in reversed(range(len(entries))):
         one = entries[place]
         if one["event"] == "released" and not any(

@@ -40,7 +40,7 @@ TENSORS: dict[str, tuple[str, ...]] = {  # that a phase starts from; it refuses 
 
 
 def answer(site: Site, recipe: Recipe, request: MaskedRequest, run_id: int, home: Path) -> Reply:
-    """What a site answers in a stage of secure aggregation, or to a request in the clear that its recipe allows.
+    """Answer in a stage of secure aggregation, or to a request in the clear that its recipe allows.
 
     Raises: RefusedError for what would tell more than one sum; any ChexfoundError of the phase itself.
     """
@@ -101,7 +101,7 @@ def check_plain(recipe: Recipe, request: Request, run_id: int, home: Path | None
 
 
 class SiteProtocol(Attempts):
-    """Where a site's stages are answered."""
+    """Answer a site's stages."""
 
     def __init__(self, home: Path, site: str, sites: Roster, key: Ed25519PrivateKey, policy: Policy) -> None:
         self.site, self.sites, self.key = site, sites, key

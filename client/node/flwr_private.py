@@ -135,7 +135,7 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
 
 
 def _plain(record: logging.LogRecord) -> bool:
-    """What the coordinator named is logged by Flower as it came; a newline in it would forge a line."""
+    """Log as plain text what Flower logs as it came: a newline in what the coordinator named would forge a line."""
     if not isinstance(record.msg, str):  # an exception
         record.msg = shown(record.msg)
     if isinstance(record.args, tuple):
@@ -146,7 +146,7 @@ def _plain(record: logging.LogRecord) -> bool:
 
 
 class _Node:
-    """What stands between the SuperNode's loop and the functions of its connection, in its main thread.
+    """Stand between the SuperNode's loop and the functions of its connection, in its main thread.
 
     Args:
         functions: of the connection, as `start_client_internal._init_connection` yields them.
@@ -277,7 +277,7 @@ class _Ended:
         self._asking: threading.Thread | None = None
 
     def look(self) -> bool:
-        """What is known by now."""
+        """Give what is known by now."""
         if time.monotonic() >= self._again and (self._asking is None or not self._asking.is_alive()):
             self._again = time.monotonic() + ASK_S
             self._asking = threading.Thread(target=self._ask, daemon=True)
@@ -294,7 +294,7 @@ class _Ended:
 
 
 def _ending_the_message(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a run that was stopped as its message came in: what makes Flower drop the message and its task.
+    """Make Flower drop the message and its task, of a run that was stopped as its message came in.
 
     It does so for any Exception; for its own RunNotRunningException, which is none, it leaves both with the worker.
     """
@@ -309,7 +309,7 @@ def _ending_the_message(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patiently(function: Callable[..., Any], until: float) -> Callable[..., Any]:
-    """Of the connection, until then (time.time): also where Flower's own patience ends.
+    """Ask the connection again until then (time.time): also where Flower's own patience ends.
 
     It takes a connection that broke in the TLS handshake for one with a wrong certificate.
     """
@@ -338,7 +338,7 @@ def _answerable(message: Message, objects: ObjectTree) -> bool:
 
 
 class _Admission:
-    """Of a run: what the SuperNode is given of its configuration and of its bundle."""
+    """Admit a run: hold what the SuperNode is given of its configuration and of its bundle."""
 
     def __init__(
         self,
@@ -405,7 +405,7 @@ def stand_in(refused: str) -> bytes:
 
 
 class Tasks:
-    """What the SuperNode of this machine has for its worker.
+    """Hold what the SuperNode of this machine has for its worker.
 
     Args:
         address: HOST:PORT of its runtime API, on loopback.

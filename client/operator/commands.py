@@ -1,4 +1,4 @@
-"""What a site's operator does beside serving: enrol, approve sites and code, check, status, released sums, a unit."""
+"""A site operator's commands beside serving: enrol, approve sites and code, check, status, released sums, a unit."""
 
 from __future__ import annotations
 

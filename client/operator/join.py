@@ -64,7 +64,7 @@ def admissible(given: argparse.Namespace) -> tuple[str, Path, ApprovedFederation
 
 
 def tell(federation: ApprovedFederation, own: str) -> None:
-    """Who is in it."""
+    """Show who is in it."""
     print(f"federation {federation.name} at {federation.server}, roster {federation.sites.serial}")
     print(f"  authority {federation.authority_fingerprint}")
     for name, keys in sorted(federation.sites.sites.items()):
@@ -74,7 +74,7 @@ def tell(federation: ApprovedFederation, own: str) -> None:
 
 
 def tell_changes(before: ApprovedFederation | None, after: ApprovedFederation) -> None:
-    """What is new in it."""
+    """Show what is new in it."""
     for change in membership.changes(before, after):
         print(f"  change: {change}")
 
@@ -99,7 +99,7 @@ def confirmed(question: str) -> bool:
 
 
 def policy_lines(policy: Policy, sites: int, path: Path) -> list[str]:
-    """What the site demands, a line each; `*`: another value than the default."""
+    """Give what the site demands, a line each; `*`: another value than the default."""
     said = [f"policy {path if path.exists() else f'the defaults ({path} is not there)'}"]
     taken = "refused" if policy.masked(sites) else "accepted"
     said.append(f"  runs in the clear are {taken}, with {counted(sites, 'site')}")

@@ -1,4 +1,4 @@
-"""What a site's operator may do beside serving, as options; what does it is imported once it is asked for."""
+"""Options of a site operator's commands beside serving; what does them is imported once it is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a site is doing, by what its own processes wrote last; for the operator on its machine."""
+"""Status of a site, by what its own processes wrote last; for the operator on its machine."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _policy(home: Path, federation: membership.ApprovedFederation | None) -> dic
 
 
 def _node(path: Path) -> dict[str, Any] | None:
-    """What the node wrote, with whether it still runs and how old that is; None if it never ran."""
+    """Give what the node wrote, with whether it still runs and how old that is; None if it never ran."""
     if not path.exists():
         return None
     values = read_json(path)

@@ -99,7 +99,7 @@ def _waiting(entries: Sequence[Mapping[str, Any]], sites: Roster) -> Entry | Non
 
 
 def question(found: Mapping[str, Any], chosen: Entry) -> list[str]:
-    """What a release means, for whoever has to say yes."""
+    """Say what a release means, for whoever has to say yes."""
     before = [one for one in found["sums"] if one["event"] == "opened" and same_sum(one, chosen)]
     said = [
         f"sum       {chosen['phase']} on weights {chosen['weights'][:12]}…",
@@ -166,7 +166,7 @@ def _numbers(found: Mapping[str, Any]) -> list[str]:
 
 
 def _few(found: Mapping[str, Any]) -> list[str]:
-    """What holds where there are too few sites for masks."""
+    """Say what holds where there are too few sites for masks."""
     said = [f"  sites         {found['sites']}; masks need {MINIMUM} or more, so no sum is masked here"]
     if found["required"]:
         return [*said, f"  runs          are all refused: site.yaml says {REQUIRED}"]

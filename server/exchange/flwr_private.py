@@ -132,7 +132,7 @@ class LinkState(SqlLinkState):
     """
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        """What waits for a node; of what it lost, that of its last activation: grid.py asks again after another."""
+        """Give what waits for a node; of what it lost, that of its last activation: grid.py asks anew after another."""
         node = uint64_to_int64(node_id)
         since = select(NodeModel.last_activated_at).where(NodeModel.node_id == node).scalar_subquery()
         with self.session():

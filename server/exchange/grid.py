@@ -51,7 +51,7 @@ Event = dict[str, Any]
 
 @dataclass
 class _Asked:
-    """What is under way to one site: a request, or one of the messages that it takes in parts."""
+    """Hold what is under way to one site: a request, or one of the messages that it takes in parts."""
 
     index: int
     talk: Talk
@@ -68,7 +68,7 @@ class _Asked:
 
     @property
     def request(self) -> Request:
-        """What the present message asks."""
+        """Give what the present message asks."""
         return self.sent.message
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class GridExchange:
         return checked_roster(replies, senders, self._recipe, len(self.sites.sites) if self.sites else None)
 
     def _name_of(self, node: NodeInfo) -> str:
-        """What a node is called until it has said who it is, and by its key if it has one."""
+        """Give what a node is called until it has said who it is, and by its key if it has one."""
         return self._keys().get(node_key(node), f"node {node.node_id}")  # as `flwr supernode list` shows them
 
     def _keys(self) -> dict[str, str]:
@@ -312,7 +312,7 @@ class GridExchange:
         return False
 
     def _next(self, one: _Asked, reply: Came, deadline: float) -> Reply | Missing | None:
-        """What a reply leads to: the end, or another message."""
+        """Give what a reply leads to: the end, or another message."""
         try:
             one.sent = one.talk.send(reply)
         except StopIteration as ended:
@@ -327,7 +327,7 @@ class GridExchange:
         return None
 
     def _pulled(self, one: _Asked, message_id: str, deadline: float) -> Came | Missing | None:
-        """What came of a request.
+        """Give what came of a request.
 
         Flower raises what it likes over a reply whose parts are not what they say, and that is its sender's fault; and
         it would wait for two hours for a part that does not come.

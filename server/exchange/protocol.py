@@ -1,4 +1,4 @@
-"""What a run needs of its sites, and who they are; how requests reach a lone one (server/exchange/grid.py: several)."""
+"""A run's need of its sites, and who they are; how requests reach a lone one (server/exchange/grid.py: several)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Missing:
 
 
 class Exchange(Protocol):
-    """What a run needs of its sites."""
+    """Hold what a run needs of its sites."""
 
     def enrol(self, recipe: Recipe, before: Sequence[Member] = ()) -> list[Member]:
         """The sites, sorted by name; of a run that goes on, those that it began with."""

@@ -1,4 +1,4 @@
-"""What is asked of one site, message by message, where its arrays come apart (chexfound/contract/detached.py)."""
+"""Transfer with one site, message by message, where its arrays come apart (chexfound/contract/detached.py)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Outgoing:
 
     @property
     def apart(self) -> Detached:
-        """What a request says of them."""
+        """Give what a request says of them."""
         if self._apart is None:
             self._apart = Detached(sha256=self._laid.sha256(), arrays=self._arrays, table=self._table)
         return self._apart
@@ -52,7 +52,7 @@ class Outgoing:
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """Where a site's reply is put together.
+    """Put a site's reply together.
 
     Args:
         path: its file.

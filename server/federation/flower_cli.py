@@ -16,7 +16,7 @@ AWAY = "Connection to the SuperLink is unavailable"  # as Flower says it
 
 
 def ask(federation: Federation, arguments: Sequence[str]) -> dict[str, Any]:
-    """What `flwr ARGUMENTS --format json` says; it ends with 0 whatever happened, so the answer is looked at.
+    """Give what `flwr ARGUMENTS --format json` says; it ends with 0 whatever happened, so the answer is looked at.
 
     Raises: SiteError if the SuperLink cannot be reached, does not answer, or refuses.
     """

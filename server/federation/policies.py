@@ -1,4 +1,4 @@
-"""What sites grant, as each said when it enrolled last: a run that one of them will refuse is refused here, at once.
+"""Grants of the sites, as each said when it enrolled last: a run that one will refuse is refused here, at once.
 
     DIR/policies/SITE.json    the limits of its site.yaml, and when it told them
 

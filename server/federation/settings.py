@@ -75,11 +75,11 @@ class Federation:
 
     @property
     def site_file(self) -> Path:
-        """What goes to every site."""
+        """Give what goes to every site."""
         return self.path(f"{self.name}.federation.json")
 
     def sites(self) -> roster.Roster:
-        """Who is in it.
+        """Tell who is in it.
 
         Raises: ConfigError.
         """
@@ -125,7 +125,7 @@ class Federation:
         return values
 
     def settings(self) -> dict[str, str]:
-        """What of the environment is this federation's."""
+        """Give what of the environment is this federation's."""
         return {
             "CHEXFOUND_HOME": str(self.folder),
             "FLWR_HOME": str(self.path("flower")),
@@ -152,7 +152,7 @@ class Federation:
         }  # fmt: skip
 
     def superexec_options(self) -> list[str]:
-        """What Flower's own SuperExec is told by ours."""
+        """Give what Flower's own SuperExec is told by ours."""
         files = [str(self.path(name)) for name in ("ca.crt", "superexec.secret")]
         return [
             "--runtime-api-address", str(self.superlink),

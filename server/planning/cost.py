@@ -1,4 +1,4 @@
-"""What a sum under masks costs: bytes of the messages as they are written, seconds measured here and scaled.
+"""Cost of a sum under masks: bytes of the messages as they are written, seconds measured here and scaled.
 
 Seconds are of one thread that has a processor to itself, in memory: disks, links, training and the checks that the
 coordinator makes while replies come are not in them.  A site with n − 1 peers adds n keystreams to its values; with d
@@ -51,7 +51,7 @@ class Speeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one sum, all sites of the federation in it.
+    """Hold the cost of one sum, all sites of the federation in it.
 
     Args:
         lost: sites, in `unmask_s`: a tenth, but one where one may be, and no more than may.
@@ -142,7 +142,7 @@ def _seconds(what: Callable[[], object], times: int = 1) -> float:
 
 
 def cost(parameters: Parameters, values: int, told_bytes: int, ring: int, speeds: Speeds) -> Cost:
-    """Of a sum of so many values.
+    """Reckon the cost of a sum of so many values.
 
     Args:
         parameters: of the federation.
@@ -189,7 +189,7 @@ class _Attempt:
         )  # fmt: skip
 
     def shamir_seconds(self) -> tuple[float, float]:
-        """Of dealing one secret, and of rebuilding one of each site."""
+        """Time the dealing of one secret, and the rebuilding of one of each site."""
         n, t = self.parameters.n, self.parameters.t
         points = [point(self.sites, name) for name in self.sites.sites]
         started = time.thread_time()

@@ -40,7 +40,7 @@ def plan_secagg(given: argparse.Namespace) -> int:
 
 
 def _model(given: argparse.Namespace) -> tuple[str, int, int, int, int | None]:
-    """Of what is summed: in words, its values, the bytes that tell of it; and the recipe's ring and colluders."""
+    """Describe what is summed: in words, its values, the bytes that tell of it; and the recipe's ring and colluders."""
     if given.values is not None:
         if given.values < 1:
             raise ConfigError("--values: give a number from 1")

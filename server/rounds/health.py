@@ -89,7 +89,7 @@ class Watch:
 
 
 def warnings(event: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a round's record warns of for the first time: site, symptom, seen, advice."""
+    """Give what a round's record warns of for the first time: site, symptom, seen, advice."""
     found = event.get("health", {}).get("symptoms", ())
     return [{**one, "advice": ADVICE[one["symptom"]]} for one in found if one["since"] == event["round"]]
 

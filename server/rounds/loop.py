@@ -42,7 +42,7 @@ from server.rounds.work import choose_findings
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run gives: its folder holds model.safetensors and journal.jsonl."""
+    """Hold what a run gives: its folder holds model.safetensors and journal.jsonl."""
 
     roster: list[Member]
     findings: tuple[str, ...]
@@ -277,7 +277,7 @@ class Run:
 
 
 def _parted(recipe: Recipe, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What travels each round, and what stays: the teacher that every site derives by itself."""
+    """Give what travels each round, and what stays: the teacher that every site derives by itself."""
     if recipe.teacher.policy != "rederive":
         return weights, {}
     stays = {name: tensor for name, tensor in weights.items() if name.startswith("teacher.")}

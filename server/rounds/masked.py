@@ -243,7 +243,7 @@ class MaskedRounds:
         return [] if again else self._again()
 
     def _on_backbone(self, ask: Callable[[], Summed]) -> Summed:
-        """What `ask` gives; the backbone is sent once more if the sites hold another run's by now."""
+        """Give what `ask` gives; the backbone is sent once more if the sites hold another run's by now."""
         try:
             return ask()
         except SiteError as error:

@@ -36,12 +36,12 @@ class Record:
 
     @property
     def entries(self) -> list[Event]:
-        """What was recorded, oldest first."""
+        """Give what was recorded, oldest first."""
         assert self.journal is not None
         return self.journal.entries
 
     def begun(self, key: str, default: Any) -> Any:
-        """What the journal's first record, the run's start, has under a key."""
+        """Give what the journal's first record, the run's start, has under a key."""
         return self.entries[0][key] if self.entries else default
 
     def rounds(self, phase: str) -> list[Event]:

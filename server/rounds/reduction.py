@@ -1,4 +1,4 @@
-"""What a round of training is, and what makes one of several sites' replies: in the clear, or under masks."""
+"""A round of training, and the interface of what makes one of several sites' replies: in the clear, or under masks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Reduced:
-    """What the sites' replies to a task come to.
+    """Hold what the sites' replies to a task come to.
 
     Args:
         weights: their mean.

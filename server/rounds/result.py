@@ -1,4 +1,4 @@
-"""What a run with the federated arm only (a deployed one) leaves: as a simulation's, figures and model."""
+"""Results of a run with the federated arm only (a deployed one): figures and model, as a simulation's."""
 
 from __future__ import annotations
 

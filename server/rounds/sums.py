@@ -47,7 +47,7 @@ WHY = {
 
 @dataclass(frozen=True, kw_only=True)
 class Summed:
-    """What an attempt gave.
+    """Hold what an attempt gave.
 
     Args:
         plan: of the arrays; its request is the one that was asked.
@@ -75,7 +75,7 @@ class FailedError(SiteError):
 
 @dataclass(kw_only=True)
 class SecureSums:
-    """Of one run.
+    """Make the sums of one run under masks.
 
     Args:
         members: the sites that enrolled, sorted by name.

@@ -1,4 +1,4 @@
-"""What a run asks of these sites: images a step, and which findings."""
+"""Work that a run asks of its sites: which findings."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Give its folder."""
         return self.federation.path("runs") / self.name
 
     @property
@@ -45,21 +45,21 @@ class RunFolder:
         return (self.path / "metrics.json").is_file()
 
     def about(self) -> dict[str, Any] | None:
-        """What was submitted; None for a run of which `chexfound-server run` knows nothing.
+        """Give what was submitted; None for a run of which `chexfound-server run` knows nothing.
 
         Raises: CheckpointError.
         """
         return submission.about(self.path)
 
     def live(self) -> dict[str, Any] | None:
-        """What its ServerApp last said of itself.
+        """Give what its ServerApp last said of itself.
 
         Raises: CheckpointError.
         """
         return submission.live(self.path)
 
     def journal(self) -> list[Event]:
-        """What has happened; nothing before the first site enrolled.
+        """Give what has happened; nothing before the first site enrolled.
 
         Raises: CheckpointError.
         """

@@ -17,7 +17,7 @@ BEAT_S = 60.0  # without an event, after which a line says what is waited for
 
 
 class Follower:
-    """What is known of a run, brought up to date by `look`.
+    """Hold what is known of a run, brought up to date by `look`.
 
     Attributes:
         events: its journal.

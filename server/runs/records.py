@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read(record: Any, *way: str | int) -> Any:
-    """What lies in a record, one key or place after another; None if it does not."""
+    """Give what lies in a record, one key or place after another; None if it does not."""
     value = record
     for step in way:
         try:

@@ -149,7 +149,7 @@ def resumable(standing: Standing) -> bool:
 
 
 def next_step(run: RunFolder, standing: Standing) -> str:
-    """What to do about a run that ended before its end."""
+    """Say what to do about a run that ended before its end."""
     folder = shlex.quote(str(run.federation.folder))
     if resumable(standing):
         return f"go on with: chexfound-server resume {folder} {shlex.quote(run.name)}"
@@ -188,7 +188,7 @@ def _logged(run: RunFolder, number: str | None) -> dict[str, str] | None:
 
 
 def sentence(standing: Standing) -> str:
-    """What a run does now, in one line."""
+    """Say what a run does now, in one line."""
     what = CALLED.get(standing.state, standing.state)
     if standing.round is not None:
         what += f", round {standing.round} of {standing.rounds or '?'}"

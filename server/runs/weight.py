@@ -1,4 +1,4 @@
-"""What a journal's record says of sites that weigh much: their images at the start, their share in a round."""
+"""Sites that weigh much, by a journal's record: their images at the start, their share in a round."""
 
 from __future__ import annotations
 

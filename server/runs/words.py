@@ -16,7 +16,7 @@ def withholding(events: Sequence[Event]) -> list[str]:
 
 
 def withheld(name: str) -> str:
-    """What is said of such a site."""
+    """Say that a site withholds names."""
     return f"{name} withholds findings that are in no vocabulary"
 
 
@@ -37,7 +37,7 @@ def loss(event: Event) -> float | None:
 
 
 def auroc(event: Event) -> float | None:
-    """Of a round of pretraining, that of its kNN probe, if it had one; of the end, the mean over sites and findings."""
+    """Give the AUROC of a pretraining round's kNN probe, if any; at the end, the mean over sites and findings."""
     if event.get("event") == "done":
         return _mean(figure(row, "auroc") for row in rows(event, "results"))
     return figure(event, "health", "figures", "knn_auroc")
@@ -133,7 +133,7 @@ def _weighty(event: Event) -> str:
 
 
 def _symptoms(event: Event) -> str:
-    """What ails a site for the first time."""
+    """Say what ails a site for the first time."""
     found = rows(event, "health", "symptoms")
     new = [
         f"{one.get('symptom')} at {site(one)}: {one.get('seen')}"

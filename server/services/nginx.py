@@ -28,7 +28,7 @@ NOT_FOUND = '{"detail":"Not Found"}'
 
 
 def configuration(federation: Federation, listen: Address) -> str:
-    """What belongs inside nginx's `http` block, such as a file of /etc/nginx/conf.d.
+    """Write what belongs inside nginx's `http` block, such as a file of /etc/nginx/conf.d.
 
     Args:
         federation: whose certificate nginx shows, and whose SuperLink it asks.

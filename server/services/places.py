@@ -25,7 +25,7 @@ Peer = tuple[str, int]
 
 
 class Places:
-    """Who is connected, by address and port, and how each is hung up on."""
+    """Hold who is connected, by address and port, and how each is hung up on."""
 
     def __init__(self) -> None:
         self._here: dict[Peer, Callable[[], None]] = {}

@@ -1,4 +1,4 @@
-"""Who asks: the signature in a request's headers, held against the roster before anything of its body is read.
+"""Proof of who asks: the signature in a request's headers, held against the roster before its body is read.
 
 Flower's node signs the time, and nothing else: neither path nor body.  So all of its signature can be checked before
 the body; what the SuperLink checks after it is that the node's number, which stands in the body, is that of the key.

@@ -40,7 +40,7 @@ def run_federated(plan: ArmPlan, arm: str, pool: Any) -> None:
 
 
 def node_config(plan: ArmPlan, arm: str, site: str) -> dict[str, Any]:
-    """What the ClientApp of a simulated site is told."""
+    """Give what the ClientApp of a simulated site is told."""
     config: dict[str, Any] = {
         "site": site,
         "data": str(plan.store),

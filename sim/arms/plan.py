@@ -44,14 +44,14 @@ class ArmPlan:
         return Membership.of(self.recipe, self.split_key)
 
     def arm_folder(self, arm: str) -> Path:
-        """Where an arm is kept; a site by its place in the roster, since two names may be read as one."""
+        """Give the folder of an arm; a site's by its place in the roster, since two names may be read as one."""
         if not arm.startswith("local:"):
             return self.folder / arm
         site = arm.removeprefix("local:")
         return self.folder / f"local-{list(self.sites).index(site):02d}-{re.sub(r'[^a-zA-Z0-9]+', '_', site)[:40]}"
 
     def arm_recipe(self, arm: str) -> Recipe:
-        """What an arm is trained by: the floors without pretraining, a lone site without the evaluation."""
+        """Give the recipe of an arm: the floors' without pretraining, a lone site's without the evaluation."""
         out = {"federated": (), "random": ("pretrain",), "shuffled": ("pretrain",)}.get(arm, ("evaluate",))
         recipe = changed(self.recipe, phases=tuple(phase for phase in self.recipe.phases if phase not in out))
         return recipe if arm in FEDERATED_ARMS else lone_recipe(recipe)
@@ -134,7 +134,7 @@ def discard(plan: ArmPlan, arm: str) -> None:
 
 
 def trained_on(arm: str) -> str:
-    """What an arm learned from, in words."""
+    """Say in words what an arm learned from."""
     if arm.startswith("local:"):
         return arm.removeprefix("local:")
     return {"federated": "all sites, federated", "centralized": "all sites, pooled"}.get(arm, "all sites")

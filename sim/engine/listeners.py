@@ -1,4 +1,4 @@
-"""Who is told what happens inside a task, in the process that does it; set by the pool that runs it."""
+"""Listeners told what happens inside a task, in the process that does it; set by the pool that runs it."""
 
 from __future__ import annotations
 

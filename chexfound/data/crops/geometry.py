@@ -1,4 +1,4 @@
-"""What is drawn for each crop, apart from how it is rendered: the parameters of a whole batch as arrays.
+"""Random parameters of crops, apart from how they are rendered: those of a whole batch as arrays.
 
 Shapes: V views of B images, each crop s x s pixels.  A plan is a function of the recipe and the stream
 alone, so that the same crops can be rendered by OpenCV or on a device, whole or in parts.

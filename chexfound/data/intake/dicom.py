@@ -52,7 +52,7 @@ _YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 @dataclass(frozen=True)
 class Header:
-    """What is kept of a header: a pseudonym ("" if the file names no patient), and no identifier."""
+    """Hold what is kept of a header: a pseudonym ("" if the file names no patient), and no identifier."""
 
     patient: str
     view: str  # PA, AP or ""

@@ -30,7 +30,7 @@ from chexfound.data.intake.walk import find
 
 @dataclass(frozen=True, kw_only=True)
 class IngestSummary:
-    """What an ingestion did, and what the store then holds."""
+    """Hold what an ingestion did, and what the store then holds."""
 
     images: int  # added now
     patients: int  # of the images added now
@@ -115,7 +115,7 @@ def _fill(
 
 @dataclass(frozen=True, kw_only=True)
 class _Fate:
-    """What became of a file."""
+    """Hold what became of a file."""
 
     old: bool = False  # it was in the store, or refused, before
     refused: bool = False

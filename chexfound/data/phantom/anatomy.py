@@ -218,6 +218,6 @@ def _tree(
 
 
 def grain(frame: Frame) -> Plane:
-    """What the vessels too fine to draw do to the lungs' density: mean 0, about unit variance."""
+    """Give what the vessels too fine to draw do to the lungs' density: mean 0, about unit variance."""
     rng = numpy_generator(*frame.case.stream, "grain")
     return 0.9 * noise(rng, 0.25) + 0.35 * noise(rng, 0.6) + 0.3 * noise(rng, 4.0)

@@ -1,4 +1,4 @@
-"""Who the phantom patients are: bodies, visits and findings, each drawn from its own stream.
+"""Phantom patients: bodies, visits and findings, each drawn from its own stream.
 
 Everything about patient k of a site comes from (seed, site, k) alone, so the patient is the same
 however many others are generated.

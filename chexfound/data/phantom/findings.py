@@ -1,4 +1,4 @@
-"""What disease does to a chest that is being drawn.
+"""Findings of disease, as they change a chest that is being drawn.
 
 Each finding changes the layers that the beam passes: air taken from the lungs, lines added, vessels
 hidden.  Cardiomegaly is not here: it is the heart's own size (`Body.heart_ratio`).

@@ -1,4 +1,4 @@
-"""Where the parts of one chest lie: the landmarks that bones, lungs, heart and findings share."""
+"""Landmarks of one chest, which bones, lungs, heart and findings share."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Frame:
         return APEX + (0.845 if side < 0 else 0.89) * self.height
 
     def hilum(self, side: int) -> tuple[float, float]:
-        """Where a hilum is; the left one stands higher."""
+        """Give the place of a hilum; the left one stands higher."""
         return side * 0.285 * self.half_width, self.carina + (2.2 if side < 0 else 1.1)
 
     @cached_property

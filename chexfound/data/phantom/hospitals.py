@@ -29,7 +29,7 @@ NONE = "No Finding"
 
 @dataclass(frozen=True)
 class PhantomSummary:
-    """What was written."""
+    """Hold what was written."""
 
     folder: Path
     patients: int

@@ -121,7 +121,7 @@ def _code(value: str, scheme: str, meaning: str) -> Dataset:
 
 
 def _digital(image: Dataset, site: Hospital, case: Case) -> None:
-    """What the DX object asks for beyond CR (PS3.3 A.26)."""
+    """Fill in what the DX object asks for beyond CR (PS3.3 A.26)."""
     values: dict[str, Any] = {
         "PresentationIntentType": "FOR PRESENTATION",
         "PixelIntensityRelationship": "LOG",

@@ -27,5 +27,5 @@ class Naming:
         return hmac.digest(self.key, patient.encode(), "sha256").hex()[:DIGITS]
 
     def hide(self, text: str) -> str:
-        """What stands in the index in place of a text; of none, none."""
+        """Give what stands in the index in place of a text; of none, none."""
         return hmac.digest(self.texts, text.encode(), "sha256").hex()[:DIGITS] if text else ""

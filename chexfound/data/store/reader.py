@@ -1,4 +1,4 @@
-"""What training reads: uint8 images of one size in memory-mapped shards, and an SQLite index.
+"""The store that training reads: uint8 images of one size in memory-mapped shards, and an SQLite index.
 
 STORE/index.sqlite        who, where, which labels, where the pixels lie, and what was refused
 STORE/shard-00000.npy     uint8 (N, px, px), at most `SHARD_IMAGES` each

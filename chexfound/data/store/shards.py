@@ -20,7 +20,7 @@ SHARD_IMAGES = 4096
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies."""
+    """Give the path of a shard."""
     return folder / f"shard-{number:05d}.npy"
 
 

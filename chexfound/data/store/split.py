@@ -54,7 +54,7 @@ class Membership:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What one site has: a store, and the images of some of its patients."""
+    """Hold what one site has: a store, and the images of some of its patients."""
 
     store: Store
     ids: np.ndarray  # int64, in canonical order

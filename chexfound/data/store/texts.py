@@ -1,4 +1,4 @@
-"""What the index of a hospital's own store says in words stands apart from it: the index has keys in their place.
+"""Texts of a hospital's own store, which stand apart from its index: the index has keys in their place.
 
 STORE/texts.sqlite        key -> text, 0600: paths of files, names of folders, of sources and of findings, reasons
 
@@ -79,7 +79,7 @@ def hide(index: sqlite3.Connection, naming: Naming, text: str) -> str:
 
 
 def text(index: sqlite3.Connection, key: str) -> str:
-    """What a key stands for."""
+    """Give what a key stands for."""
     return str(index.execute("SELECT text FROM apart.texts WHERE key = ?", (key,)).fetchone()[0])
 
 

@@ -48,7 +48,7 @@ def withheld(store: Store, ids: np.ndarray, words: frozenset[str]) -> dict[str, 
 
 
 def said(found: Mapping[str, int]) -> list[str]:
-    """What the operator is told of `withheld`: which names stay, and the line of site.yaml that lets them out."""
+    """Give what the operator is told of `withheld`: which names stay, and the line of site.yaml that lets them out."""
     names = list(found)[:SHOWN]
     more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     listed = ", ".join(f"{shown(name)} ({found[name]} images)" for name in names)

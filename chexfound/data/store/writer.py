@@ -75,7 +75,7 @@ class Writer:
         return patient if self._naming is None else self._naming.name(patient)
 
     def _key(self, text: str) -> str:
-        """What stands in the index for a text: a keyed store's key, which may not be there yet, or the text itself."""
+        """Give what stands in the index for a text: a keyed store's key, which may not be there yet, or itself."""
         return text if self._naming is None else self._naming.hide(text)
 
     def _hide(self, text: str) -> str:

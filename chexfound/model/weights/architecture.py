@@ -1,4 +1,4 @@
-"""What modules weights are made for, as values that a file can carry: read off the shapes, or off a recipe.
+"""Architectures that weights are made for, as values that a file can carry: read off the shapes, or off a recipe.
 
 Shapes: D width, R registers, G side of the position grid, p side of a patch, C channels, F findings,
 M = n · D width of the tokens of the last n blocks together, E width of GLoRI.

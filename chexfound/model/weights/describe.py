@@ -79,7 +79,7 @@ def _extras(**values: Any) -> str:
 
 
 def normalization(config: Input) -> str:
-    """What the model does to a uint8 image."""
+    """Give what the model does to a uint8 image."""
     if config.normalization == "zscore":
         return "zscore: each image by its own mean and deviation, (x − mean) / (deviation + 1), x of 0 … 255"
     return f"mean_std: (x / 255 − {_numbers(config.mean)}) / {_numbers(config.std)}"
@@ -90,7 +90,7 @@ def _numbers(value: float | tuple[float, ...]) -> str:
 
 
 def lines(weights: Weights, hints: bool = True) -> list[str]:
-    """What each part is, and what is beside them, for a terminal.
+    """Give what each part is, and what is beside them, for a terminal.
 
     Args:
         weights: of any source.
@@ -126,7 +126,7 @@ def table(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def sources(values: Mapping[str, Any]) -> list[str]:
-    """Where weights came from, a line for each file."""
+    """Say where weights came from, a line for each file."""
     return [_source(one) for one in values.get("files") or [values]]
 
 

@@ -28,7 +28,7 @@ Triple = float | tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What no shape tells, as the user says it; None: not said."""
+    """Hold what no shape tells, as the user says it; None: not said."""
 
     heads: int | None = None
     which: str = "teacher"
@@ -257,6 +257,6 @@ def dtypes(file: pth.File) -> list[str]:
 
 
 def said(file: pth.File) -> dict[str, Any]:
-    """What a file says beside its tensors."""
+    """Give what a file says beside its tensors."""
     pairs = file.values.items()
     return {key: value for key, value in pairs if (key, value) != ("format", "pt")}  # "pt": safetensors' own

@@ -1,4 +1,4 @@
-"""What a file or a folder of weights holds, as plain values and as lines of text."""
+"""Contents of a file or a folder of weights, as plain values and as lines of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN = "a run's model"
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What was found: plain values for JSON, and the model in parts if it is one."""
+    """Hold what was found: plain values for JSON, and the model in parts if it is one."""
 
     values: dict[str, Any]
     found: Weights | None

@@ -1,4 +1,4 @@
-"""What a site sees of its own images through the teacher, every so many steps: effective rank and a kNN probe.
+"""A probe of a site's own images through the teacher, every so many steps: effective rank and kNN.
 
 Images and labels stay; what is told is one figure of each, and only over enough images of enough
 patients (`health.FEWEST_IMAGES`, and at least `FEWEST_PATIENTS` or as the site's policy has it).

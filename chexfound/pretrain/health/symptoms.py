@@ -1,4 +1,4 @@
-"""What ails pretraining, by name: read off the rows of a learning curve (`health.py` says what they hold).
+"""Symptoms of what ails pretraining: read off the rows of a learning curve (`measures.py` says what they hold).
 
 A symptom is said when the mean over a window of steps is beyond its threshold, and so is each half of
 the window; it stays until the mean is back beyond a second, laxer one.  Nothing is said of a stage's first steps,
@@ -77,7 +77,7 @@ def judged_from(recipe: Recipe, step: int) -> int:
 
 
 def tail(rows: Sequence[Row]) -> list[Row]:
-    """What `symptoms` needs of the rows so far: the last TAIL, and before them those of the last PROBES probes."""
+    """Give what `symptoms` needs of the rows so far: the last TAIL, and before them those of the last PROBES probes."""
     probes = [row for row in rows[:-TAIL] if "rankme" in row][-PROBES:]
     return [*probes, *rows[-TAIL:]]
 

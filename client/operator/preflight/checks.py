@@ -28,7 +28,7 @@ _SHOWN = {"ok": "ok", "warning": "warning", "failed": "FAILED", "skipped": "-"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a check found: its state, what was measured, and what to do about it."""
+    """Hold what a check found: its state, what was measured, and what to do about it."""
 
     state: State
     text: str
@@ -82,7 +82,7 @@ class Subject:
 
     @property
     def server(self) -> Address:
-        """Where the coordinator is."""
+        """Give the coordinator's address."""
         assert self.federation is not None
         return self.federation.server
 

@@ -1,4 +1,4 @@
-"""What is looked at on this machine: keys, roster, code, policy, store, disk, memory, GPU."""
+"""Checks of this machine: keys, roster, code, policy, store, disk, memory, GPU."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def code(subject: Subject) -> Diagnosis:
 
 
 def policy(subject: Subject) -> Diagnosis:
-    """What the site demands in site.yaml can be read, and be had in this federation."""
+    """Check that what the site demands in site.yaml can be read, and be had in this federation."""
     assert subject.federation is not None  # `roster` has been well
     path, n = subject.home / "site.yaml", len(subject.federation.sites.sites)
     try:

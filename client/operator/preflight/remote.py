@@ -1,4 +1,4 @@
-"""What is looked at between this machine and the coordinator: the way, TLS, clocks, versions, the key, the uplink."""
+"""Checks between this machine and the coordinator: the way, TLS, clocks, versions, the key, the uplink."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def uplink(subject: Subject) -> Diagnosis:
 
 
 def _target(subject: Subject) -> tuple[Address, Address | None]:
-    """What is connected to, and the proxy if it is one.
+    """Give the address that is connected to, and the proxy if it is one.
 
     Raises: ConfigError if the environment names one that cannot be used.
     """

@@ -39,7 +39,7 @@ CONVERTED = (torch.float64, torch.float16, torch.bfloat16)  # 8 bits and fewer m
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """What a file holds: tensors by name, plain values beside them, and what is neither."""
+    """Hold what a file holds: tensors by name, plain values beside them, and what is neither."""
 
     path: Path
     format: str  # safetensors | pth
@@ -71,7 +71,7 @@ def read(path: Path) -> File:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Give the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -132,7 +132,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _calls(path: Path, error: Exception) -> list[str]:
-    """What a refused pickle would call, as far as it can be told; the pickle is parsed, not run."""
+    """Give what a refused pickle would call, as far as it can be told; the pickle is parsed, not run."""
     try:
         found = list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not a zip, or a damaged one
@@ -190,7 +190,7 @@ def _items(given: dict[Any, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _plain_value(value: Any) -> Any:
-    """What JSON and a table can have: text printable and cut, a number in 64 bits and finite or else as text."""
+    """Give what JSON and a table can have: text printable and cut, a number in 64 bits and finite or else as text."""
     if isinstance(value, int):
         return value if value.bit_length() < 64 else f"a number of {value.bit_length()} bits"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What others wrote is hostile until it was checked: every error on the way names the file, no name counts twice."""
+"""Checks of what others wrote: every error on the way names the file, no name counts twice."""
 
 from __future__ import annotations
 

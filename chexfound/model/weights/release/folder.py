@@ -63,7 +63,7 @@ class FromRun:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Stated:
-    """What is ours of config.json."""
+    """Hold what is ours of config.json."""
 
     format: Literal[1]
     kind: Literal["imported", "release"]
@@ -142,7 +142,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def stated(folder: Path) -> Stated | None:
-    """What config.json says, checked; None if there is none, or it is no folder's of ours.
+    """Give what config.json says, checked; None if there is none, or it is no folder's of ours.
 
     Raises: CheckpointError.
     """
@@ -160,7 +160,7 @@ def stated(folder: Path) -> Stated | None:
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """What config.json holds; all texts in it printable.
+    """Give what config.json holds; all texts in it printable.
 
     Raises: CheckpointError if it is absent or no JSON object.
     """

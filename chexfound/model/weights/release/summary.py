@@ -18,7 +18,7 @@ FROM_METRICS = ("date", "machine", "versions", "deployed")
 
 
 def of_recipe(weights: Weights) -> dict[str, Any]:
-    """What is known where only the model is at hand."""
+    """Give what is known where only the model is at hand."""
     recipe = weights.recipe
     assert recipe is not None
     pretrained = "pretrain" in recipe.phases

@@ -52,7 +52,7 @@ def names(module: VisionTransformer, image_px: int) -> dict[str, Tensor]:
 
 
 def config(backbone: Backbone, given: Input, image_px: int) -> dict[str, Any]:
-    """What timm needs of config.json."""
+    """Give what timm needs of config.json."""
     mean, std = channels(given, backbone.in_chans)
     return {
         "architecture": ENTRIES[backbone.ffn],
