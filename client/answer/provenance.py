@@ -1,4 +1,4 @@
-"""Where weights come from: a site takes those that its own recipe leads to from what it last accepted, and no others.
+"""Provenance of weights: a site takes those that its own recipe leads to from what it last accepted, and no others.
 
     HOME/weights/RUN/accepted.json     what was accepted last, in which round; and how far this site's own steps led
     HOME/weights/RUN/PHASE-ROUND.safetensors      the student and its teacher, or the head

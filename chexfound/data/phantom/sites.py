@@ -14,7 +14,7 @@ class Hospital:
 
     name: str
     prefix: str
-    """What its patient ids begin with."""
+    """Prefix of its patient ids."""
     institution: str
     modality: str
     """CR or DX."""
@@ -34,7 +34,7 @@ class Hospital:
     contrast: float
     """Steepness of the film curve."""
     brightness: float
-    """Where the film curve is centred, as a part of the range."""
+    """Centre of the film curve, as a part of the range."""
     edges: float
     """Weight of the unsharp mask."""
     code: tuple[float, float]
