@@ -58,6 +58,7 @@ VARIANTS = {
     "koleo-0": Variant(change={"dino.koleo_loss_weight": 0.0}),
     "koleo-0.3": Variant(change={"dino.koleo_loss_weight": 0.3}),
     "steps-1": Variant(change={"train.local_steps": 1, "train.rounds": 300}),  # a round a step
+    "by-size": Variant(change={"train.deal": "by_size"}),  # the batch dealt by the sites' images
     "iid": Variant(by="iid:4"),  # control: the same federation, patients dealt by lot
     "centralized": Variant(arm="centralized"),
     "one-share": Variant(change={"train.pooled_batch_size": 8}, arm="centralized"),  # pooled images, one site's batch
