@@ -5,8 +5,9 @@
 For each seed the whole recipe (pretrain, adapt, evaluate) of the federated arm, four times: under plain FedAvg
 (`rival`), under secure aggregation (`ours`), the same with Adam's moments that stay at the sites (`local`), and under
 plain FedAvg on two threads (`control`), whose sums have another order and so other last bits, nothing else.  A line a
-seed has the mean AUROC of each over the sites and findings, what the others differ by from `rival`, and how far the
-models' weights are apart; the last line has the means over the seeds and, of the differences, the 95 % interval
+seed has the mean AUROC of each over the sites and findings, what the others differ by from `rival` (`…_difference`, of
+the means; `…_apart`, the mean of the absolute differences by site and finding, which do not cancel; `…_most_apart`, the
+largest of them), and how far the models' weights are apart; the last line has the means over the seeds and, of the differences, the 95 % interval
 (Student's t).  If chance alone moves AUROC as far as masks do, then the two runs are two draws of one thing, and only
 the mean over seeds can tell them apart.
 
@@ -124,6 +125,8 @@ def compared(folders: dict[str, Path]) -> dict[str, Any]:
     for kind in OTHERS:
         apart = (models[kind][name].double() - models["rival"][name].double() for name in models["rival"])
         row[f"{kind}_difference"] = round(means[kind] - means["rival"], 4)
+        away = [abs(figures[kind][key] - figures["rival"][key]) for key in common]
+        row |= {f"{kind}_apart": round(statistics.mean(away), 4), f"{kind}_most_apart": round(max(away), 4)}
         row[f"{kind}_weights_apart"] = max(float(one.abs().max()) for one in apart)
     return row | {"figures": len(common)}
 
@@ -142,6 +145,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         mean = statistics.mean(differences)
         values[f"{kind}_difference"] = round(mean, 4)
         values[f"{kind}_largest"] = max(differences, key=abs)
+        values[f"{kind}_apart"] = round(statistics.mean(row[f"{kind}_apart"] for row in rows), 4)
         if len(rows) > 1:
             half = scipy.stats.t.ppf(0.975, len(rows) - 1) * statistics.stdev(differences) / len(rows) ** 0.5
             values[f"{kind}_ci"] = [round(mean - half, 4), round(mean + half, 4)]

@@ -43,27 +43,29 @@ def test_what_all_were_judged_on_is_compared(bench: ModuleType, tmp_path: Path) 
             "rival": left(tmp_path / "rival", {"alpha": 0.6, "beta": 0.8, "delta": 0.9}, 1.0),
             "ours": left(tmp_path / "ours", {"alpha": 0.6, "beta": 0.7, "delta": None}, 0.75),
             "local": left(tmp_path / "local", {"alpha": 0.6, "beta": 0.8, "delta": 0.1}, 0.5),
-            "control": left(tmp_path / "control", {"alpha": 0.9, "beta": 0.7, "delta": 0.9}, 1.5),
+            "control": left(tmp_path / "control", {"alpha": 0.9, "beta": 0.5, "delta": 0.9}, 1.5),
         }
     )
     assert row == {
-        "rival": 0.7, "ours": 0.65, "local": 0.7, "control": 0.8, "figures": 2,
-        "ours_difference": -0.05, "ours_weights_apart": 0.25,
-        "local_difference": 0.0, "local_weights_apart": 0.5,
-        "control_difference": 0.1, "control_weights_apart": 0.5,
+        "rival": 0.7, "ours": 0.65, "local": 0.7, "control": 0.7, "figures": 2,
+        "ours_difference": -0.05, "ours_apart": 0.05, "ours_most_apart": 0.1, "ours_weights_apart": 0.25,
+        "local_difference": 0.0, "local_apart": 0.0, "local_most_apart": 0.0, "local_weights_apart": 0.5,
+        # One site .3 up, the other .3 down: the means are equal, and the figures are not.
+        "control_difference": 0.0, "control_apart": 0.3, "control_most_apart": 0.3, "control_weights_apart": 0.5,
     }  # fmt: skip
 
 
 def test_the_interval_is_student_s(bench: ModuleType) -> None:
     """t(0.975; 2) = 4.3027, of differences -0.01, 0.00 and 0.01."""
     rows = [
-        {"rival": 0.5, "ours": 0.5 + one, "ours_difference": one}
-        | {"control": 0.5, "control_difference": 0.0, "local": 0.5, "local_difference": 0.0}
+        {"rival": 0.5, "ours": 0.5 + one, "ours_difference": one, "ours_apart": 0.03 + one, "control_apart": 0.0}
+        | {"control": 0.5, "control_difference": 0.0, "local": 0.5, "local_difference": 0.0, "local_apart": 0.0}
         for one in (-0.01, 0.0, 0.01)
     ]
     values = bench.over_seeds(rows)
     assert values["ours_ci"] == [-0.0248, 0.0248]
     assert (values["ours_difference"], abs(values["ours_largest"]), values["ratio"]) == (0.0, 0.01, 1.0)
+    assert values["ours_apart"] == 0.03
     assert "ours_ci" not in bench.over_seeds(rows[:1])
 
 
