@@ -1,6 +1,6 @@
 """Multi-crop and photometry on grey uint8 by OpenCV: one affine warp and one table a crop.
 
-What is done to which crop is drawn in `crops.py`; `augment_torch.py` renders the same plans on a device.
+What is done to which crop is drawn in `geometry.py`; `on_device.py` renders the same plans on a device.
 OpenCV lets go of the interpreter while it works, so threads may render parts of a batch.
 """
 
