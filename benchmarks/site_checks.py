@@ -44,12 +44,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of a round (default: the preset's)")
     parser.add_argument("--batch", type=int, default=8, help="images a step (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="beside the first (default %(default)s)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="compute_precision.param_dtype=fp32"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     changes = {"train.saveckp_freq": 0, "health.eval_period_iterations": 0}
     changes |= {"train.local_steps": options.steps} if options.steps else {}
     try:
-        recipe = recipes.load(options.preset, changes)
+        recipe = recipes.load(options.preset, changes | recipes.parse_overrides(options.set))
         with tempfile.TemporaryDirectory() as scratch:
             ingest(options.data, Path(scratch) / "store", recipe.image_px)
             row = measure(recipe, Path(scratch), options.batch, options.rounds)
@@ -90,6 +93,7 @@ def measure(recipe: Recipe, scratch: Path, batch: int, rounds: int) -> dict[str,
         "preset": recipe.name,
         "steps": recipe.train.local_steps,
         "batch": batch,
+        "dtype": recipe.compute_precision.param_dtype,
     }
 
 
