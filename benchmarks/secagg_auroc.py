@@ -7,9 +7,9 @@ For each seed the whole recipe (pretrain, adapt, evaluate) of the federated arm,
 plain FedAvg on two threads (`control`), whose sums have another order and so other last bits, nothing else.  A line a
 seed has the mean AUROC of each over the sites and findings, what the others differ by from `rival` (`…_difference`, of
 the means; `…_apart`, the mean of the absolute differences by site and finding, which do not cancel; `…_most_apart`, the
-largest of them), and how far the models' weights are apart; the last line has the means over the seeds and, of the
-differences, the 95 % interval (Student's t).  If chance alone moves AUROC as far as masks do, then the two runs are two
-draws of one thing, and only the mean over seeds can tell them apart.
+largest of them), and how far the models' weights are apart; the last line has the means over the seeds, the largest of
+all (`…_most_apart`) and, of the differences, the 95 % interval (Student's t).  If chance alone moves AUROC as far as
+masks do, then the two runs are two draws of one thing, and only the mean over seeds can tell them apart.
 
 DIR: images as `chexfound-sim` takes them, of at least four sites that label the same (default: phantoms of 4 hospitals
 with 60 patients each, as `make demo` draws them).  A run that is done is kept in --work: the same command goes on.
@@ -146,6 +146,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values[f"{kind}_difference"] = round(mean, 4)
         values[f"{kind}_largest"] = max(differences, key=abs)
         values[f"{kind}_apart"] = round(statistics.mean(row[f"{kind}_apart"] for row in rows), 4)
+        values[f"{kind}_most_apart"] = max(row[f"{kind}_most_apart"] for row in rows)
         if len(rows) > 1:
             half = scipy.stats.t.ppf(0.975, len(rows) - 1) * statistics.stdev(differences) / len(rows) ** 0.5
             values[f"{kind}_ci"] = [round(mean - half, 4), round(mean + half, 4)]

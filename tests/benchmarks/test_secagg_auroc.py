@@ -57,15 +57,22 @@ def test_what_all_were_judged_on_is_compared(bench: ModuleType, tmp_path: Path) 
 
 def test_the_interval_is_student_s(bench: ModuleType) -> None:
     """t(0.975; 2) = 4.3027, of differences -0.01, 0.00 and 0.01."""
+    still = {"": 0.5, "_difference": 0.0, "_apart": 0.0, "_most_apart": 0.0}
     rows = [
-        {"rival": 0.5, "ours": 0.5 + one, "ours_difference": one, "ours_apart": 0.03 + one, "control_apart": 0.0}
-        | {"control": 0.5, "control_difference": 0.0, "local": 0.5, "local_difference": 0.0, "local_apart": 0.0}
+        {f"{kind}{name}": value for kind in ("local", "control") for name, value in still.items()}
+        | {
+            "rival": 0.5,
+            "ours": 0.5 + one,
+            "ours_difference": one,
+            "ours_apart": 0.03 + one,
+            "ours_most_apart": 0.1 - one,
+        }
         for one in (-0.01, 0.0, 0.01)
     ]
     values = bench.over_seeds(rows)
     assert values["ours_ci"] == [-0.0248, 0.0248]
     assert (values["ours_difference"], abs(values["ours_largest"]), values["ratio"]) == (0.0, 0.01, 1.0)
-    assert values["ours_apart"] == 0.03
+    assert (values["ours_apart"], values["ours_most_apart"]) == (0.03, 0.11)
     assert "ours_ci" not in bench.over_seeds(rows[:1])
 
 
