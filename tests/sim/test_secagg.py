@@ -123,10 +123,11 @@ def test_what_it_leaves(masked: Any) -> None:
 def test_its_model_can_be_released(masked: Any, tmp_path: Path) -> None:
     source = masked.out / "work" / "seed-0" / "federated"
     assert chexfound_command(["weights", "export", str(source), "--out", str(tmp_path / "release")]) == 0
-    train = read_journal(source / "journal.jsonl")[0]["totals"]["train"]
+    totals = read_journal(source / "journal.jsonl")[0]["totals"]
+    train = totals["train"]
     summary = json.loads((tmp_path / "release" / "training_summary.json").read_text())
     assert summary["all_sites"]["train"] == train
-    sites = f"**Sites**: alpha, beta, delta, epsilon (together {train} images)."
+    sites = f"**Sites**: alpha, beta, delta, epsilon (together {train} training images; {totals['patients']} patients)."
     assert sites in (tmp_path / "release" / "README.md").read_text()
 
 
