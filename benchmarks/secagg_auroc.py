@@ -1,6 +1,6 @@
 """What a run under secure aggregation is worth beside the same run under plain FedAvg, and what chance does to both.
 
-    python benchmarks/secagg_auroc.py [--data DIR] [--recipe demo] [--seeds 0,1,2] [--work DIR] [--json]
+    python benchmarks/secagg_auroc.py [--data DIR] [--recipe demo] [--seeds 0,1,2] [--kinds ours,local,control] [--json]
 
 For each seed the whole recipe (pretrain, adapt, evaluate) of the federated arm, four times: under plain FedAvg
 (`rival`), under secure aggregation (`ours`), the same with Adam's moments that stay at the sites (`local`), and under
@@ -10,6 +10,8 @@ the means; `…_apart`, the mean of the absolute differences by site and finding
 largest of them), and how far the models' weights are apart; the last line has the means over the seeds, the largest of
 all (`…_most_apart`) and, of the differences, the 95 % interval (Student's t).  If chance alone moves AUROC as far as
 masks do, then the two runs are two draws of one thing, and only the mean over seeds can tell them apart.
+
+--kinds: which of the last three to run beside `rival`, so that a look at masks alone takes two runs a seed.
 
 DIR: images as `chexfound-sim` takes them, of at least four sites that label the same (default: phantoms of 4 hospitals
 with 60 patients each, as `make demo` draws them).  A run that is done is kept in --work: the same command goes on.
@@ -55,6 +57,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="images of four or more sites (default: phantoms)")
     parser.add_argument("--recipe", default="demo", help="a preset or a YAML file (default: demo)")
     parser.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
+    parser.add_argument("--kinds", default=",".join(OTHERS), help=f"beside rival; default: {','.join(OTHERS)}")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as of chexfound-sim")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one core each (default: 2)")
     parser.add_argument("--work", type=Path, help="keep the runs there, and go on with what is there")
@@ -62,10 +65,13 @@ def main() -> int:
     options = parser.parse_args()
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
+        kinds = options.kinds.split(",")
+        if odd := set(kinds) - set(OTHERS):
+            raise ConfigError(f"--kinds {','.join(sorted(odd))!r}: there are {', '.join(OTHERS)}")
         with tempfile.TemporaryDirectory() as scratch:
             work = options.work or Path(scratch)
             work.mkdir(parents=True, exist_ok=True)
-            for name, row in measure(options.data, options.recipe, options.set, seeds, options.jobs, work):
+            for name, row in measure(options.data, options.recipe, options.set, seeds, kinds, options.jobs, work):
                 print(benchmark_line(name, PACKAGES, **row) if options.json else f"{name}: {row}", flush=True)
     except ChexfoundError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,7 +80,13 @@ def main() -> int:
 
 
 def measure(
-    data: Path | None, recipe: str, settings: Sequence[str], seeds: Sequence[int], jobs: int, work: Path
+    data: Path | None,
+    recipe: str,
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    kinds: Sequence[str],
+    jobs: int,
+    work: Path,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """A line a seed as it is done, then the line of all."""
     store = work / "store"
@@ -87,8 +99,8 @@ def measure(
     with ThreadPoolExecutor(jobs) as pool:
         asked = {
             seed: {
-                kind: pool.submit(run, store, recipe, (*settings, *values), seed, work / f"{kind}-{seed}")
-                for kind, values in KINDS.items()
+                kind: pool.submit(run, store, recipe, (*settings, *KINDS[kind]), seed, work / f"{kind}-{seed}")
+                for kind in ("rival", *kinds)
             }
             for seed in seeds
         }
@@ -103,9 +115,12 @@ def run(store: Path, recipe: str, settings: Sequence[str], seed: int, out: Path)
     """`chexfound-sim` on one core; nothing where its figures are there already."""
     if (out / "metrics.json").exists():
         return out
-    command = [sys.executable, "-m", "sim.cli", "--data", str(store), "--recipe", recipe, "--out", str(out)]
-    command += ["--arms", "federated", "--seeds", str(seed), "--workers", "1", *(["--resume"] if out.exists() else [])]
-    command += [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "sim.cli", "--out", str(out), "--workers", "1"]
+    if (out / "simulation.json").exists():  # which has all the rest
+        command += ["--resume"]
+    else:
+        command += ["--data", str(store), "--recipe", recipe, "--arms", "federated", "--seeds", str(seed)]
+        command += [word for setting in settings for word in ("--set", setting)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode:
         raise ConfigError(f"chexfound-sim ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -122,7 +137,7 @@ def compared(folders: dict[str, Path]) -> dict[str, Any]:
         for kind, folder in folders.items()
     }
     row: dict[str, Any] = {kind: round(mean, 4) for kind, mean in means.items()}
-    for kind in OTHERS:
+    for kind in (kind for kind in folders if kind != "rival"):
         apart = (models[kind][name].double() - models["rival"][name].double() for name in models["rival"])
         row[f"{kind}_difference"] = round(means[kind] - means["rival"], 4)
         away = [abs(figures[kind][key] - figures["rival"][key]) for key in common]
@@ -139,8 +154,9 @@ def aurocs(metrics: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means, the differences with their intervals, and the ratio of the two mean AUROCs."""
-    values: dict[str, Any] = {kind: round(statistics.mean(row[kind] for row in rows), 4) for kind in KINDS}
-    for kind in OTHERS:
+    kinds = [kind for kind in KINDS if kind in rows[0]]
+    values: dict[str, Any] = {kind: round(statistics.mean(row[kind] for row in rows), 4) for kind in kinds}
+    for kind in kinds[1:]:
         differences = [row[f"{kind}_difference"] for row in rows]
         mean = statistics.mean(differences)
         values[f"{kind}_difference"] = round(mean, 4)
@@ -150,7 +166,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if len(rows) > 1:
             half = scipy.stats.t.ppf(0.975, len(rows) - 1) * statistics.stdev(differences) / len(rows) ** 0.5
             values[f"{kind}_ci"] = [round(mean - half, 4), round(mean + half, 4)]
-    return values | {"ratio": round(values["ours"] / values["rival"], 4)}
+    return values | ({"ratio": round(values["ours"] / values["rival"], 4)} if "ours" in values else {})
 
 
 if __name__ == "__main__":

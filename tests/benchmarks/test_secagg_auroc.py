@@ -74,6 +74,10 @@ def test_the_interval_is_student_s(bench: ModuleType) -> None:
     assert (values["ours_difference"], abs(values["ours_largest"]), values["ratio"]) == (0.0, 0.01, 1.0)
     assert (values["ours_apart"], values["ours_most_apart"]) == (0.03, 0.11)
     assert "ours_ci" not in bench.over_seeds(rows[:1])
+    lone = {name: value for name, value in rows[0].items() if "local" not in name and "control" not in name}
+    assert set(bench.over_seeds([lone])) == {
+        "rival", "ours", "ours_difference", "ours_largest", "ours_apart", "ours_most_apart", "ratio",
+    }  # fmt: skip
 
 
 def test_a_run_that_is_done_is_not_done_again(
@@ -92,8 +96,10 @@ def test_a_run_that_is_done_is_not_done_again(
     with pytest.raises(ConfigError, match="ended with 3: no such finding"):
         bench.run(tmp_path / "store", "demo", ("threads=2",), 5, tmp_path / "new")
     (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "simulation.json").write_text("{}")
     with pytest.raises(ConfigError):
         bench.run(tmp_path / "store", "demo", (), 5, tmp_path / "begun")
     assert asked[0][:3] == [sys.executable, "-m", "sim.cli"]
     assert asked[0][-2:] == ["--set", "threads=2"]
-    assert ["--resume" in one for one in asked] == [False, True]
+    assert "--resume" not in asked[0]
+    assert asked[1][3:] == ["--out", str(tmp_path / "begun"), "--workers", "1", "--resume"]  # refused with more

@@ -1,15 +1,17 @@
 """The symbolic model of model.py is the code's: on the same traces both accept and both refuse, check by check.
 
+Here one check stands alone; test_traces.py plays whole random strategies, and test_second_asking.py asks twice.
 Site 0 of the model colludes and is S00 of the cohort; names that it invents are strangers, each with keys of its own.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from chexfound.secagg import keys, messages, site
 from chexfound.secagg.keys import Secrets
 from chexfound.secagg.messages import Advert, Packet
 from chexfound.secagg.parameters import MINIMUM, Parameters
-from chexfound.secagg.site import Side, advertise, check_adverts, pair_mask
+from chexfound.secagg.site import Side, advertise, pair_mask
 from tests.secagg import model
 from tests.secagg.cohort import ATTEMPT, Cohort, deal, identity
 from tests.secagg.model import Check
@@ -39,7 +41,7 @@ STRANGERS = range(N, N + T)
 # Each check of the model, and the word by which a site refuses what it forbids; None: nothing is refused, since what
 # two sites make no longer fits (each has a test below, or in the file that is named).
 REFUSED: dict[Check, str | None] = {
-    K.ROSTER_N: "secagg.parameters",  # tests/client/test_hostile_coordinator.py: other-threshold, fewer-sites
+    K.ROSTER_N: "secagg.parameters",  # test_second_asking.py
     K.U1_ROSTER: "secagg.cohort",
     K.U1_SIGNED: "secagg.signature",
     K.U1_OWN: "secagg.cohort",
@@ -52,7 +54,7 @@ REFUSED: dict[Check, str | None] = {
     K.U2_IN_U1: "secagg.sharers",
     K.U2_OWN: "secagg.sharers",
     K.U2_SIZE: "secagg.sharers",
-    K.ONE_U2: "secagg.repeat",  # tests/client/test_hostile_coordinator.py: what is asked twice
+    K.ONE_U2: "secagg.repeat",  # likewise
     K.SEEDS_CONTEXT: None,
     K.SEEDS_U2: None,
     K.SEEDS_NAMES: None,
@@ -69,8 +71,32 @@ REFUSED: dict[Check, str | None] = {
     K.SIGNED_U2: "secagg.signature",
     K.SIGNED_U3: "secagg.signature",
     K.ONE_ANSWER: "secagg.repeat",  # likewise
-    K.JOURNAL: "secagg.differencing",  # tests/client/test_differencing.py
+    K.JOURNAL: "secagg.differencing",  # likewise
     K.FRESH_KEYS: None,
+}
+
+# Every refusal in the text of site.py, by the words that it begins with, and the check that it makes.  None: the model
+# has no such case.  Its sets hold nobody twice, and one packet comes of each; blame for wrong shares is not in it.
+RAISED: dict[str, Check | None] = {
+    "a site stands among the adverts twice": None,
+    "this site's own advert is not among them": K.U1_OWN,
+    " sites advertise, fewer than the threshold ": K.U1_SIZE,
+    "a key in a second encoding": K.U1_KEYS,
+    "two adverts have a key in common": K.U1_KEYS,
+    "sites among the sharers that did not advertise": K.U2_IN_U1,
+    "this site is not among the sharers": K.U2_OWN,
+    " sharers, fewer than the threshold ": K.U2_SIZE,
+    "the packets are not one of each sharer": None,
+    "a packet of  for another site": None,
+    "WrongSharesError": K.SEALS_OPEN,
+    "the shares of  are not two": None,
+    "a share of  is not the one that it signed": None,
+    "sites among the survivors that did not share": K.U3_IN_U2,
+    "this site is not among the survivors": K.U3_OWN,
+    " survivors, fewer than ": K.U3_SIZE,
+    "fewer than  survivors label ": K.FINDING_U3,
+    "a signature of a site that is not among the survivors": K.SIGNERS_IN_U3,
+    " signatures, fewer than ": K.SIGNERS,
 }
 
 
@@ -93,12 +119,51 @@ def code_of(act: Callable[[], Any]) -> str | None:
     return None
 
 
-def test_every_check_is_mapped_and_every_word_is_some_checks() -> None:
+def begins(node: ast.stmt) -> tuple[str, str] | None:
+    """The words that a refusal begins with, of RAISED where they are there, and its code; None for what is none."""
+    if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+        return None
+    assert isinstance(node.exc.func, ast.Name)
+    if node.exc.func.id != "RefusedError":
+        return node.exc.func.id, "secagg.shares"
+    code, words = node.exc.args
+    parts = words.values if isinstance(words, ast.JoinedStr) else [words]
+    said = "".join(str(part.value) for part in parts if isinstance(part, ast.Constant))
+    return next((one for one in RAISED if said.startswith(one)), said), ast.literal_eval(code)
+
+
+def refusals(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """All refusals of some code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and (found := begins(node)) is not None:
+            yield found
+
+
+def without(check: Check) -> ModuleType:
+    """site.py without the lines that make a check."""
+
+    class Drop(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.stmt:  # noqa: N802
+            self.generic_visit(node)
+            found = begins(node.body[0])
+            return ast.Pass() if found is not None and RAISED[found[0]] is check else node
+
+    tree = Drop().visit(ast.parse(inspect.getsource(site)))
+    mutant = ModuleType(site.__name__)
+    exec(compile(ast.fix_missing_locations(tree), "site.py without a check", "exec"), vars(mutant))  # noqa: S102
+    return mutant
+
+
+def test_every_check_is_mapped() -> None:
     assert set(REFUSED) == set(Check)
     assert set(filter(None, REFUSED.values())) <= set(REFUSALS)
-    said = set(re.findall(r'"(secagg\.[a-z-]+)"', inspect.getsource(site)))
-    assert len(said) > 5
-    assert said <= set(REFUSED.values())
+
+
+def test_every_refusal_of_a_site_is_some_checks_and_by_its_word() -> None:
+    found = list(refusals(ast.parse(inspect.getsource(site))))
+    assert sorted(words for words, _ in found) == sorted(RAISED)
+    words = {(check, code) for begin, code in found if (check := RAISED[begin]) is not None}
+    assert words == {(check, REFUSED[check]) for check, _ in words}
 
 
 # -- U1
@@ -120,8 +185,8 @@ def forged(site: int) -> Advert:
 Told = tuple[int, int]  # U1, and which of its honest sites are forged
 
 
-def share(told: Told) -> str | None:
-    """How the site judges a U1."""
+def share(told: Told, code: ModuleType = site) -> str | None:
+    """How the site judges a U1, or one that has some other `code`."""
     u1, false = told
     adverts = [
         forged(site) if false >> site & 1 else stranger(site) if site >= N else COHORT.adverts[names([site])[0]]
@@ -129,7 +194,7 @@ def share(told: Told) -> str | None:
         if u1 >> site & 1
     ]
     own = COHORT.adverts[names([ME])[0]]
-    return code_of(lambda: check_adverts(adverts, own, ATTEMPT, COHORT.sites, COHORT.parameters))
+    return code_of(lambda: code.check_adverts(adverts, own, ATTEMPT, COHORT.sites, COHORT.parameters))
 
 
 def u1s(*off: Check) -> set[Told]:
@@ -139,12 +204,12 @@ def u1s(*off: Check) -> set[Told]:
 # -- U2
 
 
-def masked(u2: int, packets: dict[tuple[str, str], Packet] | None = None) -> str | None:
+def masked(u2: int, code: ModuleType = site, packets: dict[tuple[str, str], Packet] | None = None) -> str | None:
     """How the site judges a U2 after a U1 of all, with a packet of each."""
     me, sharers = names([ME])[0], names(u2)
     there = {**PACKETS, **(packets or {})}
     given = [there.get((dealer, me)) or replace(PACKETS[me, me], dealer=dealer) for dealer in sharers]
-    return code_of(lambda: SIDES[me].check_sharers(sharers, given))
+    return code_of(lambda: code.Side(**vars(SIDES[me])).check_sharers(sharers, given))
 
 
 def attempt(*off: Check, request: Sequence[int] = (1,) * (N - C)) -> model.Attempt:
@@ -158,10 +223,10 @@ def u2s(*off: Check, request: Sequence[int] = (1,) * (N - C)) -> set[int]:
 # -- U3
 
 
-def consistency(trace: tuple[int, int]) -> str | None:
+def consistency(trace: tuple[int, int], code: ModuleType = site) -> str | None:
     """How the site judges a U3 after a U2."""
     u2, u3 = trace
-    side = SIDES[names([ME])[0]]
+    side = code.Side(**vars(SIDES[names([ME])[0]]))
     summed = [finding for finding in ["Nodule"] if finding not in side.zeroed(["Nodule"], names(u2))]
     return code_of(lambda: side.sign_survivors(names(u2), names(u3), summed))
 
@@ -173,7 +238,7 @@ def u3s(*off: Check) -> set[tuple[int, int]]:
     return {(u2, u3) for u2, u3 in found if u3 is not None}
 
 
-STAGES: dict[str, tuple[Callable[..., set[Any]], Callable[[Any], str | None], list[Check]]] = {
+STAGES: dict[str, tuple[Callable[..., set[Any]], Callable[..., str | None], list[Check]]] = {
     "U1": (u1s, share, [K.U1_ROSTER, K.U1_SIGNED, K.U1_OWN, K.U1_SIZE]),
     "U2": (u2s, masked, [K.U2_IN_U1, K.U2_OWN, K.U2_SIZE]),
     "U3": (u3s, consistency, [K.U3_IN_U2, K.U3_OWN, K.U3_SIZE, K.FINDING_U3]),
@@ -198,16 +263,48 @@ def test_what_only_one_check_refuses_the_site_refuses_by_its_word(check: Check) 
     assert {judge(trace) for trace in traces} <= words
 
 
-def test_keys_that_two_adverts_share_are_refused() -> None:
+LONE = [check for _, _, checks in STAGES.values() for check in checks if check in RAISED.values()]
+
+
+@pytest.mark.parametrize("check", LONE, ids=lambda check: check.name)
+def test_a_site_without_a_check_accepts_what_only_it_refuses(check: Check) -> None:
+    """So it is this check's lines that refuse, and the test above fails without them."""
+    accepted, judge, _ = next(stage for stage in STAGES.values() if check in stage[2])
+    traces = [trace for trace in accepted(check) - accepted() if not strange(trace) or check is K.U2_IN_U1]
+    mutant = without(check)
+    judged = {judge(trace, mutant) for trace in traces}
+    assert judged == ELSE.get(check, {None})
+
+
+# What else refuses: an own advert with other keys is signed by nobody (the model leaves it to U1_OWN alone), and a
+# sharer that did not advertise has no key by which its packet is signed.
+ELSE = {K.U1_OWN: {None, "secagg.signature"}, K.U2_IN_U1: {"secagg.cohort"}}
+
+
+def strange(trace: int | tuple[int, ...]) -> bool:
+    """Whether names of no roster are in it, which have no advert to be looked up."""
+    return any(one >> N for one in (trace if isinstance(trace, tuple) else (trace,)))
+
+
+def twin(key: str) -> str:
+    """The second encoding of an X25519 key, whose top bit nobody reads (the model's `twin_keys`)."""
+    raw = bytes.fromhex(key)
+    return (raw[:31] + bytes([raw[31] | 0x80])).hex()
+
+
+@pytest.mark.parametrize("encoded", [str, twin], ids=["as-it-is", "in-a-second-encoding"])
+def test_keys_that_two_adverts_share_are_refused(encoded: Callable[[str], str]) -> None:
     """The model's `keys`: the colluder shows an honest site's mask key as its own."""
-    own = COHORT.adverts["S02"]
-    copied = replace(COHORT.adverts["S00"], mask=COHORT.adverts["S03"].mask).signed(identity("S00"), ATTEMPT)
+    own, key = COHORT.adverts["S02"], encoded(COHORT.adverts["S03"].mask)
+    copied = replace(COHORT.adverts["S00"], mask=key).signed(identity("S00"), ATTEMPT)
     told = cohort(copies=True, twin_keys=False)
     assert all(shown == (0,) for u1, _, shown in model.told_options(told, ME) if u1 == ALL)
     off = replace(told, off=frozenset({K.U1_KEYS}))
     assert any(shown == (3,) for u1, _, shown in model.told_options(off, ME) if u1 == ALL)
     adverts = [copied if advert.site == "S00" else advert for advert in COHORT.adverts.values()]
-    assert code_of(lambda: check_adverts(adverts, own, ATTEMPT, COHORT.sites, COHORT.parameters)) == "secagg.cohort"
+    for code, word in [(site, REFUSED[K.U1_KEYS]), (without(K.U1_KEYS), None)]:
+        judge = code.check_adverts
+        assert code_of(lambda: judge(adverts, own, ATTEMPT, COHORT.sites, COHORT.parameters)) == word  # noqa: B023
 
 
 # -- what one site was told, and another was not
@@ -231,14 +328,16 @@ def test_contexts_cover_what_the_model_says(kind: Check) -> None:
 
 
 def elsewhere(context: bytes) -> dict[tuple[str, str], Packet]:
-    """What S03 deals, signed as for this site's context, and sealed under another."""
-    dealt = deal({"S03": replace(SIDES["S03"], context=context)})
-    there = deal({"S03": SIDES["S03"]})
-    both = {
-        pair: replace(packet, sealed=dealt[pair].sealed).signed(identity("S03"), ATTEMPT, COHORT.context())
-        for pair, packet in there.items()
-    }
-    return both
+    """What S03 deals, all of it for this site's context but the seals, which are under another."""
+    resealed = {}
+    for pair, packet in deal({"S03": SIDES["S03"]}).items():
+        dealer, holder = pair
+        ends = COHORT.secrets[holder].cipher, COHORT.adverts[dealer].cipher
+        text = keys.unseal(*ends, ATTEMPT, COHORT.context(), pair, bytes.fromhex(packet.sealed))
+        ends = COHORT.secrets[dealer].cipher, COHORT.adverts[holder].cipher
+        sealed = keys.seal(*ends, ATTEMPT, context, pair, text).hex()
+        resealed[pair] = replace(packet, sealed=sealed).signed(identity(dealer), ATTEMPT, COHORT.context())
+    return resealed
 
 
 @pytest.mark.parametrize("kind", [K.CONTEXT_U1, K.CONTEXT_REQUEST], ids=lambda k: k.name)
@@ -250,9 +349,11 @@ def test_shares_sealed_under_another_context_do_not_open(kind: Check) -> None:
     refused = off - full
     assert refused
     assert refused <= u2s(K.SEALS_OPEN, request=request) - full
-    packets = elsewhere(other_context(kind))
-    assert {masked(u2, packets) for u2 in refused} == {REFUSED[K.SEALS_OPEN]} == {REFUSED[K.SEALS_CONTEXT]}
-    assert {masked(u2, packets) for u2 in full} == {None}
+    packets, open_ = elsewhere(other_context(kind)), without(K.SEALS_OPEN)
+    assert {masked(u2, packets=packets) for u2 in refused} == {REFUSED[K.SEALS_OPEN]} == {REFUSED[K.SEALS_CONTEXT]}
+    assert {masked(u2, packets=packets) for u2 in full} == {None}
+    assert {masked(u2, packets=elsewhere(COHORT.context())) for u2 in refused} == {None}
+    assert {masked(u2, open_, packets) for u2 in refused} == {None}
 
 
 def seeds(side: Side, sharers: int, site: str, other: str) -> bytes:
@@ -293,18 +394,21 @@ def signatures(signers: Iterable[str], u2: int, u3: int, context: bytes) -> dict
     return {name: signing.sign(identity(name), signing.SURVIVORS, fields).hex() for name in signers}
 
 
-def unmask(given: dict[str, str], u2: int = ALL, u3: int = ALL) -> str | None:
-    return code_of(lambda: SIDES["S02"].check_signers(names(u2), names(u3), given))
+def unmask(given: dict[str, str], u2: int = ALL, u3: int = ALL, code: ModuleType = site) -> str | None:
+    return code_of(lambda: code.Side(**vars(SIDES["S02"])).check_signers(names(u2), names(u3), given))
 
 
 @pytest.mark.parametrize("u3", [ALL, ALL & ~1, ALL & ~(1 << 3)], ids=["all", "without-the-colluder", "without-S03"])
 def test_a_threshold_of_survivors_signs(u3: int) -> None:
-    """SIGNERS, SIGNERS_DISTINCT and SIGNERS_IN_U3, for every set of signers."""
+    """SIGNERS, SIGNERS_DISTINCT and SIGNERS_IN_U3, for every set of signers; and a site without one of them."""
+    few, outside = without(K.SIGNERS), without(K.SIGNERS_IN_U3)
     for size in range(N + 1):
         for signers in combinations(range(N), size):
             given = signatures(names(signers), ALL, u3, COHORT.context())
             inside = sum(1 << site for site in signers) & ~u3 == 0
             assert unmask(given, u3=u3) == (None if inside and size >= T else REFUSED[K.SIGNERS])
+            assert (unmask(given, u3=u3, code=few) is None) == inside
+            assert (unmask(given, u3=u3, code=outside) is None) == (size >= T)
 
 
 @pytest.mark.parametrize(
