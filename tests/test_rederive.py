@@ -16,7 +16,7 @@ from chexfound.contract.request import Reply, Request
 from chexfound.data.store.reader import Store
 from chexfound.data.store.split import Membership, View
 from chexfound.durable import journal
-from chexfound.errors import ProtocolError, SiteError
+from chexfound.errors import ProtocolError, SiteError, StateError
 from chexfound.model import checkpoint
 from chexfound.phases import dispatch
 from chexfound.pretrain.train import Pretrainer, initial_weights
@@ -265,7 +265,7 @@ def test_a_site_that_lost_its_state_is_sent_the_teacher_by_resuming(
 def test_what_a_site_lacks_is_told_with_what_to_do(make_site: Any, recipe: Any) -> None:
     student = {name: tensor for name, tensor in initial_weights(recipe).items() if name.startswith("student.")}
     request = Request(phase="pretrain", round=1, step=2, steps=2, batch_size=4, tensors=student)
-    with pytest.raises(dispatch.StateError, match="needs the weights that the round before began with.*resume the run"):
+    with pytest.raises(StateError, match="needs the weights that the round before began with.*resume the run"):
         dispatch.run(make_site("alpha"), recipe, request)
 
 
