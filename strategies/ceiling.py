@@ -14,7 +14,7 @@ OUTSIZED = 10  # times the median of the sites' images, from which on a site is 
 
 
 def share(n: int) -> float:
-    """Give what one of n sites may be of their sum."""
+    """Give the largest share that one of n sites may have of their sum: max(1/2, 2/n), and 1 of a lone one."""
     return max(0.5, 2 / n) if n > 1 else 1.0
 
 

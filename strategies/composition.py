@@ -119,7 +119,7 @@ SECAGG = (
 
 
 def check(recipe: Recipe, n_sites: int | None) -> None:
-    """That a recipe's aggregation can do what the recipe asks of it, before any site is contacted.
+    """Check that a recipe's aggregation can do what the recipe asks of it, before any site is contacted.
 
     Args:
         recipe: to be run.

@@ -75,7 +75,7 @@ class Limits:
     masked: bool  # runs in the clear are refused
 
     def as_dict(self) -> dict[str, Any]:
-        """As it travels."""
+        """Give these limits as plain JSON values, as they travel."""
         values: dict[str, Any] = TypeAdapter(Limits).dump_python(self, mode="json")
         return values
 
@@ -108,7 +108,7 @@ class Verdict:
 
     @property
     def line(self) -> str:
-        """As it may stand in site.yaml."""
+        """Give the line that may stand in site.yaml for what is granted."""
         section, dot, key = self.key.rpartition(".")
         return f"{section}: {{{key}: {self.granted}}}" if dot else f"{key}: {self.granted}"
 

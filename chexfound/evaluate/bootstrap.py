@@ -38,7 +38,7 @@ def interval(values: np.ndarray, confidence: float) -> list[float] | None:
 
 
 def lone_class(patients: Iterable[str], labels: Iterable[int]) -> str | None:
-    """Which class is one patient's, if one is: its scatter is not seen, an interval would be too narrow."""
+    """Say which class is of one patient, if one is: its scatter is not seen, an interval would be too narrow."""
     pairs = {(str(patient), int(label)) for patient, label in zip(patients, labels, strict=True)}
     for value, name in ((1, "positives"), (0, "negatives")):
         if sum(label == value for _, label in pairs) < 2:

@@ -84,7 +84,7 @@ class Roster:
     sites: Mapping[str, Keys] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is written and hashed."""
+        """Give the roster as plain JSON values, as it is written and hashed."""
         sites = {name: {"node": keys.node, "identity": keys.identity} for name, keys in sorted(self.sites.items())}
         return {"format": FORMAT, "federation": self.federation, "serial": self.serial, "sites": sites}
 

@@ -22,7 +22,7 @@ def to_come() -> int:
 
 
 def named(rank: int, of: int) -> str:
-    """How an error says which rank it is of."""
+    """Give the words with which an error says which rank it is of."""
     return f"GPU {rank} (of {of}): "
 
 

@@ -96,7 +96,7 @@ def total(number: int) -> int:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any rank says so."""
+    """Tell whether the flag of any rank is set; all ranks call this together."""
     return total(int(flag)) > 0
 
 

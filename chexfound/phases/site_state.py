@@ -90,7 +90,7 @@ class Site:
         return [self.view.store.keys[place] for place in ids]
 
     def told(self, ids: np.ndarray) -> Told:
-        """How many images these are, if they are of enough patients."""
+        """Count these images; suppressed if they are of fewer than `cells` patients."""
         return cells.told(len(ids), len(set(self.patients(ids))), self.cells)
 
     def findings(self) -> list[str]:

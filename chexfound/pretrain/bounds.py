@@ -125,7 +125,7 @@ class UpdateBound:
 
     @staticmethod
     def of(recipe: Recipe, phase: str, steps: range, *, resized: int = 0) -> UpdateBound:
-        """That of pretraining, or of the head in `adapt`."""
+        """Give the bound of these steps of pretraining, or of the head's in `adapt`."""
         if phase == "adapt":
             return _of_head(recipe, steps)
         optim, values = recipe.optim, [schedules.at(recipe, step) for step in steps]

@@ -117,7 +117,7 @@ class ReportedRun:
         return self._paired.get((against, site, finding))
 
     def over_seeds(self, against: str, site: str, finding: str) -> AcrossSeeds | None:
-        """As `paired`, the mean over the run's seeds; None if it has but one."""
+        """Give the mean over the run's seeds of what `paired` gives of one; None if the run has but one."""
         rows = self.metrics.across_seeds + self.metrics.comparisons_across_seeds
         key = (FEDERATED, against, site, finding)
         return next((row for row in rows if (row.first, row.second, row.tested_on, row.finding) == key), None)

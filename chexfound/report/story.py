@@ -112,7 +112,7 @@ def contrasts(run: ReportedRun, finding: str, against: Callable[[str], str | Non
 
 
 def every_contrast(run: ReportedRun, finding: str, against: Callable[[str], str | None]) -> list[Contrast]:
-    """As `contrasts`, with those that have a figure but cannot be judged."""
+    """Give the contrasts over the sites, also those that have a figure but cannot be judged."""
     found = []
     for site in run.site_names:
         arm = against(site)
@@ -200,7 +200,7 @@ def grouped(found: Sequence[Contrast], verdict: Verdict) -> list[Contrast]:
 
 
 def amounts(group: Sequence[Contrast], unit: str) -> str:
-    """How much and where, the unit said once."""
+    """Say how large these contrasts are and at which sites, the unit once."""
     parts = [f"{amount(one.value)}{unit if index == 0 else ''} at {one.site}" for index, one in enumerate(group)]
     return listed(parts)
 

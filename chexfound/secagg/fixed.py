@@ -70,7 +70,7 @@ class Section:
 
     @property
     def fixed(self) -> bool:
-        """Whether its values are in fixed point; else they are counts."""
+        """Tell whether the section's values are in fixed point; else they are counts."""
         return self.range != 0
 
     @property
@@ -244,7 +244,7 @@ def quantise(
 
 
 def reaches(peak: float, scales: NDArray[np.float64], limit: int) -> bool:
-    """Whether a section whose largest value is that has to be clipped at L."""
+    """Tell whether a section whose largest value is `peak` has to be clipped at L."""
     return peak * float(scales.max()) > _inside(limit)
 
 

@@ -36,7 +36,7 @@ STAGES = ("advertise", "share", "masked", "consistency", "unmask")
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Attempt:
-    """Which sum: of a run's phase and round, at which try; every try has fresh keys."""
+    """Name a sum under masks: run, phase, round and try; every try has fresh keys."""
 
     run: Number
     phase: Word
@@ -44,7 +44,7 @@ class Attempt:
     attempt: Number
 
     def fields(self) -> list[bytes]:
-        """As they are signed."""
+        """Give the attempt's values as bytes, as they are signed."""
         return [str(self.run).encode(), self.phase.encode(), str(self.round).encode(), str(self.attempt).encode()]
 
 
@@ -125,7 +125,7 @@ class Opened:
 
 
 def share_hash(attempt: Attempt, context: bytes, packet: tuple[str, str], kind: str, share: bytes, salt: bytes) -> str:
-    """Hash a share, by dealer and holder; hexadecimal."""
+    """Hash a share with its salt, dealer and holder: SHA-256, hexadecimal."""
     dealer, holder = packet
     fields = [*attempt.fields(), context, dealer.encode(), holder.encode(), kind.encode(), share, salt]
     return hashlib.sha256(signing.statement("chexfound secagg share v1", fields)).hexdigest()
@@ -138,7 +138,7 @@ def seed_commitment(attempt: Attempt, site: str, seed: bytes) -> str:
 
 
 def names_digest(names: Sequence[str]) -> bytes:
-    """Hash a set of sites: 32 bytes."""
+    """Hash a set of sites: SHA-256 of their sorted names, 32 bytes."""
     return hashlib.sha256(canonical(sorted(names))).digest()
 
 

@@ -46,7 +46,7 @@ def row_names(rows: Collection[str]) -> frozenset[str]:
 
 
 def summed(name: str, tensor: Tensor) -> Tensor:
-    """Give what of a tensor is summed: a root, or the tensor itself."""
+    """Give what is summed of a tensor: the root of Adam's squares, or the tensor itself."""
     return tensor.sqrt() if is_square(name) else tensor
 
 

@@ -68,7 +68,7 @@ def join(shares: Mapping[int, bytes], threshold: int) -> bytes:
 
 @functools.lru_cache(maxsize=16)
 def lagrange(points: tuple[int, ...]) -> tuple[int, ...]:
-    """Give what the value at each of these points counts in the polynomial's value at 0."""
+    """Give the Lagrange coefficient of each point for the polynomial's value at 0, modulo `PRIME`."""
     found = []
     for point in points:
         over, under = 1, 1

@@ -124,7 +124,7 @@ class Side:
     # -- stage 3
 
     def check_sharers(self, sharers: Sequence[str], packets: Sequence[Packet]) -> dict[str, dict[str, Opened]]:
-        """That U2 is of those that advertised, with this site, large enough, and that every share of it opens.
+        """Check that U2 is of those that advertised, with this site, large enough, and that every share of it opens.
 
         Returns: by dealer, both shares.
 
@@ -221,7 +221,7 @@ class Side:
         return signing.sign(self.key, signing.SURVIVORS, fields).hex()
 
     def check_signers(self, sharers: Sequence[str], survivors: Sequence[str], signatures: Mapping[str, str]) -> None:
-        """That a threshold of survivors agreed to the very same sum.
+        """Check that a threshold of survivors agreed to the very same sum.
 
         Raises: RefusedError.
         """

@@ -94,7 +94,7 @@ def pack_request(
 
 
 def pack_requests(requests: Sequence[Envelope[Request]], sites: Roster | None = None) -> list[RecordDict]:
-    """As `pack_request`; tensors that several requests share are packed, and held in memory, once."""
+    """Pack requests as messages' contents; tensors that several share are packed, and held in memory, once."""
     terms = json.dumps({"version": chexfound.__version__, "roster": sites and sites.as_dict()})
     packed: dict[int, tuple[dict[str, str | bytes], dict[str, ArrayRecord]]] = {}
     contents = []

@@ -23,7 +23,7 @@ def inflate_once() -> None:
 
 
 def _inflate(cls: type[Array], object_content: bytes, children: dict[str, InflatableObject] | None = None) -> Array:
-    """As Flower's `Array.inflate`.
+    """Put an array together from its chunks, as Flower's `Array.inflate` does.
 
     Raises: what Flower's raises, over content that is no array's or other chunks than it names.
     """

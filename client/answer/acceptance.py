@@ -69,7 +69,7 @@ class Shelf:
 
     @staticmethod
     def of(site: Site, recipe: Recipe) -> Shelf:
-        """That of a recipe's run."""
+        """Give the shelf of a recipe's run."""
         from chexfound.phases import carried
 
         return Shelf(site.home, carried.state_folder(site, recipe, "").name)

@@ -32,7 +32,7 @@ RESTS_ON = {"features": "adapt"}  # the recipe's phase that another is part of
 
 
 def check(recipe: Recipe, envelope: Envelope[Request], limits: Limits, n_sites: int | None) -> None:
-    """That a request asks for what its recipe has: phase, round, steps, images, findings and tensors.
+    """Check that a request asks for what its recipe has: phase, round, steps, images, findings and tensors.
 
     Args:
         recipe: of the run.
@@ -100,7 +100,7 @@ def _check_work(recipe: Recipe, request: Request, limits: Limits, n_sites: int |
 
 
 def check_tensors(recipe: Recipe, envelope: Envelope[Request]) -> None:
-    """That a request has the tensors of its recipe's model, and no others; by names, dtypes and shapes.
+    """Check that a request has the tensors of its recipe's model, and no others; by names, dtypes and shapes.
 
     Raises: RefusedError.
     """
@@ -121,7 +121,7 @@ def check_tensors(recipe: Recipe, envelope: Envelope[Request]) -> None:
 
 
 def _check_file(recipe: Recipe, request: Request, form: tuple[str, tuple[int, ...]] | None) -> None:
-    """That a weights file comes with the first weights of a run only, and is no larger than their model makes one."""
+    """Check that a weights file comes with a run's first weights only, and is no larger than their model makes one."""
     if form is None:
         return
     dtype, shape = form
@@ -217,7 +217,7 @@ def model_bytes(recipe: Recipe) -> int:
 
 
 def _check_part(recipe: Recipe, request: PartRequest) -> None:
-    """That no more is delivered than the request can bring which it is for."""
+    """Check that no more is delivered than the request that it is for can bring."""
     if request.stage != "deliver":
         return
     must, may = expected(recipe, request)

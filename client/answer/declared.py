@@ -180,7 +180,7 @@ class Shared:
 
 @_strict
 class Masked:
-    """Sign for which masked arrays were made."""
+    """Hold a site's word for its masked arrays: the context, their SHA-256, and its signature."""
 
     context: Digest
     payload: Digest
@@ -211,7 +211,7 @@ class Blaming:
 
 @_strict
 class Delivered:
-    """How many bytes are here."""
+    """Hold how many bytes of a delivery are at the site."""
 
     size: Annotated[int, Field(ge=0, le=2**40)]
 

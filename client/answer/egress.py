@@ -127,7 +127,7 @@ class Gate:
     # -- words and rows
 
     def _check_words(self, phase: str, values: Any) -> None:
-        """That names are this site's, its peers', or of findings that were asked for or may be told."""
+        """Check that names are this site's, its peers', or of findings that were asked for or may be told."""
         sites: Iterable[str] = ()
         findings: Iterable[str] = ()
         known: Iterable[str] = self.request.findings

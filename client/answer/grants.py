@@ -60,7 +60,7 @@ class Grant:
 
     @staticmethod
     def of(node_config: Mapping[str, Any]) -> Grant | None:
-        """That of a node's site; None for a simulated one.
+        """Give the grant of a node's site; None for a simulated one.
 
         Raises: ConfigError if site.yaml cannot be read.
         """

@@ -89,7 +89,7 @@ def record_features(site: Site, recipe: Recipe, request: Request) -> None:
 
 
 def check_features(site: Site, recipe: Recipe, request: Request) -> None:
-    """That the features here are those of this recipe, of these findings and of the backbone here.
+    """Check that the features here are those of this recipe, of these findings and of the backbone here.
 
     Another view or another recipe's crops would do for the coordinator what other weights do.
 

@@ -236,7 +236,7 @@ class _Judge:
     # -- what they stand on
 
     def _check_beginning(self, phase: str) -> None:
-        """That a phase begins once in a run: who goes back may go on from there to other weights than before.
+        """Check that a phase begins once in a run: who goes back may go on from there to other weights than before.
 
         Raises: RefusedError.
         """
@@ -248,7 +248,7 @@ class _Judge:
         self._check_same(last)
 
     def _check_same(self, accepted: Accepted) -> None:
-        """That a round which comes again asks the same, of the same weights.
+        """Check that a round which comes again asks the same, of the same weights.
 
         Raises: RefusedError.
         """
@@ -381,7 +381,7 @@ class _Judge:
             raise RefusedError("request.tensors", "a weights file comes with a run's first weights only")
 
     def _check_names(self, expected: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> None:
-        """That all tensors are there, of their shapes, and no others; but a teacher that each site derives itself."""
+        """Check that all tensors are there, of their shapes, and no others; sites may derive the teacher themselves."""
         given = self.tensors if given is None else given
         derived = self.recipe.teacher.policy == "rederive" and self.request.phase == "pretrain"
         missing = sorted(n for n in set(expected) - set(given) if not (derived and n.startswith("teacher.")))

@@ -60,7 +60,7 @@ def key_of(recipe: Recipe, run_id: int) -> str:
 
 
 def begun(runs: Mapping[str, Begun]) -> int:
-    """How many of them were begun in the last 30 days."""
+    """Count the runs that were begun in the last 30 days."""
     return sum(one.began > time.time() - RUNS_S for one in runs.values())
 
 

@@ -71,7 +71,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def client(verify: ssl.SSLContext | bool, timeout_s: float = TIMEOUT_S) -> httpx.Client:
-    """As Flower's node makes it.
+    """Make an HTTP client as Flower's node makes its own.
 
     Raises: ConfigError if the environment names a proxy that cannot be used.
     """
@@ -111,7 +111,7 @@ def ask(
 
 
 def answers(address: Address, scheme: str, timeout_s: float = 2.0) -> bool:
-    """Whether anything listens there now; behind a proxy, whether that gets through."""
+    """Tell whether anything listens at an address now; behind a proxy, whether that gets through."""
     contact = ask(address, False, scheme, timeout_s)  # nothing is told, so nobody need prove who he is
     return contact.connected and contact.refused_by_proxy is None
 

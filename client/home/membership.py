@@ -149,7 +149,7 @@ def approved(home: Path) -> ApprovedFederation | None:
 
 
 def present(home: Path) -> ApprovedFederation:
-    """As `approved`, for a site that must be in one.
+    """Give the federation that the site's operator approved last, for a site that must be in one.
 
     Raises: ConfigError.
     """
@@ -227,7 +227,7 @@ def check_terms(sites: roster.Roster | None, federation: ApprovedFederation) -> 
 
 
 def check_equal(sites: roster.Roster | None, federation: ApprovedFederation | None) -> None:
-    """As `check_terms` for a sum under masks, whose safety is counted in sites: these and no fewer.
+    """Hold a roster against the approved one for a sum under masks, whose safety is counted in sites: no fewer.
 
     Raises: RosterError.
     """

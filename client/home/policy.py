@@ -36,14 +36,14 @@ class SecAggPolicy:
 
 @_strict
 class Cells:
-    """Hold what is told of few patients: nothing."""
+    """Bound what is told of few patients: nothing."""
 
     patients: Count = 10  # below which a count, a figure or a row is `suppressed`
 
 
 @_strict
 class WeightsPolicy:
-    """Say what is done when the coordinator's weights move further than this site's own steps (lineage.md)."""
+    """Bound how far the coordinator's weights move beyond this site's own steps before it warns, or refuses."""
 
     max_change: Amount = 1.1  # of a round, over this site's own
     max_tensor_change: Amount = 3.0  # likewise, in one tensor

@@ -78,7 +78,7 @@ def same_sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two such sums are over other sites, or of other work; together they tell more than each.
+    """Tell whether two sums that `same_sum` pairs differ in sites or work; together they tell more than each.
 
     On other weights the work has other numbers too: how far each weight may lie from what was sent.  What a site's
     images count for is held alike.

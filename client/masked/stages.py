@@ -79,7 +79,7 @@ def sweep(home: Path) -> None:
 
 
 def check_plain(recipe: Recipe, request: Request, run_id: int, home: Path | None) -> None:
-    """That a request in the clear asks for nothing that is to be masked, by the recipe or by the site's own policy.
+    """Check that a request in the clear asks for nothing that recipe or site's policy would have masked.
 
     Raises: RefusedError.
     """
@@ -285,7 +285,7 @@ class SiteProtocol(Attempts):
         return sorted(self.sites.sites).index(self.site)
 
     def _check_same(self, recipe: Recipe, request: MaskedRequest) -> None:
-        """That a later stage is of what this site advertised for, which is all that the context then binds.
+        """Check that a later stage is of what this site advertised for, which is all that the context then binds.
 
         Raises: RefusedError.
         """

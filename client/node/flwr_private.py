@@ -135,7 +135,7 @@ def run_supernode(arguments: Sequence[str], refusal: Callable[[bytes], str | Non
 
 
 def _plain(record: logging.LogRecord) -> bool:
-    """Log as plain text what Flower logs as it came: a newline in what the coordinator named would forge a line."""
+    """Make a record of Flower's log printable, and let it pass: a newline from the coordinator would forge a line."""
     if not isinstance(record.msg, str):  # an exception
         record.msg = shown(record.msg)
     if isinstance(record.args, tuple):
@@ -309,9 +309,9 @@ def _ending_the_message(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patiently(function: Callable[..., Any], until: float) -> Callable[..., Any]:
-    """Ask the connection again until then (time.time): also where Flower's own patience ends.
+    """Have a function of the connection try again until `until` (time.time): also where Flower's own patience ends.
 
-    It takes a connection that broke in the TLS handshake for one with a wrong certificate.
+    Flower takes a connection that broke in the TLS handshake for one with a wrong certificate.
     """
 
     def called(*args: Any) -> Any:

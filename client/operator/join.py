@@ -123,7 +123,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 
 def _shown(value: Any) -> str:
-    """As it may stand in site.yaml."""
+    """Give a value as it may stand in site.yaml."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(str, value))}]"
     if value is None or isinstance(value, bool):

@@ -288,7 +288,7 @@ def node_info(node: int, line: str) -> NodeInfo:
 
 
 def of_superlink(message: Message) -> bool:
-    """Whether the SuperLink itself says it; a node cannot, its replies are taken as its own alone."""
+    """Tell whether a message is the SuperLink's own; a node cannot send one, its replies are taken as its own alone."""
     return message.metadata.src_node_id == SUPERLINK_NODE_ID
 
 

@@ -436,7 +436,7 @@ class GridExchange:
         return reply
 
     def _verify(self, one: _Asked, reply: Reply, message_id: str, message: Message) -> None:
-        """That the site which was asked signed this reply; at enrolment, that it says its own name."""
+        """Check that the site which was asked signed this reply; at enrolment, that it says its own name."""
         if self.sites is None:
             return
         name = self._names[one.index]

@@ -135,7 +135,7 @@ def _told(value: object) -> bool:
 
 
 def _check_about(name: str, values: dict[str, Any]) -> None:
-    """Whether it withholds anything, below how many patients, and no more findings than a request can name."""
+    """Check what a site says it withholds, and below how many patients, and that its findings fit into a request."""
     if not isinstance(values["withheld"], bool) or not wire_values.count(values["cells"]):
         raise ProtocolError(f"site {name!r} enrolled without saying what it tells and what not")
     if isinstance(values["findings"], dict | list) and len(values["findings"]) > envelopes.FINDINGS_MAX:
@@ -145,7 +145,7 @@ def _check_about(name: str, values: dict[str, Any]) -> None:
 
 
 def _check_counts(name: str, values: dict[str, Any]) -> None:
-    """That a site's totals are those of its parts; not told exactly where one of those is not."""
+    """Check that a site's totals are those of its parts; not told exactly where one of those is not."""
     images, patients, *parts = (values[key] for key in COUNTS)
     small = cells.SUPPRESSED in parts
     if (small and not values["cells"]) or any((total == cells.SUPPRESSED) != small for total in (images, patients)):

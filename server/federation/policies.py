@@ -32,7 +32,7 @@ def keep(folder: Path, site: str, limits: Limits) -> None:
 
 
 def check(federation: Federation, recipe: Recipe) -> None:
-    """That no site of the federation, by what it said last, refuses a recipe.
+    """Check that no site of the federation, by what it said last, refuses a recipe.
 
     Raises: RefusedError that says whose site.yaml, which line, what was asked, and what to do.
     """

@@ -48,7 +48,7 @@ class MaskedRounds:
         self.own = record.folder / "secagg"
 
     def check(self) -> None:
-        """As `Rounds.check`.
+        """Check that masked sums can serve the recipe, as `Rounds.check` asks.
 
         Raises: ConfigError for a recipe that masked sums cannot serve; DataError for sites without keys.
         """
@@ -61,7 +61,7 @@ class MaskedRounds:
     # -- who takes part, and how much there is
 
     def count(self, roster: list[Member]) -> list[dict[str, Any]]:
-        """As `Rounds.count`, of all sites together."""
+        """Give the training images by finding of all sites together, as `Rounds.count` asks."""
         assert self.exchange.sites is not None
         self.roster = roster
         self.sums = SecureSums(
@@ -109,7 +109,7 @@ class MaskedRounds:
     # -- rounds
 
     def train(self, task: Task) -> Reduced:
-        """As `Rounds.train`."""
+        """Ask for a round under masks, and take the mean off its sums (`Rounds.train`)."""
         phase, weights = task.phase, task.weights
         request = self._request(task)
         trained = [name for name in weights if name not in task.frozen]
@@ -236,7 +236,7 @@ class MaskedRounds:
     def hand_out(
         self, backbone: dict[str, Tensor], beside: Mapping[str, Tensor], findings: tuple[str, ...], again: bool
     ) -> list[Event]:
-        """As `Rounds.hand_out`; again only to sites that a sum has shown to hold another run's features."""
+        """Hand the backbone out once; again only to sites that a sum has shown to hold another run's features."""
         self._backbone = checkpoint.digest(backbone)
         request = Request(phase="features", findings=findings, tensors={**backbone, **beside})
         self._again = functools.partial(self.sums.hand_out, request)
@@ -253,7 +253,7 @@ class MaskedRounds:
         return ask()
 
     def evaluate(self, model: dict[str, Tensor], findings: tuple[str, ...]) -> tuple[list[Event], list[Event]]:
-        """As `Rounds.evaluate`; the rows are of all sites together."""
+        """Have the sites judge the model (`Rounds.evaluate`); the rows are of all sites together."""
         head = {name: tensor for name, tensor in model.items() if name.startswith("head.")}
         settings = Settings(ring=self.recipe.secagg.ring, images=1)
         request = Request(phase="evaluate", findings=findings, tensors=head)

@@ -43,7 +43,7 @@ class PlainRounds:
         """Serve any recipe."""
 
     def count(self, roster: list[Member]) -> list[dict[str, Any]]:
-        """As `Rounds.count`, of each site."""
+        """Give the training images by finding of each site, as `Rounds.count` asks."""
         self.roster = roster
         empty = [member for member in roster if not cells.known(member.values["train"])]
         if empty:
@@ -57,7 +57,7 @@ class PlainRounds:
         return {}
 
     def train(self, task: Task) -> Reduced:
-        """As `Rounds.train`."""
+        """Ask for a round in the clear, and reduce the replies as they come (`Rounds.train`)."""
         reducer = self.reducer(
             task.phase,
             task.weights,
@@ -106,7 +106,7 @@ class PlainRounds:
     def hand_out(
         self, backbone: dict[str, Tensor], beside: Mapping[str, Tensor], findings: tuple[str, ...], again: bool
     ) -> list[Event]:
-        """As `Rounds.hand_out`; each time, since a site may hold another run's features by now."""
+        """Hand the backbone out each time, since a site may hold another run's features by now."""
         requests = self._requests("features", findings, {**backbone, **beside})
         cohort = self._ask(requests, lambda _, reply: validation.check_nothing(reply), "features")
         for _ in cohort:
@@ -116,7 +116,7 @@ class PlainRounds:
         return cohort.missing
 
     def evaluate(self, model: dict[str, Tensor], findings: tuple[str, ...]) -> tuple[list[Event], list[Event]]:
-        """As `Rounds.evaluate`."""
+        """Have each site judge the model, and give its own rows (`Rounds.evaluate`)."""
 
         def check(member: Member, reply: Reply) -> None:
             validation.check_results(reply, member, findings)

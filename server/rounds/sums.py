@@ -475,7 +475,7 @@ class _Try:
 
 
 def check_advert(advert: Advert, n: int, parted: Sequence[str]) -> None:
-    """That the other sites will take an advert: they would refuse the whole attempt for it, and again the next.
+    """Check that the other sites will take an advert: they would refuse the whole attempt for it, and again the next.
 
     Args:
         advert: of one site.

@@ -41,7 +41,7 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        """Whether it went to its end: the ServerApp writes metrics.json last."""
+        """Tell whether the run went to its end: the ServerApp writes metrics.json last."""
         return (self.path / "metrics.json").is_file()
 
     def about(self) -> dict[str, Any] | None:

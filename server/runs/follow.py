@@ -62,7 +62,7 @@ class Follower:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Tell whether the run has ended, so that nothing more will come of it."""
         return self.standing.state in ENDED
 
     def until_it_ends(self) -> Iterator[Standing]:

@@ -67,7 +67,7 @@ class Standing:
     warnings: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """As --json has it."""
+        """Give a run's standing as `--json` has it."""
         return asdict(self)
 
 

@@ -373,7 +373,7 @@ class _Server(uvicorn.Server):
 
 
 def _allow_files() -> None:
-    """As many open files as this account may have: each connection takes up to two."""
+    """Allow as many open files as this account may have: each connection takes up to two."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

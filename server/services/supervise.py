@@ -161,7 +161,7 @@ def _wait(superlink: _Process, address: Address, asked: list[int]) -> None:
 
 
 def listens(address: Address) -> bool:
-    """Whether anything listens there now."""
+    """Tell whether anything listens at an address of this machine now."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 (all addresses: try one)
     try:
         socket.create_connection((host, address.port), timeout=2).close()
@@ -171,7 +171,7 @@ def listens(address: Address) -> bool:
 
 
 def processes(federation: Federation) -> dict[str, str]:
-    """Whether each is up: by its port; the SuperExec, which has none, by its lock on this machine."""
+    """Say of each process whether it is up: by its port; the SuperExec, which has none, by its lock on this machine."""
     return {
         "superlink": "up" if listens(federation.superlink) else "down",
         "superexec": "up" if superexec_seen(federation) else "not seen on this machine",

@@ -45,7 +45,7 @@ def refusal(content: bytes, config: Mapping[str, object]) -> str:
 
 
 def logged(content: bytes, config: Mapping[str, object]) -> str:
-    """As `refusal`, with a line in the log."""
+    """Say why a run may not be run here, as `refusal` does, and log it."""
     if why := refusal(content, config):
         log.error("event=refused reason=%r", why)
     return why

@@ -135,7 +135,7 @@ def read_key_id(index: sqlite3.Connection) -> str:
 
 
 def key_id(path: Path) -> str:
-    """Which key names the patients of a store; empty if none does.
+    """Give the identifier of the key that names the patients of a store; empty if none does.
 
     Raises: DataError if it is absent, damaged, or written with another schema.
     """

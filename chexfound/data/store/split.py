@@ -35,12 +35,12 @@ class Membership:
 
     @staticmethod
     def simulated(seed: int, fractions: Split) -> Membership:
-        """That of a seed: anybody can tell."""
+        """Give the membership of a simulation's seed: anybody can tell which part a patient is in."""
         return Membership(key=hmac.digest(SIMULATED, f"seed {seed}".encode(), "sha256"), fractions=fractions)
 
     @staticmethod
     def of(recipe: Recipe, key: bytes | None = None, fractions: Split | None = None) -> Membership:
-        """That of a recipe, in a simulation; a hospital has a key and fractions of its own."""
+        """Give the membership of a recipe, in a simulation; a hospital has a key and fractions of its own."""
         simulated = Membership.simulated(recipe.seed, recipe.split)
         return Membership(key=key or simulated.key, fractions=fractions or simulated.fractions)
 

@@ -75,7 +75,7 @@ class Probe:
         return {name: figure for name, figure in told.items() if name not in self.left_out}
 
     def figures(self) -> list[str]:
-        """Which it tells, of `health.PROBED`."""
+        """Name the figures that the probe gives, of `measures.PROBED`."""
         if not self._enough():
             return []
         judged = any(self._judged(column) for column in range(self.labels.shape[1]))

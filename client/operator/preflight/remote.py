@@ -221,7 +221,7 @@ def key(subject: Subject) -> Diagnosis:
 
 
 def _unknown(subject: Subject) -> Diagnosis:
-    """Whether it has never heard of the key, or has removed the site, is the same answer; keys do not come back."""
+    """Say what to do about a key that the coordinator does not know: never enrolled and removed are one answer."""
     name, file = shlex.quote(subject.name), shlex.quote(f"{subject.name}.pub")
     keys, enrol = subject.home / "keys", f"chexfound-client enrol --name {name}"
     aside = shlex.quote(str(subject.home / "keys-of-old"))

@@ -75,7 +75,7 @@ def _of_format_1(model: Path) -> Weights:
 
 
 def of_arm(run: Path, wanted: Collection[str] = ALL, metrics: Mapping[str, Any] | None = None) -> Weights:
-    """As `read`, of a folder with the journal of a run in it.
+    """Read the parts of a run's model, as `read` does, from a folder with the run's journal in it.
 
     Args:
         run: the folder.
